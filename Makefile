@@ -1,0 +1,67 @@
+# `make` alone lists what there is. Needed beforehand: make and Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+ifdef UV
+VENV := $(UV) venv --quiet --python $(PYTHON) .venv
+PIP_INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+else
+VENV := $(PYTHON) -m venv .venv
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-unit check format coverage bench bench-quick migration lock clean
+
+help: ## What can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: .venv/.installed ## Everything into .venv, by the hashes of requirements.txt; leaves .venv/bin/pipeline
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/it")'
+	test -x $(BIN)/python || $(VENV)
+	$(PIP_INSTALL) --require-hashes -r requirements.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install ## A day at a broker, from Kafka into tables worth querying; nothing to set up
+	$(BIN)/pipeline demo
+
+test: check ## Everything: `make check`, then all tests, on real servers where they are to be had
+	$(BIN)/python -m pytest
+
+test-unit: install ## The tests that need no server; seconds
+	$(BIN)/python -m pytest tests/unit
+
+check: install ## Format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install ## Format the code and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+coverage: install ## All tests, with the lines and branches that none of them reaches
+	$(BIN)/python -m pytest --cov
+
+bench: install ## Measure, side by side with the bare statements; minutes
+	$(BIN)/python -m benchmarks
+
+bench-quick: install ## The same with small numbers, to see that it works
+	$(BIN)/python -m benchmarks --quick
+
+migration: install ## A migration for what the code declares anew: make migration name="add fees"
+	@test -n "$(name)" || { echo 'Say what it does: make migration name="add fees"' >&2; exit 2; }
+	$(BIN)/python -m pipeline.migrate revision "$(name)"
+
+lock: install ## Resolve the dependencies of pyproject.toml again; pins stay where they can
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+	  --custom-compile-command 'make lock' --quiet --output-file requirements.txt
+
+clean: ## Remove what the tools made; .venv stays
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* htmlcov build dist

@@ -1,0 +1,58 @@
+"""Measure, and print one report."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import ingest, memory, projection
+from benchmarks.report import Section, heading
+from benchmarks.stage import Stage, set_up
+from pipeline import logs
+
+RESULTS = Path(__file__).parent / "results.md"
+PARTS = ("ingest", "projection", "memory")
+
+
+def main() -> int:
+    """Run what was asked for.
+
+    Returns:
+        0; what was measured decides nothing.
+    """
+    arguments = _arguments()
+    logs.configure(level="error")
+    with set_up(arguments.postgres) as stage:
+        parts = [heading(stage.postgres_version(), stage.kafka_version())]
+        print(parts[0], flush=True)
+        for section in _sections(stage, arguments):
+            parts.append(str(section))
+            print(section, flush=True)
+    if arguments.write:
+        RESULTS.write_text("\n".join(parts))
+    return 0
+
+
+def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
+    rows, backlog = (60_000, 60_000) if arguments.quick else (300_000, 1_000_000)
+    pairs = arguments.pairs
+    if "ingest" in arguments.only:
+        yield ingest.measure(stage, rows, pairs)
+    if "projection" in arguments.only:
+        yield projection.measure(stage, rows // 3, pairs)
+    if "memory" in arguments.only:
+        yield memory.measure(stage, backlog)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small numbers: two minutes")
+    parser.add_argument("--pairs", type=int, default=3, help="how often each side runs (3)")
+    parser.add_argument("--postgres", type=int, default=18, help="major version: 15, 18 (18)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts only")
+    parser.add_argument("--write", action="store_true", help=f"also into {RESULTS.name}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What a benchmark says: pairs of measurements, and one report in Markdown."""
+
+import os
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import confluent_kafka
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side of a pair.
+
+    Attributes:
+        rate: Rows or events a second.
+        client_us: CPU of the client's process, microseconds a row, if it was taken.
+        server_us: CPU of PostgreSQL's processes, microseconds a row, if it can be told.
+    """
+
+    rate: float
+    client_us: float | None = None
+    server_us: float | None = None
+
+
+@dataclass
+class Pairs:
+    """Two ways of doing the same, measured in turn.
+
+    Attributes:
+        name: What is compared, e.g. ``ingest / bare COPY``.
+        target: The least ratio wanted.
+    """
+
+    name: str
+    target: float
+    ours: list[Run] = field(default_factory=list)
+    bare: list[Run] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over bare, pair by pair."""
+        return [mine.rate / theirs.rate for mine, theirs in zip(self.ours, self.bare, strict=True)]
+
+    def lines(self) -> list[str]:
+        """A table row for each side and one for the ratio."""
+        one, other = self.name.split(" / ")
+        return [
+            f"| {one} | {_rates(self.ours)} | {_cpu(self.ours)} |",
+            f"| {other} | {_rates(self.bare)} | {_cpu(self.bare)} |",
+            f"| **ratio** (wanted: {self.target} or more) | "
+            f"**{statistics.median(self.ratios):.2f}** "
+            f"of {', '.join(f'{ratio:.2f}' for ratio in self.ratios)} | |",
+        ]
+
+
+def _rates(runs: Sequence[Run]) -> str:
+    rates = [run.rate for run in runs]
+    return f"{statistics.median(rates):,.0f}/s of {min(rates):,.0f} to {max(rates):,.0f}"
+
+
+def _cpu(runs: Sequence[Run]) -> str:
+    said = []
+    for name, taken in (
+        ("client", [run.client_us for run in runs if run.client_us is not None]),
+        ("PostgreSQL", [run.server_us for run in runs if run.server_us is not None]),
+    ):
+        if taken:
+            said.append(f"{name} {statistics.median(taken):.1f} µs")
+    return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report.
+
+    Attributes:
+        title: Its heading.
+        text: What was done, and how.
+        lines: The figures, as Markdown.
+    """
+
+    title: str
+    text: str
+    lines: Sequence[str]
+
+    def __str__(self) -> str:
+        """The section in Markdown."""
+        return "\n".join([f"## {self.title}", "", self.text, "", *self.lines, ""])
+
+
+def table(pairs: Sequence[Pairs]) -> list[str]:
+    """Pairs as one Markdown table."""
+    head = ["| | median, spread | CPU a row |", "|---|---|---|"]
+    return head + [line for pair in pairs for line in pair.lines()]
+
+
+def heading(postgres: str, kafka: str) -> str:
+    """Machine, versions and command."""
+    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+    facts = {
+        "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "load before": load,
+        "PostgreSQL": postgres,
+        "Apache Kafka": kafka,
+        "clients": f"Python {platform.python_version()}, psycopg {version('psycopg')}, "
+        f"librdkafka {confluent_kafka.libversion()[0]}, orjson {version('orjson')}",
+    }
+    lines = [f"- {name}: {value.strip()}" for name, value in facts.items()]
+    return "\n".join(["# Benchmarks", "", *lines, ""])
+
+
+def _processor() -> str:
+    if CPUINFO.exists():
+        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

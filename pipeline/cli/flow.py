@@ -1,0 +1,329 @@
+"""The commands that move events: run, ingest, project. They run until stopped, or to the end.
+
+SIGTERM and SIGINT are taken by a thread of their own, for a signal handler may not even set an
+event safely. The first finishes the batch in hand; the second ends the process at once, which
+costs nothing but the batch that is then read again.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import structlog
+import typer
+from sqlalchemy import Engine, make_url
+
+from pipeline import failpoints
+from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
+from pipeline.cli.terminal import Gauge
+from pipeline.db import transaction
+from pipeline.errors import PipelineError, RefusedError, TransientError
+from pipeline.ingest import Ingest
+from pipeline.ingest import Progress as Ingested
+from pipeline.migrate import check_schema
+from pipeline.projection.checkpoints import fingerprints
+from pipeline.projection.fingerprint import fingerprint
+from pipeline.projection.loop import AWAY_S_MAX, run_projection
+from pipeline.projection.loop import Progress as Projected
+from pipeline.projection.rebuild import rebuild
+from pipeline.projectors import discover
+from pipeline.settings import Settings
+
+log = structlog.get_logger("pipeline.cli")
+
+REBUILD_RETRY_S = 10.0
+"""Wait before a rebuild is tried again whose server went away."""
+DATABASE_RETRY_S = 1.0
+"""Wait before asking again a database that is away at the start."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_UntilEnd = Annotated[
+    bool,
+    typer.Option(
+        "--until-end", help="Stop when caught up with what was there at the start, with 0 or 65."
+    ),
+]
+
+_CODES = (
+    "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 65 (with --until-end) a "
+    "partition stands still to protect data; 70 an invariant broke; 75 another process has our "
+    "partitions; 78 a setting, a right or the schema is wrong. A server that is away is waited "
+    "for; with --until-end 69 after a minute."
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a flow needs."""
+
+    settings: Settings
+    engine: Engine
+    stop: threading.Event
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+@app.command(epilog=_CODES)
+def run(
+    ctx: typer.Context,
+    until_end: _UntilEnd = False,
+    rebuild_stale: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild-stale",
+            help="Rebuild read models whose definition has changed, meanwhile and beside them.",
+        ),
+    ] = False,
+) -> None:
+    """The main job: ingest and project until stopped.
+
+    Every record of PIPELINE_TOPICS goes into pipeline.events with its next offset in one
+    transaction; read models follow. Start as many as you like, they share the partitions.
+
+    \b
+    $ pipeline run
+    $ pipeline run --until-end     # catch up, then end
+    """
+    with _flow(ctx, "run", until_end=until_end) as job:
+        rebuilding = threading.Thread(target=_rebuild_stale, args=[job], name="rebuild")
+        if rebuild_stale:
+            rebuilding.start()
+        try:
+            _side_by_side(job, until_end=until_end)
+        except PipelineError:
+            job.stop.set()
+            raise
+        finally:
+            if rebuild_stale:
+                rebuilding.join()
+
+
+@app.command(epilog=_CODES)
+def ingest(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
+    """Kafka into the log, exactly once: one half of `run`.
+
+    \b
+    $ pipeline ingest
+    $ pipeline ingest --until-end  # fill the log with what is there, then end
+    """
+    with _flow(ctx, "ingest", until_end=until_end) as job:
+        if until_end:
+            _ingest_to_the_end(job)
+        else:
+            Ingest(job.settings, job.engine, stop=job.stop).run()
+
+
+@app.command(epilog=_CODES)
+def project(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
+    """The log into read models: the other half of `run`. Needs the database only.
+
+    \b
+    $ pipeline project
+    $ pipeline project --until-end
+    """
+    with _flow(ctx, "project", until_end=until_end) as job:
+        if until_end:
+            _project_to_the_end(job)
+        else:
+            _project(job.engine, job.settings, job.stop)
+
+
+# ------------------------------------------------------------------------------------- the frame
+
+
+@contextmanager
+def _flow(ctx: typer.Context, command: str, *, until_end: bool) -> Iterator[Job]:
+    """Settings, database, signals, the first and the last line of the log."""
+    settings = settings_of(ctx, tells_all=True)
+    with database_of(settings, command, pool_size=6) as engine, stopped_by_signals() as stop:
+        log.info("started", command=command, **_who(settings), **versions())
+        begun = time.monotonic()
+        try:
+            _wait_for_schema(engine, stop, until_end=until_end)
+            yield Job(settings, engine, stop)
+        except PipelineError as error:
+            log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
+                "stopped",
+                command=command,
+                reason=str(error),
+                **{"error.type": type(error).__name__},
+                exit_code=int(error.exit_code),
+            )
+            raise typer.Exit(error.exit_code) from None
+        log.info(
+            "stopped",
+            command=command,
+            reason="asked to" if stop.is_set() else "reached the end",
+            after_s=round(time.monotonic() - begun, 1),
+            exit_code=0,
+        )
+
+
+def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) -> None:
+    """Check the schema as soon as the database is there, or return when told to stop."""
+    begun = time.monotonic()
+    was_away = False
+    while not stop.is_set():
+        try:
+            check_schema(engine)
+        except TransientError as error:
+            if until_end and time.monotonic() - begun > AWAY_S_MAX:
+                raise
+            if not was_away:
+                log.warning("server_away", reason=str(error), effect="waiting; nothing is lost")
+            was_away = True
+            stop.wait(DATABASE_RETRY_S)
+        else:
+            if was_away:
+                log.info("server_back", away_s=round(time.monotonic() - begun, 1))
+            return
+
+
+def _who(settings: Settings) -> dict[str, object]:
+    """Where this process stands and what it works on; no secrets."""
+    url = make_url(settings.database())
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "database": f"{url.host or os.environ.get('PGHOST', 'local')}:{url.port or 5432}"
+        f"/{url.database or os.environ.get('PGDATABASE', '')}",
+        "kafka": settings.kafka_bootstrap_servers,
+        "group": settings.group_id,
+        "topics": list(settings.topics),
+    }
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process at once."""
+    stop, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while True:
+            number = signal.sigwait(_SIGNALS)
+            if over.is_set():
+                return
+            if stop.is_set():
+                os._exit(128 + number)
+            log.info("stopping", signal=signal.Signals(number).name, effect="after this batch")
+            stop.set()
+            failpoints.reach("on_sigterm")
+
+    # Blocked before any other thread exists: threads inherit this, so only the watcher hears them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        over.set()
+        if watcher.is_alive() and watcher.ident is not None:
+            signal.pthread_kill(watcher.ident, signal.SIGTERM)
+            watcher.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ----------------------------------------------------------------------------------- the two halves
+
+
+def _project(engine: Engine, settings: Settings, stop: threading.Event) -> None:
+    run_projection(engine, discover(), projection_limits(settings), stop=stop)
+
+
+def _project_to_the_end(job: Job) -> None:
+    with Gauge("projecting", unit="offsets", plain=False) as gauge:
+        run_projection(
+            job.engine,
+            discover(),
+            projection_limits(job.settings),
+            stop=job.stop,
+            until_end=True,
+            observe=show_projection(gauge),
+        )
+
+
+def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
+    """Show the progress of a projection: it tells how far behind it was before each round."""
+    taken_before = 0
+
+    def observe(progress: Projected) -> None:
+        nonlocal taken_before
+        gauge.show(progress.taken, max(progress.taken, taken_before + progress.behind))
+        taken_before = progress.taken
+
+    return observe
+
+
+def _ingest_to_the_end(job: Job) -> None:
+    with Gauge("ingesting", plain=False) as gauge:
+
+        def observe(progress: Ingested) -> None:
+            gauge.show(progress.written, progress.written + progress.behind)
+
+        Ingest(job.settings, job.engine, stop=job.stop, until_end=True, observe=observe).run()
+
+
+def _side_by_side(job: Job, *, until_end: bool) -> None:
+    """Ingest here, project in a thread; the first half to fail stops the other and is raised."""
+    follow_no_more = threading.Event()
+    failures: list[Exception] = []
+
+    def half(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - raised below, in the main thread
+            failures.append(error)
+            # A partition that stands still is no reason to leave the others' events unprojected.
+            if not isinstance(error, RefusedError):
+                job.stop.set()
+        if job.stop.is_set():
+            follow_no_more.set()
+
+    def follow() -> None:
+        _project(job.engine, job.settings, follow_no_more)
+
+    projection = threading.Thread(target=half, args=[follow], name="projection")
+    projection.start()
+    if until_end:
+        half(lambda: _ingest_to_the_end(job))
+    else:
+        half(lambda: Ingest(job.settings, job.engine, stop=job.stop).run())
+    follow_no_more.set()
+    projection.join()
+    if until_end and not job.stop.is_set():
+        half(lambda: _project_to_the_end(job))
+    if failures:
+        raise failures[0]
+
+
+def _rebuild_stale(job: Job) -> None:
+    """Rebuild what was built by another definition; no failure here stops what runs beside."""
+    for projector in discover():
+        while not job.stop.is_set():
+            try:
+                with transaction(job.engine) as db:
+                    built = fingerprints(db).get(projector.name)
+                if built not in (None, fingerprint(projector)):
+                    rebuild(
+                        job.engine,
+                        projector,
+                        guilty_max=job.settings.dead_letter_budget,
+                        stop=job.stop,
+                    )
+            except TransientError as error:
+                log.warning("rebuild_waits", projector=projector.name, reason=str(error))
+                job.stop.wait(REBUILD_RETRY_S)
+            except PipelineError as error:
+                log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
+                    "not_rebuilt", projector=projector.name, reason=str(error)
+                )
+                break
+            else:
+                break

@@ -1,0 +1,175 @@
+"""The command that tells how things stand: status."""
+
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import Annotated
+
+import typer
+from sqlalchemy import Engine
+
+from pipeline.cli.app import app, database_of, settings_of
+from pipeline.cli.terminal import (
+    NOTHING,
+    Cell,
+    Mark,
+    duration,
+    emit,
+    moment,
+    out,
+    say,
+    table,
+)
+from pipeline.errors import ExitCode, TransientError
+from pipeline.logs import printable
+from pipeline.migrate import check_schema
+from pipeline.projectors import discover
+from pipeline.status import PartitionStatus, ProjectorStatus, Recent, Status, Trouble, look
+
+TYPES_MAX = 5
+"""Most types without a read model that are listed for people."""
+_STYLES = {
+    "OK": "green",
+    "WARN": "yellow",
+    "STALL": "yellow",
+    "STOP": "yellow",
+    "ERR": "bold red",
+    "live": "green",
+    "broken": "bold red",
+    "never run": "dim",
+}
+
+
+@app.command(
+    epilog="Exit codes: 0 nothing needs a human (warnings may be listed); 1 something does: a "
+    "partition stands still, its reader fell silent, a read model is broken; 69 the database is "
+    "away; 78 a setting, a right or the schema is wrong."
+)
+def status(
+    ctx: typer.Context,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document, for programs; one a look with --watch."),
+    ] = False,
+) -> None:
+    """Lag, throughput, freshness, owners, problems.
+
+    Asks the database only, so Kafka may be away. `lag` counts offsets; `behind` is the age of the
+    newest record that we have, while there are newer ones. States of a partition: OK; WARN, more
+    than a minute behind; STALL, behind and not moving; STOP, nobody reads it; ERR, stands still
+    until an operator decides.
+
+    \b
+    $ pipeline status
+    $ pipeline status --watch
+    $ pipeline status --json | jq .lag
+    """
+    settings = settings_of(ctx)
+    show = emit if as_json else _show
+    with database_of(settings, "status") as engine:
+        check_schema(engine)
+        if not watch:
+            seen = look(engine, discover())
+            show(seen)
+            raise typer.Exit(ExitCode.DONE if seen.ok else ExitCode.FOUND)
+        try:
+            _watch(engine, every, show)
+        except KeyboardInterrupt:
+            return
+
+
+def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None:
+    console = out()
+    while True:
+        try:
+            seen = look(engine, discover())
+        except TransientError as error:
+            say(f"pipeline: {error}; trying again")
+        else:
+            if console.is_terminal:
+                console.clear()
+            show(seen)
+        time.sleep(every)
+
+
+def _show(seen: Status) -> None:
+    behind = "caught up" if not seen.lag else f"{seen.lag:,} behind Kafka"
+    typer.echo(
+        f"Log: {seen.offsets:,} offsets, {behind}, {seen.rate:,.1f} records/s over the last "
+        f"minute. {moment(seen.looked_at)}\n"
+    )
+    if not seen.partitions:
+        typer.echo("Nothing was read yet.")
+    table(
+        ["partition", "state", "next offset", "end", "lag", "behind", "rec/s", "reader"],
+        map(_partition_row, seen.partitions),
+    )
+    typer.echo()
+    table(
+        ["read model", "state", "lag", "behind", "dead letters", "last moved"],
+        (_projector_row(one, seen.looked_at) for one in seen.projectors),
+    )
+    typer.echo()
+    _show_recent(seen.recent)
+    _show_troubles(seen.troubles)
+
+
+def _show_troubles(troubles: Iterable[Trouble]) -> None:
+    """What is the same of many partitions or read models is told once."""
+    subjects: dict[tuple[str, str, str], list[str]] = {}
+    for trouble in troubles:
+        same = (trouble.severity, trouble.text, trouble.remedy)
+        subjects.setdefault(same, []).append(trouble.subject)
+    for (severity, text, remedy), of in subjects.items():
+        sign = "✗" if severity == "wrong" else "!"
+        typer.echo(f"\n{sign} " + printable(f"{', '.join(of)}: {text}"))
+        typer.echo(printable(f"  → {remedy}"))
+
+
+def _partition_row(one: PartitionStatus) -> list[Cell]:
+    owner = f"{one.owner.host}:{one.owner.pid}" if one.owner else NOTHING
+    return [
+        f"{one.topic}[{one.partition}]",
+        Mark(one.state, _STYLES[one.state]),
+        one.next_offset,
+        one.end,
+        one.lag,
+        _age(one.lag_s),
+        one.rate,
+        owner,
+    ]
+
+
+def _projector_row(one: ProjectorStatus, now: datetime) -> list[Cell]:
+    return [
+        one.projector,
+        Mark(one.state, _STYLES.get(one.state, "yellow")),
+        one.lag,
+        _age(one.lag_s),
+        one.dead_letters,
+        f"{duration(now - one.moved_at)} ago" if one.moved_at else NOTHING,
+    ]
+
+
+def _age(seconds: float | None) -> Cell:
+    return None if seconds is None else duration(timedelta(seconds=seconds))
+
+
+def _show_recent(recent: Recent) -> None:
+    bad = sum(sum(reasons.values()) for reasons in recent.bad.values())
+    typer.echo(
+        f"Of the last {recent.records:,} records (an hour at most): {recent.repeats:,} repeats, "
+        f"{bad:,} bad, {sum(recent.unknown_types.values()):,} of types without a read model."
+    )
+    for topic, reasons in sorted(recent.bad.items()):
+        for reason, count in sorted(reasons.items(), key=lambda one: -one[1]):
+            typer.echo(printable(f"  {count:>6,}  {topic}: {reason}"))
+    most = sorted(recent.unknown_types.items(), key=lambda one: -one[1])
+    for event_type, count in most[:TYPES_MAX]:
+        typer.echo(printable(f"  {count:>6,}  {event_type}"))
+    if len(most) > TYPES_MAX:
+        typer.echo(f"          … and {len(most) - TYPES_MAX} other types; all with --json")

@@ -1,0 +1,203 @@
+"""What people and programs read: tables and JSON on stdout, words and progress on stderr.
+
+Whatever came from outside is printed without control characters, and never read as markup.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Self
+
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.logs import printable
+
+PLAIN_LINE_S = 5.0
+"""How often progress is told where no bar can be drawn."""
+NOTHING = "-"
+"""Stands in a cell that has no value."""
+_UNBOUNDED_COLUMNS = 100_000
+
+
+def say(text: str) -> None:
+    """Words for a person, on stderr."""
+    for line in text.split("\n"):
+        typer.echo(printable(line), err=True)
+
+
+def emit(document: object) -> None:
+    """One JSON document on stdout, on one line."""
+    sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A cell that stands out."""
+
+    text: str
+    style: str
+
+
+Cell = str | int | float | datetime | timedelta | Mark | None
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """A table on stdout, if it has rows; numbers to the right, and nothing cut off in a file."""
+    body = [[_text(cell) for cell in row] for row in rows]
+    if not body:
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    numeric = [_are_numbers([row[place].plain for row in body]) for place in range(len(headers))]
+    for header, right in zip(headers, numeric, strict=True):
+        grid.add_column(Text(header), justify="right" if right else "left", overflow="fold")
+    for row in body:
+        grid.add_row(*row)
+    console = out()
+    with console.capture() as captured:
+        console.print(grid)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def out() -> Console:
+    """stdout: as wide as the terminal, without end for programs."""
+    if sys.stdout.isatty():
+        return Console(file=sys.stdout, highlight=False)
+    return Console(file=sys.stdout, highlight=False, width=_UNBOUNDED_COLUMNS, no_color=True)
+
+
+def _text(cell: Cell) -> Text:
+    match cell:
+        case None:
+            return Text(NOTHING)
+        case Mark(text, style):
+            return Text(printable(text), style=style)
+        case datetime():
+            return Text(moment(cell))
+        case timedelta():
+            return Text(duration(cell))
+        case float():
+            return Text(f"{cell:,.1f}")
+        case int():
+            return Text(f"{cell:,}")
+        case str():
+            return Text(printable(cell))
+
+
+def _are_numbers(column: Sequence[str]) -> bool:
+    values = [text.replace(",", "").replace(".", "", 1) for text in column if text != NOTHING]
+    return bool(values) and all(value.lstrip("-").isdigit() for value in values)
+
+
+def moment(time_: datetime) -> str:
+    """A time, in UTC, to the second."""
+    return time_.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def duration(length: timedelta) -> str:
+    """A length of time, in the largest unit that says enough."""
+    seconds = length.total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+class Gauge:
+    """How far long work is: a bar on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        what: What is being done, e.g. ``ingesting``.
+        total: How much there is, if known from the start.
+        unit: What is counted.
+        plain: Tell it elsewhere too; False where the log does.
+    """
+
+    def __init__(
+        self, what: str, *, total: int | None = None, unit: str = "events", plain: bool = True
+    ) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._plain = plain
+        self._done = 0
+        self._has_told = False
+        self._began = self._told = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}", markup=False),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(printable(what), total=total, rate="")
+
+    def __enter__(self) -> Self:
+        """Draw."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _t: TracebackType | None,
+    ) -> None:
+        """Leave the last state on the screen."""
+        if self._bar:
+            self._bar.stop()
+        elif self._has_told and kind is None:
+            self._tell()
+
+    def show(self, done: int, total: int | None = None, what: str | None = None) -> None:
+        """Where it stands now; cheap enough to be called often."""
+        self._done = done
+        self._total = self._total if total is None else total
+        self._what = self._what if what is None else what
+        if self._bar:
+            self._bar.update(
+                self._task,
+                description=printable(self._what),
+                completed=done,
+                total=self._total,
+                rate=f"{self._rate:,.0f} {self._unit}/s",
+            )
+        elif self._plain and time.monotonic() - self._told >= PLAIN_LINE_S:
+            self._tell()
+
+    @property
+    def _rate(self) -> float:
+        return self._done / max(time.monotonic() - self._began, 0.001)
+
+    def _tell(self) -> None:
+        self._told, self._has_told = time.monotonic(), True
+        of = f" of {self._total:,}" if self._total is not None else ""
+        say(f"{self._what}: {self._done:,}{of} {self._unit}, {self._rate:,.0f}/s")

@@ -1,0 +1,137 @@
+"""The commands to try things with: simulate, demo."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import app, settings_of
+from pipeline.cli.flow import stopped_by_signals
+from pipeline.cli.terminal import Gauge, emit, say
+from pipeline.errors import ConfigurationError
+from pipeline.simulator import Chaos, Record, Simulation
+from pipeline.simulator.producer import Producer
+
+_PARTITIONS = 6
+
+
+@app.command(
+    epilog="Exit codes: 0 everything was produced; 2 wrong usage; 69 the brokers are away; 78 a "
+    "setting is wrong or a topic does not exist.",
+)
+def simulate(
+    ctx: typer.Context,
+    events: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many events; without it, until Ctrl-C.", show_default=False),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Records a second; without it, as fast as it goes."),
+    ] = None,
+    seed: Annotated[
+        str, typer.Option(help="The same seed and arguments give the same records.")
+    ] = "7",
+    chaos: Annotated[
+        bool,
+        typer.Option(
+            "--chaos", help="Add repeats, disorder, unknown types and fields, malformed messages."
+        ),
+    ] = False,
+    topic: Annotated[
+        str | None, typer.Option(help="Where to; the first of PIPELINE_TOPICS if not given.")
+    ] = None,
+    prices_topic: Annotated[
+        str | None, typer.Option(help="Where prices go; no prices if not given.")
+    ] = None,
+    create_topics: Annotated[
+        bool, typer.Option("--create-topics", help="Create the topics that do not exist.")
+    ] = False,
+    partitions: Annotated[
+        int, typer.Option(min=1, max=1000, help="Partitions of topics that are created.")
+    ] = _PARTITIONS,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="At the end one JSON document, for programs.")
+    ] = False,
+) -> None:
+    """Produce a believable broker's events to Kafka. Never point it at real topics.
+
+    Users onboard, pass checks, fund accounts, place orders that settle; books are kept, so that
+    balances add up.
+
+    \b
+    $ pipeline simulate --events 10000 --create-topics
+    $ pipeline simulate --rate 200 --chaos
+    """
+    settings = settings_of(ctx)
+    topic = topic or settings.topics[0]
+    topics = [topic] if prices_topic is None else [topic, prices_topic]
+    with stopped_by_signals() as stop, Producer(settings.kafka_client()) as producer:
+        if create_topics:
+            producer.create_topics(*topics, partitions=partitions)
+        simulation = Simulation(
+            seed=seed,
+            events=events,
+            topic=topic,
+            partitions=producer.partitions(topic),
+            prices_topic=prices_topic,
+            chaos=Chaos() if chaos else None,
+            keep_books=False,
+        )
+
+        def observed() -> Iterator[Record]:
+            with Gauge("producing", total=events, unit="records") as gauge:
+                for number, record in enumerate(simulation, start=1):
+                    gauge.show(number)
+                    if stop.is_set():
+                        simulation.stop()
+                    yield record
+
+        sent = producer.produce(observed(), rate=rate)
+    report = {
+        "produced": sent,
+        "topics": topics,
+        "chaos": {str(kind): count for kind, count in sorted(simulation.report.counts.items())},
+    }
+    if as_json:
+        emit(report)
+        return
+    say(f"Produced {sent:,} records to {', '.join(topics)}.")
+    if chaos:
+        what = (f"{count} {kind}" for kind, count in sorted(simulation.report.counts.items()))
+        say(f"Chaos: {', '.join(what)}.")
+
+
+@app.command(
+    epilog="Exit codes: 0 all that it claims was found true; 1 something was not; 78 a server "
+    "could not be started here; 130 Ctrl-C before the end."
+)
+def demo(
+    events: Annotated[
+        int, typer.Option(min=2000, help="Events of the day at the broker.")
+    ] = 24_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same day.")] = 7,
+    stay: Annotated[
+        bool | None,
+        typer.Option(
+            "--stay/--end",
+            help="Stay up for a look around with psql; on a terminal it does.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """All of it, on servers of its own: nothing to set up.
+
+    A day at a broker flows from Kafka into tables; a table is truncated, a read model rebuilt, a
+    worker killed; every number is checked. Under a minute, and nothing is left behind.
+
+    \b
+    $ pipeline demo
+    """
+    try:
+        from pipeline.demo import run_demo
+    except ImportError:
+        raise ConfigurationError(
+            "the demo needs its extra: pip install 'upvest-pipeline[demo]'"
+        ) from None
+    raise typer.Exit(run_demo(seed, events, stay=stay))

@@ -1,0 +1,1 @@
+"""Servers that the program runs by itself, for the demo and the tests; never for production."""

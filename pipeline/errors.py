@@ -1,0 +1,193 @@
+"""The errors, grouped by what the caller does next, and the exit codes they lead to.
+
+No message carries a payload, a key, a header or a secret.
+"""
+
+from enum import IntEnum
+
+from pipeline.positions import Epoch, NextOffset, Partition
+
+
+class ExitCode(IntEnum):
+    """What a command tells the shell; 65 and up are those of BSD's ``sysexits.h``."""
+
+    DONE = 0
+    FOUND = 1
+    USAGE = 2
+    REFUSED = 65
+    UNAVAILABLE = 69
+    INVARIANT = 70
+    FENCED = 75
+    CONFIGURATION = 78
+
+
+class PipelineError(Exception):
+    """Everything that this program raises on purpose."""
+
+    exit_code = ExitCode.INVARIANT
+
+
+class ConfigurationError(PipelineError):
+    """A setting, a right or the schema is wrong; repeating does not help, an operator does."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
+class TransientError(PipelineError):
+    """A server is away or picked us to end a conflict. Nothing is lost; repeat the batch.
+
+    Attributes:
+        sqlstate: PostgreSQL's code, None where the connection broke without one.
+    """
+
+    exit_code = ExitCode.UNAVAILABLE
+
+    def __init__(self, message: str, *, sqlstate: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+class LockHeldError(TransientError):
+    """Somebody holds what we asked for (SQLSTATE 55P03). It will be free; do something else."""
+
+
+class PoisonRecordError(PipelineError):
+    """The data is at fault, however often it is tried. Set the record aside and go on.
+
+    Attributes:
+        sqlstate: PostgreSQL's code for the fault.
+        column: The column concerned, where PostgreSQL or a projector names it.
+    """
+
+    def __init__(self, message: str, *, sqlstate: str, column: str | None = None) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+        self.column = column
+
+
+class MissingSegmentError(PipelineError):
+    """No segment of the log covers a row's offset (SQLSTATE 23514). Make it and repeat."""
+
+
+class FencedError(PipelineError):
+    """A newer owner holds the partition, or its offset is not what we left. Nothing was written.
+
+    Attributes:
+        partition: The partition that was refused.
+        held: The epoch under which we wrote.
+    """
+
+    exit_code = ExitCode.FENCED
+
+    def __init__(self, partition: Partition, *, held: Epoch) -> None:
+        super().__init__(f"{partition}: epoch {held} is no longer the owner")
+        self.partition = partition
+        self.held = held
+
+
+class GroupFencedError(PipelineError):
+    """Another process has this member's place in the group, or keeps claiming what is ours."""
+
+    exit_code = ExitCode.FENCED
+
+
+class RefusedError(PipelineError):
+    """Going on would lose or mix up data; an operator must decide.
+
+    Attributes:
+        partition: The partition that stands still.
+    """
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, partition: Partition, message: str) -> None:
+        super().__init__(f"{partition}: {message}")
+        self.partition = partition
+
+
+class RetentionGapError(RefusedError):
+    """Kafka has deleted records that we had not read."""
+
+    def __init__(self, partition: Partition, *, expected: NextOffset, low: NextOffset) -> None:
+        super().__init__(
+            partition,
+            f"expected to read on at offset {expected}, but Kafka's first record is at {low}: "
+            f"{low - expected} offsets are gone. See `pipeline gaps list`; to go on behind them: "
+            f"`pipeline gaps accept {partition.topic}:{partition.number}`",
+        )
+        self.expected = expected
+        self.low = low
+
+
+class RecreatedTopicError(RefusedError):
+    """The topic is not the one whose records are in the log."""
+
+    def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
+        super().__init__(
+            partition,
+            f"expected {expected}, found {found}: the topic was deleted and made anew. Its offsets "
+            "name other records now; ingest it under another topic name or into another database",
+        )
+
+
+class WrongClusterError(RefusedError):
+    """The brokers belong to another Kafka cluster than the one whose records are in the log."""
+
+    def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
+        super().__init__(
+            partition,
+            f"expected Kafka cluster {expected}, found {found}: check "
+            "PIPELINE_KAFKA_BOOTSTRAP_SERVERS and PIPELINE_DATABASE_URL, one points elsewhere",
+        )
+
+
+class SharedGroupError(RefusedError):
+    """Another database is fed by the same consumer group: each would get a part of the events."""
+
+    def __init__(self, partition: Partition, *, group: str, expected: str, found: str) -> None:
+        super().__init__(
+            partition,
+            f"consumer group {group!r} also feeds database {found}, this one is {expected}: each "
+            "would get a part of the events. Give each database its own PIPELINE_GROUP_ID",
+        )
+
+
+class InvariantError(PipelineError):
+    """What must be impossible has happened. Stop, keep everything, wake a human."""
+
+    exit_code = ExitCode.INVARIANT
+
+
+POISON_SQLSTATES = frozenset({"23502", "23503", "23514", "54000", "54001"})
+"""Besides class 22 (data exception), the only codes for which a record itself is to blame."""
+
+
+def is_poison(sqlstate: str) -> bool:
+    """Whether the data is at fault, so that repeating the statement cannot help."""
+    return sqlstate.startswith("22") or sqlstate in POISON_SQLSTATES
+
+
+# Classes and codes after which the same work may succeed: connection, rollback by the server,
+# resources, locks, operator intervention, input/output. 25006 is a primary that became a replica.
+_TRANSIENT = ("08", "40", "53", "57", "58", "55006", "25006", "25P03", "25P04")
+# Logins, missing databases, schemas, tables and rights: what an operator mends.
+_CONFIGURATION = ("28", "3D000", "3F000", "42501", "42P01", "42883", "42703")
+
+
+def from_sqlstate(sqlstate: str, message: str, *, column: str | None = None) -> PipelineError:
+    """The branch of the tree that a PostgreSQL error belongs to.
+
+    Args:
+        sqlstate: Five characters, as in PostgreSQL's appendix A.
+        message: A text without data of any row.
+        column: Column that was refused, where known.
+    """
+    if sqlstate == "55P03":
+        return LockHeldError(message, sqlstate=sqlstate)
+    if sqlstate.startswith(_TRANSIENT):
+        return TransientError(message, sqlstate=sqlstate)
+    if is_poison(sqlstate):
+        return PoisonRecordError(message, sqlstate=sqlstate, column=column)
+    if sqlstate.startswith(_CONFIGURATION):
+        return ConfigurationError(message)
+    return InvariantError(message)

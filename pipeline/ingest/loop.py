@@ -1,0 +1,458 @@
+"""The ingest loop: asks Kafka, does what the state machine says, tells it what came of it.
+
+1. on assignment: claim each partition in the database, check that Kafka is what it was, and
+   read on where the log ends
+2. poll records, read each once into a row, mark repeats
+3. append the batch and move the next offsets, in one transaction, in the writer's thread
+4. tell Kafka's tools how far we are
+5. on revocation: finish the batch, then let go; on loss: drop everything
+"""
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from pipeline import failpoints
+from pipeline.db import transaction
+from pipeline.errors import (
+    ConfigurationError,
+    GroupFencedError,
+    PipelineError,
+    RefusedError,
+    TransientError,
+)
+from pipeline.events import read
+from pipeline.ingest import machine as decisions
+from pipeline.ingest import writer as writing
+from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
+from pipeline.ingest.repeats import RepeatWindow
+from pipeline.ingest.takeover import Taken, Takeover
+from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Writer
+from pipeline.log import ownership
+from pipeline.log.copying import encode
+from pipeline.positions import NextOffset, Partition
+from pipeline.settings import Settings
+from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
+
+log = structlog.get_logger(__name__)
+
+POLL_RECORDS_MAX = 1000
+"""Most records taken at a time: in between, the database gets its next batch without delay."""
+DRAIN_WAIT_S = 0.05
+"""How often a drain looks whether the writer is done."""
+FULL_WAIT_S = 1.0
+"""How long to wait for the database with a full batch before Kafka is told to hold."""
+LOOK_S = 5.0
+"""How often watermarks, topic ids and partitions that stand still are looked at."""
+TELL_S = 10.0
+"""How often the log tells how it goes."""
+GRACE_S = 60.0
+"""How long a refused login or a missing right may last while we run: passwords get rotated."""
+AWAY_S_MAX = 60.0
+"""How long a one-shot command waits for a server that is away."""
+ASSIGN_S_MAX = 240.0
+"""How long an assignment may wait for the database; below Kafka's max.poll.interval.ms."""
+RETRY_S = 1.0
+"""Wait before asking again a server that is away."""
+
+
+class Progress(NamedTuple):
+    """How far an ingest is, for a progress bar.
+
+    Attributes:
+        written: Records appended by this process.
+        behind: Offsets between the log and Kafka's ends as last seen, over all owned partitions.
+    """
+
+    written: int
+    behind: int
+
+
+class Ingest:
+    """Reads the configured topics into the log until told to stop.
+
+    Args:
+        settings: What to read, and within which bounds.
+        engine: The database, with the schema of this program.
+        stop: Set it to finish the batch in hand and return.
+        until_end: Return when the log holds what was there at the start.
+        observe: Called after each poll, from this thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        *,
+        stop: threading.Event,
+        until_end: bool = False,
+        observe: Callable[[Progress], None] = lambda _progress: None,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._stop = stop
+        self._until_end = until_end
+        self._observe = observe
+        self._writer = Writer(engine, segment_span=settings.segment_offsets)
+        self._written = 0
+        self._away_since: float | None = None
+        self._refused_since: float | None = None
+        self._told_reasons: set[str] = set()
+        self._has_run = False
+        self._look_at = self._tell_at = 0.0
+        self._told_written = 0
+
+    def run(self) -> None:
+        """Ingest until stopped, or until caught up.
+
+        Raises:
+            RefusedError: Caught up, but a partition stands still to protect data.
+            GroupFencedError: Another process keeps claiming our partitions.
+            ConfigurationError: A topic, a login or a right is missing, and stays so.
+            TransientError: A one-shot run waited long enough for a server.
+            InvariantError: What must be impossible has happened.
+        """
+        _tune_interpreter()
+        with self._writer:
+            while not self._stop.is_set():
+                try:
+                    self._serve_membership()
+                except (TransientError, ConfigurationError) as error:
+                    self._bear(error)
+                    self._stop.wait(RETRY_S)
+                else:
+                    break
+
+    # ------------------------------------------------------------------------------ one membership
+
+    def _serve_membership(self) -> None:
+        """Join the group, ingest, drain, leave."""
+        self._machine = Machine(
+            Bounds(
+                batch_rows_max=self._settings.batch_rows,
+                batch_bytes_max=self._settings.batch_bytes,
+            )
+        )
+        self._windows: dict[Partition, RepeatWindow] = {}
+        self._refusals: dict[Partition, RefusedError] = {}
+        self._topic_ids: dict[str, str] = {}
+        self._assigned = False
+        self._source = KafkaSource(self._settings)
+        try:
+            self._takeover = Takeover(self._engine, self._source, self._settings)
+            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost))
+            while not self._stop.is_set() and not self._is_done():
+                self._turn()
+            self._drain(self._machine.owned)
+            refusals = list(self._refusals.values())
+            self._let_go(self._machine.owned, "partitions_released")
+        except BaseException:
+            self._writer.settle()
+            self._machine.abandon()
+            raise
+        finally:
+            self._source.leave()
+        if self._until_end and refusals:
+            raise refusals[0]
+
+    def _is_done(self) -> bool:
+        return self._until_end and self._assigned and self._machine.is_caught_up
+
+    def _turn(self) -> None:
+        """Poll once, and hand on what is ready."""
+        self._advance(wait_s=0.0)
+        if self._machine.room:
+            self._source.let_flow(self._machine.owned)
+            self._receive(self._settings.linger_ms / 1000)
+        elif not self._advance(wait_s=FULL_WAIT_S):
+            # The database is slow or away: stay in the group, and fetch no more meanwhile.
+            self._source.hold(self._machine.owned)
+            self._receive(0.0)
+        self._look_around()
+        self._observe(Progress(self._written, self._machine.behind))
+
+    # ---------------------------------------------------------------------------------- from Kafka
+
+    def _receive(self, timeout_s: float) -> None:
+        records_max = min(POLL_RECORDS_MAX, max(1, self._machine.room))
+        polled = self._source.poll(records_max, timeout_s)
+        failpoints.reach("after_poll")
+        self._take_in(polled)
+
+    def _take_in(self, polled: Polled) -> None:
+        keep_raw = self._settings.keep_raw
+        for place, records in groupby(polled.records, key=itemgetter(0, 1)):
+            partition = Partition(*place)
+            first = self._machine.wants_from(partition)
+            if first is not None:
+                mark = self._windows[partition].mark
+                new = (it for it in records if it.offset >= first)
+                self._machine.received(
+                    partition, [encode(mark(read(it, keep_raw=keep_raw))) for it in new]
+                )
+        for happening in polled.happenings:
+            match happening:
+                case ReachedEnd(partition, offset):
+                    self._machine.reached_end(partition, offset)
+                case OutOfRange(partition) if partition in self._machine.owned:
+                    # The watermarks tell what happened; taking it over again looks at them.
+                    self._retake([partition])
+                case OutOfRange():
+                    pass
+
+    def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+        failpoints.reach("in_on_assign")
+        self._assigned = True
+        return self._take(partitions)
+
+    def _take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+        """Take partitions over; where those that may go on begin."""
+        begin: dict[Partition, NextOffset] = {}
+        for partition, outcome in self._take_patiently(partitions).items():
+            match outcome:
+                case Taken(held, first, end, window):
+                    self._machine.claimed(partition, held, first, end)
+                    self._windows[partition] = window
+                    self._refusals.pop(partition, None)
+                    begin[partition] = first
+                case RefusedError() as refusal:
+                    self._refuse(partition, refusal)
+        return begin
+
+    def _take_patiently(
+        self, partitions: Collection[Partition]
+    ) -> Mapping[Partition, Taken | RefusedError]:
+        """Wait for servers that are away: without the database there is no place to begin at."""
+        if not partitions:
+            return {}
+        deadline = time.monotonic() + ASSIGN_S_MAX
+        while True:
+            try:
+                taken = self._takeover.take(partitions)
+            except (TransientError, ConfigurationError) as error:
+                if self._stop.is_set():
+                    return {}
+                if time.monotonic() > deadline:
+                    raise
+                self._bear(error)
+                self._stop.wait(RETRY_S)
+            else:
+                self._recovered()
+                return taken
+
+    def _retake(self, partitions: Collection[Partition]) -> None:
+        """Claim partitions again that are assigned to us, and read on where the log ends."""
+        for partition, begin in self._take(partitions).items():
+            self._source.seek(partition, begin)
+            self._source.let_flow([partition])
+
+    def _refuse(self, partition: Partition, refusal: RefusedError) -> None:
+        self._machine.released([partition])
+        self._windows.pop(partition, None)
+        self._source.hold([partition])
+        known = self._refusals.get(partition)
+        self._refusals[partition] = refusal
+        if str(known) != str(refusal):
+            log.error(
+                "partition_stands_still",
+                topic=partition.topic,
+                partition=partition.number,
+                reason=str(refusal),
+            )
+
+    def _on_revoke(self, partitions: Collection[Partition]) -> None:
+        failpoints.reach("in_on_revoke")
+        self._drain(partitions)
+        stored = {p: n for p, n in self._machine.stored.items() if p in partitions}
+        self._source.commit(stored, self._takeover.installation)
+        self._let_go(partitions, "partitions_revoked")
+
+    def _on_lost(self, partitions: Collection[Partition]) -> None:
+        failpoints.reach("in_on_lost")
+        log.warning(
+            "fenced_by_group",
+            partitions=sorted(map(str, partitions)),
+            reason="Kafka has given them to another member; this process was silent for too long",
+        )
+        self._let_go(partitions, "partitions_lost")
+
+    def _let_go(self, partitions: Collection[Partition], event: str) -> None:
+        held = {p: epoch for p, epoch in self._machine.owned.items() if p in partitions}
+        was_troubled = self._machine.is_troubled
+        dropped = self._machine.released(partitions)
+        for partition in partitions:
+            self._windows.pop(partition, None)
+            self._refusals.pop(partition, None)
+        if held:
+            log.info(event, partitions=sorted(map(str, held)), records_dropped=dropped)
+        if held and not was_troubled:
+            self._try_out(lambda db: ownership.release(db, held.items()))
+
+    # ----------------------------------------------------------------------------- to the database
+
+    def _advance(self, *, wait_s: float) -> bool:
+        """Tell the machine what the writer has done, and do what it says; whether anything was."""
+        outcome = self._writer.outcome(wait_s)
+        if outcome is not None:
+            self._tell(outcome)
+        stepped = False
+        while (step := self._machine.next_step(time.monotonic())) is not None:
+            stepped = True
+            match step:
+                case Write() | Resolve():
+                    self._writer.do(step)
+                case Reclaim(partition):
+                    self._retake([partition])
+                case Stolen(partition):
+                    raise GroupFencedError(
+                        f"{partition}: another process keeps claiming it. Is a second pipeline "
+                        "running on this database with another PIPELINE_GROUP_ID?"
+                    )
+        return stepped or outcome is not None
+
+    def _tell(self, outcome: writing.Outcome) -> None:
+        now = time.monotonic()
+        match outcome:
+            case Committed():
+                self._settled(self._machine.committed())
+            case Found(places):
+                self._settled(self._machine.found(places, now))
+            case Fenced():
+                self._machine.fenced(now)
+            case Failed(error):
+                self._machine.failed(now)
+                self._bear(error)
+            case Broken(error):
+                raise error
+
+    def _settled(self, outcome: decisions.Outcome) -> None:
+        if not self._machine.is_troubled:
+            self._recovered()
+        self._written += outcome.records
+        for partition in outcome.foreign:
+            log.warning(
+                "fenced",
+                topic=partition.topic,
+                partition=partition.number,
+                reason="another process has claimed it, or its next offset was moved; "
+                "nothing of ours was written",
+            )
+        failpoints.reach("after_commit")
+        self._source.commit(outcome.moved, self._takeover.installation)
+        failpoints.reach("after_kafka_commit")
+
+    def _drain(self, partitions: Collection[Partition]) -> None:
+        """Write what we hold of these partitions, within the deadline."""
+        deadline = time.monotonic() + self._settings.revoke_deadline_ms / 1000
+        while not self._machine.is_drained(partitions) and time.monotonic() < deadline:
+            self._advance(wait_s=DRAIN_WAIT_S)
+            if self._stop.is_set() and self._machine.is_troubled:
+                return
+
+    # -------------------------------------------------------------------------------- now and then
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        if now < self._look_at or self._machine.is_troubled:
+            return
+        self._look_at = now + LOOK_S
+        if self._until_end:
+            # A client that waits for its brokers says nothing; one that is to end must know.
+            self._source.cluster_id()
+        self._see_watermarks()
+        self._see_topic_ids()
+        self._see_other_databases()
+        self._see_decisions()
+        if now >= self._tell_at and self._written > self._told_written:
+            log.info("ingested", written=self._written, behind=self._machine.behind)
+            self._tell_at, self._told_written = now + TELL_S, self._written
+
+    def _see_watermarks(self) -> None:
+        seen = []
+        for partition, held in self._machine.owned.items():
+            high = self._source.high_watermark_seen(partition)
+            if high is not None:
+                self._machine.saw_end(partition, high)
+                seen.append((partition, held, high))
+        self._try_out(lambda db: ownership.see_watermarks(db, seen))
+
+    def _see_topic_ids(self) -> None:
+        """A topic made anew goes on without any error (librdkafka issue 3255); so ask its id."""
+        now_there = self._source.topic_ids({partition.topic for partition in self._machine.owned})
+        for topic, topic_id in now_there.items():
+            if self._topic_ids.setdefault(topic, topic_id) != topic_id:
+                del self._topic_ids[topic]
+                self._retake([p for p in self._machine.owned if p.topic == topic])
+
+    def _see_other_databases(self) -> None:
+        """Another database in our group says so only once it has committed there."""
+        try:
+            others = self._takeover.other_databases({p.topic for p in self._machine.owned})
+        except TransientError as error:
+            log.debug("group_not_seen", reason=str(error))
+            return
+        self._retake([p for p in self._machine.owned if p.topic in others])
+
+    def _see_decisions(self) -> None:
+        """Partitions that stand still go on when an operator has said so."""
+        if not self._refusals:
+            return
+        freed: list[Partition] = []
+        self._try_out(lambda db: freed.extend(ownership.freed(db, self._refusals)))
+        if freed:
+            self._retake(freed)
+
+    def _try_out(self, work: Callable[[Connection], None]) -> None:
+        """Record or look at what nothing hangs on; a failure is only logged."""
+        try:
+            with transaction(self._engine) as db:
+                work(db)
+        except (TransientError, ConfigurationError) as error:
+            log.info("database_not_asked", reason=str(error))
+
+    # ------------------------------------------------------------------------------ servers away
+
+    def _bear(self, error: PipelineError) -> None:
+        """Note that a server is away; raise when waiting makes no sense (any more)."""
+        now, reason = time.monotonic(), str(error)
+        if self._away_since is None:
+            self._away_since = now
+        if reason not in self._told_reasons:
+            self._told_reasons.add(reason)
+            log.warning("server_away", reason=reason, effect="waiting; nothing is lost")
+        if not isinstance(error, ConfigurationError):
+            self._refused_since = None
+        elif self._refused_since is None:
+            self._refused_since = now
+        if self._refused_since is not None and (
+            not self._has_run or now - self._refused_since > GRACE_S
+        ):
+            raise error
+        if self._until_end and now - self._away_since > AWAY_S_MAX:
+            raise error
+
+    def _recovered(self) -> None:
+        self._has_run = True
+        if self._away_since is not None:
+            log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
+            self._away_since = self._refused_since = None
+            self._told_reasons.clear()
+
+
+def _tune_interpreter() -> None:
+    """Two threads and many short-lived rows; measured in benchmarks/ingest.py.
+
+    While rows are read, the writer's thread wants the interpreter back after each piece it sends;
+    the default of 5 ms makes it wait longer than PostgreSQL works. And rows hold no cycles that the
+    collector could find, so it need not look after every 700 of them.
+    """
+    sys.setswitchinterval(0.000_5)
+    gc.set_threshold(100_000, 50, 100)

@@ -1,0 +1,280 @@
+"""Finding events in the log: by id, entity, type, time, place; and following it as it grows.
+
+Within a partition, records came in the order of their offsets. So a span of time is a range of
+offsets, found by halving, and every search but that by id runs along the primary key.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, or_, select, text, true
+
+from pipeline.log.tables import consumer_offsets, events
+from pipeline.positions import NextOffset, OffsetRange, Partition
+
+FOLLOW_ROWS_MAX = 1000
+"""Most events that one look at a growing partition takes."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which events are looked for; what is None does not matter.
+
+    Attributes:
+        identity: The event's own id, or that of the entity it is about.
+        event_type: A type, ``ORDER.FILLED``, or all of a category, ``ORDER`` or ``ORDER.*``.
+        topic, partition: Where it stands.
+        since, until: When it came into the log; ``until`` itself is left out.
+        only_bad: Only records that could not be read, or not as an event.
+    """
+
+    identity: UUID | None = None
+    event_type: str | None = None
+    topic: str | None = None
+    partition: int | None = None
+    offsets: OffsetRange | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    only_bad: bool = False
+
+    def includes(self, partition: Partition) -> bool:
+        """Whether events of this partition may be wanted."""
+        return self.topic in (None, partition.topic) and self.partition in (None, partition.number)
+
+    def condition(self) -> ColumnElement[bool]:
+        """What an event must be like, wherever it stands."""
+        terms: list[ColumnElement[bool]] = []
+        if self.identity is not None:
+            terms.append(
+                or_(events.c.event_id == self.identity, events.c.entity_id == self.identity)
+            )
+        if self.event_type is not None:
+            category = self.event_type.removesuffix("*").removesuffix(".") + "."
+            terms.append(
+                or_(
+                    events.c.event_type == self.event_type,
+                    events.c.event_type.startswith(category, autoescape=True),
+                )
+            )
+        if self.only_bad:
+            terms.append(events.c.problem.is_not(None))
+        return and_(true(), *terms)
+
+
+class Found(NamedTuple):
+    """An event of the log. What may hold personal data is None unless it was asked for."""
+
+    topic: str
+    partition: int
+    offset: int
+    event_id: UUID | None
+    event_type: str | None
+    created_at: datetime | None
+    entity_id: UUID | None
+    status: str | None
+    repeat_of: int | None
+    problem: str | None
+    kafka_timestamp: datetime | None
+    ingested_at: datetime
+    payload: str | None = None
+    raw: bytes | None = None
+    key: bytes | None = None
+    headers: object = None
+
+
+# Some twenty index searches for each partition and moment, however many records there are.
+FIRST_SINCE = text("""
+WITH RECURSIVE search AS (
+    SELECT o.topic, o."partition", m.moment, o.first_offset AS low, o.next_offset AS high
+    FROM pipeline.consumer_offsets o CROSS JOIN unnest(CAST(:moments AS timestamptz[])) m(moment)
+  UNION ALL
+    SELECT s.topic, s."partition", s.moment,
+           CASE WHEN probe.is_older THEN probe.next_offset ELSE s.low END,
+           CASE WHEN probe.is_older THEN s.high ELSE (s.low + s.high) / 2 END
+    FROM search s
+    LEFT JOIN LATERAL (
+        SELECT e."offset" + 1 AS next_offset, e.ingested_at < s.moment AS is_older
+        FROM pipeline.events e
+        WHERE e.topic = s.topic AND e."partition" = s."partition"
+          AND e."offset" >= (s.low + s.high) / 2 AND e."offset" < s.high
+        ORDER BY e."offset" LIMIT 1) probe ON true
+    WHERE s.low < s.high
+)
+SELECT topic, "partition", moment, low AS first_offset FROM search WHERE low = high
+""")
+
+RANGES = select(
+    consumer_offsets.c.topic,
+    consumer_offsets.c.partition,
+    consumer_offsets.c.first_offset,
+    consumer_offsets.c.next_offset,
+).order_by(consumer_offsets.c.topic, consumer_offsets.c.partition)
+
+_status = case(
+    (events.c.payload["object"].is_not(None), events.c.payload["object"]["status"].astext)
+).label("status")
+_ENVELOPE = [
+    events.c.topic,
+    events.c.partition,
+    events.c.offset,
+    events.c.event_id,
+    events.c.event_type,
+    events.c.created_at,
+    events.c.entity_id,
+    _status,
+    events.c.repeat_of,
+    events.c.problem,
+    events.c.kafka_timestamp,
+    events.c.ingested_at,
+]
+SEARCH = select(*_ENVELOPE)
+SEARCH_WITH_CONTENT = select(
+    *_ENVELOPE,
+    events.c.payload.op("#>>")(text("'{}'")).label("payload"),
+    events.c.raw,
+    events.c.key,
+    events.c.headers,
+)
+
+
+def first_since(
+    db: Connection, moments: Collection[datetime]
+) -> Mapping[tuple[Partition, datetime], NextOffset]:
+    """For each partition and moment, the first offset that came into the log then or later."""
+    return {
+        (Partition(row.topic, row.partition), row.moment): NextOffset(row.first_offset)
+        for row in db.execute(FIRST_SINCE, {"moments": list(moments)})
+    }
+
+
+def ranges(db: Connection) -> Mapping[Partition, OffsetRange]:
+    """What the log holds of each partition."""
+    return {
+        Partition(row.topic, row.partition): OffsetRange(
+            NextOffset(row.first_offset), NextOffset(row.next_offset)
+        )
+        for row in db.execute(RANGES)
+    }
+
+
+def newest(
+    db: Connection, wanted: Wanted, *, limit: int, with_content: bool = False
+) -> Sequence[Found]:
+    """The newest events that are wanted, oldest first.
+
+    Those of one entity come in the order in which they arose; others as they came into the log.
+    """
+    if wanted.identity is not None:
+        found = list(_by_identity(db, wanted, limit, with_content=with_content))
+        return sorted(found, key=lambda one: (one.created_at or one.ingested_at, *one[:3]))
+    spans = _spans(db, wanted)
+    found = [
+        one
+        for partition, offsets in spans.items()
+        for one in _along(
+            db, wanted, partition, offsets, limit, backwards=True, with_content=with_content
+        )
+    ]
+    return sorted(found, key=lambda one: (one.ingested_at, *one[:3]))[-limit:]
+
+
+def follow(
+    db: Connection,
+    wanted: Wanted,
+    places: dict[Partition, NextOffset],
+    *,
+    with_content: bool = False,
+) -> Iterator[Found]:
+    """What has come since ``places``, each event once; moves ``places`` along.
+
+    Args:
+        db: A connection with a snapshot of its own for each call.
+        wanted: Which events.
+        places: Where each partition is read on; one that is new begins at its beginning.
+        with_content: Payload, bytes, key and headers too.
+    """
+    for partition, held in ranges(db).items():
+        begin = places.setdefault(partition, held.first)
+        while wanted.includes(partition) and begin < held.end:
+            end = NextOffset(min(held.end, begin + FOLLOW_ROWS_MAX))
+            offsets = OffsetRange(begin, end)
+            yield from _along(
+                db,
+                wanted,
+                partition,
+                offsets,
+                FOLLOW_ROWS_MAX,
+                backwards=False,
+                with_content=with_content,
+            )
+            places[partition] = begin = end
+
+
+def _spans(db: Connection, wanted: Wanted) -> dict[Partition, OffsetRange]:
+    """Which offsets of which partitions may hold wanted events."""
+    moments = {moment for moment in (wanted.since, wanted.until) if moment is not None}
+    begins = first_since(db, moments) if moments else {}
+    spans = {}
+    for partition, held in ranges(db).items():
+        if not wanted.includes(partition):
+            continue
+        first, end = wanted.offsets or held
+        if wanted.since is not None:
+            first = max(first, begins.get((partition, wanted.since), held.end))
+        if wanted.until is not None:
+            end = min(end, begins.get((partition, wanted.until), held.end))
+        spans[partition] = OffsetRange(first, end)
+    return spans
+
+
+def _along(
+    db: Connection,
+    wanted: Wanted,
+    partition: Partition,
+    offsets: OffsetRange,
+    limit: int,
+    *,
+    backwards: bool,
+    with_content: bool,
+) -> Iterator[Found]:
+    query = (
+        _base(with_content=with_content)
+        .where(events.c.topic == partition.topic, events.c.partition == partition.number)
+        .where(events.c.offset >= offsets.first, events.c.offset < offsets.end)
+        .where(wanted.condition())
+        .order_by(events.c.offset.desc() if backwards else events.c.offset)
+        .limit(limit)
+    )
+    return _found(db, query)
+
+
+def _by_identity(
+    db: Connection, wanted: Wanted, limit: int, *, with_content: bool
+) -> Iterator[Found]:
+    query = (
+        _base(with_content=with_content)
+        .where(wanted.condition())
+        .order_by(events.c.created_at.desc().nulls_last(), events.c.offset.desc())
+        .limit(limit)
+    )
+    if wanted.topic is not None:
+        query = query.where(events.c.topic == wanted.topic)
+    if wanted.partition is not None:
+        query = query.where(events.c.partition == wanted.partition)
+    if wanted.since is not None:
+        query = query.where(events.c.ingested_at >= wanted.since)
+    if wanted.until is not None:
+        query = query.where(events.c.ingested_at < wanted.until)
+    return _found(db, query)
+
+
+def _base(*, with_content: bool) -> Select[tuple[object, ...]]:
+    return SEARCH_WITH_CONTENT if with_content else SEARCH
+
+
+def _found(db: Connection, query: Select[tuple[object, ...]]) -> Iterator[Found]:
+    for row in db.execute(query):
+        yield Found(**row._mapping)  # noqa: SLF001 - its public name begins so

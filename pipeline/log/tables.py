@@ -1,0 +1,205 @@
+"""The tables of the log: events, and who reads which partition up to where."""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from pipeline.db import LOG_SCHEMA, metadata
+
+# Topic names break ties between versions, so their order must not hang on the server's locale.
+TopicName = Text(collation="C")
+Time = DateTime(timezone=True)
+
+events = Table(
+    "events",
+    metadata,
+    Column("topic", TopicName, primary_key=True, comment="Kafka topic."),
+    Column(
+        "partition",
+        Integer,
+        primary_key=True,
+        autoincrement=False,
+        comment="Partition of the topic.",
+    ),
+    Column(
+        "offset",
+        BigInteger,
+        primary_key=True,
+        autoincrement=False,
+        comment="Offset in the partition. Numbers may be missing: Kafka uses some for itself.",
+    ),
+    Column("event_id", Uuid, comment="The envelope's id; NULL where it could not be read."),
+    Column("event_type", Text, comment="The envelope's type, e.g. ORDER.FILLED."),
+    Column(
+        "created_at",
+        Time,
+        comment="When the event arose, as the envelope says, cut to microseconds.",
+    ),
+    Column(
+        "entity_id",
+        Uuid,
+        comment="What the event is about: the first present of the object's id, account_id, "
+        "account_group_id, user_id.",
+    ),
+    Column(
+        "repeat_of",
+        BigInteger,
+        comment="Offset of the first copy in this partition, where this record repeats it: same "
+        "event id, same bytes, within the repeat window. NULL otherwise.",
+    ),
+    Column("payload", JSONB, comment="The whole message; NULL where jsonb cannot hold it."),
+    Column(
+        "raw",
+        LargeBinary,
+        comment="The message's bytes, kept wherever payload is not provably the same JSON value.",
+    ),
+    Column(
+        "digest",
+        LargeBinary,
+        comment="BLAKE2b (16 bytes) of the message's bytes; NULL for a tombstone.",
+    ),
+    Column(
+        "problem", Text, comment="Why payload or the envelope is missing; NULL for a good event."
+    ),
+    Column("key", LargeBinary, comment="Kafka's message key."),
+    Column(
+        "headers",
+        JSONB,
+        comment="Kafka's headers as an array of [name, value], in order; bytes that are no text "
+        'stand as {"base64": …}.',
+    ),
+    Column("kafka_timestamp", Time, comment="Kafka's timestamp of the message."),
+    Column(
+        "kafka_timestamp_type",
+        SmallInteger,
+        comment="0 none, 1 the producer's clock, 2 the broker's clock.",
+    ),
+    Column(
+        "ingested_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When the batch that wrote this row began.",
+    ),
+    Index(None, "entity_id", postgresql_where=text("entity_id IS NOT NULL")),
+    Index(None, "event_id", postgresql_where=text("event_id IS NOT NULL")),
+    Index("events_ingested_at_idx", "ingested_at", postgresql_using="brin"),
+    schema=LOG_SCHEMA,
+    comment="Every record that Kafka gave us, once, unchanged. Append-only.",
+    postgresql_partition_by='RANGE (topic, "offset")',
+)
+
+consumer_offsets = Table(
+    "consumer_offsets",
+    metadata,
+    Column("topic", TopicName, primary_key=True, comment="Kafka topic."),
+    Column(
+        "partition",
+        Integer,
+        primary_key=True,
+        autoincrement=False,
+        comment="Partition of the topic.",
+    ),
+    Column("first_offset", BigInteger, nullable=False, comment="Where reading began."),
+    Column(
+        "next_offset",
+        BigInteger,
+        nullable=False,
+        comment="The first offset not yet in the log; everything below is.",
+    ),
+    Column(
+        "epoch",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="Number of the current ownership; each claim raises it.",
+    ),
+    Column("owner_group", Text, comment="Consumer group of the owner."),
+    Column("owner_member", Text, comment="Kafka's member id of the owner."),
+    Column("owner_host", Text, comment="Host of the owner."),
+    Column("owner_pid", Integer, comment="Process id of the owner."),
+    Column("claimed_at", Time, comment="When the owner claimed the partition."),
+    Column("topic_id", Text, comment="Kafka's id of the topic, where the broker tells it."),
+    Column("cluster_id", Text, comment="Kafka's id of the cluster."),
+    Column("low_watermark", BigInteger, comment="Kafka's first offset when last seen."),
+    Column("high_watermark", BigInteger, comment="Kafka's end when last seen."),
+    Column("watermarks_at", Time, comment="When the watermarks were last seen."),
+    Column("committed_at", Time, comment="When next_offset last moved."),
+    Column("problem", Text, comment="Why the partition stands still; NULL when it flows."),
+    Column("problem_at", Time, comment="Since when it stands still."),
+    CheckConstraint("next_offset >= first_offset", name="in_order"),
+    schema=LOG_SCHEMA,
+    comment="Per partition: what is in the log, and who owns the right to append.",
+    # A few rows, rewritten with every batch: room for the new version on the same page.
+    postgresql_with={"fillfactor": "50"},
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("segment", Text, primary_key=True, comment="Table in schema pipeline_segments."),
+    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
+    Column("first_offset", BigInteger, nullable=False, comment="First offset that it may hold."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset of the next segment."),
+    Column("created_at", Time, nullable=False, server_default=text("now()"), comment="When made."),
+    schema=LOG_SCHEMA,
+    comment="The tables that hold pipeline.events: one topic and one range of offsets each.",
+)
+
+gaps = Table(
+    "gaps",
+    metadata,
+    Column("gap_id", BigInteger, Identity(always=True), primary_key=True, comment="Number."),
+    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
+    Column("partition", Integer, nullable=False, comment="Partition of the topic."),
+    Column("first_offset", BigInteger, nullable=False, comment="First offset that is lost."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset behind the gap."),
+    Column("reason", Text, nullable=False, comment="How the offsets were lost."),
+    Column(
+        "detected_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When the gap was found.",
+    ),
+    Column("accepted_at", Time, comment="When an operator decided to go on behind the gap."),
+    Column("accepted_by", Text, comment="Database role of that operator."),
+    CheckConstraint("end_offset > first_offset", name="not_empty"),
+    Index("gaps_place_key", "topic", "partition", "first_offset", unique=True),
+    schema=LOG_SCHEMA,
+    comment="Offsets that Kafka deleted before we read them; nothing else is skipped.",
+)
+
+installation = Table(
+    "installation",
+    metadata,
+    Column(
+        "installation_id",
+        Uuid,
+        primary_key=True,
+        server_default=text("gen_random_uuid()"),
+        comment="Identity of this database.",
+    ),
+    Column(
+        "created_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When it was made.",
+    ),
+    schema=LOG_SCHEMA,
+    comment="One row: who this database is, so that two cannot share a consumer group.",
+)

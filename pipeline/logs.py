@@ -1,0 +1,248 @@
+"""Structured logs on stderr: JSON lines for programs, plain lines on a terminal.
+
+Every line has ``ts`` (RFC 3339, UTC, µs), ``level``, ``event`` (a stable snake_case name) and
+``logger``; libraries that log through Python's ``logging`` come out the same way, as the event
+``library_log`` with their text in ``msg``. Whatever a caller passes, no line holds a secret, a
+record's bytes or payload, or the values that PostgreSQL repeats in its errors.
+"""
+
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from pipeline.redaction import MASK, is_secret, redacted
+
+# These speak at the chosen level; any other library only when something is wrong, because at DEBUG
+# and INFO some of them log statements with their parameters.
+_OURS = ("pipeline", "librdkafka")
+
+# What a record holds: personal data of a client's customers.
+_PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
+
+# From here on an error's text repeats rows, parameters or statements.
+_VALUES_FOLLOW = re.compile(
+    r"(?:^|\n)(?:DETAIL|CONTEXT|QUERY|HINT|WHERE|LINE \d+):|\n?\[(?:SQL|parameters):", re.IGNORECASE
+)
+_QUOTED = re.compile(r'".*"', re.DOTALL)
+# Escape sequences, C1 controls and marks that turn the direction of text fool a reader's terminal.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_FIRST = ("ts", "level", "event", "logger", "msg")
+
+
+def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "info") -> None:
+    """Send every log line of this process to stderr, in one form; may be called again.
+
+    Args:
+        form: ``auto`` is console where stderr is a terminal, json elsewhere.
+        level: The least level of our own lines: debug, info, warning or error.
+    """
+    terminal = sys.stderr.isatty()
+    console = form == "console" or (form == "auto" and terminal)
+    render: list[Processor] = (
+        [_without_control_characters, _console_renderer(colors=terminal)]
+        if console
+        else [structlog.processors.JSONRenderer()]
+    )
+    common: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            *common,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    handler = _StderrHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[_from_library, *common],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _with_exception,
+                _without_secrets,
+                _in_order,
+                *render,
+            ],
+        )
+    )
+    _route(handler, logging.getLevelNamesMapping()[level.upper()])
+    sys.excepthook = _crashed
+    threading.excepthook = _thread_crashed
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is now: a progress bar replaces it while it is drawn."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # read by StreamHandler, never written
+        return sys.stderr
+
+
+def _route(handler: logging.Handler, level: int) -> None:
+    root = logging.getLogger()
+    root.handlers = [other for other in root.handlers if not isinstance(other, _StderrHandler)] + [
+        handler
+    ]
+    root.setLevel(max(level, logging.WARNING))
+    logging.getLogger("alembic").setLevel(max(level, logging.INFO))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level)
+    logging.captureWarnings(capture=True)
+
+
+def _console_renderer(*, colors: bool) -> Processor:
+    return structlog.dev.ConsoleRenderer(
+        colors=colors and not os.environ.get("NO_COLOR"), timestamp_key="ts", sort_keys=False
+    )
+
+
+# --------------------------------------------------------------------------------------- processors
+
+
+def _from_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event["msg"], event["event"] = event["event"], "library_log"
+    return event
+
+
+def _with_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    info = event.pop("exc_info", None)
+    error = (
+        info[1] if isinstance(info, tuple) else info if isinstance(info, BaseException) else None
+    )
+    if info is True:
+        error = sys.exception()
+    if error is not None:
+        event["error.type"] = _name_of(error)
+        event["exception"] = exception_text(error)
+    return event
+
+
+def _without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {name: _safe(name, value) for name, value in event.items()}
+
+
+def _safe(name: str, value: object) -> object:
+    if is_secret(name) or name.lower() in _PERSONAL:
+        return MASK
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case bytes() | bytearray() | memoryview():
+            return f"<{len(value)} bytes>"
+        case Mapping():
+            return {str(inner): _safe(str(inner), item) for inner, item in value.items()}
+        case str():
+            return redacted(value)
+        case Sequence() | set() | frozenset():
+            return [_safe("", item) for item in value]
+        case BaseException():
+            return f"{_name_of(value)}: {_message(value)}"
+        case _:
+            return redacted(str(value))
+
+
+def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {name: event[name] for name in _FIRST if name in event} | dict(event)
+
+
+def _without_control_characters(
+    _logger: WrappedLogger, _method: str, event: EventDict
+) -> EventDict:
+    plain = {name: _printable(value) for name, value in event.items() if name != "exception"}
+    if "exception" in event:
+        plain["exception"] = "\n".join(
+            str(_printable(line)) for line in event["exception"].split("\n")
+        )
+    return plain
+
+
+def printable(text: str) -> str:
+    r"""The text, with escapes such as ``\x1b`` for what would play tricks on a terminal."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _printable(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(name): _printable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------- exceptions
+
+
+def exception_text(error: BaseException) -> str:
+    """A traceback without the values of variables and without what PostgreSQL repeats of a row."""
+    return "\n".join(_chain(error, seen=set()))
+
+
+def _chain(error: BaseException, seen: set[int]) -> Iterator[str]:
+    seen.add(id(error))
+    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if earlier is not None and id(earlier) not in seen:
+        yield from _chain(earlier, seen)
+        yield "caused:" if error.__cause__ else "while that was handled:"
+    for frame in traceback.extract_tb(error.__traceback__):
+        yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+        if frame.line:
+            yield f"    {frame.line}"
+    yield f"{_name_of(error)}: {_message(error)}"
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            if id(inner) not in seen:
+                yield from _chain(inner, seen)
+
+
+def _name_of(error: BaseException) -> str:
+    kind = type(error)
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
+
+
+def _message(error: BaseException) -> str:
+    """The error's text, up to where a driver goes on to repeat data."""
+    text = _VALUES_FOLLOW.split(str(error), maxsplit=1)[0]
+    sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
+    if isinstance(sqlstate, str) and sqlstate.startswith("22"):
+        # A data exception quotes the value that it could not read.
+        text = _QUOTED.sub(f'"{MASK}"', text)
+    return redacted(text)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    structlog.get_logger("pipeline").critical("crashed", exc_info=error)
+
+
+def _thread_crashed(crash: threading.ExceptHookArgs) -> None:
+    if crash.exc_value is not None:
+        name = crash.thread.name if crash.thread else None
+        structlog.get_logger("pipeline").critical(
+            "thread_crashed", thread=name, exc_info=crash.exc_value
+        )

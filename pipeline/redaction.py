@@ -1,0 +1,28 @@
+"""What must never be read by anyone: which names hold secrets, and how text is freed of them."""
+
+import re
+
+MASK = "***"
+
+_SECRET_NAME = re.compile(
+    r"password|passwd|passphrase|secret|token|credential|authorization|jaas|pem$|oauthbearer"
+    r"|(^|[._-])(pwd|key|dsn)$",
+    re.IGNORECASE,
+)
+# Up to the last @ of an unbroken run: a password may hold an @ that nobody escaped.
+_USERINFO = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^ \t\r\n\"'<>]*@")
+_ASSIGNMENT = re.compile(
+    r"""(?P<name>[\w.-]*(?:password|passwd|passphrase|secret|token)[\w.-]*["']?\s*[=:]\s*)"""
+    r"""(?:"[^"]*"|'(?:[^'\\]|\\.)*'|[^\s,;&"']+)""",
+    re.IGNORECASE,
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting, option or log field of this name may hold a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def redacted(text: str) -> str:
+    """The text without the user part of any URL and without the value of any ``password=…``."""
+    return _ASSIGNMENT.sub(rf"\g<name>{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))

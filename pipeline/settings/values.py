@@ -1,0 +1,162 @@
+"""How the text of a setting becomes its value; a wrong one is refused with what it must be.
+
+Each function takes what a place gave and returns what the setting holds. The message of its
+``ValueError`` reads on from the setting's name. Where a value may be a secret, no message repeats
+any part of it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+
+from pydantic import SecretStr
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+_OFFSETS_ARE_OURS = "offsets are stored in PostgreSQL, with the rows they belong to"
+# What the connection is made of, and what the guarantees stand on: what to do instead, or why not.
+_REFUSED_OPTIONS: Mapping[str, str] = {
+    "bootstrap.servers": "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS",
+    "metadata.broker.list": "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS",
+    "security.protocol": "use PIPELINE_KAFKA_SECURITY_PROTOCOL",
+    "sasl.mechanism": "use PIPELINE_KAFKA_SASL_MECHANISM",
+    "sasl.mechanisms": "use PIPELINE_KAFKA_SASL_MECHANISM",
+    "sasl.username": "use PIPELINE_KAFKA_USERNAME",
+    "sasl.password": "use PIPELINE_KAFKA_PASSWORD",
+    "group.id": "use PIPELINE_GROUP_ID",
+    "group.instance.id": "use PIPELINE_GROUP_INSTANCE_ID",
+    "group.protocol": "use PIPELINE_KAFKA_GROUP_PROTOCOL",
+    "auto.offset.reset": "use PIPELINE_START; a lost offset is always an error, never skipped",
+    "enable.auto.commit": _OFFSETS_ARE_OURS,
+    "auto.commit.enable": _OFFSETS_ARE_OURS,
+    "auto.commit.interval.ms": _OFFSETS_ARE_OURS,
+    "enable.auto.offset.store": _OFFSETS_ARE_OURS,
+    "offset.store.method": _OFFSETS_ARE_OURS,
+    "offset.store.path": _OFFSETS_ARE_OURS,
+    "isolation.level": "what a transaction took back is never read",
+    "enable.partition.eof": "the command sets it as it needs it",
+    "default.topic.config": "name its options themselves",
+    "plugin.library.paths": "foreign code is never loaded",
+}
+_REFUSED_VALUES = {
+    ("enable.ssl.certificate.verification", "false"),
+    ("ssl.endpoint.identification.algorithm", "none"),
+}
+_TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f]+")
+_SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+)(:(?P<port>\d{1,5}))?")
+
+
+def upper(value: object) -> object:
+    """Capitals, for words that are written so."""
+    return value.strip().upper() if isinstance(value, str) else value
+
+
+def lower(value: object) -> object:
+    """Small letters, for words that are written so."""
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def group_name(value: object) -> object:
+    """A name for Kafka's group, without spaces, which nobody sees in a list of groups."""
+    if value is None or (isinstance(value, str) and _NAME.fullmatch(value)):
+        return value
+    raise ValueError("must be a name without spaces")
+
+
+def topics(value: object) -> object:
+    """Names of topics, by Kafka's rules, each once."""
+    names = _comma_list(value)
+    if not names or len(set(names)) < len(names):
+        raise ValueError("must name at least one topic, each once, separated by commas")
+    if not all(_TOPIC.fullmatch(name) and name not in {".", ".."} for name in names):
+        raise ValueError("must name topics of 1 to 249 characters a-z A-Z 0-9 . _ -")
+    return tuple(names)
+
+
+def servers(value: object) -> object:
+    """Brokers, in librdkafka's spelling."""
+    if value is None:
+        return None
+    names = _comma_list(value)
+    ports = [found["port"] or 9092 for name in names if (found := _SERVER.fullmatch(name))]
+    if not names or len(ports) < len(names) or not all(1 <= int(port) <= 65535 for port in ports):
+        raise ValueError("must be host:port, several separated by commas")
+    return ",".join(names)
+
+
+def _comma_list(value: object) -> list[str]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return []
+    return [part.strip() for part in parts if part.strip()]
+
+
+def start(value: object) -> object:
+    """``earliest``, ``latest`` or a moment."""
+    if isinstance(value, str) and value.lower() in {"earliest", "latest"}:
+        return value.lower()
+    try:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        time = None
+    if isinstance(time, datetime) and time.tzinfo is not None:
+        return time
+    raise ValueError(
+        "must be earliest, latest, or a time with its zone such as 2026-01-31T08:00:00Z"
+    )
+
+
+def database_url(value: object) -> object:
+    """A PostgreSQL URL in SQLAlchemy's spelling, which is a secret."""
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if text is None:
+        return None
+    if isinstance(text, str):
+        try:
+            url = make_url(text.strip())
+        except (ArgumentError, ValueError):
+            url = None
+        if url and url.drivername in {"postgresql", "postgres", "postgresql+psycopg"}:
+            ours = url.set(drivername="postgresql+psycopg")
+            return SecretStr(ours.render_as_string(hide_password=False))
+    raise ValueError(
+        "must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
+        "special characters in USER and PASSWORD as %XX"
+    )
+
+
+def options(value: object) -> object:
+    """Options of librdkafka, as text, of which any may be a secret."""
+    given = _read_options(value)
+    if not isinstance(given, dict):
+        raise ValueError("must be a table of names and values")
+    return {name: _option(name, option) for name, option in given.items()}
+
+
+def _option(name: str, value: object) -> str:
+    plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if instead := _REFUSED_OPTIONS.get(name):
+        raise ValueError(f"may not hold {name}: {instead}")
+    if not isinstance(plain, str | int | float):
+        raise ValueError(f"must hold a string, a number, true or false for {name}")
+    text = str(plain).lower() if isinstance(plain, bool) else str(plain)
+    if (name, text.lower()) in _REFUSED_VALUES:
+        raise ValueError(f"may not switch {name} off: nobody would know who answers")
+    return text
+
+
+def _read_options(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            message = f"must be a JSON object: {error.msg} at character {error.pos}"
+        raise ValueError(message)
+    pairs = [pair.partition("=") for pair in re.split(r"[,\n]", value) if pair.strip()]
+    if not all(equals and name.strip() for name, equals, _ in pairs):
+        raise ValueError("must be name=value,name=value; a JSON object where a value has a comma")
+    return {name.strip(): option.strip() for name, _, option in pairs}

@@ -1,0 +1,466 @@
+"""How things stand: lag, freshness, owners, problems. SQL only, so Kafka need not answer.
+
+Shared by `pipeline status`, the web page and the metrics. Whatever the size of the log, a look
+costs a few index searches per partition, and a bounded number of the newest rows.
+
+The state of a partition, in Burrow's words:
+
+- ``OK``: read, and not behind, or not for long
+- ``WARN``: read and moving, but more than a minute behind
+- ``STALL``: read, behind, and has not moved for a minute
+- ``STOP``: nobody reads it, or its reader has been silent for a minute
+- ``ERR``: stands still until an operator decides, to protect data
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from pipeline.db import transaction
+from pipeline.log.search import first_since
+from pipeline.positions import NextOffset, Partition, lag
+from pipeline.projection import Projector
+from pipeline.projection.checkpoints import REBUILD
+from pipeline.projection.fingerprint import fingerprint
+
+BEHIND_S_MAX = 60.0
+"""Longer behind than this is worth a warning."""
+SILENT_S_MAX = 60.0
+"""A reader reports every few seconds; after this long it is gone or cut off."""
+RATE_SPAN = timedelta(minutes=1)
+"""Over which throughput is measured."""
+RECENT_SPAN = timedelta(hours=1)
+"""How far back bad messages and repeats are counted."""
+RECENT_OFFSETS_MAX = 10_000
+"""And at most so many offsets of each partition."""
+CATCHING_UP_S = 10.0
+"""A read model that is further behind than this is catching up, not live."""
+
+_Row = Row[tuple[object, ...]]
+PartitionState = Literal["OK", "WARN", "STALL", "STOP", "ERR"]
+ProjectorState = Literal[
+    "live", "catching up", "rebuilding", "stale", "broken", "never run", "not in this program"
+]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who reads a partition."""
+
+    group: str | None
+    member: str | None
+    host: str | None
+    pid: int | None
+    since: datetime | None
+
+
+@dataclass(frozen=True)
+class PartitionStatus:
+    """One partition of the log.
+
+    Attributes:
+        end: Kafka's end when last seen; None if it never was.
+        seen_at: When that was.
+        lag: Offsets between the two; None if ``end`` is.
+        lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
+            record that is missing is older. 0 without lag, None where nothing was read yet.
+        rate: Records a second, over the last minute.
+        problem: Why it stands still, with what to do.
+    """
+
+    topic: str
+    partition: int
+    state: PartitionState
+    next_offset: int
+    end: int | None
+    seen_at: datetime | None
+    lag: int | None
+    lag_s: float | None
+    rate: float
+    committed_at: datetime | None
+    owner: Owner | None
+    problem: str | None
+    problem_at: datetime | None
+
+
+@dataclass(frozen=True)
+class ProjectorStatus:
+    """One read model.
+
+    Attributes:
+        lag: Offsets of the log that it has not taken yet.
+        lag_s: How long the oldest of them has been in the log.
+        dead_letters: Events that it could not take.
+        moved_at: When it last moved on.
+        built_at: When it was last built from the log's beginning.
+        problem: Why it is broken.
+    """
+
+    projector: str
+    state: ProjectorState
+    lag: int
+    lag_s: float
+    dead_letters: int
+    moved_at: datetime | None
+    built_at: datetime | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Recent:
+    """What came lately: within the last hour, and at most 10,000 offsets of each partition.
+
+    Attributes:
+        records: How many records were looked at.
+        repeats: How many of them repeat another one.
+        bad: How many could not be read, or not as an event, by topic and reason.
+        unknown_types: How many are of a type that no projector takes, by type.
+    """
+
+    records: int
+    repeats: int
+    bad: Mapping[str, Mapping[str, int]]
+    unknown_types: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is not as it should be.
+
+    Attributes:
+        severity: ``wrong`` needs a human; ``warning`` may pass, or is worth knowing.
+        subject: A partition or a read model.
+        text: What it is.
+        remedy: What to do.
+    """
+
+    severity: Literal["wrong", "warning"]
+    subject: str
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Everything at one moment.
+
+    Attributes:
+        offsets: Offsets in the log, over all partitions; a few may be unused.
+        lag, lag_s: The log behind Kafka: the sum, and the longest time.
+        rate: Records a second into the log, over the last minute.
+    """
+
+    looked_at: datetime
+    ok: bool
+    offsets: int
+    lag: int
+    lag_s: float | None
+    rate: float
+    partitions: Sequence[PartitionStatus]
+    projectors: Sequence[ProjectorStatus]
+    recent: Recent
+    troubles: Sequence[Trouble]
+
+
+ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+NOW = text("SELECT now()")
+
+PARTITIONS = text("""
+SELECT o.*, coalesce(newest.kafka_timestamp, newest.ingested_at) AS newest_at
+FROM pipeline.consumer_offsets o
+LEFT JOIN LATERAL (
+    SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
+    WHERE e.topic = o.topic AND e."partition" = o."partition" AND e."offset" < o.next_offset
+    ORDER BY e."offset" DESC LIMIT 1) newest ON true
+ORDER BY o.topic, o."partition"
+""")
+
+RECENT = text("""
+SELECT e.topic, e.event_type, e.problem, e.repeat_of IS NOT NULL AS is_repeat, count(*) AS records
+FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]))
+       AS span(topic, number, first_offset)
+CROSS JOIN LATERAL (
+    SELECT topic, event_type, problem, repeat_of FROM pipeline.events
+    WHERE topic = span.topic AND "partition" = span.number AND "offset" >= span.first_offset
+    ORDER BY "offset" DESC LIMIT :most) e
+GROUP BY 1, 2, 3, 4
+""")
+
+PROJECTORS = text("""
+SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
+       coalesce(sum(place.lag), 0)::bigint AS lag, max(c.moved_at) AS moved_at,
+       coalesce(extract(epoch FROM now() - min(unread.ingested_at)), 0)::float AS lag_s,
+       (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
+           AS dead_letters
+FROM pipeline.projectors p
+LEFT JOIN pipeline.consumer_offsets o ON true
+LEFT JOIN pipeline.projection_checkpoints c
+       ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
+LEFT JOIN LATERAL (
+    SELECT greatest(o.first_offset, coalesce(c.next_offset, 0)) AS next_offset,
+           greatest(0, o.next_offset - greatest(o.first_offset, coalesce(c.next_offset, 0)))
+               AS lag) place ON true
+LEFT JOIN LATERAL (
+    SELECT e.ingested_at FROM pipeline.events e
+    WHERE place.lag > 0 AND e.topic = o.topic AND e."partition" = o."partition"
+      AND e."offset" >= place.next_offset AND e."offset" < o.next_offset
+    ORDER BY e."offset" LIMIT 1) unread ON true
+GROUP BY p.projector
+ORDER BY p.projector
+""")
+
+
+def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
+    """How everything stands at one moment.
+
+    Args:
+        engine: The database, with the schema of this program.
+        projectors: The read models of this program.
+
+    Raises:
+        TransientError: The database is away.
+    """
+    with transaction(engine) as db:
+        db.execute(ONE_MOMENT)
+        rows = db.execute(PARTITIONS).all()
+        looked_at: datetime = db.execute(NOW).scalar_one()
+        a_minute_ago, an_hour_ago = looked_at - RATE_SPAN, looked_at - RECENT_SPAN
+        since = first_since(db, [a_minute_ago, an_hour_ago])
+        partitions = [
+            _partition(row, looked_at, since.get((_place(row), a_minute_ago), row.next_offset))
+            for row in rows
+        ]
+        lately = {
+            _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
+        }
+        recent = _recent(db, rows, lately, projectors)
+        models = _models(db, projectors)
+    troubles = [*_partition_troubles(partitions), *_projector_troubles(models)]
+    return Status(
+        looked_at=looked_at,
+        ok=not any(trouble.severity == "wrong" for trouble in troubles),
+        offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
+        lag=sum(one.lag or 0 for one in partitions),
+        lag_s=max((one.lag_s for one in partitions if one.lag_s is not None), default=None),
+        rate=sum(one.rate for one in partitions),
+        partitions=partitions,
+        projectors=models,
+        recent=recent,
+        troubles=troubles,
+    )
+
+
+# -------------------------------------------------------------------------------- of partitions
+
+
+def _place(row: _Row) -> Partition:
+    return Partition(row.topic, row.partition)
+
+
+def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionStatus:
+    behind = None
+    if row.high_watermark is not None:
+        behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
+    lag_s = 0.0 if behind == 0 else _seconds(row.newest_at, looked_at)
+    owner = None
+    if row.owner_member is not None:
+        owner = Owner(
+            row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
+        )
+    return PartitionStatus(
+        topic=row.topic,
+        partition=row.partition,
+        state=_state(row, looked_at, behind, lag_s, owner),
+        next_offset=row.next_offset,
+        end=row.high_watermark,
+        seen_at=row.watermarks_at,
+        lag=behind,
+        lag_s=lag_s,
+        rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds(),
+        committed_at=row.committed_at,
+        owner=owner,
+        problem=row.problem,
+        problem_at=row.problem_at,
+    )
+
+
+def _state(
+    row: _Row,
+    looked_at: datetime,
+    behind: int | None,
+    lag_s: float | None,
+    owner: Owner | None,
+) -> PartitionState:
+    if row.problem is not None:
+        return "ERR"
+    silent_s = _seconds(_latest(row.watermarks_at, row.committed_at, row.claimed_at), looked_at)
+    if owner is None or silent_s is None or silent_s > SILENT_S_MAX:
+        return "STOP"
+    if not behind:
+        return "OK"
+    still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)
+    if still_s is not None and still_s > BEHIND_S_MAX:
+        return "STALL"
+    return "WARN" if lag_s is not None and lag_s > BEHIND_S_MAX else "OK"
+
+
+def _latest(*times: datetime | None) -> datetime | None:
+    return max(filter(None, times), default=None)
+
+
+def _seconds(begin: datetime | None, end: datetime) -> float | None:
+    return None if begin is None else max(0.0, (end - begin).total_seconds())
+
+
+def _partition_troubles(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
+    for one in partitions:
+        name = str(Partition(one.topic, one.partition))
+        match one.state:
+            case "ERR":
+                why = (one.problem or "").removeprefix(f"{name}: ")
+                yield Trouble("wrong", name, f"stands still: {why}", "decide as the text says")
+            case "STOP" if one.owner is not None:
+                yield Trouble(
+                    "wrong",
+                    name,
+                    f"its reader, {one.owner.host}:{one.owner.pid}, has been silent for more than "
+                    "a minute",
+                    "look at that process and its log; start `pipeline run` anew",
+                )
+            case "STOP":
+                yield Trouble("warning", name, "nobody reads it", "start `pipeline run`")
+            case "STALL":
+                yield Trouble(
+                    "warning",
+                    name,
+                    f"{one.lag:,} records behind, and has not moved for a minute",
+                    "look at the log of its reader",
+                )
+            case "WARN":
+                yield Trouble(
+                    "warning",
+                    name,
+                    f"{one.lag:,} records and {one.lag_s:,.0f} s behind",
+                    "wait, or start another `pipeline ingest`",
+                )
+            case "OK":
+                pass
+
+
+# -------------------------------------------------------------------------------- of read models
+
+
+def _models(db: Connection, projectors: Sequence[Projector]) -> list[ProjectorStatus]:
+    rows = {row.projector: row for row in db.execute(PROJECTORS)}
+    ours = {one.name: one for one in projectors}
+    live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
+    return [
+        _model(name, rows.get(name), ours.get(name), is_rebuilt=name + REBUILD in rows)
+        for name in live
+    ]
+
+
+def _model(
+    name: str, row: _Row | None, ours: Projector | None, *, is_rebuilt: bool
+) -> ProjectorStatus:
+    if row is None:
+        return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None)
+    state: ProjectorState = "live"
+    if row.state == "broken":
+        state = "broken"
+    elif ours is None:
+        state = "not in this program"
+    elif is_rebuilt:
+        state = "rebuilding"
+    elif row.fingerprint not in (None, fingerprint(ours)):
+        state = "stale"
+    elif row.lag_s > CATCHING_UP_S:
+        state = "catching up"
+    return ProjectorStatus(
+        name, state, row.lag, row.lag_s, row.dead_letters, row.moved_at, row.built_at, row.problem
+    )
+
+
+def _projector_troubles(models: Iterable[ProjectorStatus]) -> Iterable[Trouble]:
+    for one in models:
+        match one.state:
+            case "broken":
+                yield Trouble(
+                    "wrong",
+                    one.projector,
+                    f"broken, stands still: {one.problem}",
+                    f"mend the projector, then `pipeline rebuild {one.projector}`",
+                )
+            case "stale":
+                yield Trouble(
+                    "warning",
+                    one.projector,
+                    "its definition has changed since the table was built",
+                    f"`pipeline rebuild {one.projector}`",
+                )
+            case "rebuilding":
+                yield Trouble(
+                    "warning",
+                    one.projector,
+                    "a rebuild is running, or was interrupted",
+                    f"wait, or go on with `pipeline rebuild {one.projector}`",
+                )
+            case "catching up":
+                yield Trouble(
+                    "warning",
+                    one.projector,
+                    f"{one.lag:,} records behind; the oldest came {one.lag_s:,.0f} s ago",
+                    "wait, or start `pipeline project` if none runs",
+                )
+            case _:
+                pass
+        if one.dead_letters:
+            yield Trouble(
+                "warning",
+                one.projector,
+                f"{one.dead_letters:,} dead letters",
+                f"`pipeline dead-letters list {one.projector}`",
+            )
+
+
+# -------------------------------------------------------------------------------- of late
+
+
+def _recent(
+    db: Connection,
+    rows: Iterable[_Row],
+    since: Mapping[Partition, NextOffset],
+    projectors: Sequence[Projector],
+) -> Recent:
+    spans = []
+    for row in rows:
+        first = since[_place(row)]
+        spans.append((row.topic, row.partition, max(first, row.next_offset - RECENT_OFFSETS_MAX)))
+    records = repeats = 0
+    bad: dict[str, dict[str, int]] = {}
+    unknown: dict[str, int] = {}
+    found = db.execute(
+        RECENT,
+        {
+            "topics": [topic for topic, _, _ in spans],
+            "numbers": [number for _, number, _ in spans],
+            "first": [first for _, _, first in spans],
+            "most": RECENT_OFFSETS_MAX,
+        },
+    )
+    for row in found:
+        records += row.records
+        repeats += row.records if row.is_repeat else 0
+        if row.problem is not None:
+            reasons = bad.setdefault(row.topic, {})
+            reasons[row.problem] = reasons.get(row.problem, 0) + row.records
+        if row.event_type and not _is_taken(row.event_type, projectors):
+            unknown[row.event_type] = unknown.get(row.event_type, 0) + row.records
+    return Recent(records, repeats, bad, unknown)
+
+
+def _is_taken(event_type: str, projectors: Iterable[Projector]) -> bool:
+    return any(one.takes(event_type) for one in projectors)

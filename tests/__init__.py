@@ -1,0 +1,1 @@
+"""The tests, and the servers that they and the benchmarks run on."""

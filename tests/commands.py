@@ -1,0 +1,216 @@
+"""The command line as tests use it: in this process, which is quick, or as people run it."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from pipeline.cli import main
+from pipeline.embedded.broker import MockBroker
+from tests.servers.databases import Database
+
+SCRIPT = Path(sys.executable).with_name("pipeline")
+WAIT_SECONDS_MAX = 60.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: its exit code, data on stdout, words and logs on stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as one JSON document."""
+        return json.loads(self.out)
+
+    @property
+    def lines(self) -> list[Any]:
+        """stdout as one JSON document a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of stderr that are logs."""
+        return [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
+
+
+class Commands:
+    """``pipeline …`` with the settings of a test.
+
+    Args:
+        **settings: As in the environment, ``database_url=…``.
+    """
+
+    def __init__(self, **settings: str) -> None:
+        self._settings = {f"PIPELINE_{name.upper()}": value for name, value in settings.items()}
+
+    def with_(self, **settings: str) -> "Commands":
+        """The same with other settings."""
+        changed = Commands(**settings)
+        changed._settings = self._settings | changed._settings
+        return changed
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process sees: no settings but these."""
+        rest = {name: value for name, value in os.environ.items() if name[:9] != "PIPELINE_"}
+        return {**rest, **self._settings}
+
+    def run(self, *arguments: str, **popen: Any) -> Result:
+        """Run it as people do, to its end."""
+        done = subprocess.run(
+            [SCRIPT, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=WAIT_SECONDS_MAX,
+            **popen,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator["Process"]:
+        """Run it until the block ends."""
+        process = Process(
+            subprocess.Popen(
+                [SCRIPT, *arguments],
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                # A shell starts its background jobs deaf to Ctrl-C, and so this whole run, perhaps.
+                preexec_fn=_hear_ctrl_c,
+            )
+        )
+        try:
+            yield process
+        finally:
+            process.end()
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Process:
+    """A command that runs; what it writes is read as it comes."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=[stream, lines], daemon=True)
+            for stream, lines in ((process.stdout, self.out), (process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(stream: Any, lines: list[str]) -> None:
+        for line in stream:
+            lines += [line]  # at once, for those who wait for it
+
+    def until(self, said: str) -> None:
+        """Wait until it has written a text, on either side."""
+        wait(lambda: said in "".join([*self.out, *self.err]) or self._process.poll() is not None)
+        assert said in "".join([*self.out, *self.err]), "".join(self.err)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        code = self._process.wait(WAIT_SECONDS_MAX)
+        for reader in self._readers:
+            reader.join()
+        return code
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self.wait()
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def wait(condition: Callable[[], object]) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + WAIT_SECONDS_MAX
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.02)
+
+
+def on_mock(database: Database, broker: MockBroker, topic: str = "Notifications") -> Commands:
+    """Settings for a database and a mock broker."""
+    return Commands(
+        database_url=database.dsn,
+        kafka_bootstrap_servers=broker.bootstrap_servers,
+        kafka_security_protocol="PLAINTEXT",
+        # The mock cluster does not share partitions by the classic protocol.
+        kafka_group_protocol="consumer",
+        topics=topic,
+    )
+
+
+class InProcess:
+    """Runs commands in this process, and puts back what they change in it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, commands: Commands, *arguments: str) -> Result:
+        """Run to the end."""
+        self._capsys.readouterr()
+        with self._monkeypatch.context() as patch, _as_before():
+            for name in os.environ:
+                if name.startswith("PIPELINE_"):
+                    patch.delenv(name)
+            for name, value in commands.environment.items():
+                if name.startswith("PIPELINE_"):
+                    patch.setenv(name, value)
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+        out, err = self._capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Result(int(end.value.code), out, err)
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    names = ("", "pipeline", "alembic", "librdkafka")
+    levels = {name: logging.getLogger(name).level for name in names}
+    hooks = sys.excepthook, threading.excepthook
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        sys.excepthook, threading.excepthook = hooks
+        logging.captureWarnings(capture=False)
+        structlog.reset_defaults()

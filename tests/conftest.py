@@ -1,0 +1,229 @@
+"""Servers for the tests, and an honest word on the tests that had none.
+
+``database`` is a migrated database of its own, ``topic()`` a topic of its own on a real Kafka.
+A test marked ``both_postgres`` runs on PostgreSQL 18 and on 15; every other one on 18.
+"""
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from pipeline.embedded.broker import MockBroker
+from tests.servers import (
+    FAST_AND_UNSAFE,
+    THREE_WAYS,
+    BrokerMissingError,
+    Kafka,
+    KafkaServer,
+    Postgres,
+    find_kafka,
+    find_postgres,
+    why_no_kafka,
+    why_no_kafka_of_our_own,
+    why_no_postgres,
+)
+from tests.servers.databases import Database, fresh_database
+
+NEWEST, OLDEST = 18, 15
+
+NOT_RUN = pytest.StashKey[Counter[str]]()
+
+
+# --------------------------------------------------------------------------------------- PostgreSQL
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[ExitStack]:
+    """What was started in this run, stopped at its end."""
+    with ExitStack() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def postgres_server_18(_servers: ExitStack) -> Postgres:
+    """PostgreSQL 18, shared by the session; or the endpoint from the environment."""
+    return _servers.enter_context(find_postgres(NEWEST, FAST_AND_UNSAFE))
+
+
+@pytest.fixture(scope="session")
+def postgres_server_15(_servers: ExitStack) -> Postgres:
+    """PostgreSQL 15, shared by the session; or the endpoint from the environment."""
+    return _servers.enter_context(find_postgres(OLDEST, FAST_AND_UNSAFE))
+
+
+@pytest.fixture
+def pg_version() -> int:
+    """The version that this test runs on; ``both_postgres`` gives it two values."""
+    return NEWEST
+
+
+@pytest.fixture
+def postgres_server(pg_version: int, request: pytest.FixtureRequest) -> Postgres:
+    """The shared server of the version that this test runs on."""
+    server: Postgres = request.getfixturevalue(f"postgres_server_{pg_version}")
+    return server
+
+
+@pytest.fixture(scope="session")
+def _templates(_servers: ExitStack) -> Callable[[Postgres], Database]:
+    """One migrated database a server, made when it is first wanted."""
+    made: dict[int, Database] = {}
+
+    def template(server: Postgres) -> Database:
+        if id(server) not in made:
+            from pipeline.migrate import migrate  # tests without a database need no migrations
+
+            empty = _servers.enter_context(fresh_database(server))
+            migrate(empty.url)
+            made[id(server)] = empty
+        return made[id(server)]
+
+    return template
+
+
+@pytest.fixture
+def database(
+    postgres_server: Postgres, _templates: Callable[[Postgres], Database]
+) -> Iterator[Database]:
+    """A migrated database of this test's own."""
+    with fresh_database(postgres_server, template=_templates(postgres_server)) as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def empty_database(postgres_server: Postgres) -> Iterator[Database]:
+    """A database of this test's own, before any migration."""
+    with fresh_database(postgres_server) as fresh:
+        yield fresh
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("both_postgres") is None:
+        return
+    if "PIPELINE_TEST_DATABASE_URL" in os.environ:
+        metafunc.parametrize("pg_version", [NEWEST], ids=["given"])
+    else:
+        metafunc.parametrize("pg_version", [NEWEST, OLDEST], ids=["pg18", "pg15"])
+
+
+# -------------------------------------------------------------------------------------------- Kafka
+
+
+@pytest.fixture(scope="session")
+def kafka(_servers: ExitStack) -> Kafka:
+    """A real Kafka, shared by the session. It may not be ours: do not try to stop it."""
+    return _servers.enter_context(find_kafka())
+
+
+@pytest.fixture(scope="module")
+def private_kafka() -> Iterator[KafkaServer]:
+    """A Kafka of the module's own, to stop, kill and pause; leave it running."""
+    with KafkaServer() as server:
+        yield server
+
+
+@pytest.fixture
+def topic(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Makes topics of this test's own: ``topic(partitions=3, name="orders", config={…})``.
+
+    The name that comes back ends in something random.
+    """
+    made = []
+
+    def make(partitions: int = 1, *, name: str = "topic", config: dict[str, str] | None = None):
+        unique = f"{name}-{secrets.token_hex(4)}"
+        kafka.create_topic(unique, partitions, config)
+        made.append(unique)
+        return unique
+
+    yield make
+    # Not waited for: the test may have deleted it itself, and ours goes with the server.
+    if made:
+        kafka.admin.delete_topics(made)
+
+
+@pytest.fixture
+def mock_broker() -> Iterator[MockBroker]:
+    """librdkafka's mock cluster, this test's own, to take down and trim at will."""
+    with MockBroker() as broker:
+        yield broker
+
+
+# ------------------------------------------------------------------------- what could not be run
+
+# A server that is missing costs its tests, and the last lines of the run say so. Where one of
+# these is set, as in CI, its absence is a failure.
+KAFKA_REQUIRED = "PIPELINE_REQUIRE_KAFKA"
+OLDEST_POSTGRES_REQUIRED = "PIPELINE_REQUIRE_POSTGRES_15"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "both_postgres: runs on PostgreSQL 18 and on 15")
+    config.stash[NOT_RUN] = Counter()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    fixtures = _fixtures(item)
+    if fixtures & {"kafka", "private_kafka", "topic"}:
+        item.add_marker("kafka")
+    if fixtures & {"postgres_server", "postgres_server_18", "postgres_server_15"}:
+        item.add_marker("postgres")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that only wanted tests are counted
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = [(item, _missing(item)) for item in items]
+    items[:] = [item for item, why in missing if why is None]
+    left_out = [(item, why) for item, why in missing if why is not None]
+    if left_out:
+        config.stash[NOT_RUN].update(why for _, why in left_out)
+        config.hook.pytest_deselected(items=[item for item, _ in left_out])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if why := _no_kafka_for(item):
+        pytest.fail(str(BrokerMissingError(why)), pytrace=False)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Below everything else, where it is read."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None:
+        return
+    for what, tests in config.stash[NOT_RUN].items():
+        terminal.write_line(
+            f"NOT RUN: {tests} {'test wants' if tests == 1 else 'tests want'} {what}"
+        )
+
+
+def _missing(item: pytest.Item) -> str | None:
+    """The server that a test wants and may do without, and why there is none."""
+    why = _no_kafka_for(item)
+    if why and os.environ.get(KAFKA_REQUIRED) != "1":
+        return f"a real Apache Kafka: {why}. Three ways to have one:\n{THREE_WAYS}"
+    why = _no_postgres_for(item)
+    if why and os.environ.get(OLDEST_POSTGRES_REQUIRED) != "1":
+        return why
+    return None
+
+
+def _no_kafka_for(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("kafka") is None:
+        return None
+    return why_no_kafka_of_our_own() if "private_kafka" in _fixtures(item) else why_no_kafka()
+
+
+def _no_postgres_for(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    version = callspec.params.get("pg_version") if callspec else None
+    if version != OLDEST and "postgres_server_15" not in _fixtures(item):
+        return None
+    return why_no_postgres(OLDEST)
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))

@@ -1,0 +1,151 @@
+"""Two logs behind one interface: the real one in PostgreSQL, and a fake one in memory.
+
+The fake is what the random histories of ``tests/unit/test_machine.py`` write to. That it behaves as
+the real one does is what ``test_log.py`` proves, on both.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from sqlalchemy import Engine, text
+
+from pipeline.db import transaction
+from pipeline.errors import FencedError, InvariantError
+from pipeline.events import Record, Row, read
+from pipeline.log import ownership
+from pipeline.log.append import Advance, append
+from pipeline.log.copying import Encoded
+from pipeline.log.ownership import Owner, Place
+from pipeline.positions import Epoch, NextOffset, Partition
+
+SPAN = 1000
+
+
+class Guards(NamedTuple):
+    """What an append compares; all of it, unless a test wants to see what happens without."""
+
+    epoch: bool = True
+    expected: bool = True
+
+
+EVERY_GUARD = Guards()
+
+
+class Log(Protocol):
+    """What the ingest loop asks of the log."""
+
+    def begin(self, partition: Partition, first: int) -> None:
+        """Note where a partition that has never been read is read from."""
+
+    def claim(self, partition: Partition) -> Place:
+        """Raise the epoch; the new epoch and the next offset."""
+
+    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+        """Write rows and move the next offsets, or raise and write nothing."""
+
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+        """Where partitions stand."""
+
+    def offsets(self, partition: Partition) -> list[int]:
+        """The offsets of the rows, in the order in which they were written."""
+
+
+@dataclass
+class FakeLog:
+    """The log in memory. Every call is one transaction."""
+
+    guards: Guards = EVERY_GUARD
+    places: dict[Partition, Place] = field(default_factory=dict)
+    rows: dict[Partition, list[int]] = field(default_factory=dict)
+
+    def begin(self, partition: Partition, first: int) -> None:
+        self.places[partition] = Place(Epoch(0), NextOffset(first))
+        self.rows[partition] = []
+
+    def claim(self, partition: Partition) -> Place:
+        epoch, next_offset = self.places[partition]
+        self.places[partition] = Place(Epoch(epoch + 1), next_offset)
+        return self.places[partition]
+
+    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+        for partition, advance in sorted(advances.items()):
+            if not self._passes(partition, advance):
+                raise FencedError(partition, held=advance.held)
+        if self.guards == EVERY_GUARD:
+            self._refuse_what_is_there(rows)
+        for row in rows:
+            self.rows[Partition(row.topic, row.partition)].append(row.offset)
+        for partition, advance in advances.items():
+            self.places[partition] = self.places[partition]._replace(next_offset=advance.new)
+
+    def _passes(self, partition: Partition, advance: Advance) -> bool:
+        place = self.places.get(partition)
+        return (
+            place is not None
+            and (not self.guards.epoch or place.epoch == advance.held)
+            and (not self.guards.expected or place.next_offset == advance.expected)
+        )
+
+    def _refuse_what_is_there(self, rows: Sequence[Row | Encoded]) -> None:
+        """The primary key. A log without guards shows what it would otherwise hide."""
+        for row in rows:
+            if row.offset in self.rows[Partition(row.topic, row.partition)]:
+                raise InvariantError("a row is in the log already")
+
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+        return {partition: self.places[partition] for partition in sorted(partitions)}
+
+    def offsets(self, partition: Partition) -> list[int]:
+        return list(self.rows[partition])
+
+
+class RealLog:
+    """The log in a migrated database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def begin(self, partition: Partition, first: int) -> None:
+        with transaction(self._engine) as db:
+            ownership.begin(db, partition, NextOffset(first))
+            ownership.make_segment(db, partition.topic, NextOffset(first), SPAN)
+
+    def claim(self, partition: Partition) -> Place:
+        with transaction(self._engine) as db:
+            claim = ownership.claim(db, partition, Owner("contract", "member"))
+        return Place(claim.epoch, claim.next_offset)
+
+    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+        with transaction(self._engine) as db:
+            append(db, rows, advances)
+
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+        with transaction(self._engine) as db:
+            return ownership.find(db, partitions)
+
+    def offsets(self, partition: Partition) -> list[int]:
+        with transaction(self._engine) as db:
+            found = db.execute(
+                text(
+                    'SELECT "offset" FROM pipeline.events WHERE topic = :topic '
+                    'AND "partition" = :number ORDER BY ctid'
+                ),
+                {"topic": partition.topic, "number": partition.number},
+            )
+            return list(found.scalars())
+
+
+def row_at(partition: Partition, offset: int, value: bytes | None = b"") -> Row:
+    """A row of the log for a record of which only the place matters."""
+    return read(Record(*partition, offset, value, None, None, None, 0))
+
+
+def place(epoch: int, next_offset: int) -> Place:
+    """A place from plain numbers."""
+    return Place(Epoch(epoch), NextOffset(next_offset))
+
+
+def advance(held: int, expected: int, new: int, high: int | None = None) -> Advance:
+    """An advance from plain numbers."""
+    return Advance(Epoch(held), NextOffset(expected), NextOffset(new), high)

@@ -1,0 +1,53 @@
+"""A bench for each test: a topic, a database, workers, and the judge at the end."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.migrate import migrate
+from tests.faults.harness import Bench
+from tests.servers import FAST_AND_UNSAFE, Kafka, PostgresServer
+from tests.servers.databases import Database, fresh_database
+
+HERE = Path(__file__).parent
+PARTITIONS = 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture
+def bench(
+    kafka: Kafka, database: Database, topic: Callable[..., str], tmp_path: Path
+) -> Iterator[Bench]:
+    """Shared servers, but a topic, a database, a group and roles of this test's own."""
+    made = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def private_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the module's own, to crash and stop; leave it running."""
+    with PostgresServer(settings=FAST_AND_UNSAFE) as server:
+        yield server
+
+
+@pytest.fixture
+def shaky_postgres(
+    kafka: Kafka,
+    private_postgres: PostgresServer,
+    topic: Callable[..., str],
+    tmp_path: Path,
+) -> Iterator[Bench]:
+    """A bench whose PostgreSQL may be crashed."""
+    with fresh_database(private_postgres) as database:
+        migrate(database.url)
+        made = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
+        yield made
+        private_postgres.start()
+        made.close()

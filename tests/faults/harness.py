@@ -1,0 +1,615 @@
+"""Workers as real processes, what is done to them, and the judgement on what they leave behind."""
+
+import base64
+import itertools
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import psycopg
+from psycopg.sql import SQL, Identifier, Literal
+
+from pipeline.positions import Partition
+from pipeline.projectors import discover
+from pipeline.simulator import Books
+from tests.faults.ledger import Feed, Headers, Ledger, Sent
+from tests.servers import Kafka
+from tests.servers.databases import Database
+
+WAIT_SECONDS_MAX = 60.0
+"""Longest wait for anything that ought to happen within a few seconds; the machine may be busy."""
+POLL_SECONDS = 0.05
+PASSWORD = "secret"
+LOG_LINES_SHOWN = 40
+DIFFERENCES_SHOWN = 5
+
+PROJECT = Path(__file__).resolve().parents[2]
+ENTRY = [sys.executable, "-m", "pipeline"]
+
+QUICK_TO_NOTICE = "session.timeout.ms=2000,heartbeat.interval.ms=400,reconnect.backoff.max.ms=500"
+"""A classic member that falls silent loses its partitions after two seconds."""
+
+
+def until(condition: Callable[[], Any], what: str, *, seconds_max: float = WAIT_SECONDS_MAX) -> Any:
+    """Wait for a condition; what it returned."""
+    deadline = time.monotonic() + seconds_max
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds_max:.0f} s: {what}"
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ workers
+
+
+class Worker:
+    """One process of the program, with its log.
+
+    Args:
+        command: What to run, e.g. ``["ingest", "--until-end"]``.
+        environment: Its settings.
+        log: Where its stderr goes.
+        role: The database role it logs in as.
+    """
+
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], log: Path, role: str
+    ) -> None:
+        self.log = log
+        self.role = role
+        # The kernel ends it with us, should the tests be killed.
+        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        with log.open("ab") as stderr:
+            self._process = subprocess.Popen(
+                [*tied, *ENTRY, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env={**_foreign_environment(), **environment},
+                cwd=PROJECT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Minus the signal's number where one ended it; None while it runs."""
+        return self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        if self.exit_code is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        self._process.wait(WAIT_SECONDS_MAX)
+
+    def stop(self, *, seconds_max: float = WAIT_SECONDS_MAX) -> int:
+        """SIGTERM; the exit code."""
+        self.send(signal.SIGTERM)
+        return self.wait(seconds_max=seconds_max)
+
+    def wait(self, *, seconds_max: float = WAIT_SECONDS_MAX) -> int:
+        """Wait until it ends by itself; the exit code."""
+        try:
+            return self._process.wait(seconds_max)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"worker {self.pid} still runs after {seconds_max:.0f} s:\n{self.tail()}"
+            ) from None
+
+    def pause(self) -> None:
+        """SIGSTOP, and wait until it stands still."""
+        self.send(signal.SIGSTOP)
+        self.wait_until_stopped()
+
+    def wait_until_stopped(self) -> None:
+        """Wait until it stands still, by us or by a fail point of its own."""
+        until(self._is_stopped, f"worker {self.pid} stands still")
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.send(signal.SIGCONT)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What it has logged so far."""
+        for line in self.log.read_text(errors="replace").splitlines():
+            if line.startswith("{"):
+                yield json.loads(line)
+
+    def said(self, *events: str) -> list[dict[str, Any]]:
+        """Its log lines of these events."""
+        return [line for line in self.lines() if line.get("event") in events]
+
+    def wait_until_said(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
+        """Wait for the first log line of one of these events."""
+
+        def has_said() -> bool:
+            has_ended = self.exit_code is not None
+            said = bool(self.said(*events))
+            assert said or not has_ended, "ended without a word of it"
+            return said
+
+        try:
+            until(has_said, f"logs {' or '.join(events)}", seconds_max=seconds_max)
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{self.tail()}") from None
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return f"--- worker {self.pid} ({self.role}), exit code {self.exit_code}\n" + "\n".join(
+            lines
+        )
+
+    def peak_memory_kib(self) -> int:
+        """Most resident memory so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+
+    def _is_stopped(self) -> bool:
+        assert self.exit_code is None, f"ended instead of standing still:\n{self.tail()}"
+        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "T"
+
+
+# ------------------------------------------------------------------------------------ the judgement
+
+# Who moved which partition, when, from where to where; the service knows nothing of it.
+AUDIT = """
+CREATE SCHEMA audit;
+CREATE TABLE audit.moves (
+    move bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    writer text NOT NULL, topic text NOT NULL, partition int NOT NULL,
+    old_epoch bigint NOT NULL, epoch bigint NOT NULL,
+    old_next bigint NOT NULL, next bigint NOT NULL
+);
+CREATE FUNCTION audit.note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    INSERT INTO audit.moves (writer, topic, partition, old_epoch, epoch, old_next, next)
+    VALUES (session_user, new.topic, new.partition,
+            old.epoch, new.epoch, old.next_offset, new.next_offset);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER audit AFTER UPDATE ON pipeline.consumer_offsets FOR EACH ROW
+    WHEN (old.epoch <> new.epoch OR old.next_offset <> new.next_offset)
+    EXECUTE FUNCTION audit.note();
+"""
+
+# What the service needs and no more: it may append to the log, never change it.
+GRANTS = """
+GRANT USAGE ON SCHEMA pipeline, pipeline_segments, upvest TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pipeline, upvest TO {role};
+GRANT TRUNCATE ON ALL TABLES IN SCHEMA upvest TO {role};
+GRANT USAGE ON ALL SEQUENCES IN SCHEMA pipeline TO {role};
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA pipeline TO {role};
+-- Elsewhere the workers have one role, and see and end their own sessions.
+GRANT pg_signal_backend, pg_read_all_stats TO {role};
+REVOKE UPDATE, DELETE ON pipeline.events FROM {role};
+"""
+
+LOGGED = """
+SELECT topic, partition, "offset", digest, payload::text, raw, key, headers, ingested_at
+FROM pipeline.events ORDER BY topic, partition, "offset"
+"""
+
+
+class Bench:
+    """One topic, one database, one group, the workers that share them, and the judge.
+
+    Args:
+        kafka: The brokers.
+        database: A migrated database of this test's own.
+        topic: A topic of this test's own.
+        partitions: Of that topic.
+        folder: For the workers' logs.
+    """
+
+    def __init__(
+        self, kafka: Kafka, database: Database, topic: str, partitions: int, folder: Path
+    ) -> None:
+        self.kafka = kafka
+        self.database = database
+        self.topic = topic
+        self.partitions = partitions
+        self.group = f"group-{secrets.token_hex(4)}"
+        self.workers: list[Worker] = []
+        self._folder = folder
+        self._numbers = itertools.count(1)
+        self._service = f"service_{secrets.token_hex(4)}"
+        self._roles: list[str] = []
+        self._role_in_store: str | None = None
+        with database.connect() as db:
+            db.execute(AUDIT)
+            db.execute(SQL("CREATE ROLE {}").format(Identifier(self._service)))
+            self.grant()
+
+    def grant(self) -> None:
+        """Give the workers' role its rights, for the first time or again."""
+        with self.database.connect() as db:
+            db.execute(SQL(GRANTS).format(role=Identifier(self._service)))
+
+    def revoke(self, rights: str) -> None:
+        """Take rights from the workers' role, e.g. ``INSERT ON pipeline.events``."""
+        with self.database.connect() as db:
+            db.execute(SQL(f"REVOKE {rights} FROM {{}}").format(Identifier(self._service)))
+
+    # ----------------------------------------------------------------------------------- what runs
+
+    def feed(self, *, seed: int = 7, **options: Any) -> Feed:
+        """A producer for the topic; see ``Feed``."""
+        return Feed(
+            self.kafka.bootstrap_servers,
+            self.topic,
+            partitions=self.partitions,
+            seed=seed,
+            **options,
+        )
+
+    def worker(
+        self,
+        *command: str,
+        fail: str | None = None,
+        through: Callable[[str], str] = lambda url: url,
+        **settings: str,
+    ) -> Worker:
+        """Start a process that logs in as a role of its own.
+
+        Args:
+            *command: ``ingest`` if left out.
+            fail: A fail point with its action, as in ``PIPELINE_FAILPOINT``.
+            through: Changes the database's URL, e.g. to go through a proxy.
+            **settings: More settings by their small names, e.g. ``linger_ms="0"``.
+        """
+        number = next(self._numbers)
+        role = self._role_in_store or self._new_role(number)
+        self._role_in_store = None
+        environment = {
+            "database_url": through(self.url_of(role)),
+            "kafka_bootstrap_servers": self.kafka.bootstrap_servers,
+            "kafka_security_protocol": "PLAINTEXT",
+            "kafka_options": QUICK_TO_NOTICE,
+            "topics": self.topic,
+            "group_id": self.group,
+            # Small, so that a process is somewhere in the middle.
+            "batch_rows": "50",
+            "log_format": "json",
+            "idle_in_transaction_timeout_ms": "2000",
+            "lock_timeout_ms": "1000",
+        } | settings
+        if (
+            environment.get("kafka_group_protocol") == "consumer"
+            and "kafka_options" not in settings
+        ):
+            environment["kafka_options"] = "reconnect.backoff.max.ms=500"
+        if fail:
+            environment |= {"failpoint": fail, "enable_failpoints": "1"}
+        started = Worker(
+            list(command or ["ingest"]),
+            {f"PIPELINE_{name.upper()}": value for name, value in environment.items()},
+            self._folder / f"worker-{number}.log",
+            role,
+        )
+        self.workers.append(started)
+        return started
+
+    def prepare_role(self) -> None:
+        """Make the next worker's role now, as the database will be away when it starts."""
+        self._role_in_store = self._new_role(next(self._numbers))
+
+    def url_of(self, role: str) -> str:
+        """The database as a role of a worker sees it."""
+        parts = urlsplit(self.database.url)
+        place = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=f"{quote(role)}:{PASSWORD}@{place}").geturl()
+
+    @property
+    def password(self) -> str:
+        """The workers' password, as they know it."""
+        return PASSWORD
+
+    def set_password(self, role: str, password: str) -> None:
+        """Change a role's password; sessions that exist go on."""
+        self._compose(SQL("ALTER ROLE {} PASSWORD {}").format(Identifier(role), Literal(password)))
+
+    def end_sessions(self, *, of: Worker | None = None) -> int:
+        """Have PostgreSQL end the sessions of the workers; how many there were."""
+        roles = [of.role] if of else self._roles
+        return len(
+            self.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY(%s)",
+                roles,
+            )
+        )
+
+    # -------------------------------------------------------------------------------- what is seen
+
+    def query(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """Rows, as the superuser sees them."""
+        with self.database.connect() as db:
+            return db.execute(statement.encode(), parameters).fetchall()
+
+    def execute(self, statements: str) -> None:
+        """Statements of the superuser."""
+        with self.database.connect() as db:
+            db.execute(statements.encode())
+
+    def next_offsets(self) -> dict[Partition, int]:
+        """Where each partition of the log stands."""
+        rows = self.query('SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets')
+        return {Partition(topic, number): next_offset for topic, number, next_offset in rows}
+
+    def logged(self) -> int:
+        """How many offsets the log has passed, over all partitions."""
+        return sum(self.next_offsets().values())
+
+    def owners(self) -> dict[int, int | None]:
+        """The process id that owns each partition."""
+        rows = self.query('SELECT "partition", owner_pid FROM pipeline.consumer_offsets')
+        return dict(rows)
+
+    def is_owner_of_all(self, worker: Worker) -> bool:
+        """Whether every partition is this worker's."""
+        owners = self.owners()
+        return len(owners) == self.partitions and set(owners.values()) == {worker.pid}
+
+    def sessions(self, worker: Worker) -> int:
+        """How many sessions the worker has."""
+        return len(self.query("SELECT FROM pg_stat_activity WHERE usename = %s", worker.role))
+
+    def waits_for_lock(self, worker: Worker) -> bool:
+        """Whether a session of the worker waits for a lock."""
+        waiting = self.query(
+            "SELECT 1 FROM pg_stat_activity WHERE usename = %s AND wait_event_type = 'Lock'",
+            worker.role,
+        )
+        return bool(waiting)
+
+    def wait_until_sent(self, ledger: Ledger, records: int, **bounds: float) -> None:
+        """Wait until so many records are with the brokers."""
+        self._until(lambda: len(ledger) >= records, f"{records} records are sent", **bounds)
+
+    def wait_until_owner_of_all(self, worker: Worker, **bounds: float) -> None:
+        """Wait until every partition is this worker's."""
+        self._until(lambda: self.is_owner_of_all(worker), f"{worker.role} owns all", **bounds)
+
+    def wait_until_logged(self, records: int, **bounds: float) -> None:
+        """Wait until the log has passed so many offsets."""
+        self._until(lambda: self.logged() >= records, f"{records} records are logged", **bounds)
+
+    def wait_until_drained(self, ledger: Ledger, **bounds: float) -> None:
+        """Wait until the log holds everything that was sent."""
+
+        def is_drained() -> bool:
+            stored = self.next_offsets()
+            return all(stored.get(place, 0) >= end for place, end in ledger.ends.items())
+
+        self._until(is_drained, f"all {len(ledger)} records are logged", **bounds)
+
+    def wait_until_projected(self, ledger: Ledger, **bounds: float) -> None:
+        """Wait until every read model has seen everything that was sent."""
+
+        def is_projected() -> bool:
+            seen = self.query(
+                'SELECT topic, "partition", next_offset FROM pipeline.projection_checkpoints'
+            )
+            places = [
+                (Partition(topic, number), next_offset) for topic, number, next_offset in seen
+            ]
+            return len(places) == len(discover()) * len(ledger.ends) and all(
+                next_offset >= ledger.ends[place] for place, next_offset in places
+            )
+
+        self._until(is_projected, f"all {len(ledger)} records are projected", **bounds)
+
+    # ----------------------------------------------------------------------------------- the judge
+
+    def finish(self, ledger: Ledger, **bounds: float) -> None:
+        """Drain, stop the workers that still run, and judge all that is left."""
+        self.wait_until_drained(ledger, **bounds)
+        for worker in self.workers:
+            if worker.exit_code is None:
+                # Before it has started, a signal ends it as it ends any process.
+                worker.wait_until_said("started")
+                assert worker.stop() == 0, worker.tail()
+        self.judge(ledger)
+
+    def judge(self, ledger: Ledger) -> None:
+        """The log equals the ledger, one writer an ownership, and nothing stays behind."""
+        assert len(ledger), "nothing was sent, so nothing is proven"
+        differences = list(itertools.islice(self._differences(ledger), DIFFERENCES_SHOWN))
+        assert not differences, "\n".join([*differences, self.tails()])
+        trespasses = self.trespasses()
+        assert not trespasses, "\n".join([*trespasses, self.tails()])
+        leftovers = until(lambda: self._leftovers() or "none", "an answer")
+        if leftovers != "none":
+            # A session ends a moment after its process.
+            until(lambda: not self._leftovers(), f"gone: {leftovers}", seconds_max=5)
+
+    def judge_read_models(self, books: Books) -> None:
+        """Every read model says what the simulator's books say, and what its own rebuild says."""
+        for table in books.tables:
+            columns = SQL(", ").join(map(Identifier, books.columns(table)))
+            with self.database.connect() as db:
+                found = db.execute(
+                    SQL("SELECT {} FROM upvest.{}").format(columns, Identifier(table))
+                ).fetchall()
+            assert Counter(found) == Counter(books.rows(table)), f"{table} differs from the books"
+        check = subprocess.run(
+            [*ENTRY, "rebuild", "--all", "--check"],
+            env={**_foreign_environment(), "PIPELINE_DATABASE_URL": self.database.url},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=PROJECT,
+        )
+        assert check.returncode == 0, check.stdout + check.stderr
+
+    def trespasses(self) -> list[str]:
+        """Moves of partitions by others than the owner, or out of step."""
+        found = []
+        last: dict[Partition, tuple[int, int]] = {}
+        owner: dict[Partition, str] = {}
+        for writer, topic, number, old_epoch, epoch, old_next, next_offset in self.query(
+            "SELECT writer, topic, partition, old_epoch, epoch, old_next, next "
+            "FROM audit.moves ORDER BY move"
+        ):
+            place = Partition(topic, number)
+            what = (
+                f"{place}: {writer} moved epoch {old_epoch} to {epoch}, {old_next} to {next_offset}"
+            )
+            if last.setdefault(place, (old_epoch, old_next)) != (old_epoch, old_next):
+                found.append(f"{what}, after {last[place]}")
+            if epoch < old_epoch or next_offset < old_next:
+                found.append(f"{what}: backwards")
+            if epoch > old_epoch:
+                owner[place] = writer
+                if next_offset != old_next:
+                    found.append(f"{what}: a claim moves no offset")
+            elif owner.get(place) != writer:
+                found.append(f"{what}, but epoch {epoch} is {owner.get(place)}'s")
+            last[place] = epoch, next_offset
+        return found
+
+    def writers(self) -> set[str]:
+        """The roles of the workers that have written to the log."""
+        return {
+            role for (role,) in self.query("SELECT writer FROM audit.moves WHERE next > old_next")
+        }
+
+    def tails(self) -> str:
+        """The last lines of every worker's log."""
+        return "\n".join(worker.tail() for worker in self.workers)
+
+    def _differences(self, ledger: Ledger) -> Iterator[str]:
+        """How the log differs from what was sent: lost, doubled, changed, out of order."""
+        missing = dict(ledger.records)
+        ingested: dict[Partition, Any] = {}
+        with self.database.connect(autocommit=False) as db, db.cursor("logged") as cursor:
+            cursor.execute(LOGGED)
+            for topic, number, offset, digest, payload, raw, key, headers, at in cursor:
+                place = Partition(topic, number)
+                sent = missing.pop((topic, number, offset), None)
+                if sent is None:
+                    yield f"{place}: offset {offset} was never sent, or is there twice"
+                    continue
+                if at < ingested.setdefault(place, at):
+                    yield f"{place}: offset {offset} was written before the one in front of it"
+                ingested[place] = at
+                if (digest, key) != (sent.digest, sent.key):
+                    yield f"{place}: offset {offset} has another value or key"
+                if headers != _as_stored(sent.headers):
+                    yield f"{place}: offset {offset} has other headers"
+                if ledger.keeps_values and not _is_faithful(sent, payload, raw):
+                    yield f"{place}: offset {offset} is stored as another JSON value"
+        for topic, number, offset in missing:
+            yield f"{Partition(topic, number)}: offset {offset} is missing"
+        stored = self.next_offsets()
+        for place, end in ledger.ends.items():
+            if stored.get(place) != end:
+                yield f"{place}: next offset is {stored.get(place)}, Kafka ends at {end}"
+
+    def _leftovers(self) -> list[str]:
+        found = [f"process {worker.pid}" for worker in self.workers if _has_processes(worker)]
+        sessions = self.query(
+            "SELECT pid, application_name, state FROM pg_stat_activity WHERE usename = ANY(%s)",
+            self._roles,
+        )
+        found += [f"session {pid} of {name}, {state}" for pid, name, state in sessions]
+        locks = self.query(
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database = "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        return found + [f"advisory lock of session {pid}" for (pid,) in locks]
+
+    # -------------------------------------------------------------------------------------- within
+
+    def close(self) -> None:
+        """Kill what still runs, and remove the roles."""
+        for worker in self.workers:
+            worker.kill()
+        for role in [*self._roles, self._service]:
+            self._compose(SQL("DROP OWNED BY {}").format(Identifier(role)))
+            self._compose(SQL("DROP ROLE {}").format(Identifier(role)))
+
+    def _new_role(self, number: int) -> str:
+        role = f"{self._service}_{number}"
+        self._compose(
+            SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}").format(
+                Identifier(role), Literal(PASSWORD), Identifier(self._service)
+            )
+        )
+        self._roles.append(role)
+        return role
+
+    def _compose(self, statement: psycopg.sql.Composed) -> None:
+        with self.database.connect() as db:
+            db.execute(statement)
+
+    def _somebody_runs(self) -> bool:
+        return any(worker.exit_code is None for worker in self.workers)
+
+    def _until(self, condition: Callable[[], bool], what: str, **bounds: float) -> None:
+        def is_so() -> bool:
+            met = condition()
+            assert met or not self.workers or self._somebody_runs(), "no worker runs any more"
+            return met
+
+        try:
+            until(is_so, what, **bounds)
+        except AssertionError as late:
+            raise AssertionError(f"{late}; {self.next_offsets()}\n{self.tails()}") from None
+
+
+def _as_stored(headers: Headers) -> list[list[object]] | None:
+    """Headers as the log's comment promises them."""
+    return [[name, _text_or_base64(value)] for name, value in headers] or None
+
+
+def _text_or_base64(value: bytes | None) -> object:
+    if value is None:
+        return None
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode()}
+    return {"base64": base64.b64encode(value).decode()} if "\0" in text else text
+
+
+def _is_faithful(sent: Sent, payload: str | None, raw: bytes | None) -> bool:
+    """Whether the bytes are kept, or payload is the same JSON value."""
+    if raw is not None or sent.value is None:
+        return raw == sent.value
+    return payload is not None and _parsed(payload) == _parsed(sent.value)
+
+
+def _parsed(text: str | bytes) -> object:
+    return json.loads(text, parse_float=Decimal, parse_int=Decimal)
+
+
+def _foreign_environment() -> dict[str, str]:
+    """The environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
+
+
+def _has_processes(worker: Worker) -> bool:
+    """Whether the worker, or anything it started, still runs."""
+    try:
+        os.killpg(worker.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

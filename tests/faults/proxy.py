@@ -1,0 +1,168 @@
+"""A TCP proxy in front of PostgreSQL that sees the COMMIT and can lose it, or its answer."""
+
+import ctypes
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum, auto
+from urllib.parse import urlsplit
+
+_CHUNK = 65536
+_SO_ATTACH_FILTER = 26
+# SSLRequest, GSSENCRequest: answered with one byte, and then the start begins again.
+_NEGOTIATIONS = {80877103, 80877104}
+
+
+class Loss(Enum):
+    """What becomes of a COMMIT."""
+
+    REQUEST = auto()  # it never reaches the server
+    ANSWER = auto()  # it does, and the answer gets lost
+    CLIENT = auto()  # the client is cut off before there is an answer; the server goes on by itself
+
+
+class Proxy:
+    """Forwards to one PostgreSQL until told otherwise.
+
+    Args:
+        host, port: The server's.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = (host, port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._losses: list[Loss] = []
+        self._ends: list[socket.socket] = []
+        self._deaf: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    @classmethod
+    def before(cls, url: str) -> "Proxy":
+        """A proxy for the server of a URL."""
+        parts = urlsplit(url)
+        return cls(parts.hostname or "127.0.0.1", parts.port or 5432)
+
+    def through(self, url: str) -> str:
+        """The same URL through the proxy."""
+        parts = urlsplit(url)
+        login = parts.netloc.rpartition("@")[0]
+        return parts._replace(netloc=f"{login}@127.0.0.1:{self.port}").geturl()
+
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _cut(self._listener)
+        self._threads[0].join()  # from here on nothing new begins
+        for end in self._ends:
+            _cut(end)
+        for thread in self._threads:
+            thread.join()
+        for end in [self._listener, *self._ends]:
+            end.close()
+
+    def lose(self, loss: Loss) -> None:
+        """Lose the next COMMIT that comes."""
+        with self._lock:
+            self._losses.append(loss)
+
+    @property
+    def is_to_lose(self) -> bool:
+        """Whether a COMMIT that is to be lost has not come yet."""
+        return bool(self._losses)
+
+    def black_hole(self) -> None:
+        """From now on nothing that comes on open connections arrives, nor is it acknowledged.
+
+        As if a cable were cut: no FIN, no RST. The kernel drops each packet before TCP sees it.
+        """
+        for end in list(self._ends):
+            _drop_all(end)
+
+    def _start(self, work: Callable[..., None], *ends: socket.socket) -> None:
+        thread = threading.Thread(target=work, args=ends, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed: the test is over
+                return
+            self._ends.append(client)
+            try:
+                server = socket.create_connection(self._server)
+            except OSError:  # the server is away, and so are we
+                _cut(client)
+                continue
+            self._ends.append(server)
+            self._start(self._requests, client, server)
+            self._start(self._answers, client, server)
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        watched, started = b"", False
+        with suppress(OSError):
+            while data := client.recv(_CHUNK):
+                watched += data
+                commits = False
+                while (size := _size(watched, started=started)) and len(watched) >= size:
+                    message, watched = watched[:size], watched[size:]
+                    if started:
+                        commits |= message[:1] in b"QP" and b"COMMIT" in message
+                    else:
+                        started = struct.unpack("!i", message[4:8])[0] not in _NEGOTIATIONS
+                loss = self._next_loss() if commits else None
+                if loss is Loss.REQUEST:
+                    break
+                if loss is Loss.ANSWER:
+                    self._deaf.add(server)
+                server.sendall(data)
+                if loss is Loss.CLIENT:
+                    _cut(client)
+                    return
+        _cut(client)
+        _cut(server)
+
+    def _answers(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(_CHUNK):
+                if server in self._deaf:
+                    break
+                client.sendall(data)
+        _cut(client)
+        _cut(server)
+
+    def _next_loss(self) -> Loss | None:
+        with self._lock:
+            return self._losses.pop(0) if self._losses else None
+
+
+def _size(watched: bytes, *, started: bool) -> int:
+    """Bytes of the message that begins here; 0 if too little is there to tell."""
+    if started:
+        return 1 + int(struct.unpack("!i", watched[1:5])[0]) if len(watched) >= 5 else 0
+    return int(struct.unpack("!i", watched[:4])[0]) if len(watched) >= 4 else 0
+
+
+def _cut(end: socket.socket) -> None:
+    # A plain close() sends no FIN while another thread waits in recv().
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+CAN_DROP = sys.platform == "linux"
+
+
+def _drop_all(end: socket.socket) -> None:
+    """A socket filter with one instruction: keep 0 bytes of each packet."""
+    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(instruction))
+    with suppress(OSError):  # it has been closed meanwhile
+        end.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

@@ -1,0 +1,141 @@
+"""A crash, an error or a cut at any step of a batch neither loses nor repeats a record."""
+
+import signal
+
+import pytest
+
+from tests.faults.harness import Bench
+
+PER_SECOND = 500
+
+WITH_DATABASE = (
+    "after_begin@2",
+    "after_fence@2",
+    "mid_copy@2",
+    "after_copy@2",
+    "before_commit@2",
+)
+STEPS = (
+    "in_on_assign",
+    "after_poll@5",
+    *WITH_DATABASE,
+    "after_commit_before_ack@2",
+    "after_commit@2",
+    "after_kafka_commit@2",
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_crash_at_any_step_neither_loses_nor_repeats_a_record(bench: Bench, step: str):
+    crashing = bench.worker(fail=f"{step}:kill")
+    other = bench.worker()
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        assert crashing.wait() == -signal.SIGKILL, crashing.tail()
+
+    bench.finish(feed.ledger)
+    assert other.exit_code == 0, "the other one has taken over and ended in order"
+
+
+def test_a_crash_while_partitions_move_on_neither_loses_nor_repeats_a_record(bench: Bench):
+    crashing = bench.worker(fail="in_on_revoke:kill")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(crashing)
+        bench.worker()
+        assert crashing.wait() == -signal.SIGKILL, crashing.tail()
+
+    bench.finish(feed.ledger)
+
+
+def test_a_crash_when_partitions_are_lost_neither_loses_nor_repeats_a_record(bench: Bench):
+    crashing = bench.worker(fail="in_on_lost:kill")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(crashing)
+        other = bench.worker()
+        crashing.pause()
+        bench.wait_until_owner_of_all(other)
+        crashing.resume()
+        assert crashing.wait() == -signal.SIGKILL, crashing.tail()
+
+    bench.finish(feed.ledger)
+
+
+def test_a_crash_on_sigterm_neither_loses_nor_repeats_a_record(bench: Bench):
+    crashing = bench.worker(fail="on_sigterm:kill")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND // 2)
+        assert crashing.stop() == -signal.SIGKILL, crashing.tail()
+        bench.worker()
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        *(f"{step}:disconnect" for step in WITH_DATABASE),
+        "after_fence@2:raise:40001",
+        "before_commit@2:raise:40001",
+    ],
+)
+def test_the_same_process_goes_on_after_trouble_at_any_step(bench: Bench, trouble: str):
+    worker = bench.worker(fail=trouble)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        worker.wait_until_said("server_back")
+
+    bench.finish(feed.ledger)
+    assert worker.said("server_away"), "the trouble came, and was borne"
+
+
+@pytest.mark.parametrize(
+    "trouble", ["before_commit@2:raise:57P01", "after_commit_before_ack@2:raise:57P01"]
+)
+def test_a_session_ended_by_an_operator_is_no_end(bench: Bench, trouble: str):
+    """Before the commit the batch is repeated, behind it the batch is found in the log."""
+    worker = bench.worker(fail=trouble)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        worker.wait_until_said("server_back")
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("step", ["after_poll@5", "after_fence@2"])
+def test_a_long_wait_at_a_step_changes_nothing(bench: Bench, step: str):
+    """Longer than PostgreSQL bears with an open transaction that says nothing."""
+    bench.worker(fail=f"{step}:sleep:2.5", idle_in_transaction_timeout_ms="1000")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND * 4)
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("step", ["mid_copy@2", "before_commit@2"])
+def test_a_process_that_was_stopped_goes_on_when_it_is_woken(bench: Bench, step: str):
+    """As a laptop that sleeps with a transaction open; nobody else is there to take over."""
+    worker = bench.worker(fail=f"{step}:stop")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        worker.wait_until_stopped()
+        bench.wait_until_sent(feed.ledger, PER_SECOND * 4)
+        worker.resume()
+        bench.wait_until_logged(PER_SECOND * 4)
+
+    bench.finish(feed.ledger)
+
+
+def test_a_crash_between_projection_and_its_commit_changes_no_table(bench: Bench):
+    crashing = bench.worker("run", fail="after_projection@5:kill")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        assert crashing.wait() == -signal.SIGKILL, crashing.tail()
+        bench.worker("run")
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)

@@ -1,0 +1,160 @@
+"""While PostgreSQL is away, restarts or refuses, the process waits; then it goes on by itself."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from pipeline.embedded.postgres import PostgresServer
+from tests.faults.harness import Bench, until
+from tests.faults.ledger import Ledger
+
+PER_SECOND = 400
+CRASHES = 5
+TERMINATIONS = 8
+
+
+@pytest.mark.timeout(240)
+def test_the_same_process_goes_on_after_five_crashes_of_postgresql(
+    shaky_postgres: Bench, private_postgres: PostgresServer
+):
+    bench = shaky_postgres
+    worker = bench.worker("run")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        for _ in range(CRASHES):
+            bench.wait_until_logged(bench.logged() + PER_SECOND)
+            private_postgres.restart("immediate")
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)
+    assert worker.said("server_back")
+
+
+def test_a_worker_waits_for_a_postgresql_that_is_not_there_yet(
+    shaky_postgres: Bench, private_postgres: PostgresServer
+):
+    bench = shaky_postgres
+    with bench.feed(events=PER_SECOND) as feed:
+        sent = feed.wait()
+    bench.prepare_role()
+    private_postgres.stop()
+
+    worker = bench.worker()
+    worker.wait_until_said("server_away")
+    private_postgres.start()
+
+    bench.finish(sent)
+
+
+def test_a_worker_that_waits_for_postgresql_can_be_stopped(
+    shaky_postgres: Bench, private_postgres: PostgresServer
+):
+    shaky_postgres.prepare_role()
+    private_postgres.stop()
+
+    worker = shaky_postgres.worker("run")
+    worker.wait_until_said("server_away")
+
+    assert worker.stop() == 0
+
+
+def test_sessions_ended_over_and_over_cost_nothing(bench: Bench):
+    worker = bench.worker("run")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        for _ in range(TERMINATIONS):
+            bench.wait_until_logged(bench.logged() + PER_SECOND // 4)
+            until(lambda: bench.end_sessions(of=worker), "a session was ended")
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)
+    assert worker.said("server_back")
+
+
+@pytest.mark.parametrize("command", ["ingest", "run"])
+def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, command: str):
+    worker = bench.worker(command)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        bench.set_password(worker.role, "rotated")
+        bench.end_sessions(of=worker)
+        until(
+            lambda: any("authentication" in line["reason"] for line in worker.said("server_away")),
+            "it says that the login was refused",
+        )
+        bench.set_password(worker.role, bench.password)
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [
+        "INSERT ON pipeline.events",
+        "UPDATE ON pipeline.consumer_offsets",
+        "USAGE ON SCHEMA pipeline",
+    ],
+)
+def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, rights: str):
+    worker = bench.worker()
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        bench.revoke(rights)
+        worker.wait_until_said("server_away")
+        bench.grant()
+
+    bench.finish(feed.ledger)
+
+
+def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench):
+    """A transaction that lasts longer than Kafka bears without a poll."""
+    worker = bench.worker(
+        kafka_options="session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000",
+        lock_timeout_ms="60000",
+    )
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        with bench.database.connect(autocommit=False) as blocker:
+            blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
+            until(lambda: bench.waits_for_lock(worker), "its COPY waits")
+            standing = bench.logged()
+            bench.wait_until_sent(feed.ledger, len(feed.ledger) + 8 * PER_SECOND)
+            assert bench.logged() == standing
+        bench.wait_until_logged(standing + PER_SECOND)
+        left = worker.said("fenced_by_group", "partitions_revoked", "server_away")
+
+    bench.finish(feed.ledger)
+    assert not left, "it stayed in the group and did not complain"
+
+
+def test_a_postgresql_restored_from_an_older_backup_is_filled_again(
+    shaky_postgres: Bench, private_postgres: PostgresServer
+):
+    """The worker holds the epoch of the backup and nothing has failed; only its offset tells."""
+    bench, data = shaky_postgres, private_postgres.directory / "data"
+    backup = data.with_name("backup")
+    worker = bench.worker()
+    sent = Ledger()
+
+    for seed in range(2):
+        with bench.feed(events=PER_SECOND, seed=seed, into=sent) as feed:
+            feed.wait()
+        bench.wait_until_drained(sent)
+        private_postgres.stop()
+        if not backup.exists():
+            subprocess.run(["cp", "-a", data, backup], check=True)
+            private_postgres.start()
+    shutil.rmtree(data)
+    backup.rename(data)
+    private_postgres.start()
+    until(lambda: bench.sessions(worker), "it has noticed by itself")
+    with bench.feed(events=PER_SECOND, seed=2, into=sent):
+        worker.wait_until_said("fenced")
+
+    bench.finish(sent)

@@ -1,0 +1,77 @@
+"""A worker that overslept writes nothing any more, and says so."""
+
+import pytest
+
+from tests.faults.harness import Bench, Worker
+
+PER_SECOND = 400
+PROTOCOLS = ("classic", "consumer")
+
+
+def wakes_fenced(bench: Bench, zombie: Worker, heir: Worker) -> None:
+    """Wake it after somebody else has taken over, and wait until it knows."""
+    bench.wait_until_owner_of_all(heir)
+    standing = bench.logged()
+    bench.wait_until_logged(standing + PER_SECOND)
+
+    zombie.resume()
+
+    zombie.wait_until_said("fenced", "fenced_by_group")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_worker_stopped_past_its_session_writes_nothing_afterwards(bench: Bench, protocol: str):
+    zombie = bench.worker(kafka_group_protocol=protocol)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(zombie)
+        heir = bench.worker(kafka_group_protocol=protocol)
+        bench.wait_until_logged(PER_SECOND)
+        zombie.pause()
+        wakes_fenced(bench, zombie, heir)
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize(
+    ("step", "protocol"),
+    [
+        ("after_poll@9", "classic"),
+        ("after_begin@3", "classic"),
+        ("after_fence@3", "classic"),
+        ("mid_copy@3", "classic"),
+        ("before_commit@3", "classic"),
+        ("after_poll@9", "consumer"),
+        ("before_commit@3", "consumer"),
+    ],
+)
+def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
+    bench: Bench, step: str, protocol: str
+):
+    """Between fence and COMMIT it holds the partition's row until PostgreSQL ends its session."""
+    zombie = bench.worker(fail=f"{step}:stop", kafka_group_protocol=protocol)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(zombie)
+        zombie.wait_until_stopped()
+        heir = bench.worker(kafka_group_protocol=protocol)
+        wakes_fenced(bench, zombie, heir)
+
+    bench.finish(feed.ledger)
+
+
+def test_a_worker_that_wakes_before_its_heir_has_written_is_refused_by_its_epoch(bench: Bench):
+    """The next offset is what it expects still; only the epoch tells that it is not the owner."""
+    zombie = bench.worker(fail="after_poll@9:stop")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(zombie)
+        zombie.wait_until_stopped()
+        heir = bench.worker(fail="after_poll@5:stop", linger_ms="5000", batch_rows="100000")
+        bench.wait_until_owner_of_all(heir)
+        heir.pause()
+        zombie.resume()
+        zombie.wait_until_said("fenced", "fenced_by_group")
+        heir.resume()
+
+    bench.finish(feed.ledger)

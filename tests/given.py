@@ -1,0 +1,288 @@
+"""What the tests of read models start from: events in the log, written as the ingester writes them.
+
+``given(events).project(orders)`` delivers through the real projection loop, so checkpoints, locks
+and dead letters do their work, and gives the rows of the projector's table.
+"""
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy import Engine, Row, text
+
+from pipeline import events as reading
+from pipeline.db import metadata, open_engine, transaction
+from pipeline.ingest.repeats import RepeatWindow
+from pipeline.log import append as writing
+from pipeline.log import ownership
+from pipeline.log.ownership import Owner
+from pipeline.positions import Epoch, NextOffset, Offset, Partition, after
+from pipeline.projection import Projector
+from pipeline.projection.loop import Limits, run_projection
+from tests.servers.databases import Database
+
+TOPIC = "Notifications"
+SAMPLE = Path(__file__).parent / "data" / "sample_events.jsonl"
+REPEAT_WINDOW = 10_000
+SEGMENT = 10_000_000
+
+Event = Mapping[str, Any]
+
+
+# ------------------------------------------------------------------------------------------- events
+
+
+def sample_events() -> list[Event]:
+    """574 events of all types whose references and sums agree, in the order of their times."""
+    return [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+
+
+def some_id(name: str) -> str:
+    """An id that is the same for the same name."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, name))
+
+
+def moment(at: str | float) -> str:
+    """``10:00:05`` on the tests' day, or so many seconds after its midnight, in RFC 3339."""
+    if isinstance(at, str):
+        return f"2026-01-12T{at}Z"
+    return (datetime(2026, 1, 12, tzinfo=UTC) + timedelta(seconds=at)).isoformat()
+
+
+def event(kind: str, body: Any, *, at: str | float = "10:00:00", name: str | None = None) -> Event:
+    """An event with its envelope; the same ``name`` gives the same event id."""
+    return {
+        "id": some_id(name) if name else str(uuid.uuid4()),
+        "created_at": moment(at),
+        "type": kind,
+        "object": body,
+    }
+
+
+def order_event(
+    status: str,
+    *,
+    at: str | float,
+    order: str = "an order",
+    name: str | None = None,
+    **changes: Any,
+) -> Event:
+    """``ORDER.<status>``, as Upvest writes it, with ``changes`` to the object."""
+    body = {
+        "id": some_id(order),
+        "created_at": moment("09:00:00"),
+        "updated_at": moment(at),
+        "user_id": some_id("a user"),
+        "account_id": some_id("an account"),
+        "cash_amount": "600.00",
+        "currency": "EUR",
+        "side": "BUY",
+        "instrument_id": "IE00ZQ7B0228",
+        "instrument_id_type": "ISIN",
+        "order_type": "MARKET",
+        "quantity": "",
+        "limit_price": "",
+        "stop_price": "",
+        "status": status,
+        "fee": "0",
+        "initiation_flow": "API",
+        "execution_flow": "STRAIGHT_THROUGH",
+        "executions": [],
+        "client_reference": "",
+    }
+    return event(f"ORDER.{status}", {**body, **changes}, at=at, name=name)
+
+
+def execution(status: str, *, execution: str = "an execution", **changes: Any) -> dict[str, Any]:
+    """An execution as it stands in its own event and inside its order."""
+    body = {
+        "id": some_id(execution),
+        "order_id": some_id("an order"),
+        "cash_amount": "240.00",
+        "currency": "EUR",
+        "price": "87.955",
+        "share_quantity": "2.7286680689",
+        "side": "BUY",
+        "status": status,
+        "taxes": [{"type": "TOTAL", "amount": "0"}],
+        "transaction_time": moment("10:00:00.727"),
+        "settlement_date": "2026-01-14",
+    }
+    return {**body, **changes}
+
+
+def execution_event(
+    status: str, *, at: str | float, name: str | None = None, **changes: Any
+) -> Event:
+    """``EXECUTION.<status>``."""
+    return event(f"EXECUTION.{status}", execution(status, **changes), at=at, name=name)
+
+
+# ---------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """The log of a test's database, written through the service's own claim and append."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: dict[Partition, Epoch] = {}
+        self._next: dict[Partition, NextOffset] = {}
+        self._windows: dict[Partition, RepeatWindow] = {}
+
+    def append(
+        self,
+        records: Iterable[Event | bytes | None],
+        *,
+        topic: str = TOPIC,
+        partition: int = 0,
+        gap: int = 0,
+    ) -> list[Offset]:
+        """Write records at the end of a partition, in one transaction.
+
+        Args:
+            records: Events, or the bytes of a record; None is a tombstone.
+            topic: Topic to write to.
+            partition: Its partition.
+            gap: Offsets left unused before each record, as Kafka leaves them.
+
+        Returns:
+            Their offsets.
+        """
+        place = Partition(topic, partition)
+        with transaction(self._engine) as db:
+            if place not in self._held:
+                self._claim(db, place)
+            expected = self._next[place]
+            rows = []
+            end = expected
+            for record in records:
+                value = record if isinstance(record, bytes | None) else json.dumps(record).encode()
+                offset = Offset(end + gap)
+                row = reading.read(
+                    reading.Record(topic, partition, offset, value, None, None, None, 0)
+                )
+                rows.append(self._windows[place].mark(row))
+                end = after(offset)
+            advance = writing.Advance(self._held[place], expected, end, None)
+            writing.append(db, rows, {place: advance})
+        self._next[place] = end
+        return [Offset(row.offset) for row in rows]
+
+    def _claim(self, db: Any, place: Partition) -> None:
+        ownership.begin(db, place, NextOffset(0))
+        claim = ownership.claim(db, place, Owner(group="tests", member="tests"))
+        ownership.make_segment(db, place.topic, claim.next_offset, SEGMENT)
+        self._held[place] = claim.epoch
+        self._next[place] = claim.next_offset
+        self._windows[place] = RepeatWindow(REPEAT_WINDOW, [])
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def rows_of(engine: Engine, table: str, *, schema: str = "upvest") -> Sequence[Row[Any]]:
+    """Every row of a table, in the order of its primary key."""
+    declared = metadata.tables[f"{schema}.{table}"]
+    with transaction(engine) as db:
+        return db.execute(declared.select().order_by(*declared.primary_key)).all()
+
+
+def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool = True) -> Any:
+    """The tables of projectors as data to compare, to the last digit.
+
+    Args:
+        engine: The database.
+        projectors: Whose tables.
+        machinery: With the underscore columns, which tell where a row comes from.
+    """
+    found = {}
+    for projector in projectors:
+        for table in projector.tables:
+            columns = [
+                column.name
+                for column in table.columns
+                if machinery or not column.name.startswith("_")
+            ]
+            listed = ", ".join(f'"{name}"' for name in columns)
+            keys = ", ".join(f'"{column.name}"' for column in table.primary_key)
+            with transaction(engine) as db:
+                # As text: 1.0 and 1.00 are equal numbers, but not the same bytes.
+                query = f"SELECT ROW({listed})::text FROM {table.fullname} ORDER BY {keys}"
+                found[table.name] = db.execute(text(query)).scalars().all()
+    return found
+
+
+@contextmanager
+def forgotten_afterwards(*projectors: Projector):
+    """Projectors that a test declares: their tables leave the metadata at the end of the block."""
+    try:
+        yield
+    finally:
+        for projector in projectors:
+            for table in projector.tables:
+                metadata.remove(table)
+
+
+def create_tables(engine: Engine, *projectors: Projector) -> None:
+    """What a migration does for new read models."""
+    with transaction(engine) as db:
+        for projector in projectors:
+            for table in projector.tables:
+                table.create(db)
+                db.execute(
+                    text("SELECT pipeline.watch_read_model(CAST(:of AS regclass), :projector)"),
+                    {"of": table.fullname, "projector": projector.name},
+                )
+
+
+class Given:
+    """A database with a log; call it to add events, then ``project``."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.engine = open_engine(database.url, application="pipeline test", pool_size=8)
+        self.log = Log(self.engine)
+
+    def __call__(
+        self,
+        records: Iterable[Event | bytes | None] = (),
+        *,
+        topic: str = TOPIC,
+        partition: int = 0,
+    ) -> Self:
+        """Append records to a partition of the log."""
+        self.log.append(records, topic=topic, partition=partition)
+        return self
+
+    def project(self, *projectors: Projector, limits: Limits | None = None) -> Sequence[Row[Any]]:
+        """Bring the read models to the end of the log; the rows of the first one's table."""
+        run_projection(self.engine, projectors, limits, until_end=True)
+        return self.rows(projectors[0].name)
+
+    def rows(self, table: str) -> Sequence[Row[Any]]:
+        """Every row of a read model, in the order of its key."""
+        return rows_of(self.engine, table)
+
+    def execute(self, statement: str, **parameters: Any) -> None:
+        """Run a statement in a transaction of its own."""
+        with transaction(self.engine) as db:
+            db.execute(text(statement), parameters)
+
+    def query(self, statement: str, **parameters: Any) -> Sequence[Row[Any]]:
+        """The rows that a query gives."""
+        with transaction(self.engine) as db:
+            return db.execute(text(statement), parameters).all()
+
+    def scalar(self, statement: str, **parameters: Any) -> Any:
+        """The one value that a query gives."""
+        with transaction(self.engine) as db:
+            return db.execute(text(statement), parameters).scalar_one()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()

@@ -1,0 +1,554 @@
+"""A bad event costs one event: found, named without its value, put aside, tried again."""
+
+import re
+import string
+from datetime import date, datetime
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, settings
+from hypothesis import given as over
+from hypothesis import strategies as st
+from sqlalchemy import Column, Integer, Table, Text, text
+
+from pipeline import dead_letters
+from pipeline.db import READ_SCHEMA, metadata, transaction
+from pipeline.errors import ExitCode
+from pipeline.projection import Children, Custom, Notice, Snapshot, integer, uuid
+from pipeline.projection import text as text_field
+from pipeline.projection.loop import Limits
+from pipeline.projection.rebuild import rebuild
+from pipeline.projection.turn import BrokenProjectorError, retry
+from pipeline.projectors.executions import executions
+from pipeline.projectors.orders import orders
+from tests.given import (
+    Given,
+    create_tables,
+    event,
+    execution,
+    execution_event,
+    forgotten_afterwards,
+    order_event,
+    some_id,
+)
+
+DELIVERED = ["one before", "one after"]
+
+GUILTY_ORDERS: list[tuple[dict[str, Any], str, str]] = [
+    ({"cash_amount": "12,5"}, "cash_amount", "22P02"),
+    ({"cash_amount": "NaN"}, "cash_amount", "22P02"),
+    ({"cash_amount": "1e5"}, "cash_amount", "22P02"),
+    ({"cash_amount": "0x10"}, "cash_amount", "22P02"),
+    ({"cash_amount": " 1"}, "cash_amount", "22P02"),
+    ({"cash_amount": "."}, "cash_amount", "22P02"),
+    ({"cash_amount": "1-2"}, "cash_amount", "22P02"),
+    ({"cash_amount": {}}, "cash_amount", "22P02"),
+    ({"cash_amount": [1]}, "cash_amount", "22P02"),
+    ({"cash_amount": True}, "cash_amount", "22P02"),
+    ({"updated_at": "now"}, "updated_at", "22007"),
+    ({"updated_at": "infinity"}, "updated_at", "22007"),
+    ({"updated_at": "12.01.2026"}, "updated_at", "22007"),
+    ({"updated_at": "2026-01-12T10:00:00"}, "updated_at", "22007"),
+    ({"updated_at": "2026-02-30T10:00:00Z"}, "updated_at", "22008"),
+    ({"updated_at": "2026-01-12T25:00:00Z"}, "updated_at", "22008"),
+    ({"updated_at": 1768212000}, "updated_at", "22007"),
+    ({"expiry_date": "2026-02-30"}, "expiry_date", "22008"),
+    ({"expiry_date": "20260212"}, "expiry_date", "22007"),
+    ({"expiry_date": "2026-01-12|2026-01-13"}, "expiry_date", "22007"),
+    ({"expiry_date": "2026-01-12x2026-01-13"}, "expiry_date", "22007"),
+    ({"expiry_date": "2026-01-12x"}, "expiry_date", "22007"),
+    ({"updated_at": "2026-01-12|"}, "updated_at", "22007"),
+    ({"updated_at": "2026-01-12x"}, "updated_at", "22007"),
+    ({"updated_at": "2026-01-12T10:00:00Zx2026-01-12"}, "updated_at", "22007"),
+    ({"updated_at": "x"}, "updated_at", "22007"),
+    ({"user_instrument_fit_acknowledgement": "yes"}, "fit_acknowledged", "22P02"),
+    ({"user_instrument_fit_acknowledgement": 1}, "fit_acknowledged", "22P02"),
+    ({"account_id": "IE00ZQ7B0228"}, "account_id", "22P02"),
+    ({"id": ""}, "order_id", "23502"),
+    ({"id": None}, "order_id", "23502"),
+]
+
+
+def found(given: Given) -> list[tuple[str, int, str | None, str]]:
+    return [
+        tuple(row)
+        for row in given.query(
+            'SELECT projector, "offset", column_name, sqlstate FROM pipeline.dead_letters '
+            'ORDER BY projector, topic, partition, "offset"'
+        )
+    ]
+
+
+ALONE_AND_TOGETHER = pytest.mark.parametrize("batch", [1, 1000], ids=["alone", "together"])
+"""Whether an event is guilty must not hang on its neighbours in a batch."""
+
+
+@pytest.mark.both_postgres
+@ALONE_AND_TOGETHER
+def test_each_guilty_value_is_found_and_its_neighbours_land(given: Given, batch):
+    events = [order_event("NEW", at="10:00:00", order="one before")]
+    events += [
+        order_event("NEW", at="10:00:00", **{"order": f"guilty {number}", **changes})
+        for number, (changes, _, _) in enumerate(GUILTY_ORDERS)
+    ]
+    events += [order_event("NEW", at="10:00:00", order="one after")]
+
+    rows = given(events).project(orders, limits=Limits(batch_offsets_max=batch))
+
+    assert {str(row.order_id) for row in rows} == {some_id(name) for name in DELIVERED}
+    assert found(given) == [
+        ("orders", number, column, sqlstate)
+        for number, (_, column, sqlstate) in enumerate(GUILTY_ORDERS, start=1)
+    ]
+
+
+@pytest.mark.both_postgres
+@pytest.mark.parametrize(
+    ("guilty", "column", "sqlstate"),
+    [
+        (event("ORDER.NEW", "no object"), "object", "22023"),
+        (event("ORDER.NEW", ["no object"]), "object", "22023"),
+        (event("ORDER.NEW", None), "object", "22023"),
+        ({"id": some_id("x"), "type": "ORDER.NEW", "created_at": "2026-01-12"}, "object", "22023"),
+        (order_event("NEW", at=0, executions="none"), "executions", "22023"),
+        (order_event("NEW", at=0, executions=[{}]), "execution_id", "23502"),
+        (order_event("NEW", at=0, executions=["x"]), "object", "22023"),
+        (order_event("NEW", at=0, executions=[execution("FILLED", price="?")]), "price", "22P02"),
+        (execution_event("FILLED", at=0, taxes=[{"amount": "1,5"}]), "amount", "22P02"),
+        (execution_event("FILLED", at=0, taxes={"amount": "1"}), "taxes", "22023"),
+        (execution_event("FILLED", at=0, taxes=[1]), "object", "22023"),
+        (
+            order_event("NEW", at=0, executions=[execution("FILLED", taxes=[{"amount": []}])]),
+            "amount",
+            "22P02",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value),
+)
+@ALONE_AND_TOGETHER
+def test_guilt_inside_lists_and_children_is_found(given: Given, guilty, column, sqlstate, batch):
+    innocent = [execution_event("FILLED", at="10:00:00", execution=name) for name in DELIVERED]
+
+    bad_neighbour = execution_event("FILLED", at=0, price="?")
+    limits = Limits(batch_offsets_max=batch)
+    rows = given([innocent[0], guilty, innocent[1], bad_neighbour]).project(
+        executions, limits=limits
+    )
+
+    assert {str(row.execution_id) for row in rows} == {some_id(name) for name in DELIVERED}
+    assert len(given.rows("execution_taxes")) == 2
+    assert found(given) == [
+        ("executions", 1, column, sqlstate),
+        ("executions", 3, "price", "22P02"),
+    ]
+
+
+@ALONE_AND_TOGETHER
+def test_what_is_odd_but_right_lands_whoever_its_neighbours_are(given: Given, batch):
+    odd = [
+        order_event("FILLED", at=1, id="no uuid", executions=[execution("FILLED")]),
+        order_event("FILLED", at=1, executions=[execution("SETTLED", execution="x", order_id="")]),
+        order_event("FILLED", at=1, id={}, executions=[]),
+        execution_event("FILLED", at=1, execution="y", settlement_date="2026-01-14T23:00:00+02:00"),
+        execution_event("FILLED", at=1, execution="z", price="007.50", taxes=[{"more": 1}]),
+    ]
+    guilty = [
+        order_event("FILLED", at=1, id="?", executions=[execution("FILLED", order_id="")]),
+        execution_event("FILLED", at=1, price="?"),
+    ]
+
+    rows = given(odd + guilty).project(executions, limits=Limits(batch_offsets_max=batch))
+
+    assert {str(row.execution_id) for row in rows} == {
+        some_id(name) for name in ("an execution", "x", "y", "z")
+    }
+    assert [(offset, sqlstate) for _, offset, _, sqlstate in found(given)] == [
+        (5, "22P02"),
+        (6, "22P02"),
+    ]
+
+
+@pytest.mark.parametrize("settled_first", [True, False])
+def test_which_events_are_guilty_does_not_hang_on_who_wins(given: Given, settled_first):
+    """Or what else a guilty event holds would be there or not by the order of arrival."""
+    bad = execution("FILLED", taxes=[{"type": "TOTAL", "amount": "1,5"}])
+    filled = order_event("FILLED", at=0, executions=[bad, execution("FILLED", execution="other")])
+    settled = execution_event("SETTLED", at=1)
+
+    for one in [settled, filled] if settled_first else [filled, settled]:
+        given([one]).project(executions)
+
+    rows = [(str(row.execution_id), row.status) for row in given.rows("executions")]
+    assert rows == [(some_id("an execution"), "SETTLED")]
+    assert found(given) == [("executions", 1 if settled_first else 0, "amount", "22P02")]
+
+
+def test_lists_that_are_unset_are_empty_lists(given: Given):
+    unset_lists: list[object] = [None, "", []]
+    events = [
+        order_event("NEW", at=number, order=str(number), executions=unset)
+        for number, unset in enumerate(unset_lists)
+    ]
+    events.append(execution_event("FILLED", at="10:00:00", taxes=""))
+
+    given(events).project(executions, orders)
+
+    assert found(given) == []
+    assert len(given.rows("orders")) == 3
+    assert given.rows("execution_taxes") == []
+
+
+def test_a_dead_letter_holds_no_value(given: Given):
+    secret = "IBAN DE02120300000000202051"
+    given([order_event("NEW", at=0, cash_amount=secret, client_reference=secret)])
+
+    given.project(orders)
+
+    (letter,) = given.query("SELECT d::text FROM pipeline.dead_letters d")
+    assert "DE02" not in letter[0]
+
+
+def test_what_the_screening_does_not_know_is_found_by_halving(given: Given):
+    """A rule of the table itself, say, that no declaration mentions."""
+    given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT no_big_fee CHECK (fee < 100)")
+    events = [
+        order_event("NEW", at="10:00:00", order=str(number), fee="500" if number % 30 == 7 else "1")
+        for number in range(100)
+    ]
+
+    rows = given(events).project(orders)
+
+    assert len(rows) == 96
+    assert found(given) == [("orders", offset, None, "23514") for offset in (7, 37, 67, 97)]
+
+
+def test_a_projector_that_refuses_too_much_stands_still_and_the_others_go_on(given: Given):
+    given([order_event("NEW", at="10:00:00", order="good")])
+    given.project(orders, executions)
+    guilty = [
+        order_event(
+            "NEW", at="10:00:00", order=str(number), fee="a lot", executions=[execution("FILLED")]
+        )
+        for number in range(6)
+    ]
+
+    given(guilty).project(orders, executions, limits=Limits(guilty_max=5))
+
+    assert len(given.rows("orders")) == 1
+    assert len(given.rows("executions")) == 1
+    assert found(given) == []
+    broken = given.query(
+        "SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'"
+    )
+    assert [(row.projector, row.problem) for row in broken] == [
+        ("orders", "6 or more of 6 events in one pass were refused")
+    ]
+    places = given.query(
+        "SELECT projector, next_offset FROM pipeline.projection_checkpoints ORDER BY 1"
+    )
+    assert [tuple(row) for row in places] == [("executions", 7), ("orders", 1)]
+
+
+def test_half_of_many_events_breaks_a_projector_too(given: Given):
+    events = [
+        order_event("NEW", at="10:00:00", order=str(number), fee="?" if number % 2 else "1")
+        for number in range(100)
+    ]
+
+    given(events).project(orders, limits=Limits(guilty_max=1000))
+
+    assert given.scalar("SELECT state FROM pipeline.projectors") == "broken"
+    with pytest.raises(BrokenProjectorError) as refused:
+        rebuild(given.engine, orders)
+    assert refused.value.exit_code is ExitCode.REFUSED
+
+
+def test_a_rebuild_sets_a_broken_projector_going(given: Given):
+    given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (side <> 'BUY')")
+    events = [order_event("NEW", at="10:00:00", order=str(number)) for number in range(8)]
+    given(events).project(orders, limits=Limits(guilty_max=3))
+    assert given.scalar("SELECT state FROM pipeline.projectors") == "broken"
+    given.execute("ALTER TABLE upvest.orders DROP CONSTRAINT wrong")
+
+    difference = rebuild(given.engine, orders)
+
+    assert (difference.missing, difference.rows) == (8, 8)
+    given([order_event("FILLED", at="11:00:00", order="0")]).project(orders)
+    assert [row.status for row in given.rows("orders")].count("FILLED") == 1
+
+
+@pytest.mark.both_postgres
+def test_a_dead_letter_retried_after_a_fix_lands_right_whenever_that_is(given: Given):
+    given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (fee < 100)")
+    given([order_event("NEW", at="10:00:00", fee="500")])
+    given([order_event("NEW", at="10:00:00", order="other", fee="500")]).project(orders)
+    given([order_event("FILLED", at="11:00:00", fee="1")]).project(orders)
+    assert retry(given.engine, [orders, executions]) == (0, 2)
+    (attempts,) = set(given.query("SELECT attempts FROM pipeline.dead_letters"))
+    assert attempts == (2,)
+    before = given.query("SELECT * FROM pipeline.projection_checkpoints")
+    given.execute("ALTER TABLE upvest.orders DROP CONSTRAINT wrong")
+
+    landed = retry(given.engine, [orders, executions])
+
+    assert landed == (2, 0)
+    assert sorted(row.status for row in given.rows("orders")) == ["FILLED", "NEW"]
+    assert found(given) == []
+    assert given.query("SELECT * FROM pipeline.projection_checkpoints") == before
+    assert rebuild(given.engine, orders).differing == 0
+
+
+def test_a_letter_that_somebody_took_back_meanwhile_is_no_failure(given: Given):
+    given([order_event("NEW", at="10:00:00", fee="?")]).project(orders)
+    with transaction(given.engine) as db:
+        letters = dead_letters.listed(db, ["orders"])
+        dead_letters.forget(db, "orders")
+
+    from pipeline.projection.turn import _retry_one
+
+    with transaction(given.engine) as db:
+        assert _retry_one(db, orders, letters[0])
+
+
+def test_rebuilding_takes_the_dead_letters_over(given: Given):
+    given(
+        [
+            order_event("NEW", at="10:00:00", fee="?"),
+            order_event("NEW", at="10:00:00", order="another"),
+        ]
+    )
+    given.project(orders)
+    given.execute("DELETE FROM pipeline.dead_letters")
+
+    difference = rebuild(given.engine, orders)
+
+    assert (difference.differing, difference.dead_letters) == (0, 1)
+    assert found(given) == [("orders", 0, "fee", "22P02")]
+
+
+# --------------------------------------------------------------------------------- any value at all
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+CLOCK = r"[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+MOMENT = re.compile(f"{DATE}({CLOCK})?")
+
+near_numbers = st.text(alphabet="0123456789.+-eENaInf _x,", min_size=1, max_size=12)
+near_moments = st.from_regex(
+    r"(20[0-9]{2}|.{4})-(0[1-9]|..)-(1[0-9]|..)(T10:(00|..):0.(\..*)?.*)?[x|]?", fullmatch=True
+).filter(lambda value: "\0" not in value)
+anything = st.text(
+    alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=20,
+)
+
+
+def is_number(value: str) -> bool:
+    return NUMBER.fullmatch(value) is not None
+
+
+def may_be_moment(value: str) -> bool:
+    """By its shape; whether there is such a day is PostgreSQL's to say."""
+    return MOMENT.fullmatch(value) is not None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.both_postgres
+def test_any_value_lands_by_the_rules_or_is_named(given: Given, pg_version):
+    """The statement and the screening agree on every text, and both with the rules in Python."""
+
+    @settings(
+        max_examples=100 if pg_version == 18 else 30,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @over(
+        numbers=st.lists(near_numbers | anything, max_size=10),
+        moments=st.lists(near_moments | anything, max_size=10),
+        batch=st.sampled_from([1, 1000]),
+    )
+    @example(
+        numbers=["1_000", "+5", "-.5", "5.", "٣", "1\n"],
+        moments=["2026-01-12\n", "2026-01-12", "2026-01-12x2026-01-13"],
+        batch=1,
+    )
+    @example(
+        numbers=[],
+        moments=[
+            "20-6-01-12T10:00:00Z",
+            "2026-01-12T10:00:00.1Z3Z",
+            "allballs",
+            "2026-01-12|",
+            "x",
+        ],
+        batch=1,
+    )
+    def agree(numbers, moments, batch) -> None:
+        given.execute("TRUNCATE upvest.orders")
+        first = given.scalar("SELECT coalesce(max(next_offset), 0) FROM pipeline.consumer_offsets")
+        events = [order_event("NEW", at=0, order=f"n{i}", fee=n) for i, n in enumerate(numbers)]
+        events += [
+            order_event("NEW", at=0, order=f"m{i}", updated_at=m) for i, m in enumerate(moments)
+        ]
+        events += [
+            order_event("NEW", at=0, order=f"d{i}", expiry_date=m) for i, m in enumerate(moments)
+        ]
+        offsets = given.log.append(events)
+        given.execute(
+            "UPDATE pipeline.projection_checkpoints SET next_offset = :first", first=first
+        )
+
+        rows = given.project(orders, limits=Limits(batch_offsets_max=batch))
+
+        guilty = {offset: (column, sqlstate) for _, offset, column, sqlstate in found(given)}
+        assert "22000" not in {sqlstate for _, sqlstate in guilty.values()}
+        landed = {row._offset for row in rows}
+        assert landed | set(guilty) == set(offsets)
+        assert not landed & set(guilty)
+        for offset, value in zip(offsets, [*numbers, *moments, *moments], strict=True):
+            if offset - offsets[0] < len(numbers):
+                assert (offset in landed) == is_number(value), value
+            elif offset in landed:
+                assert may_be_moment(value), value
+            elif may_be_moment(value):
+                assert not exists(value), value
+
+    agree()
+
+
+def exists(moment: str) -> bool:
+    """Whether there surely is such a moment."""
+    try:
+        date.fromisoformat(moment[:10])
+        return len(moment) == 10 or bool(datetime.fromisoformat(moment.upper()))
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------- other kinds
+
+
+def test_a_custom_projector_loses_only_the_guilty_event(given: Given):
+    letters = Table(
+        "letters",
+        metadata,
+        Column("letter", Text, primary_key=True),
+        Column("seen", Integer, nullable=False),
+        schema=READ_SCHEMA,
+    )
+
+    def count_letters(db, batch) -> None:
+        db.execute(
+            text(
+                "INSERT INTO letters AS l SELECT e.payload -> 'object' ->> 'letter', "
+                "sum((e.payload -> 'object' ->> 'seen')::integer) FROM pipeline.events e "
+                f"WHERE {batch.where} GROUP BY 1 ON CONFLICT (letter) "
+                "DO UPDATE SET seen = l.seen + excluded.seen"
+            ),
+            batch.parameters,
+        )
+
+    counted = Custom(tables=[letters], events="LETTER.*", apply=count_letters)
+    events = [
+        event("LETTER.SEEN", {"letter": letter, "seen": 1 if letter != "q" else "many"})
+        for letter in string.ascii_lowercase + "aab"
+    ]
+    with forgotten_afterwards(counted):
+        create_tables(given.engine, counted)
+
+        rows = given(events).project(counted, orders)
+
+        assert {row.letter: row.seen for row in rows if row.seen > 1} == {"a": 3, "b": 2}
+        assert "q" not in {row.letter for row in rows}
+        assert found(given) == [("letters", 16, None, "22P02")]
+        assert rebuild(given.engine, counted).differing == 0
+
+
+@pytest.mark.both_postgres
+@ALONE_AND_TOGETHER
+def test_a_notice_keeps_the_first_of_its_copies_and_an_event_without_id_is_named(
+    given: Given, batch
+):
+    refused = Notice(
+        table="refusals",
+        comment="Refusals.",
+        events="REFUSAL.TOLD",
+        fields=[text_field("reason", "reason", "Why.")],
+    )
+    first = event("REFUSAL.TOLD", {"reason": "first"}, name="same")
+    with forgotten_afterwards(refused):
+        create_tables(given.engine, refused)
+        given([{**first, "object": {"reason": "later copy"}}], partition=1)
+        given.project(refused)
+        without_object = {"id": some_id("x"), "type": "REFUSAL.TOLD", "created_at": "2026-01-12"}
+        given([first, {**first, "id": "not a uuid"}, without_object], partition=0)
+
+        rows = given.project(refused, limits=Limits(batch_offsets_max=batch))
+
+        assert [(row.reason, row._partition) for row in rows] == [("first", 0)]
+        named = [(offset, sqlstate) for _, offset, _, sqlstate in found(given)]
+        assert named == [(1, "23502"), (2, "22023")]
+        assert rebuild(given.engine, refused).differing == 0
+
+
+@pytest.mark.both_postgres
+def test_children_with_keys_of_their_own_and_nested_values(given: Given):
+    clubs = Snapshot(
+        table="clubs",
+        comment="Clubs.",
+        events="CLUB.*",
+        key=uuid("club_id", "id", "Id."),
+        fields=[integer("size", "facts.deep.size", "Members.")],
+        unless_unset=["size"],
+        children=[
+            Children(
+                table="club_members",
+                comment="Members.",
+                path="facts.members",
+                key=("member_id",),
+                fields=[
+                    uuid("member_id", "who.id", "Member."),
+                    text_field("name", "who.name", "Name."),
+                ],
+            )
+        ],
+    )
+
+    def club(members, size="1", facts=None):
+        said = {"deep": {"size": size}, "members": members}
+        return event("CLUB.TOLD", {"id": some_id("club"), "facts": facts or said})
+
+    def member(name, who="one"):
+        return {"who": {"id": some_id(who), "name": name}}
+
+    with forgotten_afterwards(clubs):
+        create_tables(given.engine, clubs)
+        given(
+            [
+                club(
+                    [member("of two alike the first stays"), member("second"), member("x", "two")]
+                ),
+                club([{"who": "nobody"}]),
+                club([{"who": {"name": "without id"}}]),
+                club([], size="5.0"),
+                club([], size=""),
+                club([], facts="none, so no size either"),
+            ]
+        )
+
+        rows = given.project(clubs)
+
+        assert [row.size for row in rows] == [1]
+        assert sorted(row.name for row in given.rows("club_members")) == [
+            "of two alike the first stays",
+            "x",
+        ]
+        assert found(given) == [
+            ("clubs", 1, "who", "22023"),
+            ("clubs", 2, "member_id", "23502"),
+            ("clubs", 3, "size", "22P02"),
+        ]
+        given([club([member("alone")], size="+7")]).project(clubs)
+        assert [row.name for row in given.rows("club_members")] == ["alone"]
+        assert rebuild(given.engine, clubs).differing == 0

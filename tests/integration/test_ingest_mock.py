@@ -1,0 +1,244 @@
+"""The core of the ingest on librdkafka's mock broker: what needs no Java, in seconds."""
+
+import ctypes
+import threading
+
+import pytest
+
+from pipeline import source as kafka_source
+from pipeline.db import open_engine, transaction
+from pipeline.embedded import broker
+from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
+from pipeline.ingest.takeover import Taken, Takeover
+from pipeline.log import ownership
+from pipeline.log.append import append
+from pipeline.log.ownership import Owner
+from pipeline.positions import NextOffset, Partition
+from pipeline.source import KafkaSource
+from tests.contract.logs import advance, row_at
+from tests.integration.ingesting import (
+    Ledger,
+    ingest_until_end,
+    is_faithful,
+    logged,
+    next_offsets,
+    payloads,
+    running,
+    settings_for,
+    standings,
+    until,
+)
+from tests.records import HOSTILE, deep_nesting
+
+pytestmark = deep_nesting
+TOPIC = "orders"
+
+
+@pytest.fixture(autouse=True)
+def asks_briefly(monkeypatch):
+    """This broker never answers some questions, and one that is down none."""
+    monkeypatch.setattr(kafka_source, "TOPIC_ID_S_MAX", 0.3)
+    monkeypatch.setattr(kafka_source, "ASK_S_MAX", 2.0)
+
+
+@pytest.fixture
+def settings(database, mock_broker):
+    mock_broker.create_topic(TOPIC, 2)
+
+    def make(**changes):
+        return settings_for(
+            database, mock_broker.bootstrap_servers, TOPIC, kafka_group_protocol="consumer",
+            **changes,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def ledger(mock_broker):
+    return Ledger(mock_broker.bootstrap_servers)
+
+
+def timeless(records):
+    """Without the times, of which this broker confirms others than it keeps."""
+    return {at: sent[:3] for at, sent in records.items()}
+
+
+def numbered(count, first=0):
+    return [b'{"n": %d}' % (first + n) for n in range(count)]
+
+
+def test_every_record_is_in_the_log_as_it_was_sent(database, settings, ledger):
+    headers = [("a", b"1"), ("a", None), ("b", b"\xff")]
+    values = [value for value, *_ in HOSTILE.values()]
+    ledger.send(TOPIC, values, key=b"\x00", headers=headers)
+    ledger.send(TOPIC, numbered(50), partition=1).flush()
+
+    assert ingest_until_end(settings()) == len(ledger.records)
+    assert ingest_until_end(settings()) == 0
+
+    assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
+    stored = payloads(database, TOPIC)
+    assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
+
+
+def produce_with_a_header_named(name, bootstrap_servers):
+    """What librdkafka lets a program in C send; Python's client does not."""
+    library = ctypes.CDLL(str(broker._shipped_library()))
+    pointer = ctypes.c_void_p
+    for function in ("rd_kafka_conf_new", "rd_kafka_new", "rd_kafka_headers_new"):
+        getattr(library, function).restype = pointer
+    configuration = pointer(library.rd_kafka_conf_new())
+    library.rd_kafka_conf_set(
+        configuration, b"bootstrap.servers", bootstrap_servers.encode(), None, 0
+    )
+    library.rd_kafka_conf_set(configuration, b"log_level", b"0", None, 0)
+    producer = pointer(library.rd_kafka_new(0, configuration, None, 0))
+    headers = pointer(library.rd_kafka_headers_new(1))
+    library.rd_kafka_header_add(headers, name, len(name), b"value", 5)
+    end, topic, partition, value, flags, with_headers, copy = 0, 1, 3, 4, 7, 10, 2
+    refused = library.rd_kafka_producev(
+        producer, topic, TOPIC.encode(), partition, ctypes.c_int32(0), value, b"a value",
+        ctypes.c_size_t(7), flags, copy, with_headers, headers, end,
+    )  # fmt: skip
+    assert refused == 0
+    assert library.rd_kafka_flush(producer, 10_000) == 0
+    library.rd_kafka_destroy(producer)
+
+
+def test_a_header_that_the_client_cannot_read_costs_the_headers_only(
+    database, settings, ledger, mock_broker
+):
+    # So many that the interpreter has specialized the calls by then.
+    ledger.send(TOPIC, numbered(100)).flush()
+    produce_with_a_header_named(b"\xff\xfe", mock_broker.bootstrap_servers)
+    ledger.send(TOPIC, numbered(1)).flush()
+
+    ingest_until_end(settings())
+
+    assert payloads(database, TOPIC)[TOPIC, 0, 100] == (None, b"a value")
+    assert next_offsets(database, TOPIC)[0] == 102
+    with database.connect() as db:
+        headers = db.execute('SELECT headers FROM pipeline.events ORDER BY "offset"').fetchall()
+    unreadable = ([[{"unreadable": "a name is not UTF-8"}, None]],)
+    assert headers == [*[(None,)] * 100, unreadable, (None,)]
+
+
+def test_a_running_ingest_goes_on_when_the_broker_is_back(database, settings, ledger, mock_broker):
+    ledger.send(TOPIC, numbered(5)).flush()
+
+    with running(settings()):
+        until(lambda: next_offsets(database, TOPIC) == {0: 5, 1: 0}, "all is in the log")
+        mock_broker.set_down()
+        mock_broker.set_up()
+        ledger.send(TOPIC, numbered(5, first=5)).flush()
+        until(lambda: next_offsets(database, TOPIC)[0] == 10, "all is in the log")
+
+    assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
+
+
+def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_broker):
+    for n in range(2):
+        ledger.send(TOPIC, numbered(5), partition=n)
+    ledger.flush()
+    ingest_until_end(settings())
+    for n in range(2):
+        ledger.send(TOPIC, numbered(5, first=5), partition=n)
+    ledger.flush()
+    mock_broker.delete_records(TOPIC, 0, 8)
+
+    with pytest.raises(RetentionGapError, match=r"offset 5.*at 8: 3 offsets are gone"):
+        ingest_until_end(settings())
+
+    assert timeless(logged(database, TOPIC)) == timeless(
+        ledger.without(lambda at: at[1] == 0 and at[2] >= 5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        (3, "to read on at offset 5.*a topic that ends at 3"),
+        (9, "the record of the log at offset 4.*another record there"),
+    ],
+    ids=["shorter", "longer"],
+)
+def test_a_topic_that_was_made_anew_is_known_by_its_records(
+    database, settings, ledger, mock_broker, records, told
+):
+    """This broker does not tell the topic's id."""
+    ledger.send(TOPIC, numbered(5)).flush()
+    ingest_until_end(settings())
+    mock_broker.delete_topic(TOPIC)
+    mock_broker.create_topic(TOPIC, 2)
+    Ledger(mock_broker.bootstrap_servers).send(TOPIC, numbered(records, first=100)).flush()
+
+    with pytest.raises(RecreatedTopicError, match=told):
+        ingest_until_end(settings())
+
+    assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
+
+
+def test_a_topic_that_was_not_made_anew_is_known_too(database, settings, ledger, mock_broker):
+    ledger.send(TOPIC, [None, *numbered(4)]).send(TOPIC, [None], partition=1).flush()
+    ingest_until_end(settings())
+    # The last record of one partition is gone, that of the other is a tombstone.
+    mock_broker.delete_records(TOPIC, 0, 5)
+    ledger.send(TOPIC, numbered(2, first=5)).flush()
+
+    ingest_until_end(settings())
+
+    assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
+    assert {it.problem for it in standings(database).values()} == {None}
+
+
+def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
+    database, settings, ledger, mock_broker
+):
+    """Its records came, and its commit ended, while the claim waited for it."""
+    partition = Partition(TOPIC, 0)
+    ledger.send(TOPIC, numbered(5)).flush()
+    engine = open_engine(database.url, application="test")
+    with transaction(engine) as db:
+        for number in range(2):
+            ownership.begin(db, Partition(TOPIC, number), NextOffset(0))
+        ownership.make_segment(db, TOPIC, NextOffset(0), 1000)
+        held = ownership.claim(db, partition, Owner("group", "former")).epoch
+    source = KafkaSource(settings())
+    takeover = Takeover(engine, source, settings())
+    taken = []
+
+    with engine.connect() as former, database.connect() as watcher:
+        former.execute(ownership.FIND, {"of_topic": TOPIC, "of_number": 0})
+        taker = threading.Thread(target=lambda: taken.append(takeover.take([partition])))
+        taker.start()
+        until(
+            lambda: watcher.execute(
+                "SELECT true FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+                "AND datname = current_database()"
+            ).fetchone(),
+            "the claim waits",
+        )
+        ledger.send(TOPIC, numbered(5, first=5)).flush()
+        rows = [row_at(partition, n, value) for n, value in enumerate(numbered(10))]
+        append(former, rows, {partition: advance(held, 0, 10)})
+        former.commit()
+        taker.join(20)
+
+    [outcome] = [it[partition] for it in taken]
+    assert isinstance(outcome, Taken), outcome
+    assert (outcome.begin, outcome.end, outcome.held) == (10, 10, held + 1)
+    source.leave()
+    engine.dispose()
+
+
+def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, mock_broker):
+    source = KafkaSource(settings(options={"socket.timeout.ms": "1000"}))
+    mock_broker.set_down()
+
+    with pytest.raises(TransientError, match="Kafka: "):
+        source.watermarks(Partition(TOPIC, 0))
+
+    mock_broker.set_up()
+    assert until(lambda: source.watermarks(Partition(TOPIC, 0)) == (0, 0), "an answer")
+    source.leave()

@@ -1,0 +1,306 @@
+"""What must not be read on: lost records, another topic, another cluster, another database.
+
+Each is told by name, with what was expected and found, and what to do; the other partitions flow.
+"""
+
+from contextlib import closing
+from functools import partial
+from uuid import uuid4
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from pipeline.db import open_engine, transaction
+from pipeline.errors import (
+    GroupFencedError,
+    RecreatedTopicError,
+    RetentionGapError,
+    SharedGroupError,
+    WrongClusterError,
+)
+from pipeline.ingest import loop
+from pipeline.ingest.machine import Bounds
+from pipeline.log import ownership
+from pipeline.positions import Partition
+from tests.integration.ingesting import (
+    Ledger,
+    Running,
+    ingest_until_end,
+    installation,
+    logged,
+    next_offsets,
+    running,
+    settings_for,
+    standings,
+    until,
+)
+from tests.servers.databases import fresh_database
+
+
+@pytest.fixture
+def ledger(kafka):
+    return Ledger(kafka.bootstrap_servers)
+
+
+@pytest.fixture
+def settings(database, kafka):
+    def make(topic, **changes):
+        return settings_for(database, kafka.bootstrap_servers, topic, **changes)
+
+    return make
+
+
+@pytest.fixture
+def looks_often(monkeypatch):
+    """An ingest that looks at what Kafka and the operator say ten times a second."""
+    monkeypatch.setattr(loop, "LOOK_S", 0.1)
+
+
+def numbered(count, first=0):
+    return [b'{"n": %d}' % (first + n) for n in range(count)]
+
+
+def gaps(database):
+    with database.connect() as db:
+        return db.execute(
+            'SELECT "partition", first_offset, end_offset, accepted_at IS NOT NULL '
+            "FROM pipeline.gaps ORDER BY 1, 2"
+        ).fetchall()
+
+
+def accept(database, partition):
+    engine = open_engine(database.url, application="test")
+    with transaction(engine) as db:
+        accepted = ownership.accept_gap(db, partition)
+    engine.dispose()
+    return accepted
+
+
+def problem(database, topic, partition=0):
+    return standings(database)[topic, partition].problem
+
+
+# ----------------------------------------------------------------------------- retention overran us
+
+
+def test_records_that_retention_took_stop_their_partition_alone(
+    kafka, topic, database, settings, ledger
+):
+    name = topic(3)
+    for n in range(3):
+        ledger.send(name, numbered(10), partition=n)
+    ledger.flush()
+    ingest_until_end(settings(name))
+    for n in range(3):
+        ledger.send(name, numbered(10, first=10), partition=n)
+    ledger.flush()
+    kafka.delete_records(name, 1, 17)
+
+    with pytest.raises(RetentionGapError) as refused:
+        ingest_until_end(settings(name))
+
+    assert refused.value.exit_code == 65
+    for fact in (f"{name}[1]", "offset 10", "at 17", "7 offsets", f"gaps accept {name}:1"):
+        assert fact in str(refused.value)
+    assert problem(database, name, 1) == str(refused.value)
+    assert gaps(database) == [(1, 10, 17, False)]
+    assert next_offsets(database, name) == {0: 20, 1: 10, 2: 20}
+    assert logged(database, name) == ledger.without(lambda at: at[1] == 1 and at[2] >= 10)
+
+    assert accept(database, Partition(name, 1)) == (10, 17)
+    ingest_until_end(settings(name))
+
+    assert gaps(database) == [(1, 10, 17, True)]
+    assert problem(database, name, 1) is None
+    assert logged(database, name) == ledger.without(lambda at: at[1] == 1 and 10 <= at[2] < 17)
+
+
+def test_retention_that_overtakes_a_running_ingest_stops_the_partition_until_it_is_accepted(
+    kafka, topic, database, settings, ledger, looks_often
+):
+    name = topic(2)
+    ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
+    little_at_a_time = {"queued.max.messages.kbytes": "64", "max.partition.fetch.bytes": "20000"}
+
+    with running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest:
+        until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
+        # The database stands still while Kafka goes on and forgets.
+        with database.connect(autocommit=False) as somebody:
+            somebody.execute("SELECT 1 FROM pipeline.consumer_offsets FOR UPDATE")
+            ledger.send(name, [b"x" * 10_000 for _ in range(200)])
+            ledger.send(name, numbered(5, first=5), partition=1).flush()
+            kafka.delete_records(name, 0, 190)
+        until(lambda: problem(database, name), "the gap is noticed")
+        stopped_at = next_offsets(database, name)[0]
+        until(lambda: next_offsets(database, name)[1] == 10, "the other partition flows")
+
+        assert gaps(database) == [(0, stopped_at, 190, False)]
+        assert accept(database, Partition(name, 0)) == (stopped_at, 190)
+        until(lambda: next_offsets(database, name) == {0: 205, 1: 10}, "it goes on")
+        ledger.send(name, numbered(2)).flush()
+        until(lambda: next_offsets(database, name)[0] == 207, "and on")
+        assert not ingest.has_ended
+
+    assert problem(database, name) is None
+    assert logged(database, name) == ledger.without(
+        lambda at: at[1] == 0 and stopped_at <= at[2] < 190
+    )
+
+
+# ------------------------------------------------------------------------------------ made anew
+
+
+@pytest.mark.parametrize("records", [3, 5, 9], ids=["shorter", "as long", "longer"])
+def test_a_topic_that_was_made_anew_is_not_read_on(
+    kafka, topic, database, settings, ledger, records
+):
+    name = topic(1)
+    ledger.send(name, numbered(5)).flush()
+    ingest_until_end(settings(name))
+    kafka.delete_topic(name)
+    kafka.create_topic(name)
+    Ledger(kafka.bootstrap_servers).send(name, numbered(records, first=100)).flush()
+
+    with pytest.raises(RecreatedTopicError, match=r"expected topic id .* found .*") as refused:
+        ingest_until_end(settings(name))
+
+    assert refused.value.exit_code == 65
+    assert f"{name}[0]" in str(refused.value)
+    assert "another topic name or into another database" in str(refused.value)
+    assert problem(database, name) == str(refused.value)
+    assert logged(database, name) == ledger.records
+
+
+@pytest.mark.parametrize("records", [2, 20], ids=["shorter", "longer"])
+def test_a_topic_that_is_made_anew_under_a_running_ingest_is_noticed(
+    kafka, topic, database, settings, ledger, looks_often, records
+):
+    name, other = topic(1), topic(1)
+    ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
+    # A member that went while its topic did counts until its session ends.
+    quick = {"topic.metadata.refresh.interval.ms": "200", "session.timeout.ms": "6000"}
+
+    with running(settings(f"{name},{other}", group_id=name, options=quick)):
+        until(lambda: next_offsets(database, name) == {0: 5}, "all is in the log")
+        kafka.delete_topic(name)
+        kafka.create_topic(name)
+        Ledger(kafka.bootstrap_servers).send(name, numbered(records, first=100)).flush()
+        until(lambda: "topic id" in (problem(database, name) or ""), "the new topic is noticed")
+        ledger.send(other, numbered(5, first=5)).flush()
+        until(lambda: next_offsets(database, other) == {0: 10}, "the other topic goes on")
+
+    of_first_topic = {at: sent for at, sent in ledger.records.items() if at[0] == name}
+    found = logged(database, name)
+    assert {at: found[at] for at in of_first_topic} == of_first_topic
+    assert logged(database, other).items() <= ledger.records.items()
+
+
+# ---------------------------------------------------------------- another cluster, another database
+
+
+def test_another_cluster_is_told_from_the_one_whose_records_are_in_the_log(
+    topic, database, settings, ledger, mock_broker
+):
+    name = topic(1)
+    ledger.send(name, numbered(5)).flush()
+    ingest_until_end(settings(name))
+    mock_broker.create_topic(name, 1)
+    Ledger(mock_broker.bootstrap_servers).send(name, numbered(9)).flush()
+
+    with pytest.raises(WrongClusterError) as refused:
+        ingest_until_end(settings_for(database, mock_broker.bootstrap_servers, name))
+
+    assert refused.value.exit_code == 65
+    assert "PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in str(refused.value)
+    assert logged(database, name) == ledger.records
+    ingest_until_end(settings(name))
+    assert problem(database, name) is None
+
+
+@pytest.fixture
+def another_database(postgres_server, _templates):
+    with fresh_database(postgres_server, template=_templates(postgres_server)) as made:
+        # A copy of a template has its identity too.
+        with made.connect() as db:
+            db.execute("UPDATE pipeline.installation SET installation_id = gen_random_uuid()")
+        yield made
+
+
+def test_a_second_database_in_the_same_group_is_refused(
+    kafka, topic, database, settings, ledger, another_database
+):
+    name = topic(2)
+    ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
+    ingest_until_end(settings(name))
+
+    with pytest.raises(SharedGroupError) as refused:
+        ingest_until_end(settings_for(another_database, kafka.bootstrap_servers, name))
+
+    assert refused.value.exit_code == 65
+    for fact in (name, str(installation(database)), str(installation(another_database))):
+        assert fact in str(refused.value)
+    assert logged(another_database, name) == {}
+    assert {p for p in (problem(another_database, name, n) for n in (0, 1)) if p is None} == set()
+
+
+def test_another_database_that_joins_the_group_later_is_noticed(
+    kafka, topic, database, settings, ledger, looks_often
+):
+    """Each would hold a part of the events, and nobody would see an error."""
+    name = topic(2)
+    ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
+    other = uuid4()
+    member = Consumer(
+        {
+            "bootstrap.servers": kafka.bootstrap_servers,
+            "group.id": name,
+            "partition.assignment.strategy": "cooperative-sticky",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",
+        }
+    )
+
+    def joins_and_commits():
+        member.consume(10, 0.1)
+        mine = member.assignment()
+        for place in mine:
+            said = TopicPartition(place.topic, place.partition, 0, f"pipeline:{other}")
+            member.commit(offsets=[said], asynchronous=False)
+        return mine
+
+    quick = {"heartbeat.interval.ms": "200", "session.timeout.ms": "6000"}
+    with closing(member), running(settings(name, options=quick)):
+        until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
+        member.subscribe([name])
+        until(joins_and_commits, "the other member has a partition")
+        noticed = until(
+            lambda: [it.problem for it in standings(database).values() if it.problem], "a word"
+        )
+
+    assert [str(other) in it and f"consumer group '{name}'" in it for it in noticed] == [True]
+
+
+def test_two_groups_on_one_database_do_not_go_on_for_ever(
+    topic, database, settings, ledger, monkeypatch
+):
+    """Safe, but each would take the partitions from the other for ever."""
+    monkeypatch.setattr(loop, "Bounds", partial(Bounds, reclaim_s_min=0.2))
+    name = topic(2)
+    both = [Running(settings(name, group_id=f"{name}-{n}")) for n in range(2)]
+
+    def one_has_ended():
+        ledger.send(name, numbered(1)).send(name, numbered(1), partition=1).flush()
+        return any(it.has_ended for it in both)
+
+    try:
+        until(one_has_ended, "one of them ends")
+    finally:
+        errors = [it.end() for it in both]
+    ingest_until_end(settings(name, group_id=f"{name}-0"))
+
+    # Where each held one of the partitions, both were robbed as often, and both have ended.
+    ended = [error for error in errors if error is not None]
+    assert [type(error) for error in ended] in ([GroupFencedError], [GroupFencedError] * 2)
+    assert all(getattr(error, "exit_code", None) == 75 for error in ended)
+    assert "another PIPELINE_GROUP_ID" in str(ended[0])
+    assert logged(database, name) == ledger.records

@@ -1,0 +1,358 @@
+"""The loop: who goes with whom, who waits for nobody, and what it survives."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import psycopg
+import pytest
+from sqlalchemy import text
+
+from pipeline import failpoints
+from pipeline.db import transaction
+from pipeline.embedded.postgres import PostgresServer
+from pipeline.errors import ConfigurationError, InvariantError, TransientError
+from pipeline.migrate import migrate
+from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.projection import checkpoints
+from pipeline.projection import loop as looping
+from pipeline.projection.loop import Limits, Progress, run_projection
+from pipeline.projection.turn import Result, project
+from pipeline.projectors import discover
+from pipeline.projectors.executions import executions
+from pipeline.projectors.orders import orders
+from tests.given import TOPIC, Given, contents, execution_event, order_event, sample_events
+from tests.servers import FAST_AND_UNSAFE
+from tests.servers.databases import fresh_database
+
+ALL = discover()
+BOTH = (executions, orders)
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def running(given: Given) -> Iterator[Callable[..., threading.Thread]]:
+    """Starts the loop in a thread; ended with the test."""
+    stop = threading.Event()
+    threads = []
+
+    def start(*projectors, limits: Limits | None = None) -> threading.Thread:
+        thread = threading.Thread(
+            target=run_projection, args=(given.engine, projectors, limits), kwargs={"stop": stop}
+        )
+        thread.start()
+        threads.append(thread)
+        return thread
+
+    yield start
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def places(given: Given) -> dict[tuple[str, int], int]:
+    rows = given.query(
+        "SELECT projector, partition, next_offset FROM pipeline.projection_checkpoints"
+    )
+    return {(row.projector, row.partition): row.next_offset for row in rows}
+
+
+def stands_at(given: Given, place: int) -> Callable[[], bool]:
+    return lambda: set(places(given).values()) == {place}
+
+
+def transactions(given: Given) -> set[tuple[object, ...]]:
+    """In which transactions the checkpoints moved last."""
+    return {
+        tuple(row) for row in given.query("SELECT moved_at FROM pipeline.projection_checkpoints")
+    }
+
+
+def pass_over(given: Given, first: int, end: int, *projectors) -> dict[str, Result]:
+    return project(
+        given.engine,
+        projectors,
+        Partition(TOPIC, 0),
+        OffsetRange(NextOffset(first), NextOffset(end)),
+        guilty_max=10,
+    )
+
+
+@pytest.mark.both_postgres
+def test_those_who_stand_together_are_committed_together(given: Given):
+    """One REPEATABLE READ transaction shows all read models at one instant of the log."""
+    given(sample_events()).project(*ALL)
+
+    assert set(places(given)) == {(one.name, 0) for one in ALL}
+    assert len(transactions(given)) == 1
+
+
+def test_a_table_that_is_held_is_left_out_and_nobody_waits(given: Given):
+    given([order_event("NEW", at=0), execution_event("FILLED", at=1)])
+    given.project(*BOTH)
+    given([order_event("FILLED", at=2), execution_event("SETTLED", at=3)])
+
+    with given.database.connect(autocommit=False) as somebody:
+        somebody.execute("LOCK TABLE upvest.orders IN SHARE MODE")
+        results = pass_over(given, 2, 4, *BOTH)
+
+    assert results == {"executions": Result.DONE, "orders": Result.LEFT_OUT}
+    assert places(given) == {("executions", 0): 4, ("orders", 0): 2}
+    given.project(*BOTH)
+    assert [row.status for row in given.rows("orders")] == ["FILLED"]
+
+
+def test_who_was_held_up_rejoins_the_others(given: Given, running):
+    """While the log goes on growing: or each would for ever be one range behind the other."""
+    rejoined = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not rejoined.is_set():
+            number += 1
+            given([order_event("NEW", at=number, order=str(number))])
+
+    given(sample_events()).project(*BOTH)
+    with given.database.connect(autocommit=False) as somebody:
+        somebody.execute("LOCK TABLE upvest.orders IN SHARE MODE")
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            running(*BOTH, limits=Limits(batch_offsets_max=50))
+            eventually(lambda: places(given)["executions", 0] > 600)
+            assert places(given)["orders", 0] == 574
+            somebody.rollback()
+            eventually(lambda: places(given)["orders", 0] > 600 and len(transactions(given)) == 1)
+        finally:
+            rejoined.set()
+            writer.join()
+
+
+def test_a_turn_that_is_somebody_elses_is_left_out(given: Given):
+    given([order_event("NEW", at=0), event_for_nobody()])
+    with transaction(given.engine) as db:
+        checkpoints.register(db, ["orders", "users"])
+        checkpoints.standings(db, ["orders", "users"])
+    users = next(one for one in ALL if one.name == "users")
+
+    with given.database.connect(autocommit=False) as somebody:
+        somebody.execute("SELECT 1 FROM pipeline.projection_checkpoints FOR UPDATE")
+        busy_and_idle = pass_over(given, 0, 2, orders, users)
+        elsewhere = pass_over(given, 1, 2, orders, users)
+
+    assert set(busy_and_idle.values()) == set(elsewhere.values()) == {Result.LEFT_OUT}
+    assert set(places(given).values()) == {0}
+    assert set(pass_over(given, 1, 2, orders, users).values()) == {Result.LEFT_OUT}
+
+
+def event_for_nobody():
+    return {"id": None, "type": "WEATHER.CHANGED", "object": {}}
+
+
+@pytest.mark.both_postgres
+def test_two_workers_at_once_do_everything_once(given: Given, running):
+    events = sample_events()
+    for partition in range(4):
+        given(events[partition::4], partition=partition)
+    for _ in range(2):
+        running(*ALL, limits=Limits(batch_offsets_max=20))
+    eventually(lambda: len(places(given)) == 4 * len(ALL))
+    eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
+    done = contents(given.engine, ALL)
+
+    tables = ", ".join(table.fullname for one in ALL for table in one.tables)
+    given.execute(f"TRUNCATE {tables}")
+    eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
+
+    assert contents(given.engine, ALL) == done
+
+
+def test_a_crash_before_the_commit_leaves_neither_rows_nor_checkpoint(given: Given, monkeypatch):
+    given([order_event("NEW", at=0)])
+    with transaction(given.engine) as db:
+        checkpoints.register(db, ["orders"])
+        checkpoints.standings(db, ["orders"])
+    failpoints.arm(
+        {"PIPELINE_ENABLE_FAILPOINTS": "1", "PIPELINE_FAILPOINT": "after_projection:raise:57P01"}
+    )
+    try:
+        with pytest.raises(TransientError):
+            pass_over(given, 0, 1, orders)
+    finally:
+        monkeypatch.setattr(failpoints, "_armed", None)
+
+    assert given.rows("orders") == []
+    assert set(places(given).values()) == {0}
+    assert len(given.project(orders)) == 1
+
+
+def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
+    """Retention had deleted the first offsets before we came."""
+    seen: list[Progress] = []
+    given([order_event("NEW", at=0)])
+    given.execute("UPDATE pipeline.consumer_offsets SET first_offset = 5000, next_offset = 5100")
+
+    run_projection(
+        given.engine, [orders], Limits(batch_offsets_max=10), until_end=True, observe=seen.append
+    )
+
+    assert [one.behind for one in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert places(given) == {("orders", 0): 5100}
+
+
+def test_a_new_event_is_projected_on_the_hint_long_before_the_poll(given: Given, running):
+    given([order_event("NEW", at=0)])
+    running(orders, limits=Limits(poll_interval=timedelta(hours=1)))
+    eventually(lambda: len(given.rows("orders")) == 1)
+
+    given([order_event("NEW", at=0, order="another")])
+
+    eventually(lambda: len(given.rows("orders")) == 2)
+
+
+def test_a_hint_that_is_lost_is_made_good_by_the_poll(given: Given, running, monkeypatch):
+    monkeypatch.setattr("pipeline.log.append.NOTIFY", text("SELECT 1"))
+    given([order_event("NEW", at=0)])
+    running(orders, limits=Limits(poll_interval=timedelta(milliseconds=20)))
+    eventually(lambda: len(given.rows("orders")) == 1)
+
+    given([order_event("NEW", at=0, order="another")])
+
+    eventually(lambda: len(given.rows("orders")) == 2)
+
+
+def test_until_the_end_is_the_end_that_was_there_at_the_start(given: Given):
+    given([order_event("NEW", at=0)])
+    added: list[Given] = []
+
+    def add_more(_progress: Progress) -> None:
+        if len(added) < 3:
+            added.append(given([order_event("NEW", at=0, order=str(len(added)))]))
+
+    run_projection(given.engine, [orders], until_end=True, observe=add_more)
+
+    assert len(given.rows("orders")) < 4
+
+
+def test_an_empty_database_is_at_its_end(given: Given):
+    run_projection(given.engine, ALL, until_end=True)
+
+    assert places(given) == {}
+
+
+def test_a_stale_projector_is_named(given: Given, monkeypatch):
+    given([order_event("NEW", at=0)]).project(*BOTH)
+    given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
+    told = []
+    monkeypatch.setattr(looping.log, "warning", lambda *line, **values: told.append((line, values)))
+
+    given.project(*BOTH)
+
+    ((line, values),) = told
+    assert line == ("projectors_stale",)
+    assert values["projectors"] == ["orders"]
+
+
+def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
+    given([order_event("NEW", at=0)]).project(orders)
+
+    with transaction(given.engine) as db, pytest.raises(InvariantError, match="no longer stands"):
+        checkpoints.move(
+            db, "orders", Partition(TOPIC, 0), OffsetRange(NextOffset(7), NextOffset(9))
+        )
+
+
+@pytest.mark.faults
+def test_a_server_that_restarts_is_waited_for(monkeypatch):
+    """The same loop goes on by itself, as often as it takes."""
+    with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
+        migrate(database.url)
+        given = Given(database)
+        given(sample_events()[:100])
+        stop = threading.Event()
+        worker = threading.Thread(
+            target=run_projection, args=(given.engine, ALL), kwargs={"stop": stop}
+        )
+        worker.start()
+        try:
+            for turn in range(3):
+                eventually(stands_at(given, 100 + turn))
+                server.restart("immediate")
+                given.engine.dispose()
+                given([order_event("NEW", at=turn, order=str(turn))])
+            eventually(lambda: set(places(given).values()) == {103})
+        finally:
+            stop.set()
+            worker.join()
+            given.close()
+
+
+def test_a_right_that_is_missing_for_a_moment_is_waited_for(given: Given, running):
+    """Passwords get rotated, migrations take their time."""
+    given([order_event("NEW", at=0)])
+    worker = running(orders, limits=Limits(poll_interval=timedelta(milliseconds=10)))
+    eventually(lambda: places(given) == {("orders", 0): 1})
+
+    given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
+    told_away(given)
+    given([order_event("NEW", at=1, order="another")])
+    given.execute("ALTER TABLE pipeline.elsewhere RENAME TO projectors")
+
+    eventually(lambda: places(given) == {("orders", 0): 2})
+    assert worker.is_alive()
+
+
+def told_away(given: Given) -> None:
+    """Long enough for a worker to have met it."""
+    with given.database.connect() as db:
+        before = rollbacks(db)
+        eventually(lambda: rollbacks(db) > before + 2)
+
+
+def rollbacks(db: psycopg.Connection) -> int:
+    db.execute("SELECT pg_stat_clear_snapshot()")
+    found = db.execute(
+        "SELECT xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+    ).fetchone()
+    assert found is not None
+    count: int = found[0]
+    return count
+
+
+def test_a_right_that_stays_missing_ends_the_loop(given: Given, monkeypatch):
+    monkeypatch.setattr(looping, "GRACE_S", 0.1)
+    given([order_event("NEW", at=0)])
+
+    def take_away(_progress: Progress) -> None:
+        given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
+
+    with pytest.raises(ConfigurationError):
+        run_projection(given.engine, [orders], observe=take_away)
+
+
+def test_a_right_that_was_never_there_ends_the_loop_at_once(given: Given):
+    given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
+
+    with pytest.raises(ConfigurationError):
+        run_projection(given.engine, [orders])
+
+
+@pytest.mark.faults
+def test_a_one_shot_run_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(looping, "AWAY_S_MAX", 0.2)
+    with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
+        migrate(database.url)
+        given = Given(database)
+        server.stop("fast")
+        with pytest.raises(TransientError):
+            run_projection(given.engine, ALL, until_end=True)
+        server.start()
+        given.close()

@@ -1,0 +1,370 @@
+"""Rebuild: equal afterwards, counted, resumable, beside live traffic, and one at a time."""
+
+import threading
+
+import pytest
+from sqlalchemy import Connection
+
+from pipeline import failpoints
+from pipeline.db import transaction
+from pipeline.errors import ExitCode, LockHeldError, TransientError
+from pipeline.projection.fingerprint import fingerprint
+from pipeline.projection.loop import Limits, run_projection
+from pipeline.projection.rebuild import (
+    Difference,
+    RebuildProgress,
+    RebuildRunsError,
+    StoppedError,
+    _Shadow,
+    check,
+    rebuild,
+    rebuild_in_place,
+)
+from pipeline.projectors.executions import executions
+from pipeline.projectors.orders import orders
+from tests.given import Given, contents, order_event, sample_events
+
+BOTH = (executions, orders)
+
+
+@pytest.fixture
+def projected(given: Given) -> Given:
+    """The sample in the log, over two partitions, and in the read models."""
+    for number, event in enumerate(sample_events()):
+        given([event], partition=number % 2) if number % 50 == 0 else None
+    events = [event for number, event in enumerate(sample_events()) if number % 50]
+    given(events[::2], partition=0)
+    given(events[1::2], partition=1)
+    given.project(*BOTH)
+    return given
+
+
+@pytest.mark.both_postgres
+@pytest.mark.parametrize("projector", BOTH, ids=lambda one: one.name)
+def test_a_rebuild_of_sound_tables_finds_nothing_to_repair(projected: Given, projector):
+    before = contents(projected.engine, BOTH)
+
+    difference = rebuild(projected.engine, projector, chunk_offsets=100)
+
+    assert difference.differing == 0
+    assert difference.rows == sum(len(before[table.name]) for table in projector.tables)
+    assert difference.behind == 0
+    assert contents(projected.engine, BOTH) == before
+    assert nothing_is_left_behind(projected)
+
+
+@pytest.mark.both_postgres
+def test_damaged_rows_are_repaired_and_counted(projected: Given):
+    before = contents(projected.engine, BOTH)
+    projected.execute("UPDATE upvest.executions SET price = price + 1 WHERE side = 'SELL'")
+    changed = projected.scalar("SELECT count(*) FROM upvest.executions WHERE side = 'SELL'")
+    projected.execute(
+        "DELETE FROM upvest.execution_taxes WHERE execution_id IN "
+        "(SELECT execution_id FROM upvest.executions WHERE side = 'BUY' LIMIT 3)"
+    )
+    projected.execute(
+        "INSERT INTO upvest.execution_taxes SELECT execution_id, 99 FROM upvest.executions LIMIT 2"
+    )
+
+    difference = rebuild(projected.engine, executions)
+
+    assert (difference.missing, difference.changed, difference.surplus) == (3, changed, 2)
+    assert contents(projected.engine, BOTH) == before
+
+
+@pytest.mark.both_postgres
+def test_a_check_reports_and_changes_nothing(projected: Given):
+    projected.execute("UPDATE upvest.orders SET fee = 99 WHERE side = 'SELL'")
+    changed = projected.scalar("SELECT count(*) FROM upvest.orders WHERE side = 'SELL'")
+    damaged = contents(projected.engine, BOTH)
+
+    difference = check(projected.engine, orders, chunk_offsets=100)
+
+    assert difference == Difference(
+        "orders", len(damaged["orders"]), 0, changed, 0, behind=0, dead_letters=0
+    )
+    assert contents(projected.engine, BOTH) == damaged
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_check_begins_again_when_the_table_is_truncated_under_it(projected: Given):
+    truncated = threading.Event()
+
+    def truncate(_progress: RebuildProgress) -> None:
+        if not truncated.is_set():
+            projected.execute("TRUNCATE upvest.orders")
+            truncated.set()
+
+    difference = check(projected.engine, orders, observe=truncate)
+
+    assert (difference.rows, difference.differing) == (0, 0)
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
+    projected: Given, monkeypatch
+):
+    monkeypatch.setattr("pipeline.projection.rebuild.TRUNCATIONS_MAX", 1)
+
+    with pytest.raises(TransientError, match="again and again"):
+        check(
+            projected.engine,
+            orders,
+            observe=lambda _: projected.execute("TRUNCATE upvest.orders"),
+        )
+
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_table_that_is_never_to_be_had_ends_the_rebuild(projected: Given, monkeypatch):
+    monkeypatch.setattr("pipeline.projection.rebuild.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.projection.rebuild.SWAP_ATTEMPTS_MAX", 2)
+    with projected.database.connect(autocommit=False) as somebody:
+        somebody.execute("LOCK TABLE upvest.orders IN ROW EXCLUSIVE MODE")
+
+        with pytest.raises(LockHeldError):
+            rebuild(projected.engine, orders)
+
+    assert rebuild(projected.engine, orders).differing == 0
+
+
+def test_a_difference_of_spelling_is_a_difference(projected: Given):
+    """1.0 and 1.00 are equal numbers, but somebody has written there."""
+    projected.execute(
+        "UPDATE upvest.orders SET fee = fee + 0.0000 WHERE order_id = "
+        "(SELECT min(order_id::text)::uuid FROM upvest.orders)"
+    )
+
+    assert check(projected.engine, orders).changed == 1
+
+
+def test_a_check_compares_at_the_live_place_however_far_the_log_goes_on(projected: Given):
+    projected([order_event("NEW", at="10:00:00")])
+
+    assert check(projected.engine, orders).differing == 0
+
+    projected.project(orders)
+    assert check(projected.engine, orders).differing == 0
+
+
+def test_a_rebuild_takes_what_the_live_projector_has_not_taken(projected: Given):
+    projected([order_event("NEW", at="10:00:00")], partition=2)
+
+    difference = rebuild(projected.engine, orders)
+
+    assert difference.differing == 0
+    assert len(projected.rows("orders")) == difference.rows
+    assert projected.query("SELECT 1 FROM upvest.orders WHERE _partition = 2") != []
+
+
+def test_an_interrupted_rebuild_goes_on_where_it_was(projected: Given):
+    begin_and_stop_half_way(projected)
+    seen: list[RebuildProgress] = []
+
+    difference = rebuild(projected.engine, orders, chunk_offsets=50, observe=seen.append)
+
+    assert seen[0].done > seen[0].total // 2
+    assert difference.differing == 0
+    assert nothing_is_left_behind(projected)
+
+
+@pytest.mark.parametrize("place", ["mid_rebuild", "before_swap", "after_swap"])
+def test_a_rebuild_that_dies_anywhere_is_gone_on_with(projected: Given, place: str, armed):
+    projected.execute("DELETE FROM upvest.orders WHERE side = 'SELL'")
+    before = contents(projected.engine, BOTH)
+    armed(f"{place}:raise:57P01")
+
+    with pytest.raises(TransientError, match=place):
+        rebuild_once(projected)
+
+    assert contents(projected.engine, BOTH) == before
+    difference = rebuild(projected.engine, orders, chunk_offsets=50)
+    assert difference.missing > 0
+    assert check(projected.engine, orders).differing == 0
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_rebuild_by_another_definition_begins_anew(projected: Given):
+    begin_and_stop_half_way(projected)
+    projected.execute(
+        "UPDATE pipeline.projectors SET fingerprint = 'another' WHERE projector = 'orders@rebuild'"
+    )
+    seen: list[RebuildProgress] = []
+
+    rebuild(projected.engine, orders, chunk_offsets=50, observe=seen.append)
+
+    assert seen[0].done == 50
+    assert fingerprint_of(projected, "orders") == fingerprint(orders)
+
+
+def test_a_second_rebuild_at_the_same_time_is_refused(projected: Given):
+    with _Shadow.alone(projected.engine, orders), pytest.raises(RebuildRunsError) as refused:
+        rebuild(projected.engine, orders)
+
+    assert refused.value.exit_code is ExitCode.FENCED
+    assert rebuild(projected.engine, executions).differing == 0
+
+
+def test_in_place_empties_and_refills(projected: Given):
+    before = contents(projected.engine, BOTH)
+    projected.execute("UPDATE upvest.orders SET fee = 99")
+
+    rebuild_in_place(projected.engine, orders, Limits(batch_offsets_max=100))
+
+    assert contents(projected.engine, BOTH) == before
+    assert fingerprint_of(projected, "orders") == fingerprint(orders)
+
+
+def test_views_grants_and_comments_stay(projected: Given):
+    projected.execute("CREATE VIEW upvest.open_orders AS SELECT * FROM upvest.orders")
+    projected.execute("GRANT SELECT ON upvest.orders TO PUBLIC")
+    projected.execute("DELETE FROM upvest.orders")
+
+    rebuild(projected.engine, orders)
+
+    assert projected.scalar("SELECT count(*) FROM upvest.open_orders") > 0
+    assert projected.scalar("SELECT has_table_privilege('pg_monitor', 'upvest.orders', 'SELECT')")
+    assert projected.scalar("SELECT obj_description('upvest.orders'::regclass)") is not None
+
+
+def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monkeypatch):
+    held, asked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with transaction(projected.engine) as db:
+            lock(db, "upvest.orders")
+            held.set()
+            asked.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    monkeypatch.setattr("pipeline.projection.rebuild.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.projection.rebuild.log", LetGo("rebuild_waits_for_tables", asked))
+
+    difference = rebuild(projected.engine, orders)
+
+    holder.join()
+    assert asked.is_set()
+    assert difference.differing == 0
+
+
+def test_rebuilds_beside_live_traffic_find_nothing_to_repair(given: Given):
+    """Two live workers and a writer go on; the count of differing rows must stay 0."""
+    stop = threading.Event()
+    events = sample_events()
+
+    def write() -> None:
+        for turn in range(200):
+            if stop.is_set():
+                return
+            given.log.append(moved_on(events, turn), partition=turn % 3)
+
+    given(events)
+    threads = [threading.Thread(target=write)]
+    threads += [
+        threading.Thread(
+            target=run_projection,
+            args=(given.engine, BOTH, Limits(batch_offsets_max=700)),
+            kwargs={"stop": stop},
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        found = [rebuild(given.engine, one) for one in (*BOTH, *BOTH, *BOTH)]
+        found += [check(given.engine, one) for one in BOTH]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+    assert [(one.differing, one.behind) for one in found] == [(0, 0)] * len(found)
+    given.project(*BOTH)
+    assert [check(given.engine, one).differing for one in BOTH] == [0, 0]
+
+
+# -------------------------------------------------------------------------------------------- parts
+
+
+def moved_on(events, turn: int):
+    """The sample's orders and executions as they stand ``turn`` minutes later."""
+    later = f"2026-02-01T{turn // 60:02}:{turn % 60:02}:00Z"
+    return [
+        {
+            **event,
+            "id": f"{turn:08x}{event['id'][8:]}",
+            "created_at": later,
+            "object": {**event["object"], "updated_at": later, "client_reference": str(turn)},
+        }
+        for event in events
+        if event["type"].startswith(("ORDER.", "EXECUTION."))
+    ]
+
+
+def begin_and_stop_half_way(given: Given) -> None:
+    def observe(progress: RebuildProgress) -> None:
+        if progress.done > progress.total // 2:
+            stop.set()
+
+    stop = threading.Event()
+    with pytest.raises(StoppedError):
+        rebuild(given.engine, orders, chunk_offsets=50, stop=stop, observe=observe)
+
+
+def rebuild_once(given: Given) -> None:
+    rebuild(given.engine, orders, chunk_offsets=50)
+
+
+@pytest.fixture
+def armed(monkeypatch):
+    """Arms a fail point for the test."""
+
+    def arm(spec: str) -> None:
+        failpoints.arm({"PIPELINE_ENABLE_FAILPOINTS": "1", "PIPELINE_FAILPOINT": spec})
+
+    yield arm
+    monkeypatch.setattr(failpoints, "_armed", None)
+
+
+class LetGo:
+    """A log that sets an event when a line comes."""
+
+    def __init__(self, line: str, event: threading.Event) -> None:
+        self._line = line
+        self._event = event
+
+    def info(self, event: str, **_values: object) -> None:
+        if event == self._line:
+            self._event.set()
+
+
+def short_wait():
+    from sqlalchemy import text
+
+    return text("SET LOCAL lock_timeout = '200ms'")
+
+
+def lock(db: Connection, table: str) -> None:
+    from sqlalchemy import text
+
+    db.execute(text(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE"))
+
+
+def fingerprint_of(given: Given, projector: str) -> str:
+    found: str = given.scalar(
+        "SELECT fingerprint FROM pipeline.projectors WHERE projector = :name", name=projector
+    )
+    return found
+
+
+def nothing_is_left_behind(given: Given) -> bool:
+    tables = given.scalar(
+        "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE n.nspname = 'pipeline_shadow'"
+    )
+    names = given.scalar(
+        "SELECT count(*) FROM pipeline.projection_checkpoints WHERE projector LIKE '%@rebuild'"
+    )
+    return (tables, names) == (0, 0)

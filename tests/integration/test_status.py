@@ -1,0 +1,356 @@
+"""How things stand: what `pipeline status` tells, from the database alone."""
+
+import random
+
+import pytest
+
+from pipeline.db import transaction
+from pipeline.log.search import first_since
+from pipeline.positions import Partition
+from pipeline.projectors import discover
+from pipeline.projectors.orders import orders
+from pipeline.status import RECENT_OFFSETS_MAX, look
+from tests.commands import Commands, InProcess, wait
+from tests.given import TOPIC, event, order_event
+
+ALL = discover()
+
+
+def seen(given):
+    return look(given.engine, ALL)
+
+
+def partition_of(given):
+    [one] = seen(given).partitions
+    return one
+
+
+def offsets(given, setting):
+    given.execute(f"UPDATE pipeline.consumer_offsets SET {setting}")
+
+
+@pytest.fixture
+def log(given):
+    """Ten orders in one partition, read to the end by a reader that has just been heard of."""
+    given([order_event("NEW", at=n, order=str(n)) for n in range(10)])
+    offsets(given, "high_watermark = 10, watermarks_at = now()")
+    return given
+
+
+# ----------------------------------------------------------------------------------- partitions
+
+
+@pytest.mark.both_postgres
+def test_a_partition_that_is_read_to_its_end_is_ok(log):
+    one = partition_of(log)
+
+    assert (one.topic, one.partition, one.state) == (TOPIC, 0, "OK")
+    assert (one.next_offset, one.end, one.lag, one.lag_s) == (10, 10, 0, 0.0)
+    assert one.rate == pytest.approx(10 / 60)
+    assert one.owner is not None
+    assert one.owner.group == "tests"
+    assert seen(log).ok
+
+
+@pytest.mark.parametrize(
+    ("setting", "state", "is_wrong"),
+    [
+        ("high_watermark = 15", "OK", False),
+        (
+            "high_watermark = 15, committed_at = now() - interval '61 s', "
+            "claimed_at = now() - interval '61 s'",
+            "STALL",
+            False,
+        ),
+        ("owner_member = NULL", "STOP", False),
+        (
+            "watermarks_at = now() - interval '61 s', committed_at = now() - interval '61 s', "
+            "claimed_at = now() - interval '61 s'",
+            "STOP",
+            True,
+        ),
+        ("problem = 'Notifications[0]: records are gone'", "ERR", True),
+    ],
+    ids=["shortly behind", "not moving", "no reader", "silent reader", "stands still"],
+)
+def test_the_state_of_a_partition_is_one_of_burrows_words(log, setting, state, is_wrong):
+    offsets(log, setting)
+
+    found = seen(log)
+
+    assert found.partitions[0].state == state
+    assert found.ok is not is_wrong
+    assert [one.subject for one in found.troubles if one.subject == f"{TOPIC}[0]"] == (
+        [] if state == "OK" else [f"{TOPIC}[0]"]
+    )
+
+
+def test_a_partition_that_moves_but_is_long_behind_is_a_warning(given):
+    given([order_event("NEW", at=1)])
+    offsets(given, "high_watermark = 900, watermarks_at = now()")
+    _age_log(given, "2 minutes")
+
+    one = partition_of(given)
+
+    assert (one.state, one.lag) == ("WARN", 899)
+    assert 119 < one.lag_s < 140
+
+
+def _age_log(given, age):
+    """Make the log's records older, which only a superuser without triggers can."""
+    given.execute(
+        "SET LOCAL session_replication_role = replica; "
+        f"UPDATE pipeline.events SET ingested_at = ingested_at - interval '{age}'"
+    )
+
+
+def test_what_stands_still_says_why_and_names_the_partition_once(log):
+    offsets(log, f"problem = '{TOPIC}[0]: records are gone: accept it'")
+
+    [trouble] = [one for one in seen(log).troubles if one.severity == "wrong"]
+
+    assert (trouble.subject, trouble.text) == (
+        f"{TOPIC}[0]",
+        "stands still: records are gone: accept it",
+    )
+
+
+def test_lag_is_unknown_and_not_zero_before_kafka_was_seen(given):
+    given([order_event("NEW", at=1)])
+    offsets(given, "high_watermark = NULL, watermarks_at = NULL")
+
+    one = partition_of(given)
+
+    assert (one.end, one.lag) == (None, None)
+
+
+# ----------------------------------------------------------------------------------- throughput
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_offset_since_a_moment_is_found_whatever_the_log_looks_like(given, seed):
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for number in range(3):
+        for _ in range(chance.randrange(4)):
+            records = [order_event("NEW", at=n) for n in range(chance.randrange(1, 6))]
+            given.log.append(records, partition=number, gap=chance.randrange(3))
+    _spread_times(given)
+    moments = [row.ingested_at for row in given.query("SELECT ingested_at FROM pipeline.events")]
+    chosen = chance.sample(moments, min(5, len(moments)))
+
+    with transaction(given.engine) as db:
+        found = first_since(db, chosen)
+
+    for partition, ends in _ends(given).items():
+        for moment in chosen:
+            rows = given.query(
+                'SELECT min("offset") AS first FROM pipeline.events '
+                'WHERE "partition" = :number AND ingested_at >= :moment',
+                number=partition.number,
+                moment=moment,
+            )
+            # Between two records any offset is as good.
+            expected = ends if rows[0].first is None else rows[0].first
+            below = given.scalar(
+                'SELECT coalesce(max("offset"), -1) FROM pipeline.events '
+                'WHERE "partition" = :number AND "offset" < :first',
+                number=partition.number,
+                first=expected,
+            )
+            assert below < found[partition, moment] <= expected
+
+
+def _spread_times(given):
+    """A second from record to record of a partition, as if they had come slowly."""
+    given.execute(
+        "SET LOCAL session_replication_role = replica; "
+        "UPDATE pipeline.events SET ingested_at = '2026-01-01'::timestamptz + \"offset\" * "
+        "interval '1 s' + \"partition\" * interval '0.3 s'"
+    )
+
+
+def _ends(given):
+    rows = given.query('SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets')
+    return {Partition(row.topic, row.partition): row.next_offset for row in rows}
+
+
+def test_the_rate_counts_the_last_minute_only(log):
+    _age_log(log, "90 seconds")
+    log([order_event("NEW", at=n, order=f"later {n}") for n in range(30)])
+
+    assert seen(log).rate == pytest.approx(30 / 60)
+
+
+# ----------------------------------------------------------------------------------- read models
+
+
+def model(given, name="orders"):
+    return next(one for one in seen(given).projectors if one.projector == name)
+
+
+@pytest.mark.both_postgres
+def test_a_read_model_goes_from_never_run_over_catching_up_to_live(log):
+    states = [model(log).state]
+    log.project(orders)
+    states.append(model(log).state)
+    _age_log(log, "20 seconds")
+    log([order_event("NEW", at=1, order="one more")])
+    states.append(model(log).state)
+    _age_log(log, "20 seconds")
+    states.append(model(log).state)
+
+    assert states == ["never run", "live", "live", "catching up"]
+    assert model(log).lag == 1
+    assert 19 < model(log).lag_s < 40
+
+
+def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log):
+    log.project(*ALL)
+    for change in (
+        "state = 'broken', problem = 'too many' WHERE projector = 'orders'",
+        "fingerprint = 'older' WHERE projector = 'users'",
+    ):
+        log.execute(f"UPDATE pipeline.projectors SET {change}")
+    log.execute("INSERT INTO pipeline.projectors (projector) VALUES ('accounts@rebuild'), ('gone')")
+
+    found = seen(log)
+
+    states = {one.projector: one.state for one in found.projectors}
+    assert (states["orders"], states["users"], states["accounts"], states["gone"]) == (
+        *("broken", "stale", "rebuilding", "not in this program"),
+    )
+    assert "accounts@rebuild" not in states
+    remedies = {one.subject: (one.severity, one.remedy) for one in found.troubles}
+    assert remedies["orders"] == ("wrong", "mend the projector, then `pipeline rebuild orders`")
+    assert remedies["users"] == ("warning", "`pipeline rebuild users`")
+    assert not found.ok
+
+
+def test_dead_letters_are_counted_and_are_a_warning(log):
+    log([order_event("NEW", at=1, order="bad", cash_amount="12,5")]).project(orders)
+
+    found = seen(log)
+
+    assert model(log).dead_letters == 1
+    assert [(one.severity, one.remedy) for one in found.troubles if "dead" in one.text] == [
+        ("warning", "`pipeline dead-letters list orders`")
+    ]
+    assert found.ok
+
+
+# ----------------------------------------------------------------------------------------- of late
+
+
+def test_repeats_bad_records_and_types_without_a_read_model_are_counted(given):
+    known = order_event("NEW", at=1, name="known")
+    given([known, known, event("NEW.THING", {"id": 1}), b"{", None, b"\xff"])
+
+    recent = seen(given).recent
+
+    assert (recent.records, recent.repeats) == (6, 1)
+    assert sum(recent.bad[TOPIC].values()) == 3
+    assert recent.bad[TOPIC]["not JSON"] == 1
+    assert recent.unknown_types == {"NEW.THING": 1}
+
+
+def test_what_came_more_than_an_hour_ago_is_not_counted(given):
+    given([b"{"])
+    _age_log(given, "2 hours")
+
+    assert seen(given).recent.records == 0
+
+
+def test_however_long_the_log_only_the_newest_records_are_looked_at(given):
+    given([order_event("NEW", at=n, order=str(n)) for n in range(20)])
+    offsets(given, f"next_offset = {RECENT_OFFSETS_MAX + 15}")
+
+    assert seen(given).recent.records == 5
+
+
+def test_a_look_reads_no_more_rows_than_it_needs(given):
+    for number in range(20):
+        given([order_event("NEW", at=n, order=f"{number} {n}") for n in range(1000)])
+    _age_log(given, "3 hours")
+    given.project(*ALL)
+    before = _rows_fetched(given)
+
+    seen(given)
+
+    # A few dozen index searches; a scan of the log would have fetched 20,000 rows.
+    wait(lambda: _rows_fetched(given) > before)
+    assert _rows_fetched(given) - before < 500
+
+
+def _rows_fetched(given):
+    given.execute("SELECT pg_stat_force_next_flush()")
+    return given.scalar(
+        "SELECT sum(coalesce(idx_tup_fetch, 0) + seq_tup_read) FROM pg_stat_user_tables "
+        "WHERE schemaname = 'pipeline_segments'"
+    )
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def pipeline(monkeypatch, capsys):
+    return InProcess(monkeypatch, capsys)
+
+
+def test_the_command_prints_tables_and_says_what_to_do(log, pipeline):
+    log.project(*ALL)
+    log([b"{"])
+
+    result = pipeline(Commands(database_url=log.database.dsn), "status")
+
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].startswith("Log: 11 offsets, caught up, 0.2 records/s over the last minute.")
+    assert any(line.split()[:4] == [f"{TOPIC}[0]", "OK", "11", "11"] for line in lines)
+    assert any(line.split()[:3] == ["orders", "live", "1"] for line in lines)
+    assert any("not JSON" in line for line in lines)
+
+
+def test_the_command_ends_with_1_when_something_needs_a_human(log, pipeline):
+    offsets(log, "problem = 'records are gone'")
+
+    result = pipeline(Commands(database_url=log.database.dsn), "status", "--json")
+
+    assert result.code == 1
+    assert result.json["ok"] is False
+    assert result.json["partitions"][0]["state"] == "ERR"
+
+
+def test_what_is_the_same_of_many_partitions_is_told_once(given, pipeline):
+    for number in range(3):
+        given([order_event("NEW", at=1)], partition=number)
+    offsets(given, "owner_member = NULL, watermarks_at = now()")
+
+    result = pipeline(Commands(database_url=given.database.dsn), "status")
+
+    assert f"! {TOPIC}[0], {TOPIC}[1], {TOPIC}[2]: nobody reads it" in result.out
+
+
+def test_a_problem_from_outside_cannot_play_tricks_on_the_terminal(log, pipeline):
+    log([event("EVIL\x1b[2J", {"id": 1})])
+
+    result = pipeline(Commands(database_url=log.database.dsn), "status")
+
+    assert "EVIL\\x1b[2J" in result.out
+    assert "\x1b" not in result.out
+
+
+def test_watching_looks_again_until_it_is_stopped(log):
+    import signal
+
+    commands = Commands(database_url=log.database.dsn)
+    with commands.started("status", "--watch", "--every", "0.2", "--json") as watching:
+        wait(lambda: len(watching.out) >= 2)
+        log([order_event("NEW", at=1, order="one more")])
+        watching.until('"offsets":11')
+        watching.tell(signal.SIGINT)
+        code = watching.wait()
+
+    assert code == 0
+    assert watching.err == []

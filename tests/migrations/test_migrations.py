@@ -1,0 +1,295 @@
+"""The schema: up, down, up again, twice, by two at once, and after a crash half-way."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
+
+from pipeline import migrate as migrating
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, SessionLimits, metadata, open_engine
+from pipeline.errors import ConfigurationError, TransientError
+from pipeline.migrate import check_schema, declare_tables, migrate
+
+FOLDER = Path(__file__).resolve().parents[2] / "migrations"
+OURS = ("pipeline", "pipeline_segments", "pipeline_shadow", "upvest")
+
+# Everything that a migration can leave behind, with its text where it has one.
+CATALOGUE = """
+SELECT 'relation', c.oid::regclass::text, c.relkind::text, pg_get_viewdef(c.oid) AS said
+FROM pg_class c WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND c.relkind <> 'v'
+UNION ALL
+SELECT 'view', c.oid::regclass::text, '', pg_get_viewdef(c.oid)
+FROM pg_class c WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND c.relkind = 'v'
+UNION ALL
+SELECT 'column', a.attrelid::regclass::text || '.' || a.attname,
+       format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' ' || a.attnum,
+       coalesce(col_description(a.attrelid, a.attnum), '')
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND a.attnum > 0
+UNION ALL
+SELECT 'function', p.oid::regprocedure::text, p.prosecdef::text, p.prosrc
+FROM pg_proc p WHERE p.pronamespace::regnamespace::text = ANY(:schemas)
+UNION ALL
+SELECT 'trigger', t.tgrelid::regclass::text || '.' || t.tgname, t.tgenabled::text,
+       pg_get_triggerdef(t.oid)
+FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND NOT t.tgisinternal
+UNION ALL
+SELECT 'constraint', c.conrelid::regclass::text || '.' || c.conname, c.contype::text,
+       pg_get_constraintdef(c.oid)
+FROM pg_constraint c WHERE c.connamespace::regnamespace::text = ANY(:schemas)
+UNION ALL
+SELECT 'schema', n.nspname, '', coalesce(obj_description(n.oid), '')
+FROM pg_namespace n WHERE n.nspname = ANY(:schemas)
+ORDER BY 1, 2, 3, 4
+"""
+
+
+@pytest.fixture
+def connection(empty_database):
+    engine = create_engine(empty_database.url)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+@pytest.fixture
+def migrated(database):
+    engine = create_engine(database.url)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def catalogue(db: Connection) -> list[tuple[object, ...]]:
+    found = [tuple(row) for row in db.execute(text(CATALOGUE), {"schemas": list(OURS)})]
+    db.rollback()
+    return found
+
+
+def config(db: Connection) -> Config:
+    config = Config(attributes={"connection": db})
+    config.set_main_option("script_location", str(FOLDER))
+    return config
+
+
+def revisions() -> list[str]:
+    """Oldest first."""
+    return [script.revision for script in ScriptDirectory(str(FOLDER)).walk_revisions()][::-1]
+
+
+# ---------------------------------------------------------------------------------------- scripts
+
+
+def test_there_is_one_head_and_the_files_are_numbered_without_a_hole():
+    scripts = ScriptDirectory(str(FOLDER))
+
+    assert len(scripts.get_heads()) == 1
+    assert revisions() == [f"{n + 1:04}" for n in range(len(revisions()))]
+    for script in scripts.walk_revisions():
+        assert Path(script.path).name.startswith(f"{script.revision}_")
+
+
+def test_a_migration_knows_nothing_of_the_program_and_tells_its_lock():
+    """It must do in a year what it does today, and an operator reads what it stops."""
+    for file in sorted((FOLDER / "versions").glob("*.py")):
+        source = file.read_text()
+
+        assert "import pipeline" not in source, file.name
+        assert "from pipeline" not in source, file.name
+        assert "Lock:" in source.split('"""')[1], file.name
+
+
+# -------------------------------------------------------------------------------------- up and down
+
+
+@pytest.mark.both_postgres
+def test_down_and_up_again_leaves_the_same_schema(connection):
+    command.upgrade(config(connection), "head")
+    first = catalogue(connection)
+
+    command.downgrade(config(connection), "base")
+    nothing = catalogue(connection)
+    command.upgrade(config(connection), "head")
+
+    assert {row[1] for row in nothing if "alembic_version" not in str(row[1])} == {"pipeline"}
+    assert catalogue(connection) == first
+
+
+def test_each_step_down_and_up_again_leaves_the_same_schema(connection):
+    for revision in revisions():
+        command.upgrade(config(connection), revision)
+        above = catalogue(connection)
+
+        command.downgrade(config(connection), "-1")
+        command.upgrade(config(connection), revision)
+
+        assert catalogue(connection) == above, revision
+
+
+@pytest.mark.both_postgres
+def test_the_declared_tables_and_the_migrations_agree_comments_and_all(migrated):
+    declare_tables()
+    context = MigrationContext.configure(
+        migrated,
+        opts={
+            "version_table_schema": LOG_SCHEMA,
+            "include_schemas": True,
+            "include_name": lambda name, kind, _parents: (
+                kind != "schema" or name in (LOG_SCHEMA, READ_SCHEMA)
+            ),
+            "compare_server_default": True,
+        },
+    )
+
+    assert compare_metadata(context, metadata) == []
+
+
+@pytest.mark.both_postgres
+def test_every_table_view_and_column_says_what_it_is(migrated):
+    silent = text("""
+        SELECT c.oid::regclass::text || coalesce('.' || a.attname, '')
+        FROM pg_class c
+        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relnamespace IN ('pipeline'::regnamespace, 'upvest'::regnamespace)
+          AND c.relkind IN ('r', 'p', 'v', 'm') AND c.relname <> 'alembic_version'
+          AND (coalesce(obj_description(c.oid), '') = ''
+               OR coalesce(col_description(c.oid, a.attnum), '') = '')
+        UNION ALL
+        SELECT p.oid::regprocedure::text FROM pg_proc p
+        WHERE p.pronamespace IN ('pipeline'::regnamespace, 'upvest'::regnamespace)
+          AND coalesce(obj_description(p.oid), '') = ''
+        ORDER BY 1
+    """)
+
+    assert list(migrated.execute(silent).scalars()) == []
+
+
+# ----------------------------------------------------------------------------- twice, two, half-way
+
+
+@pytest.mark.both_postgres
+def test_migrating_twice_does_nothing_the_second_time(empty_database):
+    assert migrate(empty_database.url) == revisions()
+    assert migrate(empty_database.url) == []
+
+
+def test_two_that_migrate_at_once_do_it_once(empty_database):
+    with ThreadPoolExecutor(2) as pool:
+        applied = list(pool.map(migrate, [empty_database.url] * 2))
+
+    assert sorted(applied, key=len) == [[], revisions()]
+
+
+def migrate_in_a_process(url: str, failpoint: str) -> int:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys; from pipeline import failpoints, migrate; "
+            "failpoints.arm(os.environ); migrate.migrate(sys.argv[1])",
+            url,
+        ],
+        env={
+            **os.environ,
+            "PIPELINE_ENABLE_FAILPOINTS": "1",
+            "PIPELINE_FAILPOINT": failpoint,
+        },
+        check=False,
+        timeout=60,
+        cwd=FOLDER.parent,
+    ).returncode
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("step", [1, len(revisions())])
+def test_a_migration_that_was_killed_half_way_is_repeated_to_its_end(
+    empty_database, connection, migrated, step
+):
+    whole = catalogue(migrated)
+
+    status = migrate_in_a_process(empty_database.url, f"mid_migration@{step}:kill")
+
+    assert status == -signal.SIGKILL
+    assert migrate(empty_database.url) == revisions()[step - 1 :]
+    assert catalogue(connection) == whole
+
+
+def test_a_migration_that_fails_half_way_leaves_the_step_before(empty_database):
+    status = migrate_in_a_process(empty_database.url, "mid_migration@2:raise:40001")
+
+    assert status == 1
+    with empty_database.connect() as db:
+        assert db.execute("SELECT version_num FROM pipeline.alembic_version").fetchall() == [
+            ("0001",)
+        ]
+        waiting = db.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+        assert waiting.fetchone() == (0,)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def test_a_schema_from_a_newer_program_is_refused(database):
+    engine = open_engine(database.url, application="test")
+    with database.connect() as db:
+        db.execute("UPDATE pipeline.alembic_version SET version_num = '9999'")
+
+    with pytest.raises(ConfigurationError, match=r"revision 9999.*newer") as refused:
+        migrate(database.url)
+    with pytest.raises(ConfigurationError, match=r"revision 9999.*newer"):
+        check_schema(engine)
+
+    assert refused.value.exit_code == 78
+    engine.dispose()
+
+
+@pytest.mark.parametrize(("at", "told"), [(None, "none"), ("0001", "0001")])
+def test_an_older_schema_is_refused_with_what_to_do(connection, empty_database, at, told):
+    engine = open_engine(empty_database.url, application="test")
+    if at:
+        command.upgrade(config(connection), at)
+
+    with pytest.raises(ConfigurationError, match=rf"revision {told}.*run `pipeline migrate`"):
+        check_schema(engine)
+    migrate(empty_database.url)
+
+    check_schema(engine)
+    engine.dispose()
+
+
+def test_a_role_that_may_not_create_schemas_is_told_so(empty_database):
+    with empty_database.connect() as db:
+        db.execute("DROP ROLE IF EXISTS newcomer")
+        db.execute("CREATE ROLE newcomer LOGIN PASSWORD 'newcomer'")
+    url = f"postgresql+psycopg://newcomer:newcomer@{empty_database.url.rpartition('@')[2]}"
+
+    with pytest.raises(ConfigurationError, match="42501"):
+        migrate(url)
+
+
+def test_a_migration_waits_for_no_lock_longer_than_it_may(empty_database, monkeypatch):
+    """A migration in a queue for a table holds up everybody behind it."""
+    impatient = SessionLimits(lock_wait=timedelta(milliseconds=200))
+    monkeypatch.setattr(migrating, "open_engine", partial(open_engine, limits=impatient))
+    migrate(empty_database.url)
+
+    with empty_database.connect(autocommit=False) as somebody:
+        somebody.execute("LOCK TABLE pipeline.alembic_version IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(TransientError) as refused:
+            migrate(empty_database.url)
+
+    assert refused.value.sqlstate == "55P03"
+    assert migrate(empty_database.url) == []

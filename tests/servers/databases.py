@@ -1,0 +1,57 @@
+"""Databases on a test server: fresh ones, most of them copied from a migrated template."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psycopg
+from psycopg.sql import SQL, Identifier
+
+from tests.servers import Postgres
+
+
+@dataclass(frozen=True)
+class Database:
+    """One database of a test server, as the superuser sees it."""
+
+    server: Postgres
+    name: str
+
+    @property
+    def url(self) -> str:
+        """As SQLAlchemy and the settings take it: ``postgresql+psycopg://…``."""
+        return self.server.url(self.name)
+
+    @property
+    def dsn(self) -> str:
+        """As libpq, psql and psycopg take it: ``postgresql://…``."""
+        return self.server.dsn(self.name)
+
+    def connect(self, *, autocommit: bool = True) -> psycopg.Connection:
+        """A new connection, to be closed by the caller."""
+        return psycopg.connect(self.dsn, autocommit=autocommit)
+
+
+@contextmanager
+def fresh_database(server: Postgres, *, template: Database | None = None) -> Iterator[Database]:
+    """A new database for the length of the block, empty or a copy of another one.
+
+    At the end it goes, and whoever is still connected is thrown out. Nobody may be connected to
+    ``template`` while it is copied.
+    """
+    database = Database(server, f"test_{secrets.token_hex(6)}")
+    source = template.name if template else "template0"
+    _administer(
+        server,
+        SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(database.name), Identifier(source)),
+    )
+    try:
+        yield database
+    finally:
+        _administer(server, SQL("DROP DATABASE {} (FORCE)").format(Identifier(database.name)))
+
+
+def _administer(server: Postgres, statement: psycopg.sql.Composed) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as connection:
+        connection.execute(statement)

@@ -1,0 +1,134 @@
+from collections import defaultdict
+from decimal import Decimal
+from uuid import UUID
+
+import pytest
+
+from pipeline.simulator import Break, Simulation
+from pipeline.simulator.books import Books
+from pipeline.simulator.exact import add
+from pipeline.simulator.timeline import SimulatedEvent
+
+ACCOUNT = "44868311-07c6-4c70-959f-4145a9957eda"
+GROUP = "43bec846-f0dd-40ea-896d-17705c577af4"
+ORDER = "67d4baf7-3944-4fd9-b133-0fef6c59b99c"
+
+
+def event(event_type, **thing):
+    envelope = {"id": str(UUID(int=1)), "created_at": "2026-01-05T07:00:00Z", "type": event_type}
+    return SimulatedEvent(b"", event_type, {**envelope, "object": thing}, 0)
+
+
+def execution(number, status, quantity, **more):
+    return {
+        "id": str(UUID(int=number)),
+        "order_id": ORDER,
+        "status": status,
+        "share_quantity": quantity,
+        "taxes": [{"type": "TOTAL", "amount": "0"}],
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def books():
+    simulation = Simulation(8, events=12_000)
+    for _ in simulation:
+        pass
+    return simulation.books
+
+
+def test_keys_are_unique_and_rows_have_the_columns_that_are_named(books):
+    for table in books.tables:
+        rows = books.rows(table)
+
+        assert rows, table
+        assert len(rows) == books.count(table)
+        assert all(len(row) == len(books.columns(table)) for row in rows)
+    assert isinstance(books.rows("orders")[0][0], UUID)
+
+
+def test_an_order_knows_its_newest_state_and_what_was_filled_of_it():
+    books = Books()
+    books.record(event("ORDER.NEW", id=ORDER, status="NEW", cash_amount="", executions=[]))
+    books.record(event("EXECUTION.FILLED", **execution(7, "FILLED", "2.5")))
+    both = [execution(7, "FILLED", "2.5"), execution(8, "FILLED", "1")]
+    books.record(event("ORDER.FILLED", id=ORDER, status="FILLED", executions=both))
+    books.record(event("EXECUTION.CANCELLED", **execution(7, "CANCELLED", "2.5")))
+
+    assert books.orders_by_status() == {"FILLED": 1}
+    assert books.filled_quantity(ORDER) == books.filled_quantity(UUID(ORDER)) == 1
+    assert books.count("executions") == books.count("execution_taxes") == 2
+
+
+def test_empty_text_is_nothing_and_amounts_keep_all_their_digits():
+    digits = "0.123456789012345678901234567"
+    books = Books()
+    books.record(event("ORDER.NEW", id=ORDER, cash_amount="", quantity=digits, executions=[]))
+
+    order = dict(zip(books.columns("orders"), books.rows("orders")[0], strict=True))
+
+    assert order["cash_amount"] is None
+    assert order["quantity"] == Decimal(digits)
+
+
+def test_a_balance_that_is_not_the_sum_of_its_entries_is_a_break():
+    entry = {"account_group_id": GROUP, "references": [], "taxes": []}
+    books = Books()
+    for number, amount in enumerate(("10.00", "-2.50")):
+        delta = {"amount": amount, "currency": "EUR"}
+        books.record(
+            event("CASH_TRANSACTION.EXECUTED", id=str(number), type="TOPUP", delta=delta, **entry)
+        )
+
+    def told(balance):
+        thing = {"account_group_id": GROUP, "currency": "EUR", "balance": balance}
+        books.record(event("CASH_BALANCE.UPDATED", **thing))
+
+    assert books.breaks() == [Break("cash_balances", (GROUP, "EUR"), None, Decimal("7.50"))]
+    told("7.49")
+    assert books.breaks() == [
+        Break("cash_balances", (GROUP, "EUR"), Decimal("7.49"), Decimal("7.50"))
+    ]
+    told("7.5")
+    assert books.breaks() == []
+    assert books.cash_balance(GROUP, "EUR") == Decimal("7.5")
+    assert books.cash_balance(GROUP, "GBP") == 0
+
+
+def test_the_members_of_a_thing_are_those_of_its_newest_state():
+    books = Books()
+    one, two = str(UUID(int=1)), str(UUID(int=2))
+    for members in ([one], [one, two], [two]):
+        users = [{"id": member, "type": "OWNER"} for member in members]
+        books.record(event("ACCOUNT.UPDATED", id=ACCOUNT, users=users))
+
+    assert books.rows("account_users") == [(UUID(ACCOUNT), UUID(two), "OWNER")]
+
+
+def test_positions_are_found_by_account_and_instrument(books):
+    columns = books.columns("positions")
+    for row in books.rows("positions"):
+        position = dict(zip(columns, row, strict=True))
+        found = books.position(position["account_id"], position["instrument_uuid"])
+        assert found == position["quantity"]
+    assert books.position(ACCOUNT, ACCOUNT) == 0
+
+
+def test_filled_quantities_are_those_of_the_executions(books):
+    columns = books.columns("executions")
+    filled: defaultdict[object, Decimal] = defaultdict(Decimal)
+    for row in books.rows("executions"):
+        one = dict(zip(columns, row, strict=True))
+        if one["status"] != "CANCELLED":
+            filled[one["order_id"]] = add(filled[one["order_id"]], one["share_quantity"])
+
+    for order_id, quantity in filled.items():
+        assert books.filled_quantity(order_id) == quantity
+
+
+def test_a_simulation_without_books_says_so():
+    simulation = Simulation(1, events=10, keep_books=False)
+
+    with pytest.raises(ValueError, match="keep_books"):
+        _ = simulation.books

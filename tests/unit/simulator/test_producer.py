@@ -1,0 +1,103 @@
+from time import monotonic
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from pipeline.embedded.broker import MockBroker
+from pipeline.errors import ConfigurationError, TransientError
+from pipeline.simulator import Chaos, Simulation
+from pipeline.simulator.producer import Producer
+
+
+@pytest.fixture(scope="module")
+def broker():
+    with MockBroker() as started:
+        started.create_topic("Notifications", 3)
+        started.create_topic("Prices", 2)
+        yield started
+
+
+def consumed(broker, ends):
+    """Everything in the partitions up to their ends, by place."""
+    consumer = Consumer(
+        {"bootstrap.servers": broker.bootstrap_servers, "group.id": "test", "check.crcs": True}
+    )
+    consumer.assign([TopicPartition(topic, partition, 0) for topic, partition in ends])
+    found: dict[object, object] = {}
+    while len(found) < sum(ends.values()):
+        message = consumer.poll(10)
+        assert message is not None, "the broker has fewer records than the ledger"
+        assert message.error() is None
+        place = message.topic(), message.partition(), message.offset()
+        found[place] = message.key(), message.value(), tuple(message.headers() or ())
+    consumer.close()
+    return found
+
+
+def test_the_ledger_is_what_the_broker_has(broker):
+    ledger = {}
+
+    def delivered(topic, partition, offset, record):
+        ledger[topic, partition, offset] = record.key, record.value, tuple(record.headers)
+
+    simulation = Simulation(
+        1, events=2_000, partitions=3, prices_topic="Prices", chaos=Chaos(malformed=0.05)
+    )
+
+    with Producer({"bootstrap.servers": broker.bootstrap_servers}, on_delivery=delivered) as kafka:
+        assert kafka.partitions("Notifications") == 3
+        sent = kafka.produce(simulation)
+
+    ends: dict[tuple[str, int], int] = {}
+    for topic, partition, offset in ledger:
+        ends[topic, partition] = max(ends.get((topic, partition), 0), offset + 1)
+    assert sent == len(ledger) > 2_000 + simulation.report.added
+    assert consumed(broker, ends) == ledger
+
+
+def test_records_of_one_partition_stand_in_the_order_in_which_they_were_sent(broker):
+    places = {}
+    records = list(Simulation(2, events=500, partitions=3))
+
+    def delivered(topic, partition, offset, record):
+        places[partition, offset] = record
+
+    with Producer({"bootstrap.servers": broker.bootstrap_servers}, on_delivery=delivered) as kafka:
+        kafka.produce(records)
+
+    for partition in range(3):
+        stood = [record for place, record in sorted(places.items()) if place[0] == partition]
+        assert stood == [record for record in records if record.partition == partition]
+
+
+def test_the_rate_is_kept(broker):
+    with Producer({"bootstrap.servers": broker.bootstrap_servers}) as kafka:
+        started = monotonic()
+        kafka.produce(Simulation(3, events=100, partitions=3), rate=400)
+        took = monotonic() - started
+
+    assert 0.25 <= took < 2
+
+
+def test_a_topic_that_does_not_exist_is_named_and_not_created(broker):
+    with Producer({"bootstrap.servers": broker.bootstrap_servers}) as kafka:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="topic Gone does not exist"):
+                kafka.produce(Simulation(1, events=1, topic="Gone"))
+
+
+def test_a_wrong_option_is_refused():
+    with pytest.raises(ConfigurationError, match="No such configuration"):
+        Producer({"bootstrap.servers": "127.0.0.1:1", "no.such.option": 1})
+
+
+def test_a_record_that_no_broker_takes_is_an_error():
+    options = {"message.timeout.ms": 300}
+    with MockBroker() as broker:
+        broker.create_topic("Notifications", 1)
+        kafka = Producer({"bootstrap.servers": broker.bootstrap_servers, **options})
+        assert kafka.partitions("Notifications") == 1
+        broker.set_down()
+
+        with pytest.raises(TransientError, match="not delivered"):
+            kafka.produce(Simulation(1, events=5, partitions=1))

@@ -1,0 +1,344 @@
+import json
+import logging
+import os
+import sys
+import threading
+import warnings
+from datetime import datetime, timedelta
+
+import psycopg
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from pipeline import logs
+from pipeline.redaction import redacted
+
+CANARY = "c4n4ry-hunter2"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch):
+    """What configure changes in the process is put back."""
+    root = logging.getLogger()
+    levels = {name: logging.getLogger(name).level for name in ("", "pipeline", "alembic")}
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    before = list(root.handlers)
+    yield
+    root.handlers = before
+    logging.captureWarnings(capture=False)
+    structlog.reset_defaults()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def lines(capsys):
+    """What stderr holds, line by line; stdout stays empty, for it is data."""
+
+    def read():
+        out, err = capsys.readouterr()
+        assert out == ""
+        return [json.loads(line) for line in err.splitlines()]
+
+    return read
+
+
+class Failed(psycopg.DataError):
+    """As psycopg raises it, with the text of a real server."""
+
+    sqlstate = "22P02"
+
+
+# -------------------------------------------------------------------------------------------- lines
+
+
+def test_a_line_is_json_with_time_level_event_and_logger_first(lines):
+    logs.configure("json", "info")
+
+    structlog.get_logger("pipeline.ingest").info("batch_committed", topic="Prices", count=3)
+
+    [line] = lines()
+    assert list(line) == ["ts", "level", "event", "logger", "topic", "count"]
+    assert line["ts"].endswith("Z")
+    assert datetime.fromisoformat(line["ts"]).utcoffset() == timedelta(0)
+    assert line["level"] == "info"
+    assert line["event"] == "batch_committed"
+    assert line["logger"] == "pipeline.ingest"
+
+
+def test_what_is_bound_to_the_context_is_on_every_line(lines):
+    logs.configure("json", "info")
+
+    with structlog.contextvars.bound_contextvars(instance="worker-1"):
+        structlog.get_logger("pipeline").info("started")
+
+    assert lines()[0]["instance"] == "worker-1"
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("info", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_less_than_the_level_is_not_logged(lines, level, expected):
+    logs.configure("json", level)
+
+    for said in ("debug", "info", "warning", "error"):
+        getattr(structlog.get_logger("pipeline.source"), said)("said")
+
+    assert [line["level"] for line in lines()] == expected
+
+
+def test_libraries_come_out_the_same_way(lines):
+    logs.configure("json", "info")
+
+    logging.getLogger("alembic.runtime.migration").info("Running upgrade %s -> %s", "", "0001")
+
+    [line] = lines()
+    assert line["event"] == "library_log"
+    assert line["logger"] == "alembic.runtime.migration"
+    assert line["msg"] == "Running upgrade  -> 0001"
+
+
+def test_a_library_that_logs_statements_is_not_heard_even_at_debug(lines):
+    logs.configure("json", "debug")
+
+    logging.getLogger("sqlalchemy.engine.Engine").info("[raw sql] ('%s',)", CANARY)
+
+    assert lines() == []
+
+
+def test_warnings_of_python_are_log_lines(lines):
+    logs.configure("json", "info")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(capture=False)
+        logging.captureWarnings(capture=True)
+        warnings.warn("this will change", DeprecationWarning, stacklevel=1)
+
+    [line] = lines()
+    assert line["logger"] == "py.warnings"
+    assert "this will change" in line["msg"]
+
+
+def test_configured_twice_it_still_says_everything_once(lines):
+    logs.configure("json", "info")
+    logs.configure("json", "info")
+
+    structlog.get_logger("pipeline").info("started")
+
+    assert len(lines()) == 1
+
+
+@pytest.mark.parametrize(("terminal", "is_json"), [(True, False), (False, True)])
+def test_auto_is_console_on_a_terminal(capsys, monkeypatch, terminal, is_json):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    logs.configure("auto", "info")
+
+    structlog.get_logger("pipeline").info("started", topic="Prices")
+
+    err = capsys.readouterr().err
+    assert err.startswith("{") is is_json
+    assert "started" in err
+    assert "Prices" in err
+
+
+# ------------------------------------------------------------------------------- what must not show
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"password": CANARY},
+        {"kafka_password": CANARY},
+        {"sasl.oauthbearer.client.secret": CANARY},
+        {"ssl.key.pem": CANARY},
+        {"access_token": [CANARY]},
+        {"url": f"postgresql://user:{CANARY}@host/db"},
+        {"url": f"postgresql://user:p@{CANARY}@host/db"},
+        {"reason": f"connection to host=h password={CANARY} failed"},
+        {"reason": f"conninfo \"host=h password='{CANARY} and more' dbname=d\""},
+        {"config": {"bootstrap.servers": "b:1", "sasl.password": CANARY}},
+        {"configs": [{"sasl.password": CANARY}]},
+        {"setting": SecretStr(CANARY)},
+        {"payload": {"name": CANARY}},
+        {"headers": [["name", CANARY]]},
+        {"key": CANARY},
+        {"record": CANARY},
+        {"found": CANARY.encode()},
+        {"error": Failed(f'invalid input syntax for type uuid: "{CANARY}"')},
+        {"error": ValueError(f"postgresql://u:{CANARY}@h/d")},
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_neither_secrets_nor_payloads_show(capsys, form, fields):
+    logs.configure(form, "debug")
+
+    structlog.get_logger("pipeline").info("happened", **fields)
+
+    err = capsys.readouterr().err
+    assert "happened" in err
+    assert CANARY not in err
+
+
+def test_what_is_harmless_stays_readable(lines):
+    logs.configure("json", "info")
+
+    structlog.get_logger("pipeline").info(
+        "happened",
+        topic="Prices",
+        offset_first=0,
+        lag=None,
+        paused=False,
+        seconds=0.5,
+        servers="kafka.example.com:9094",
+        url="https://example.com/a?b=c",
+        partitions=(1, 2),
+        at=datetime(2026, 1, 31),  # noqa: DTZ001 - any object that only str can show
+    )
+
+    [line] = lines()
+    assert line["topic"] == "Prices"
+    assert line["offset_first"] == 0
+    assert line["lag"] is None
+    assert line["paused"] is False
+    assert line["seconds"] == 0.5
+    assert line["servers"] == "kafka.example.com:9094"
+    assert line["url"] == "https://example.com/a?b=c"
+    assert line["partitions"] == [1, 2]
+    assert line["at"] == "2026-01-31 00:00:00"
+
+
+@given(st.text(), st.text(alphabet=st.characters(exclude_characters=" \t\r\n\"'<>", codec="utf-8")))
+def test_no_url_keeps_its_user(around, password):
+    canary = f"u:{password}{CANARY}@h"
+
+    assert CANARY not in redacted(f"{around} kafka://{canary}/x")
+
+
+@given(st.text())
+def test_any_text_is_one_line_and_moves_no_cursor(text):
+    event = logs._without_control_characters(None, "", {"reason": text, "many": [{"a": text}]})
+
+    shown = event["reason"] + event["many"][0]["a"]
+    assert len(shown.splitlines()) <= 1
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0x202A <= ord(c) <= 0x202E for c in shown)
+
+
+def test_an_escape_sequence_does_not_reach_the_terminal(capsys):
+    logs.configure("console", "info")
+
+    structlog.get_logger("pipeline").warning("happened", topic="a\x1b[2Jb\r\nforged", lag=None)
+
+    err = capsys.readouterr().err
+    assert "\x1b[2J" not in err
+    assert len(err.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------- exceptions
+
+
+def raised(error, cause=None):
+    """The error with a traceback, from a frame whose variables hold a canary."""
+    held = CANARY
+    with pytest.raises(type(error)) as caught:
+        raise error from cause
+    assert held
+    return caught.value
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_an_exception_shows_its_way_and_none_of_its_values(capsys, form):
+    logs.configure(form, "info")
+    cause = raised(
+        psycopg.errors.UniqueViolation(
+            'duplicate key value violates unique constraint "events_pkey"\n'
+            f"DETAIL:  Key (topic)=({CANARY}\n{CANARY}) already exists.\n"
+            f"CONTEXT:  COPY events, line 1: {CANARY}"
+        )
+    )
+    error = raised(RuntimeError("could not append"), cause)
+
+    structlog.get_logger("pipeline").error("append_failed", exc_info=error)
+
+    err = capsys.readouterr().err
+    assert "events_pkey" in err
+    assert "caused:" in err
+    assert "RuntimeError: could not append" in err
+    assert "in raised" in err
+    assert CANARY not in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'(psycopg.errors.X) no\n[SQL: insert {CANARY}]\n[parameters: ("{CANARY}",)]',
+        f"relation is missing\nLINE 1: select '{CANARY}'\n    ^",
+    ],
+)
+def test_statements_and_parameters_are_cut_off(text):
+    assert CANARY not in logs.exception_text(raised(RuntimeError(text)))
+
+
+def test_a_value_that_could_not_be_read_is_not_quoted():
+    text = logs.exception_text(raised(Failed(f'invalid input syntax for type uuid: "{CANARY}"')))
+
+    assert text.endswith('Failed: invalid input syntax for type uuid: "***"')
+
+
+def test_a_group_shows_each_of_its_exceptions():
+    group = ExceptionGroup("two threads", [raised(ValueError("one")), raised(KeyError("two"))])
+
+    text = logs.exception_text(group)
+
+    assert "ValueError: one" in text
+    assert "KeyError: 'two'" in text
+
+
+def test_exceptions_that_cause_each_other_end():
+    one, two = ValueError("one"), ValueError("two")
+    one.__cause__, two.__cause__ = two, one
+
+    assert logs.exception_text(one).count("ValueError") == 2
+
+
+def test_the_current_exception_is_shown(lines):
+    logs.configure("json", "info")
+
+    try:
+        os.environ["GONE"]
+    except KeyError:
+        structlog.get_logger("pipeline").exception("failed")
+
+    [line] = lines()
+    assert line["error.type"] == "KeyError"
+    assert line["exception"].endswith("KeyError: 'GONE'")
+
+
+def test_an_exception_nobody_caught_is_a_log_line_too(lines):
+    logs.configure("json", "info")
+    error = raised(Failed(f'bad: "{CANARY}"'))
+
+    sys.excepthook(type(error), error, error.__traceback__)
+    threading.excepthook(threading.ExceptHookArgs((type(error), error, None, None)))
+
+    assert [line["event"] for line in lines()] == ["crashed", "thread_crashed"]
+
+
+def test_an_interrupt_from_the_keyboard_is_no_crash(capsys):
+    logs.configure("json", "info")
+    stop = KeyboardInterrupt()
+
+    sys.excepthook(type(stop), stop, None)
+
+    assert "crashed" not in capsys.readouterr().err

@@ -1,0 +1,484 @@
+import os
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.errors import ConfigurationError
+from pipeline.settings import Settings, load_settings
+
+CANARY = "c4n4ry-hunter2"
+UPVEST: dict[str, Any] = {
+    "kafka_bootstrap_servers": "kafka.example.com:9094",
+    "kafka_sasl_mechanism": "SCRAM-SHA-512",
+    "kafka_username": "client",
+    "kafka_password": CANARY,
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Nothing set but what a test sets."""
+    for name in os.environ:
+        if name.startswith(("PIPELINE_", "PG")):
+            monkeypatch.delenv(name)
+
+    def put(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def complaints(config=None, **overrides):
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(config, **overrides)
+    return str(refused.value).splitlines()
+
+
+# ------------------------------------------------------------------------------------------- places
+
+
+def test_without_anything_set_the_defaults_hold():
+    settings = load_settings()
+
+    assert settings.topics == ("Notifications", "Prices")
+    assert settings.kafka_security_protocol == "SASL_SSL"
+    assert settings.start == "earliest"
+    assert settings.batch_rows == 10_000
+    assert settings.batch_bytes == 8 * 1024 * 1024
+    assert settings.kafka_group_protocol == "classic"
+    assert settings.group_id == "pipeline"
+
+
+def test_five_settings_are_enough_for_upvest(environment):
+    environment(
+        PIPELINE_DATABASE_URL="postgresql://pipeline:secret@db.example.com/upvest",
+        PIPELINE_KAFKA_BOOTSTRAP_SERVERS="kafka.example.com:9094",
+        PIPELINE_KAFKA_SASL_MECHANISM="scram-sha-512",
+        PIPELINE_KAFKA_USERNAME="client",
+        PIPELINE_KAFKA_PASSWORD=CANARY,
+    )
+
+    settings = load_settings()
+
+    assert settings.database() == "postgresql+psycopg://pipeline:secret@db.example.com/upvest"
+    assert settings.kafka_client() == {
+        "bootstrap.servers": "kafka.example.com:9094",
+        "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": "client",
+        "sasl.password": CANARY,
+    }
+
+
+def test_the_nearer_place_wins(environment, tmp_path):
+    """Command line, environment, named file, secrets directory, TOML, default: take them away."""
+    (tmp_path / "named").write_text("from_named_file\n")
+    (tmp_path / "pipeline_group_id").write_text("from_secrets\r\n")
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text('group_id = "from_toml"')
+    environment(
+        PIPELINE_GROUP_ID="from_environment",
+        PIPELINE_GROUP_ID_FILE=str(tmp_path / "named"),
+        PIPELINE_SECRETS_DIR=str(tmp_path),
+    )
+
+    found = [load_settings(toml, group_id="from_command_line").group_id]
+    for variable in ("PIPELINE_GROUP_ID", "PIPELINE_GROUP_ID_FILE", "PIPELINE_SECRETS_DIR"):
+        found.append(load_settings(toml, group_id=None).group_id)
+        environment(**{variable: ""})
+    found.append(load_settings(toml).group_id)
+    found.append(load_settings().group_id)
+
+    assert found == [
+        "from_command_line",
+        "from_environment",
+        "from_named_file",
+        "from_secrets",
+        "from_toml",
+        "pipeline",
+    ]
+
+
+def test_the_environment_names_the_toml_file(environment, tmp_path):
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text(
+        'topics = ["Notifications"]\nbatch_rows = 17\nkeep_raw = true\n'
+        'start = 2026-01-31T08:00:00Z\n[kafka_options]\n"fetch.min.bytes" = 65536\n'
+    )
+    environment(PIPELINE_CONFIG=str(toml))
+
+    settings = load_settings()
+
+    assert settings.topics == ("Notifications",)
+    assert settings.batch_rows == 17
+    assert settings.keep_raw is True
+    assert settings.start == datetime(2026, 1, 31, 8, tzinfo=UTC)
+    assert settings.kafka_options["fetch.min.bytes"].get_secret_value() == "65536"
+
+
+def test_a_secret_file_loses_its_line_end_and_nothing_else(environment, tmp_path):
+    (tmp_path / "password").write_text("  two words \n")
+    environment(PIPELINE_KAFKA_PASSWORD_FILE=str(tmp_path / "password"))
+
+    password = load_settings().kafka_password
+
+    assert password is not None
+    assert password.get_secret_value() == "  two words "
+
+
+@pytest.mark.parametrize(
+    "variable",
+    ["PIPELINE_CONFIG", "PIPELINE_SECRETS_DIR", "PIPELINE_DATABASE_URL_FILE"],
+)
+def test_a_place_that_is_not_there_is_refused(environment, tmp_path, variable):
+    environment(**{variable: str(tmp_path / "nowhere")})
+
+    assert complaints() == [
+        f"{variable}: cannot read {tmp_path / 'nowhere'}: No such file or directory"
+    ]
+
+
+def test_a_file_of_bytes_is_refused(environment, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    environment(PIPELINE_KAFKA_PASSWORD_FILE=str(tmp_path / "bytes"))
+
+    assert complaints() == [f"PIPELINE_KAFKA_PASSWORD_FILE: {tmp_path / 'bytes'} is not UTF-8"]
+
+
+def test_broken_toml_is_told_by_its_place_and_not_by_its_text(tmp_path):
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text(f'group_id = "a"\nkafka_password = {CANARY}\n')
+
+    [complaint] = complaints(toml)
+
+    assert complaint.startswith(f"--config: {toml} is not TOML (at line 2, column ")
+    assert CANARY not in complaint
+
+
+# ----------------------------------------------------------------------------------- unknown names
+
+
+def test_an_unknown_variable_is_refused_and_the_likely_one_named(environment):
+    environment(PIPELINE_KAFKA_PASWORD=CANARY, PIPELINE_NOTHING_LIKE_IT="x")
+
+    assert complaints() == [
+        "PIPELINE_KAFKA_PASWORD (environment) is not a setting; "
+        "did you mean PIPELINE_KAFKA_PASSWORD?",
+        "PIPELINE_NOTHING_LIKE_IT (environment) is not a setting",
+    ]
+
+
+def test_an_unknown_key_of_the_file_is_refused(tmp_path):
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text("batch_row = 5")
+
+    assert complaints(toml) == [f"batch_row ({toml}) is not a setting; did you mean batch_rows?"]
+
+
+def test_variables_of_others_are_left_alone(environment):
+    """Those of the tests, and those that Kubernetes sets beside a service called pipeline."""
+    environment(
+        PIPELINE_TEST_KAFKA="localhost:9092",
+        PIPELINE_REQUIRE_KAFKA="1",
+        PIPELINE_REQUIRE_POSTGRES_15="1",
+        PIPELINE_ENABLE_FAILPOINTS="1",
+        PIPELINE_FAILPOINT="after_copy:kill",
+        PIPELINE_SERVICE_HOST="10.0.0.1",
+        PIPELINE_SERVICE_PORT_HTTP="80",
+        PIPELINE_PORT="tcp://10.0.0.1:80",
+        PIPELINE_PORT_80_TCP_ADDR="10.0.0.1",
+    )
+
+    assert load_settings().group_id == "pipeline"
+
+
+# ------------------------------------------------------------------------------------ wrong values
+
+
+def test_every_wrong_setting_gets_its_line(environment):
+    environment(
+        PIPELINE_BATCH_ROWS="0",
+        PIPELINE_LINGER_MS="soon",
+        PIPELINE_KAFKA_SECURITY_PROTOCOL="TLS",
+        PIPELINE_TOPICS="Notifications, Pri ces",
+        PIPELINE_START="2026-01-31T08:00:00",
+        PIPELINE_KEEP_RAW="perhaps",
+        PIPELINE_GROUP_ID=" ",
+        PIPELINE_KAFKA_BOOTSTRAP_SERVERS="kafka.example.com:99999",
+        PIPELINE_LOG_LEVEL="chatty",
+    )
+
+    assert sorted(complaints()) == [
+        "PIPELINE_BATCH_ROWS (environment) must be a whole number from 1 to 100000, not '0'",
+        "PIPELINE_GROUP_ID (environment) must be a name without spaces, not ' '",
+        "PIPELINE_KAFKA_BOOTSTRAP_SERVERS (environment) must be host:port, several separated by "
+        "commas, not 'kafka.example.com:99999'",
+        "PIPELINE_KAFKA_SECURITY_PROTOCOL (environment) must be 'SASL_SSL', 'SASL_PLAINTEXT', "
+        "'SSL' or 'PLAINTEXT', not 'TLS'",
+        "PIPELINE_KEEP_RAW (environment) must be a valid boolean, unable to interpret input, "
+        "not 'perhaps'",
+        "PIPELINE_LINGER_MS (environment) must be a whole number from 0 to 5000, not 'soon'",
+        "PIPELINE_LOG_LEVEL (environment) must be 'debug', 'info', 'warning' or 'error', "
+        "not 'chatty'",
+        "PIPELINE_START (environment) must be earliest, latest, or a time with its zone such as "
+        "2026-01-31T08:00:00Z, not '2026-01-31T08:00:00'",
+        "PIPELINE_TOPICS (environment) must name topics of 1 to 249 characters "
+        "a-z A-Z 0-9 . _ -, not 'Notifications, Pri ces'",
+    ]
+
+
+NUMBERS = {
+    name: (
+        next(bound.ge for bound in field.metadata if hasattr(bound, "ge")),
+        next(bound.le for bound in field.metadata if hasattr(bound, "le")),
+    )
+    for name, field in Settings.model_fields.items()
+    if field.annotation is int
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_holds_its_bounds_and_no_more(name):
+    low, high = NUMBERS[name]
+
+    assert [getattr(load_settings(**{name: n}), name) for n in (low, high)] == [low, high]
+    for outside in (low - 1, high + 1):
+        assert complaints(**{name: outside}) == [
+            f"PIPELINE_{name.upper()} (command line) must be a whole number from {low} to {high}, "
+            f"not {outside}"
+        ]
+
+
+def test_every_number_says_its_unit():
+    """Rows, bytes, milliseconds, offsets; the rest is counted in what the name says."""
+    units = ("_rows", "_bytes", "_ms", "_offsets", "repeat_window", "dead_letter_budget")
+
+    assert [name for name in NUMBERS if not name.endswith(units)] == []
+
+
+def test_every_setting_is_described():
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@given(st.lists(st.from_regex(r"[a-zA-Z0-9_-]{1,20}", fullmatch=True), min_size=1, unique=True))
+def test_any_names_kafka_takes_are_topics(names):
+    assert load_settings(topics=" , ".join(names)).topics == tuple(names)
+
+
+@pytest.mark.parametrize("topics", [",", "a,a", "..", "x" * 250, "ä", 7])
+def test_what_kafka_does_not_take_is_no_topic(topics):
+    assert complaints(topics=topics)[0].startswith("PIPELINE_TOPICS (command line) must name")
+
+
+@given(st.datetimes(timezones=st.just(UTC)))
+def test_any_moment_can_be_the_start(moment):
+    assert load_settings(start=moment.isoformat()).start == moment
+
+
+@pytest.mark.parametrize("start", ["tomorrow", "08:00", 5])
+def test_what_is_no_moment_is_no_start(start):
+    assert complaints(start=start)[0].startswith("PIPELINE_START (command line) must be earliest")
+
+
+@pytest.mark.parametrize("servers", ["a", "a:9092", "a:1,b:2", "[::1]:9092", "10.0.0.1:9092"])
+def test_brokers_are_hosts_and_ports(servers):
+    settings = load_settings(kafka_bootstrap_servers=servers, kafka_security_protocol="plaintext")
+
+    assert settings.kafka_client()["bootstrap.servers"] == servers
+
+
+def test_settings_cannot_be_changed():
+    settings = load_settings()
+
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.batch_rows = 1  # type: ignore[misc]  # this is what the test tries
+
+
+# ----------------------------------------------------------------------------------------- database
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_every_spelling_of_postgresql_is_understood(scheme):
+    settings = load_settings(database_url=f"{scheme}://u:p%40ss@h:5433/d?sslmode=verify-full")
+
+    assert settings.database() == "postgresql+psycopg://u:p%40ss@h:5433/d?sslmode=verify-full"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"mysql://u:{CANARY}@h/d",
+        f"postgresql+asyncpg://u:{CANARY}@h/d",
+        f"host=h password={CANARY}",
+        f"postgresql://u:{CANARY}@h:port/d",
+        f"://{CANARY}",
+    ],
+)
+def test_a_wrong_url_is_refused_without_repeating_any_of_it(environment, url):
+    environment(PIPELINE_DATABASE_URL=url)
+
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+
+    assert "PIPELINE_DATABASE_URL (environment) must be postgresql://USER" in str(refused.value)
+    assert CANARY not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize("variable", ["PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE"])
+def test_without_a_url_libpq_decides_if_it_knows_any_database(environment, variable):
+    environment(**{variable: "x"})
+
+    assert load_settings().database() == "postgresql+psycopg://"
+
+
+def test_without_any_database_the_missing_setting_is_named():
+    settings = load_settings()
+
+    with pytest.raises(ConfigurationError, match="PIPELINE_DATABASE_URL is missing"):
+        settings.database()
+
+
+# -------------------------------------------------------------------------------------------- Kafka
+
+
+def test_without_brokers_the_missing_setting_is_named():
+    settings = load_settings()
+
+    with pytest.raises(ConfigurationError, match="PIPELINE_KAFKA_BOOTSTRAP_SERVERS is missing"):
+        settings.kafka_client()
+
+
+def test_a_login_that_is_not_complete_is_refused_before_it_is_tried():
+    assert complaints(kafka_bootstrap_servers="kafka.example.com:9094") == [
+        "PIPELINE_KAFKA_SASL_MECHANISM, PIPELINE_KAFKA_USERNAME, PIPELINE_KAFKA_PASSWORD must be "
+        "set: the brokers want a login, as PIPELINE_KAFKA_SECURITY_PROTOCOL is SASL_SSL"
+    ]
+
+
+def test_no_login_is_sent_where_none_is_asked_for():
+    settings = load_settings(**UPVEST, kafka_security_protocol="SSL")
+
+    assert set(settings.kafka_client()) == {"bootstrap.servers", "security.protocol"}
+
+
+def test_oauth_wants_no_password():
+    settings = load_settings(
+        kafka_bootstrap_servers="kafka.example.com:9094",
+        kafka_sasl_mechanism="oauthbearer",
+        kafka_options={"sasl.oauthbearer.method": "oidc"},
+    )
+
+    assert settings.kafka_client()["sasl.oauthbearer.method"] == "oidc"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fetch.min.bytes=1, check.crcs=true",
+        "fetch.min.bytes=1\ncheck.crcs=true\n",
+        '{"fetch.min.bytes": 1, "check.crcs": true}',
+    ],
+)
+def test_options_reach_the_client(environment, text):
+    environment(PIPELINE_KAFKA_OPTIONS=text)
+
+    client = load_settings(**UPVEST).kafka_client()
+
+    assert client["fetch.min.bytes"] == "1"
+    assert client["check.crcs"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("enable.auto.commit", "offsets are stored in PostgreSQL"),
+        ("enable.auto.offset.store", "offsets are stored in PostgreSQL"),
+        ("auto.offset.reset", "use PIPELINE_START"),
+        ("isolation.level", "what a transaction took back is never read"),
+        ("enable.partition.eof", "the command sets it"),
+        ("plugin.library.paths", "foreign code is never loaded"),
+        ("group.id", "use PIPELINE_GROUP_ID"),
+        ("group.instance.id", "use PIPELINE_GROUP_INSTANCE_ID"),
+        ("group.protocol", "use PIPELINE_KAFKA_GROUP_PROTOCOL"),
+        ("bootstrap.servers", "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS"),
+        ("security.protocol", "use PIPELINE_KAFKA_SECURITY_PROTOCOL"),
+        ("sasl.mechanisms", "use PIPELINE_KAFKA_SASL_MECHANISM"),
+        ("sasl.username", "use PIPELINE_KAFKA_USERNAME"),
+        ("sasl.password", "use PIPELINE_KAFKA_PASSWORD"),
+    ],
+)
+def test_what_the_guarantees_stand_on_is_no_option(environment, option, instead):
+    environment(PIPELINE_KAFKA_OPTIONS=f"{option}={CANARY}")
+
+    [complaint] = complaints()
+
+    assert complaint.startswith(
+        f"PIPELINE_KAFKA_OPTIONS (environment) may not hold {option}: {instead}"
+    )
+    assert CANARY not in complaint
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable.ssl.certificate.verification": False}, "may not switch"),
+        ({"ssl.endpoint.identification.algorithm": "NONE"}, "may not switch"),
+        ({"fetch.min.bytes": [CANARY]}, "must hold a string"),
+        ([CANARY], "must be a table"),
+        (f"{{{CANARY}", "must be a JSON object"),
+        (f"{CANARY},b=2", "must be name=value"),
+    ],
+)
+def test_wrong_options_are_refused_without_their_values(options, reason):
+    [complaint] = complaints(kafka_options=options)
+
+    assert complaint.startswith(f"PIPELINE_KAFKA_OPTIONS (command line) {reason}")
+    assert CANARY not in complaint
+
+
+def test_with_the_new_group_protocol_the_brokers_decide():
+    options = {"session.timeout.ms": 6000}
+
+    assert load_settings(kafka_options=options).kafka_group_protocol == "classic"
+    [complaint] = complaints(kafka_options=options, kafka_group_protocol="consumer")
+    assert complaint.startswith("PIPELINE_KAFKA_OPTIONS may not hold session.timeout.ms")
+
+
+# ------------------------------------------------------------------------------------------ secrets
+
+
+def test_secrets_show_nowhere():
+    settings = load_settings(
+        **UPVEST,
+        database_url=f"postgresql://u:{CANARY}@h/d",
+        kafka_options={"ssl.key.password": CANARY},
+    )
+
+    shown = [
+        repr(settings),
+        str(settings),
+        repr(settings.kafka_client()),
+        f"{settings.kafka_client()}",
+    ]
+
+    assert CANARY not in "".join(shown)
+
+
+def test_a_complaint_about_one_setting_does_not_tell_another():
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(
+            **UPVEST,
+            database_url=f"postgresql://u:{CANARY}@h/d",
+            kafka_security_protocol=f"kafka://u:{CANARY}@h",
+            log_level=f"password={CANARY}",
+            batch_rows=0,
+        )
+
+    assert CANARY not in "".join(traceback.format_exception(refused.value))
+    assert refused.value.__context__ is None

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-ROW_OVERHEAD_BYTES = 300
 WHOLE_SECONDS_LENGTH = len("2026-01-12T10:00:00Z")
 UUID_LENGTH = 36
 UUID_BYTES = 16
@@ -73,12 +72,6 @@ class Row(NamedTuple):
     headers: bytes | None
     kafka_timestamp: Micros | None
     kafka_timestamp_type: int
-
-    @property
-    def size(self) -> int:
-        """Bytes that the row occupies in memory and in COPY, roughly."""
-        beside = len(self.key or b"") + len(self.headers or b"")
-        return ROW_OVERHEAD_BYTES + len(self.payload or self.raw or b"") + beside
 
     def refused(self, value: bytes, sqlstate: str) -> "Row":
         """The row after PostgreSQL refused its payload: the bytes only."""

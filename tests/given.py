@@ -19,6 +19,7 @@ from pipeline.db import metadata, open_engine, transaction
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import append as writing
 from pipeline.log import ownership
+from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
 from pipeline.positions import Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection import Projector
@@ -166,7 +167,7 @@ class Log:
                 row = reading.read(
                     reading.Record(topic, partition, offset, value, None, None, None, 0)
                 )
-                rows.append(self._windows[place].mark(row))
+                rows.append(encode(self._windows[place].mark(row)))
                 end = after(offset)
             advance = writing.Advance(self._held[place], expected, end, None)
             writing.append(db, rows, {place: advance})

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pipeline.events import Row
 from pipeline.log.append import Advance
 from pipeline.log.copying import Encoded
 from pipeline.log.ownership import Place
@@ -46,7 +45,7 @@ class Bounds:
 class Batch:
     """What goes into one transaction."""
 
-    rows: Sequence[Row | Encoded]
+    rows: Sequence[Encoded]
     advances: Mapping[Partition, Advance]
 
     def without(self, partitions: Collection[Partition]) -> "Batch":
@@ -132,7 +131,7 @@ class Machine:
     _owned: dict[Partition, _Owned] = field(default_factory=dict)
     _fenced: dict[Partition, float] = field(default_factory=dict)
     _steals: dict[Partition, list[float]] = field(default_factory=dict)
-    _rows: list[Row | Encoded] = field(default_factory=list)
+    _rows: list[Encoded] = field(default_factory=list)
     _bytes: int = 0
     _flight: Batch | None = None
     _flight_state: _Flight = _Flight.READY
@@ -156,7 +155,7 @@ class Machine:
         owned = self._owned.get(partition)
         return None if owned is None else owned.taken
 
-    def received(self, partition: Partition, rows: Sequence[Row | Encoded]) -> None:
+    def received(self, partition: Partition, rows: Sequence[Encoded]) -> None:
         """Records of an owned partition came, in offset order, none below ``wants_from``."""
         if rows:
             self._owned[partition].taken = after(Offset(rows[-1].offset))

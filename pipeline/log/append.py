@@ -63,9 +63,7 @@ ROWS_AT_ONCE = 100
 """How many rows are handed to the driver in one piece."""
 
 
-def append(
-    db: Connection, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]
-) -> None:
+def append(db: Connection, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
     """Write a batch and move its partitions' next offsets, or write nothing.
 
     Both happen in the caller's transaction, so an event is in the log exactly when its offset is
@@ -75,7 +73,7 @@ def append(
     Args:
         db: An open transaction. This function never commits.
         rows: In offset order within each partition; may be empty, where Kafka's own markers move
-            the position. Whoever has the time has encoded them.
+            the position.
         advances: One for every partition of ``rows``.
 
     Raises:
@@ -93,8 +91,7 @@ def append(
     _fence(db, advances)
     failpoints.reach("after_fence", connection_fd=descriptor)
     if rows:
-        encoded = [row if isinstance(row, Encoded) else encode(row) for row in rows]
-        _copy_with_repairs(connection, encoded)
+        _copy_with_repairs(connection, list(rows))
     failpoints.reach("after_copy", connection_fd=descriptor)
     db.execute(NOTIFY)
     failpoints.reach("before_commit", connection_fd=descriptor)

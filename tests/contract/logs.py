@@ -12,10 +12,10 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import transaction
 from pipeline.errors import FencedError, InvariantError
-from pipeline.events import Record, Row, read
+from pipeline.events import Record, read
 from pipeline.log import ownership
 from pipeline.log.append import Advance, append
-from pipeline.log.copying import Encoded
+from pipeline.log.copying import Encoded, encode
 from pipeline.log.ownership import Owner, Place
 from pipeline.positions import Epoch, NextOffset, Partition
 
@@ -41,7 +41,7 @@ class Log(Protocol):
     def claim(self, partition: Partition) -> Place:
         """Raise the epoch; the new epoch and the next offset."""
 
-    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
         """Write rows and move the next offsets, or raise and write nothing."""
 
     def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
@@ -68,7 +68,7 @@ class FakeLog:
         self.places[partition] = Place(Epoch(epoch + 1), next_offset)
         return self.places[partition]
 
-    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
         for partition, advance in sorted(advances.items()):
             if not self._passes(partition, advance):
                 raise FencedError(partition, held=advance.held)
@@ -87,7 +87,7 @@ class FakeLog:
             and (not self.guards.expected or place.next_offset == advance.expected)
         )
 
-    def _refuse_what_is_there(self, rows: Sequence[Row | Encoded]) -> None:
+    def _refuse_what_is_there(self, rows: Sequence[Encoded]) -> None:
         """The primary key. A log without guards shows what it would otherwise hide."""
         for row in rows:
             if row.offset in self.rows[Partition(row.topic, row.partition)]:
@@ -116,7 +116,7 @@ class RealLog:
             claim = ownership.claim(db, partition, Owner("contract", "member"))
         return Place(claim.epoch, claim.next_offset)
 
-    def append(self, rows: Sequence[Row | Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
         with transaction(self._engine) as db:
             append(db, rows, advances)
 
@@ -136,9 +136,12 @@ class RealLog:
             return list(found.scalars())
 
 
-def row_at(partition: Partition, offset: int, value: bytes | None = b"") -> Row:
+def row_at(
+    partition: Partition, offset: int, value: bytes | None = b"", repeat_of: int | None = None
+) -> Encoded:
     """A row of the log for a record of which only the place matters."""
-    return read(Record(*partition, offset, value, None, None, None, 0))
+    row = read(Record(*partition, offset, value, None, None, None, 0))
+    return encode(row._replace(repeat_of=repeat_of))
 
 
 def place(epoch: int, next_offset: int) -> Place:

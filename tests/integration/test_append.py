@@ -27,6 +27,7 @@ from pipeline.errors import (
 from pipeline.events import Record, Row, read
 from pipeline.log import ownership
 from pipeline.log.append import append
+from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner, Source
 from pipeline.log.tables import events
 from pipeline.positions import Epoch, NextOffset, Partition
@@ -66,7 +67,7 @@ def write(engine: Engine, partition: Partition, rows: Sequence[Row], expected: i
         held = ownership.claim(db, partition, Owner("tests", "member")).epoch
     end = rows[-1].offset + 1
     with transaction(engine) as db:
-        append(db, rows, {partition: advance(held, expected, end)})
+        append(db, [encode(row) for row in rows], {partition: advance(held, expected, end)})
 
 
 COLUMNS = ", ".join(f'"{column.name}"' for column in events.columns if column.name != "payload")
@@ -127,7 +128,11 @@ def test_a_batch_that_fails_leaves_neither_rows_nor_offset(engine):
     rows = rows_of(first, [b"1", b"2"]) + rows_of(second, [b"3"])
 
     with pytest.raises(FencedError), transaction(engine) as db:
-        append(db, rows, {first: advance(held, 0, 2), second: advance(99, 0, 1)})
+        append(
+            db,
+            [encode(row) for row in rows],
+            {first: advance(held, 0, 2), second: advance(99, 0, 1)},
+        )
 
     with transaction(engine) as db:
         places = ownership.find(db, [first, second])

@@ -206,16 +206,6 @@ def test_the_entity_is_the_first_id_present():
     assert row_of(envelope(object={})).entity_id is None
 
 
-def test_the_size_of_a_row_counts_everything_that_can_be_large():
-    large = b"x" * 10_000
-    rows = [
-        row_of(large), row_of(None, key=large), row_of(None, headers=[("a", large)]),
-        row_of(envelope(note="x" * 10_000)),
-    ]  # fmt: skip
-
-    assert [row for row in rows if not 10_000 <= row.size < 25_000] == []
-
-
 # ----------------------------------------------------------------------------------- times and ids
 
 

@@ -3,15 +3,20 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Bench, until
+from tests.faults.harness import QUICK_TO_NOTICE, Bench, until
+from tests.servers import KafkaServer
+from tests.servers.databases import Database
 
 PER_SECOND = 400
 STOPS = 5
 LONG_SESSION = "session.timeout.ms=45000,heartbeat.interval.ms=500"
 HAND_OVER_SECONDS_MAX = 15
+GRACE_S = 30
+"""What Kubernetes grants by default."""
 
 
 @pytest.mark.timeout(240)
@@ -44,6 +49,26 @@ def test_a_worker_that_stops_hands_its_partitions_over_at_once(bench: Bench):
         bench.wait_until_owner_of_all(second, seconds_max=HAND_OVER_SECONDS_MAX)
 
     bench.finish(feed.ledger)
+
+
+@pytest.mark.timeout(240)
+def test_a_worker_that_stops_while_kafka_is_silent_ends_within_a_grace_period(
+    private_kafka: KafkaServer, database: Database, tmp_path: Path
+):
+    topic = "orders"
+    private_kafka.create_topic(topic, 1)
+    bench = Bench(private_kafka, database, topic, 1, tmp_path)
+    worker = bench.worker(kafka_options=QUICK_TO_NOTICE)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        private_kafka.pause()
+        assert worker.stop(seconds_max=GRACE_S) == 0, worker.tail()
+        private_kafka.resume()
+        bench.worker(kafka_options=QUICK_TO_NOTICE)
+
+    bench.finish(feed.ledger)
+    bench.close()
 
 
 def test_a_worker_that_stops_with_postgresql_locked_ends_within_its_deadline(bench: Bench):

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import structlog
 
 from pipeline.cli import main
 from pipeline.embedded.broker import MockBroker
+from tests import waiting
 from tests.servers.databases import Database
 
 SCRIPT = Path(sys.executable).with_name("pipeline")
@@ -154,12 +155,7 @@ class Process:
                 stream.close()
 
 
-def wait(condition: Callable[[], object]) -> None:
-    """Until it holds."""
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < deadline, "waited for too long"
-        time.sleep(0.02)
+wait = partial(waiting.until, what="it holds", seconds_max=WAIT_SECONDS_MAX)
 
 
 def on_mock(database: Database, broker: MockBroker, topic: str = "Notifications") -> Commands:

@@ -9,10 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -23,13 +23,13 @@ from psycopg.sql import SQL, Identifier, Literal
 from pipeline.positions import Partition
 from pipeline.projectors import discover
 from pipeline.simulator import Books
+from tests import waiting
 from tests.faults.ledger import Feed, Headers, Ledger, Sent
 from tests.servers import Kafka
 from tests.servers.databases import Database
 
 WAIT_SECONDS_MAX = 60.0
 """Longest wait for anything that ought to happen within a few seconds; the machine may be busy."""
-POLL_SECONDS = 0.05
 PASSWORD = "secret"
 LOG_LINES_SHOWN = 40
 DIFFERENCES_SHOWN = 5
@@ -41,13 +41,7 @@ QUICK_TO_NOTICE = "session.timeout.ms=2000,heartbeat.interval.ms=400,reconnect.b
 """A classic member that falls silent loses its partitions after two seconds."""
 
 
-def until(condition: Callable[[], Any], what: str, *, seconds_max: float = WAIT_SECONDS_MAX) -> Any:
-    """Wait for a condition; what it returned."""
-    deadline = time.monotonic() + seconds_max
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds_max:.0f} s: {what}"
-        time.sleep(POLL_SECONDS)
-    return found
+until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
 
 
 # ------------------------------------------------------------------------------------------ workers

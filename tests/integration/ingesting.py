@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
 from uuid import UUID
@@ -17,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartit
 from pipeline.db import open_engine
 from pipeline.ingest import Ingest, Progress
 from pipeline.settings import Settings
+from tests import waiting
 from tests.servers.databases import Database
 
 WAIT_S_MAX = 40.0
@@ -24,13 +26,7 @@ Headers = Sequence[tuple[str, bytes | None]]
 Place = tuple[str, int, int]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for a condition; what it returned."""
-    deadline = time.monotonic() + WAIT_S_MAX
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {WAIT_S_MAX:.0f} s: {what}"
-        time.sleep(0.02)
-    return found
+until = partial(waiting.until, seconds_max=WAIT_S_MAX)
 
 
 # ------------------------------------------------------------------------------ what was produced

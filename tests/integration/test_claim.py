@@ -1,11 +1,11 @@
 """One writer per partition: claims, commits in flight, locks and gaps, in a real PostgreSQL."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from pipeline.log.append import append
 from pipeline.log.copying import decode
 from pipeline.log.ownership import Gap, Owner, Source
 from pipeline.positions import Epoch, NextOffset, Partition
+from tests import waiting
 from tests.contract.logs import advance, place, row_at
 
 A, B = Partition("orders", 0), Partition("orders", 1)
@@ -75,11 +76,7 @@ def column(engine: Engine, name: str, partition: Partition = A) -> Any:
         ).scalar_one()
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S_MAX
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_S_MAX:.0f} s: {what}"
-        time.sleep(0.01)
+until = partial(waiting.until, seconds_max=WAIT_S_MAX)
 
 
 def until_somebody_waits(database) -> None:

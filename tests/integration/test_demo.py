@@ -13,7 +13,8 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -22,6 +23,7 @@ import pytest
 from pipeline.demo.load import Ledger
 from pipeline.positions import Offset
 from pipeline.simulator import Record
+from tests import waiting
 
 pytestmark = [pytest.mark.postgres, pytest.mark.timeout(300)]
 
@@ -77,11 +79,7 @@ def numbers(output: str, name: str) -> list[int]:
     return [int(number.replace(",", "")) for number in found]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.05)
+until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
 
 
 def read_until(lines: Iterator[str], text: str) -> list[str]:

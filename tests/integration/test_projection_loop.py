@@ -1,9 +1,9 @@
 """The loop: who goes with whom, who waits for nobody, and what it survives."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import psycopg
 import pytest
@@ -22,6 +22,7 @@ from pipeline.projection.turn import Result, project
 from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from tests import waiting
 from tests.given import TOPIC, Given, contents, execution_event, order_event, sample_events
 from tests.servers import FAST_AND_UNSAFE
 from tests.servers.databases import fresh_database
@@ -51,11 +52,7 @@ def running(given: Given) -> Iterator[Callable[..., threading.Thread]]:
         thread.join()
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
+eventually = partial(waiting.until, what="it comes true", seconds_max=PATIENCE_S)
 
 
 def places(given: Given) -> dict[tuple[str, int], int]:

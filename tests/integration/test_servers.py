@@ -8,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -33,17 +32,14 @@ from pipeline.embedded.postgres import (
     ServerStartError,
     find_binaries,
 )
+from tests import waiting
 from tests.servers import FAST_AND_UNSAFE
 
 WAIT_SECONDS_MAX = 20.0
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_SECONDS_MAX:.0f} s: {what}"
-        time.sleep(0.02)
+until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
 
 
 def is_gone(pid: int) -> bool:

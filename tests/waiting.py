@@ -1,0 +1,20 @@
+"""Waiting for what must come true, within a bound."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+POLL_S = 0.02
+
+
+def until(condition: Callable[[], Any], what: str, *, seconds_max: float) -> Any:
+    """Wait for a condition; what it returned.
+
+    Raises:
+        AssertionError: It did not come true in time; the message says ``what`` did not.
+    """
+    deadline = time.monotonic() + seconds_max
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds_max:.0f} s: {what}"
+        time.sleep(POLL_S)
+    return found

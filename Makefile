@@ -60,7 +60,7 @@ migration: install ## A migration for what the code declares anew: make migratio
 
 lock: install ## Resolve the dependencies of pyproject.toml again; pins stay where they can
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-strip-extras \
 	  --custom-compile-command 'make lock' --quiet --output-file requirements.txt
 
 clean: ## Remove what the tools made; .venv stays

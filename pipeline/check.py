@@ -22,7 +22,7 @@ from pipeline.projection import Projector
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.fingerprint import fingerprint
 from pipeline.settings import Settings
-from pipeline.source import KafkaSource
+from pipeline.source import Brokers
 
 SERVER_MIN, SERVER_MAX = 15, 18
 """Major versions of PostgreSQL that the tests run on, and all between."""
@@ -339,20 +339,20 @@ FROM pipeline.consumer_offsets ORDER BY topic, "partition"
 def _kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Finding]:
     servers = settings.kafka_client()["bootstrap.servers"]
     yield kafka_tls(str(servers), settings.kafka_security_protocol)
-    source = KafkaSource(settings)
+    brokers = Brokers(settings)
     try:
-        there = source.topics_there()
-        cluster = source.cluster_id()
+        there = brokers.topics_there()
+        cluster = brokers.cluster_id()
         yield ok("kafka", f"cluster {cluster} at {servers} answers, {len(there)} topics to be seen")
         known = recorded.partitions if recorded else []
         yield from _cluster(cluster, known)
-        yield from _topics(source, settings, there)
+        yield from _topics(brokers, settings, there)
         mine = [Partition(t, n) for t in settings.topics for n in range(there.get(t, 0))]
-        yield from _group(source, settings, mine, recorded)
-        yield from _topic_ids(source, known, there)
-        yield from _places(source, known, there)
+        yield from _group(brokers, settings, mine, recorded)
+        yield from _topic_ids(brokers, known, there)
+        yield from _places(brokers, known, there)
     finally:
-        source.leave()
+        brokers.close()
 
 
 def kafka_tls(servers: str, protocol: str) -> Finding:
@@ -384,7 +384,7 @@ def _cluster(cluster: str, known: _Known) -> Iterator[Finding]:
         yield ok("kafka", "it is the cluster that the log was read from")
 
 
-def _topics(source: KafkaSource, settings: Settings, there: Mapping[str, int]) -> Iterator[Finding]:
+def _topics(brokers: Brokers, settings: Settings, there: Mapping[str, int]) -> Iterator[Finding]:
     for topic in settings.topics:
         if topic not in there:
             seen = ", ".join(sorted(name for name in there if name[:2] != "__")[:20])
@@ -396,7 +396,7 @@ def _topics(source: KafkaSource, settings: Settings, there: Mapping[str, int]) -
             )
             continue
         yield ok("kafka", f"topic {topic}: {there[topic]} partitions")
-        yield from _retention(topic, source.topic_settings(topic))
+        yield from _retention(topic, brokers.topic_settings(topic))
 
 
 def _retention(topic: str, told: Mapping[str, str]) -> Iterator[Finding]:
@@ -423,13 +423,13 @@ def _retention(topic: str, told: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _group(
-    source: KafkaSource,
+    brokers: Brokers,
     settings: Settings,
     partitions: Sequence[Partition],
     recorded: Recorded | None,
 ) -> Iterator[Finding]:
     try:
-        feeds = source.feeds(partitions)
+        feeds = brokers.feeds(partitions)
     except TransientError as error:
         if "AUTHORIZATION" not in str(error):
             raise
@@ -452,11 +452,11 @@ def _group(
         yield ok("kafka", f"group {settings.group_id} may be used")
 
 
-def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:
+def _topic_ids(brokers: Brokers, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:
     topics = sorted({partition.topic for partition, *_ in known} & set(there))
     if not topics:
         return
-    told = source.topic_ids(topics)
+    told = brokers.topic_ids(topics)
     if not told:
         yield ok("kafka", "topic ids are not told; the last stored record is compared with Kafka's")
     for topic, topic_id in told.items():
@@ -469,13 +469,13 @@ def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> 
             )
 
 
-def _places(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:
+def _places(brokers: Brokers, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:
     """Whether Kafka still has what is to be read next."""
     faulty = False
     for partition, next_offset, _, _ in known:
         if partition.number >= there.get(partition.topic, 0):
             continue
-        low, high = source.watermarks(partition)
+        low, high = brokers.watermarks(partition)
         if next_offset < low:
             faulty = True
             yield wrong(

@@ -366,7 +366,7 @@ class Ingest:
         self._look_at = now + LOOK_S
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
-            self._source.cluster_id()
+            self._source.brokers.cluster_id()
         self._see_watermarks()
         self._see_topic_ids()
         self._see_other_databases()
@@ -386,7 +386,9 @@ class Ingest:
 
     def _see_topic_ids(self) -> None:
         """A topic made anew goes on without any error (librdkafka issue 3255); so ask its id."""
-        now_there = self._source.topic_ids({partition.topic for partition in self._machine.owned})
+        now_there = self._source.brokers.topic_ids(
+            {partition.topic for partition in self._machine.owned}
+        )
         for topic, topic_id in now_there.items():
             if self._topic_ids.setdefault(topic, topic_id) != topic_id:
                 del self._topic_ids[topic]

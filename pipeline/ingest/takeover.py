@@ -24,7 +24,7 @@ from pipeline.log import ownership
 from pipeline.log.ownership import Claim, LastRecord, Owner, Source
 from pipeline.positions import Epoch, NextOffset, Partition, lag
 from pipeline.settings import Settings
-from pipeline.source import KafkaSource
+from pipeline.source import Brokers, KafkaSource
 
 log = structlog.get_logger(__name__)
 
@@ -71,8 +71,8 @@ class Takeover:
         topics = {partition.topic for partition in partitions}
         for topic in sorted(topics):
             self._begin(topic, {place.number for place in partitions if place.topic == topic})
-        cluster_id = self._source.cluster_id()
-        topic_ids = self._source.topic_ids(topics)
+        cluster_id = self._source.brokers.cluster_id()
+        topic_ids = self._source.brokers.topic_ids(topics)
         others = self.other_databases(topics)
         return {
             partition: self._take(
@@ -90,17 +90,17 @@ class Takeover:
         partitions = [
             Partition(topic, number)
             for topic in sorted(topics)
-            for number in range(self._source.partition_count(topic))
+            for number in range(self._source.brokers.partition_count(topic))
         ]
         return {
             partition.topic: fed
-            for partition, fed in self._source.feeds(partitions).items()
+            for partition, fed in self._source.brokers.feeds(partitions).items()
             if fed != self.installation
         }
 
     def _begin(self, topic: str, given: Collection[int]) -> None:
         # The broker that we ask may not have heard yet of partitions that the group has given us.
-        numbers = sorted({*range(self._source.partition_count(topic)), *given})
+        numbers = sorted({*range(self._source.brokers.partition_count(topic)), *given})
         with transaction(self._engine) as db:
             known = ownership.known_partitions(db, topic)
             for number in numbers:
@@ -110,10 +110,10 @@ class Takeover:
                     ownership.begin(db, partition, first)
 
     def _low(self, partition: Partition) -> NextOffset:
-        return self._source.watermarks(partition).low
+        return self._source.brokers.watermarks(partition).low
 
     def _start(self, partition: Partition) -> NextOffset:
-        low, high = self._source.watermarks(partition)
+        low, high = self._source.brokers.watermarks(partition)
         match self._settings.start:
             case "earliest":
                 return low
@@ -121,7 +121,7 @@ class Takeover:
                 return high
             case datetime() as moment:
                 milliseconds = int(moment.timestamp() * 1000)
-                first = self._source.offset_at(partition, milliseconds)
+                first = self._source.brokers.offset_at(partition, milliseconds)
                 return high if first is None else first
 
     def _take(
@@ -138,7 +138,7 @@ class Takeover:
             raise
         # Not before the claim: the commit that it waited for may have moved past an older reading,
         # and the topic would seem to end in front of us.
-        low, high = self._source.watermarks(partition)
+        low, high = self._source.brokers.watermarks(partition)
         source = Source(cluster_id, topic_id, low, high)
         refusal = self._objection(partition, claim, source, last, other)
         with transaction(self._engine) as db:
@@ -190,38 +190,58 @@ class Takeover:
                 expected=str(self.installation),
                 found=str(other),
             )
-        if claim.cluster_id not in (None, source.cluster_id):
-            return WrongClusterError(
-                partition, expected=str(claim.cluster_id), found=source.cluster_id
-            )
-        if claim.topic_id and source.topic_id and claim.topic_id != source.topic_id:
-            return RecreatedTopicError(
-                partition, expected=f"topic id {claim.topic_id}", found=source.topic_id
-            )
-        if claim.next_offset > source.high:
-            return RecreatedTopicError(
-                partition,
-                expected=f"to read on at offset {claim.next_offset}",
-                found=f"a topic that ends at {source.high}",
-            )
+        if other_topic := another_topic(self._source.brokers, partition, claim, source, last):
+            return other_topic
         if claim.next_offset < source.low:
             return RetentionGapError(partition, expected=claim.next_offset, low=source.low)
-        if last and not (claim.topic_id and source.topic_id):
-            return self._other_record(partition, last, source)
         return None
 
-    def _other_record(
-        self, partition: Partition, last: LastRecord, source: Source
-    ) -> RefusedError | None:
-        """Where no topic id tells, the last stored record must still be the one at its offset."""
-        if last.offset < source.low:
-            return None
-        there = self._source.record_at(partition, last.offset)
-        # None: compacted away, or an aborted transaction's; then nothing can be said.
-        if there is None or read(there).digest == last.digest:
-            return None
+
+def another_topic(
+    brokers: Brokers,
+    partition: Partition,
+    claim: Claim,
+    source: Source,
+    last: LastRecord | None,
+) -> RefusedError | None:
+    """Why Kafka is not what the log was read from; None if it is, as far as can be told.
+
+    Args:
+        brokers: They are asked for a record where they tell no topic id.
+        partition: Which.
+        claim: What the log knows of it.
+        source: What Kafka says of it now.
+        last: The newest record in the log.
+    """
+    if claim.cluster_id not in (None, source.cluster_id):
+        return WrongClusterError(partition, expected=str(claim.cluster_id), found=source.cluster_id)
+    if claim.topic_id and source.topic_id and claim.topic_id != source.topic_id:
+        return RecreatedTopicError(
+            partition, expected=f"topic id {claim.topic_id}", found=source.topic_id
+        )
+    if claim.next_offset > source.high:
         return RecreatedTopicError(
             partition,
-            expected=f"the record of the log at offset {last.offset}",
-            found="another record there",
+            expected=f"to read on at offset {claim.next_offset}",
+            found=f"a topic that ends at {source.high}",
         )
+    if last and not (claim.topic_id and source.topic_id):
+        return _other_record(brokers, partition, last, source)
+    return None
+
+
+def _other_record(
+    brokers: Brokers, partition: Partition, last: LastRecord, source: Source
+) -> RefusedError | None:
+    """Where no topic id tells, the last stored record must still be the one at its offset."""
+    if last.offset < source.low:
+        return None
+    there = brokers.record_at(partition, last.offset)
+    # None: compacted away, or an aborted transaction's; then nothing can be said.
+    if there is None or read(there).digest == last.digest:
+        return None
+    return RecreatedTopicError(
+        partition,
+        expected=f"the record of the log at offset {last.offset}",
+        found="another record there",
+    )

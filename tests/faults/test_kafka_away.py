@@ -22,7 +22,7 @@ def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
 ):
     monkeypatch.setattr(loop, "AWAY_S_MAX", 1.0)
     monkeypatch.setattr(loop, "LOOK_S", 0.5)
-    monkeypatch.setattr("pipeline.source.ASK_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)
     producer = Producer({"bootstrap.servers": mock_broker.bootstrap_servers, "log_level": 0})
     for _ in range(RECORDS):

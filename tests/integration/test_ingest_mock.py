@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from pipeline import source as kafka_source
 from pipeline.db import open_engine, transaction
 from pipeline.embedded import broker
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
@@ -14,7 +13,8 @@ from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Owner
 from pipeline.positions import NextOffset, Partition
-from pipeline.source import KafkaSource
+from pipeline.source import Brokers, KafkaSource
+from pipeline.source import brokers as kafka_questions
 from tests.contract.logs import advance, row_at
 from tests.integration.ingesting import (
     Ledger,
@@ -37,8 +37,8 @@ TOPIC = "orders"
 @pytest.fixture(autouse=True)
 def asks_briefly(monkeypatch):
     """This broker never answers some questions, and one that is down none."""
-    monkeypatch.setattr(kafka_source, "TOPIC_ID_S_MAX", 0.3)
-    monkeypatch.setattr(kafka_source, "ASK_S_MAX", 2.0)
+    monkeypatch.setattr(kafka_questions, "TOPIC_ID_S_MAX", 0.3)
+    monkeypatch.setattr(kafka_questions, "ASK_S_MAX", 2.0)
 
 
 @pytest.fixture
@@ -233,12 +233,12 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
 
 
 def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, mock_broker):
-    source = KafkaSource(settings(options={"socket.timeout.ms": "1000"}))
+    brokers = Brokers(settings(options={"socket.timeout.ms": "1000"}))
     mock_broker.set_down()
 
     with pytest.raises(TransientError, match="Kafka: "):
-        source.watermarks(Partition(TOPIC, 0))
+        brokers.watermarks(Partition(TOPIC, 0))
 
     mock_broker.set_up()
-    assert until(lambda: source.watermarks(Partition(TOPIC, 0)) == (0, 0), "an answer")
-    source.leave()
+    assert until(lambda: brokers.watermarks(Partition(TOPIC, 0)) == (0, 0), "an answer")
+    brokers.close()

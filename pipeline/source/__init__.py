@@ -1,0 +1,22 @@
+"""Kafka: which partitions are ours, what is in them, from where on.
+
+The only package of the pipeline that imports the Kafka client. Kafka's committed offsets are
+written for monitoring and never read to decide where to go on; ``auto.offset.reset`` is ``error``,
+always.
+"""
+
+from pipeline.source.brokers import Brokers, Piece, Watermarks
+from pipeline.source.client import client_version
+from pipeline.source.group import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
+
+__all__ = [
+    "Brokers",
+    "KafkaSource",
+    "Listener",
+    "OutOfRange",
+    "Piece",
+    "Polled",
+    "ReachedEnd",
+    "Watermarks",
+    "client_version",
+]

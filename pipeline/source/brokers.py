@@ -1,0 +1,256 @@
+"""Questions to the brokers: what is there, from where to where, which record stands at an offset.
+
+Asked with clients of their own, outside the consumer group, so no answer moves anything. A call
+that serves callbacks, made from within a callback of the same client, would end the process at the
+next callback of that poll ("CallState_get: Assertion `cs != NULL' failed", confluent-kafka 2.16).
+"""
+
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+from uuid import UUID
+
+import structlog
+from confluent_kafka import Consumer, KafkaException, Message, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import ConfigResource
+
+from pipeline.errors import TransientError
+from pipeline.events import Record
+from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.settings import Settings
+from pipeline.source.client import (
+    DATABASE_NAMED,
+    OUT_OF_RANGE,
+    PARTITION_END,
+    Config,
+    GoodMessage,
+    asked,
+    consumer_config,
+    record_of,
+    report,
+    translated,
+)
+
+log = structlog.get_logger(__name__)
+
+ASK_S_MAX = 10.0
+"""Longest wait for the answer to one question to the brokers."""
+TOPIC_ID_S_MAX = 2.0
+"""Longest wait for a topic's id; some brokers never answer, and a fingerprint does as well."""
+READ_S_MAX = 10.0
+"""Longest wait for the next records of a range that is read again."""
+PIECE_RECORDS_MAX = 5000
+PIECE_BYTES_MAX = 8 * 1024 * 1024
+"""Most of a range that is handed out at a time; a single larger record goes alone."""
+
+
+class Watermarks(NamedTuple):
+    """What Kafka has of a partition: ``low`` up to, and without, ``high``."""
+
+    low: NextOffset
+    high: NextOffset
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a range that was read again.
+
+    Attributes:
+        offsets: What it covers; inside, Kafka has these records and no others.
+        records: In offset order.
+    """
+
+    offsets: OffsetRange
+    records: Sequence[Record]
+
+
+class Brokers:
+    """Asks the brokers; belongs to no group.
+
+    Raises (any method):
+        TransientError: The brokers did not answer in time.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._config = consumer_config(settings)
+        # Of trouble with the connection the other client tells.
+        self._consumer = Consumer({**self._config, "log_level": 0})
+        listening: Config = {"error_cb": report, "logger": logging.getLogger("librdkafka")}
+        self._admin = AdminClient({**settings.kafka_client(), **listening})
+        self._reader_group = f"{settings.group_id}-probe"
+        self._tells_topic_ids: bool | None = None
+
+    def serve(self) -> None:
+        """Hear what the client has to say of its connections, which would pile up."""
+        self._admin.poll(0)
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._consumer.close()
+
+    # ------------------------------------------------------------------------ what there is
+
+    def cluster_id(self) -> str:
+        """Kafka's id of the cluster."""
+        return str(asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).cluster_id)
+
+    def partition_count(self, topic: str) -> int:
+        """How many partitions the topic has now."""
+        found = asked(lambda: self._admin.list_topics(topic, timeout=ASK_S_MAX))
+        return len(found.topics[topic].partitions)
+
+    def topics_there(self) -> Mapping[str, int]:
+        """Every topic that this user may see, with its number of partitions."""
+        found = asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).topics
+        return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
+
+    def topic_settings(self, topic: str) -> Mapping[str, str]:
+        """A topic's settings, e.g. ``retention.ms``; empty where the broker does not tell."""
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+        [answer] = self._admin.describe_configs([resource], request_timeout=TOPIC_ID_S_MAX).values()
+        try:
+            return {name: entry.value for name, entry in answer.result().items()}
+        except KafkaException as error:
+            log.debug("topic_settings_unknown", topic=topic, error=error.args[0].name())
+            return {}
+
+    def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
+        """Kafka's ids of topics (KIP-516), of those that the broker tells.
+
+        A broker may not know them, or this user may not ask; then the topic is missing here. One
+        that does not tell at first is not asked again.
+        """
+        if self._tells_topic_ids is False:
+            return {}
+        answers = self._admin.describe_topics(
+            TopicCollection(list(topics)), request_timeout=TOPIC_ID_S_MAX
+        )
+        ids = {}
+        for topic, answer in answers.items():
+            try:
+                ids[topic] = str(answer.result().topic_id)
+            except KafkaException as error:
+                log.debug("topic_id_unknown", topic=topic, error=error.args[0].name())
+                if self._tells_topic_ids is None:
+                    self._tells_topic_ids = False
+            else:
+                self._tells_topic_ids = True
+        return ids
+
+    def watermarks(self, partition: Partition) -> Watermarks:
+        """What Kafka has of a partition now; ``high`` is the last stable offset."""
+        low, high = asked(
+            lambda: self._consumer.get_watermark_offsets(
+                TopicPartition(*partition), timeout=ASK_S_MAX
+            )
+        )
+        return Watermarks(NextOffset(low), NextOffset(high))
+
+    def offset_at(self, partition: Partition, milliseconds: int) -> NextOffset | None:
+        """The first record at or after a time since 1970; None if there is none."""
+        [found] = asked(
+            lambda: self._consumer.offsets_for_times(
+                [TopicPartition(partition.topic, partition.number, milliseconds)], ASK_S_MAX
+            )
+        )
+        return NextOffset(found.offset) if found.offset >= 0 else None
+
+    def feeds(self, partitions: Collection[Partition]) -> Mapping[Partition, UUID]:
+        """The databases that the configured consumer group says it feeds, where it says so."""
+        places = asked(
+            lambda: self._consumer.committed([TopicPartition(*p) for p in partitions], ASK_S_MAX)
+        )
+        return {
+            Partition(place.topic, place.partition): UUID(named[1])
+            for place in places
+            if (named := DATABASE_NAMED.fullmatch(place.metadata or ""))
+        }
+
+    # ------------------------------------------------------------------------ what stands there
+
+    def record_at(self, partition: Partition, offset: Offset) -> Record | None:
+        """The record that Kafka holds at an offset; None if there is none (any more)."""
+        for piece in self.read(partition, OffsetRange(NextOffset(offset), after(offset))):
+            for record in piece.records:
+                return record
+        return None
+
+    def read(self, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:
+        """A range once more, in order. What retention takes meanwhile is in no piece.
+
+        Args:
+            partition: Which.
+            offsets: Begins and ends within the watermarks, as just seen.
+        """
+        reader = Consumer(
+            {**self._config, "group.id": self._reader_group, "error_cb": report, "log_level": 0}
+        )
+        try:
+            begin: int = offsets.first
+            while begin < offsets.end:
+                reader.assign([TopicPartition(partition.topic, partition.number, begin)])
+                for piece in _pieces(
+                    reader, partition, OffsetRange(NextOffset(begin), offsets.end)
+                ):
+                    begin = piece.offsets.end
+                    yield piece
+                if begin < offsets.end:
+                    # Out of range: retention has passed us.
+                    begin = max(begin, self.watermarks(partition).low)
+        finally:
+            reader.close()
+
+
+def _pieces(reader: Consumer, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:
+    """Pieces until the range ends, or until Kafka no longer has what comes next."""
+    begin: int = offsets.first
+    records: list[Record] = []
+    size = 0
+    heard_at = time.monotonic()
+    while begin < offsets.end:
+        messages = reader.consume(PIECE_RECORDS_MAX - len(records), 0.2)
+        end = None
+        for message in messages:
+            trouble = message.error()
+            if trouble is None:
+                record = record_of(cast("GoodMessage", message))
+                if record.offset >= offsets.end:
+                    end = offsets.end
+                    break
+                records.append(record)
+                size += len(record.value or b"")
+            elif trouble.code() == PARTITION_END:
+                end = NextOffset(min(offsets.end, _offset(message)))
+            elif trouble.code() in OUT_OF_RANGE:
+                if records:
+                    yield Piece(OffsetRange(NextOffset(begin), _behind(records)), records)
+                return
+            else:
+                raise translated(trouble)
+        if messages:
+            heard_at = time.monotonic()
+        elif time.monotonic() - heard_at > READ_S_MAX:
+            raise TransientError(
+                f"Kafka: {partition}: nothing came within {READ_S_MAX:.0f} s, at offset {begin}"
+            )
+        if records and _behind(records) == offsets.end:
+            end = offsets.end
+        if end is None and (size >= PIECE_BYTES_MAX or len(records) >= PIECE_RECORDS_MAX):
+            end = _behind(records)
+        if end is not None and end > begin:
+            yield Piece(OffsetRange(NextOffset(begin), NextOffset(end)), records)
+            begin, records, size = end, [], 0
+
+
+def _behind(records: Sequence[Record]) -> NextOffset:
+    return after(Offset(records[-1].offset))
+
+
+def _offset(message: Message) -> int:
+    offset = message.offset()
+    if offset is None:
+        raise TransientError("Kafka: the end of a partition was told without its offset")
+    return offset

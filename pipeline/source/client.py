@@ -1,0 +1,189 @@
+"""Kafka's client: how ours are configured, a record of its, and its errors in our words."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import methodcaller
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, KafkaException, libversion
+
+from pipeline.errors import GroupFencedError, InvariantError, PipelineError, TransientError
+from pipeline.events import UNREADABLE_HEADERS, Record
+from pipeline.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+COMPLAINT_S_MIN = 60.0
+"""Least time between two logs of the same complaint of the client."""
+
+COMMIT_METADATA = "pipeline:"
+DATABASE_NAMED = re.compile(COMMIT_METADATA + r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+"""What we commit to Kafka names the database, so that two of them are noticed in one group."""
+
+Config = dict[str, Any]
+
+_GUARANTEES: Config = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "error",
+    "isolation.level": "read_committed",
+    "enable.partition.eof": True,
+}
+_DEFAULTS: Config = {
+    # One queue for all partitions; with one batch in hand and one with the database, this bounds
+    # the memory of a backlog.
+    "queued.max.messages.kbytes": 16 * 1024,
+    "fetch.max.bytes": 16 * 1024 * 1024,
+    # When that queue is full, librdkafka fetches nothing for this long: a second by default, in
+    # which we empty it and stand idle.
+    "fetch.queue.backoff.ms": 50,
+    "client.id": "upvest-pipeline",
+    # Partitions that are added are found within this time.
+    "topic.metadata.refresh.interval.ms": 60_000,
+}
+_CLASSIC_DEFAULTS: Config = {"partition.assignment.strategy": "cooperative-sticky"}
+
+
+def consumer_config(settings: Settings) -> Config:
+    """For a consumer of the group; what the guarantees stand on wins over any option."""
+    group: Config = {
+        "group.id": settings.group_id,
+        "group.protocol": settings.kafka_group_protocol,
+    }
+    if settings.group_instance_id:
+        group["group.instance.id"] = settings.group_instance_id
+    if settings.kafka_group_protocol == "classic":
+        group = _CLASSIC_DEFAULTS | group
+    return _DEFAULTS | group | settings.kafka_client() | _GUARANTEES
+
+
+def client_version() -> str:
+    """The version of librdkafka that does the work."""
+    version, _number = libversion()
+    return version
+
+
+# ---------------------------------------------------------------------------------------- records
+
+
+class GoodMessage(Protocol):
+    """A message without error, for which the client's types allow too much."""
+
+    def topic(self) -> str: ...  # noqa: D102 - the client's own methods
+    def partition(self) -> int: ...  # noqa: D102
+    def offset(self) -> int: ...  # noqa: D102
+    def value(self) -> bytes | None: ...  # noqa: D102
+    def key(self) -> bytes | None: ...  # noqa: D102
+    def headers(self) -> Sequence[tuple[str, bytes | None]] | None: ...  # noqa: D102
+    def timestamp(self) -> tuple[int, int]: ...  # noqa: D102
+
+
+# Record's own constructor is a function of Python around this one; both run once a record.
+_new_record = partial(tuple.__new__, Record)
+
+# At a name that is not UTF-8 the client returns headers and leaves an exception behind. A call that
+# the interpreter has specialized does not look; the exception would come at whatever runs next.
+_headers = methodcaller("headers")
+
+
+def record_of(message: GoodMessage) -> Record:
+    """The record that a message without error brings."""
+    kind, milliseconds = message.timestamp()
+    try:
+        headers = _headers(message)
+    except (SystemError, UnicodeDecodeError):
+        # The client's way to say that a name is not UTF-8; the others are lost to it too.
+        headers = UNREADABLE_HEADERS
+    return _new_record(
+        (
+            message.topic(),
+            message.partition(),
+            message.offset(),
+            message.value(),
+            message.key(),
+            headers,
+            None if kind == TIMESTAMP_NOT_AVAILABLE else milliseconds,
+            kind,
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+_FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED}  # noqa: SLF001 - public
+_OPERATORS_BUSINESS = {
+    KafkaError._AUTHENTICATION,  # noqa: SLF001 - public, as are all that begin so
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
+OUT_OF_RANGE = frozenset(
+    {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}  # noqa: SLF001 - public
+)
+PARTITION_END = KafkaError._PARTITION_EOF  # noqa: SLF001 - public
+
+_Answer = TypeVar("_Answer")
+
+
+def asked(ask: Callable[[], _Answer]) -> _Answer:
+    """The answer to a question, or our error."""
+    try:
+        return ask()
+    except KafkaException as error:
+        raise translated(error.args[0]) from None
+
+
+def translated(error: KafkaError) -> PipelineError:
+    """The branch of our tree that an error of the client belongs to."""
+    text = f"Kafka: {error.name()}: {error.str()}"
+    if error.code() in _FENCED:
+        return GroupFencedError(f"{text}. Another process uses the same PIPELINE_GROUP_INSTANCE_ID")
+    if error.fatal():
+        return InvariantError(text)
+    return TransientError(text)
+
+
+class _Repeated:
+    """Tells what is repeated once, then once a minute with how often it came."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def times_due(self, name: str) -> int:
+        """How often it came since it was last told; 0 if it is not to be told now."""
+        now = time.monotonic()
+        told_at, silent = self._told.get(name, (float("-inf"), 0))
+        if now - told_at < COMPLAINT_S_MIN:
+            self._told[name] = (told_at, silent + 1)
+            return 0
+        self._told[name] = (now, 0)
+        return silent + 1
+
+
+_complaints = _Repeated()
+_skipped_commits = _Repeated()
+
+
+def report(error: KafkaError) -> None:
+    """Log a complaint of the client, which goes on by itself."""
+    if times := _complaints.times_due(error.name()):
+        level = log.error if error.code() in _OPERATORS_BUSINESS else log.warning
+        level("kafka_trouble", error=error.name(), reason=error.str(), times_since=times)
+
+
+def log_commit_failure(error: KafkaError) -> None:
+    """Log that Kafka's tools are not told how far we are."""
+    if error.code() == KafkaError._NO_OFFSET:  # noqa: SLF001 - its public name begins so
+        return
+    # After a rebalance all that are on their way come back at once.
+    if times := _skipped_commits.times_due(error.name()):
+        log.info(
+            "kafka_commit_skipped",
+            error=error.name(),
+            effect="monitoring only",
+            times_since=times,
+        )

@@ -1,0 +1,290 @@
+"""One member of the consumer group: which partitions are ours, and what comes out of them."""
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+from uuid import UUID
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from pipeline.errors import ConfigurationError, InvariantError
+from pipeline.events import Record
+from pipeline.positions import NextOffset, Partition
+from pipeline.settings import Settings
+from pipeline.source.brokers import ASK_S_MAX, Brokers
+from pipeline.source.client import (
+    COMMIT_METADATA,
+    OUT_OF_RANGE,
+    PARTITION_END,
+    GoodMessage,
+    asked,
+    consumer_config,
+    log_commit_failure,
+    record_of,
+    report,
+    translated,
+)
+
+log = structlog.get_logger(__name__)
+
+LEAVE_S_MAX = 10.0
+"""Longest wait for Kafka's goodbye; brokers that are there take a fraction of a second."""
+
+
+class ReachedEnd(NamedTuple):
+    """Everything below ``offset`` was given out, and Kafka has no more at the moment."""
+
+    partition: Partition
+    offset: NextOffset
+
+
+class OutOfRange(NamedTuple):
+    """Kafka has no record at the offset that we asked for; the watermarks tell why."""
+
+    partition: Partition
+
+
+Happening = ReachedEnd | OutOfRange
+
+
+class Polled(NamedTuple):
+    """What one poll gave."""
+
+    records: Sequence[Record]
+    happenings: Sequence[Happening]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What to do when partitions come and go; called from within ``poll``.
+
+    Attributes:
+        on_assign: Partitions are ours. Returns where each is to be read from.
+        on_revoke: Partitions will go when this returns. Drain them.
+        on_lost: Partitions are gone already. Drop them.
+    """
+
+    on_assign: Callable[[Collection[Partition]], Mapping[Partition, NextOffset]]
+    on_revoke: Callable[[Collection[Partition]], None]
+    on_lost: Callable[[Collection[Partition]], None]
+
+
+class KafkaSource:
+    """One member of the consumer group, from its joining to its leaving.
+
+    Attributes:
+        brokers: Answers what has nothing to do with the membership.
+
+    Raises (any method):
+        TransientError: The brokers did not answer in time.
+        GroupFencedError: Another process uses the same ``GROUP_INSTANCE_ID``.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        config = consumer_config(settings)
+        self._topics = settings.topics
+        self._consumer = Consumer(
+            {
+                **config,
+                "error_cb": report,
+                "logger": logging.getLogger("librdkafka"),
+                "on_commit": _on_commit,
+            }
+        )
+        self.brokers = Brokers(settings)
+        self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
+            config.get("partition.assignment.strategy")
+        )
+        self._listener: Listener | None = None
+        self._raised: BaseException | None = None
+        self._paused: set[Partition] = set()
+
+    # -------------------------------------------------------------------------------- membership
+
+    def join(self, listener: Listener) -> None:
+        """Join the group for the configured topics.
+
+        Raises:
+            ConfigurationError: A topic does not exist.
+        """
+        self._listener = listener
+        cluster = asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
+        absent = [topic for topic in self._topics if topic not in cluster.topics]
+        if absent:
+            there = ", ".join(sorted(name for name in cluster.topics if name[:2] != "__")[:20])
+            raise ConfigurationError(
+                f"PIPELINE_TOPICS: no {', '.join(absent)}, or it is hidden from this user. "
+                f"The brokers show {there or 'no topic'}"
+            )
+        self._consumer.subscribe(
+            list(self._topics),
+            on_assign=self._assigned,
+            on_revoke=self._revoked,
+            on_lost=self._lost,
+        )
+
+    def poll(self, records_max: int, timeout_s: float) -> Polled:
+        """Records and happenings, as soon as there are any; serves the listener.
+
+        Args:
+            records_max: Most records; at least 1.
+            timeout_s: Longest wait.
+        """
+        self.brokers.serve()
+        try:
+            messages = self._consumer.consume(records_max, timeout_s)
+        except KafkaException as error:
+            raise translated(error.args[0]) from None
+        if self._raised is not None:
+            raise self._raised
+        records: list[Record] = []
+        happenings: list[Happening] = []
+        for message in messages:
+            trouble = message.error()
+            if trouble is None:
+                records.append(record_of(cast("GoodMessage", message)))
+            elif happening := self._happening(message, trouble):
+                happenings.append(happening)
+        return Polled(records, happenings)
+
+    def leave(self) -> None:
+        """Leave the group, so that others get the partitions at once; serves ``on_revoke``.
+
+        With a commit on its way and no coordinator, the client's ``close()`` never returns
+        (librdkafka issue 3740). So it may go on alone: Kafka finds this member gone after its
+        ``session.timeout.ms``, as after a crash.
+        """
+        # A daemon, for a thread that never ends must not keep the process.
+        leaving = threading.Thread(target=self._consumer.close, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S_MAX)
+        if leaving.is_alive():
+            self._listener = None
+            log.warning(
+                "group_not_left",
+                waited_s=LEAVE_S_MAX,
+                effect="Kafka notices within session.timeout.ms; nothing is lost",
+            )
+        self.brokers.close()
+        if self._raised is not None:
+            raise self._raised
+
+    @property
+    def member_id(self) -> str:
+        """Kafka's id of this member; empty before it has joined."""
+        return self._consumer.memberid() or ""
+
+    # -------------------------------------------------------------------------------- flow
+
+    def seek(self, partition: Partition, to: NextOffset) -> None:
+        """Read on at ``to``."""
+        asked(lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to)))
+
+    def hold(self, partitions: Iterable[Partition]) -> None:
+        """Fetch no more of these partitions; what was fetched is fetched again later."""
+        fresh = set(partitions) - self._paused
+        if fresh:
+            self._consumer.pause([TopicPartition(*partition) for partition in fresh])
+            self._paused |= fresh
+
+    def let_flow(self, partitions: Iterable[Partition]) -> None:
+        """Fetch these partitions again."""
+        held = set(partitions) & self._paused
+        if held:
+            self._consumer.resume([TopicPartition(*partition) for partition in held])
+            self._paused -= held
+
+    def high_watermark_seen(self, partition: Partition) -> int | None:
+        """Kafka's end as the last fetch told it; None if nothing was fetched yet."""
+        _low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
+        return high if high >= 0 else None
+
+    def commit(self, offsets: Mapping[Partition, NextOffset], installation: UUID) -> None:
+        """Tell Kafka's tools how far the log is; best effort, decides nothing, waits for nothing.
+
+        The metadata name the database, so that two of them are noticed in one group.
+        """
+        if not offsets:
+            return
+        metadata = f"{COMMIT_METADATA}{installation}"
+        places = [
+            TopicPartition(partition.topic, partition.number, offset, metadata)
+            for partition, offset in offsets.items()
+        ]
+        try:
+            self._consumer.commit(offsets=places, asynchronous=True)
+        except KafkaException as error:
+            log_commit_failure(error.args[0])
+
+    # -------------------------------------------------------------------------------- callbacks
+
+    # An exception in a callback would leave poll() while the assignment is made all the same, at
+    # Kafka's offset and not ours (confluent-kafka-python). So it is kept, nothing is fetched, and
+    # poll() raises it.
+
+    def _assigned(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        partitions = [Partition(place.topic, place.partition) for place in places]
+        try:
+            begin = self._heard().on_assign(partitions)
+        except Exception as error:  # noqa: BLE001 - kept for poll(), which raises it
+            self._raised = error
+            begin = {}
+        offsets = [
+            TopicPartition(partition.topic, partition.number, begin.get(partition, 0))
+            for partition in partitions
+        ]
+        if self._cooperates:
+            consumer.incremental_assign(offsets)
+        else:
+            consumer.assign(offsets)
+        self.hold(partition for partition in partitions if partition not in begin)
+
+    def _revoked(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        self._gone(consumer, places, self._heard().on_revoke)
+
+    def _lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        self._gone(consumer, places, self._heard().on_lost)
+
+    def _gone(
+        self,
+        consumer: Consumer,
+        places: list[TopicPartition],
+        tell: Callable[[Collection[Partition]], None],
+    ) -> None:
+        partitions = [Partition(place.topic, place.partition) for place in places]
+        try:
+            tell(partitions)
+        except Exception as error:  # noqa: BLE001 - kept for poll(), which raises it
+            self._raised = error
+        # librdkafka keeps a partition held that goes and comes back.
+        self.let_flow(partitions)
+        if self._cooperates:
+            consumer.incremental_unassign(places)
+        else:
+            consumer.unassign()
+
+    def _heard(self) -> Listener:
+        if self._listener is None:
+            raise InvariantError("the group was not joined")
+        return self._listener
+
+    def _happening(self, message: Message, error: KafkaError) -> Happening | None:
+        topic, number, offset = message.topic(), message.partition(), message.offset()
+        code = error.code()
+        if topic is None or number is None or offset is None:
+            raise translated(error)
+        partition = Partition(topic, number)
+        if code == PARTITION_END:
+            return ReachedEnd(partition, NextOffset(offset))
+        if code in OUT_OF_RANGE:
+            return OutOfRange(partition)
+        report(error)
+        return None
+
+
+def _on_commit(error: KafkaError | None, _places: list[TopicPartition]) -> None:
+    if error is not None:
+        log_commit_failure(error)

@@ -180,12 +180,11 @@ ORDER BY o.topic, o."partition"
 
 RECENT = text("""
 SELECT e.topic, e.event_type, e.problem, e.repeat_of IS NOT NULL AS is_repeat, count(*) AS records
-FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]))
-       AS span(topic, number, first_offset)
-CROSS JOIN LATERAL (
-    SELECT topic, event_type, problem, repeat_of FROM pipeline.events
-    WHERE topic = span.topic AND "partition" = span.number AND "offset" >= span.first_offset
-    ORDER BY "offset" DESC LIMIT :most) e
+FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
+            CAST(:ends AS bigint[])) AS span(topic, number, first_offset, end_offset)
+-- Bounded on both sides: of an open range the planner fears a third of the log, and scans it.
+JOIN pipeline.events e ON e.topic = span.topic AND e."partition" = span.number
+    AND e."offset" >= span.first_offset AND e."offset" < span.end_offset
 GROUP BY 1, 2, 3, 4
 """)
 
@@ -438,17 +437,18 @@ def _recent(
     spans = []
     for row in rows:
         first = since[_place(row)]
-        spans.append((row.topic, row.partition, max(first, row.next_offset - RECENT_OFFSETS_MAX)))
+        first = max(first, row.next_offset - RECENT_OFFSETS_MAX)
+        spans.append((row.topic, row.partition, first, row.next_offset))
     records = repeats = 0
     bad: dict[str, dict[str, int]] = {}
     unknown: dict[str, int] = {}
     found = db.execute(
         RECENT,
         {
-            "topics": [topic for topic, _, _ in spans],
-            "numbers": [number for _, number, _ in spans],
-            "first": [first for _, _, first in spans],
-            "most": RECENT_OFFSETS_MAX,
+            "topics": [topic for topic, *_ in spans],
+            "numbers": [number for _, number, *_ in spans],
+            "first": [first for *_, first, _ in spans],
+            "ends": [end for *_, end in spans],
         },
     )
     for row in found:

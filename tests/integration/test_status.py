@@ -275,6 +275,8 @@ def test_a_look_reads_no_more_rows_than_it_needs(given):
         given([order_event("NEW", at=n, order=f"{number} {n}") for n in range(1000)])
     _age_log(given, "3 hours")
     given.project(*ALL)
+    # With statistics the planner thinks differently than without.
+    given.execute("ANALYZE pipeline.events")
     fetched = []
     listen(given.engine, "commit", lambda db: fetched.append(db.execute(FETCHED).scalar()))
 

@@ -35,6 +35,9 @@ Place = Literal[
     "mid_rebuild",
     "before_swap",
     "after_swap",
+    "before_fill",
+    "mid_fill",
+    "after_fill",
     "mid_migration",
     "on_sigterm",
 ]

@@ -10,9 +10,11 @@ from pipeline.cli import (  # noqa: F401 - see above
     flow,
     gaps,
     rebuild,
+    rewind,
     setup,
     status,
     trying,
+    verify,
 )
 from pipeline.cli.app import main
 

@@ -32,7 +32,7 @@ INTERRUPTED = 130
 
 _ORDER = (
     *("demo", "migrate", "check", "run", "ingest", "project", "status", "events"),
-    *("rebuild", "dead-letters", "gaps", "simulate"),
+    *("rebuild", "verify", "rewind", "dead-letters", "gaps", "simulate"),
 )
 
 

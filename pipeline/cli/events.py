@@ -27,7 +27,7 @@ LOOK_BACK = timedelta(hours=24)
 _CONTENT = ("payload", "raw", "key", "headers")
 
 
-def _time(value: str) -> datetime:
+def parse_time(value: str) -> datetime:
     """A moment, or a span before now: 15m, 2h, 7d."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
     if unit and value[:-1].isdigit():
@@ -84,12 +84,14 @@ def events(
     since: Annotated[
         datetime | None,
         typer.Option(
-            parser=_time, metavar="TIME", help="Came into the log since: a time, or 15m, 2h, 7d."
+            parser=parse_time,
+            metavar="TIME",
+            help="Came into the log since: a time, or 15m, 2h, 7d.",
         ),
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option(parser=_time, metavar="TIME", help="Came into the log before."),
+        typer.Option(parser=parse_time, metavar="TIME", help="Came into the log before."),
     ] = None,
     bad: Annotated[bool, typer.Option("--bad", help="Only what could not be read.")] = False,
     limit: Annotated[

@@ -83,15 +83,13 @@ def append(db: Connection, rows: Sequence[Encoded], advances: Mapping[Partition,
         TransientError: The server went away. Roll back and repeat.
         InvariantError: A row is in the log already.
     """
-    connection = db.connection.driver_connection
-    if not isinstance(connection, psycopg.Connection):
-        raise InvariantError("the log is written through psycopg only")
+    connection = driver_of(db)
     descriptor = connection.fileno()
     failpoints.reach("after_begin", connection_fd=descriptor)
     _fence(db, advances)
     failpoints.reach("after_fence", connection_fd=descriptor)
     if rows:
-        _copy_with_repairs(connection, list(rows))
+        copy_rows(connection, list(rows), COPY)
     failpoints.reach("after_copy", connection_fd=descriptor)
     db.execute(NOTIFY)
     failpoints.reach("before_commit", connection_fd=descriptor)
@@ -117,8 +115,16 @@ def _fence(db: Connection, advances: Mapping[Partition, Advance]) -> None:
             raise FencedError(place, held=advances[place].held)
 
 
-def _copy_with_repairs(connection: psycopg.Connection, rows: list[Encoded]) -> None:
-    """COPY the rows; those whose payload jsonb refuses without it.
+def driver_of(db: Connection) -> psycopg.Connection:
+    """The driver's connection, as COPY needs it."""
+    connection = db.connection.driver_connection
+    if not isinstance(connection, psycopg.Connection):
+        raise InvariantError("the log is written through psycopg only")
+    return connection
+
+
+def copy_rows(connection: psycopg.Connection, rows: list[Encoded], statement: str) -> None:
+    """COPY rows into the log, or a table like it; those whose payload jsonb refuses without it.
 
     Nobody but PostgreSQL knows what jsonb refuses (a number too large, a nesting too deep), and one
     such row fails the whole COPY. Doubtful are the rows whose bytes are kept.
@@ -126,21 +132,21 @@ def _copy_with_repairs(connection: psycopg.Connection, rows: list[Encoded]) -> N
     for doubtful in (lambda row: row.raw is not None, lambda _row: True):
         try:
             with translated(), connection.transaction():
-                _copy(connection, rows)
+                _copy(connection, rows, statement)
         except PoisonRecordError:
             _give_up_refused_payloads(connection, rows, doubtful)
         else:
             return
     try:
         with translated():
-            _copy(connection, rows)
+            _copy(connection, rows, statement)
     except PoisonRecordError as refusal:
         raise InvariantError(f"COPY of the log was refused: {refusal}") from None
 
 
-def _copy(connection: psycopg.Connection, rows: Sequence[Encoded]) -> None:
+def _copy(connection: psycopg.Connection, rows: Sequence[Encoded], statement: str) -> None:
     half = len(rows) // 2
-    with connection.cursor() as cursor, cursor.copy(COPY) as copy:
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
         copy.write(HEADER)
         _send(copy, rows[:half])
         failpoints.reach("mid_copy", connection_fd=connection.fileno())

@@ -44,10 +44,10 @@ class Source:
 
 
 class Claim(NamedTuple):
-    """What the log knows of a partition at the moment it became ours.
+    """What the log knows of a partition.
 
     Attributes:
-        epoch: The number under which every append must come.
+        epoch: The number under which its owner must append.
         next_offset: Where to read on.
         first_offset: Where reading began.
         cluster_id, topic_id: As recorded by an earlier owner; None if never recorded.
@@ -90,6 +90,15 @@ _this = (
 KNOWN = select(consumer_offsets.c.partition).where(
     consumer_offsets.c.topic == bindparam("of_topic")
 )
+RECORDED = select(
+    consumer_offsets.c.topic,
+    consumer_offsets.c.partition,
+    consumer_offsets.c.epoch,
+    consumer_offsets.c.next_offset,
+    consumer_offsets.c.first_offset,
+    consumer_offsets.c.cluster_id,
+    consumer_offsets.c.topic_id,
+).order_by(consumer_offsets.c.topic, consumer_offsets.c.partition)
 BEGIN_ALONE = text(
     "SELECT pg_advisory_xact_lock(hashtextextended('pipeline.begin ' || :of_topic, 0))"
 )
@@ -208,6 +217,11 @@ def known_partitions(db: Connection, topic: str) -> frozenset[int]:
     """
     db.execute(BEGIN_ALONE, {"of_topic": topic})
     return frozenset(db.execute(KNOWN, {"of_topic": topic}).scalars())
+
+
+def recorded(db: Connection) -> dict[Partition, Claim]:
+    """What the log knows of every partition that it has begun to read."""
+    return {Partition(topic, number): Claim(*rest) for topic, number, *rest in db.execute(RECORDED)}
 
 
 def begin(db: Connection, partition: Partition, first: NextOffset) -> None:

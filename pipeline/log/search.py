@@ -1,7 +1,9 @@
 """Finding events in the log: by id, entity, type, time, place; and following it as it grows.
 
 Within a partition, records came in the order of their offsets. So a span of time is a range of
-offsets, found by halving, and every search but that by id runs along the primary key.
+offsets, found by halving, and every search but that by id runs along the primary key. The exception
+is what a rewind has filled in: it came later than what stands behind it. It is found by its place
+and its id; by its time only beside what came then, too.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -248,7 +250,7 @@ def _along(
         .order_by(events.c.offset.desc() if backwards else events.c.offset)
         .limit(limit)
     )
-    return _found(db, query)
+    return _found(db, _in_time(query, wanted))
 
 
 def _by_identity(
@@ -264,11 +266,15 @@ def _by_identity(
         query = query.where(events.c.topic == wanted.topic)
     if wanted.partition is not None:
         query = query.where(events.c.partition == wanted.partition)
+    return _found(db, _in_time(query, wanted))
+
+
+def _in_time(query: Select[tuple[object, ...]], wanted: Wanted) -> Select[tuple[object, ...]]:
     if wanted.since is not None:
         query = query.where(events.c.ingested_at >= wanted.since)
     if wanted.until is not None:
         query = query.where(events.c.ingested_at < wanted.until)
-    return _found(db, query)
+    return query
 
 
 def _base(*, with_content: bool) -> Select[tuple[object, ...]]:

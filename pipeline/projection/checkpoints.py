@@ -152,16 +152,46 @@ MOVE = (
     .values(next_offset=bindparam("to"), moved_at=func.now())
 )
 # Somebody else's turn is left alone: nobody waits here.
-MOVE_TOGETHER = text("""
-UPDATE pipeline.projection_checkpoints c SET next_offset = CAST(:to AS bigint), moved_at = now()
-WHERE c.topic = :topic AND c."partition" = :number AND c.next_offset = :expected
-  AND c.projector IN (
-      SELECT h.projector FROM pipeline.projection_checkpoints h
-      WHERE h.topic = :topic AND h."partition" = :number AND h.next_offset = :expected
-        AND h.projector = ANY (CAST(:names AS text[]))
-      FOR UPDATE SKIP LOCKED)
-RETURNING c.projector
-""")
+HOLD_TOGETHER = (
+    select(projection_checkpoints.c.projector)
+    .where(
+        projection_checkpoints.c.topic == bindparam("of_topic"),
+        projection_checkpoints.c.partition == bindparam("of_number"),
+        projection_checkpoints.c.next_offset == bindparam("expected"),
+        projection_checkpoints.c.projector.in_(bindparam("names", expanding=True)),
+    )
+    .with_for_update(skip_locked=True)
+)
+MOVE_TOGETHER = (
+    update(projection_checkpoints)
+    .where(
+        projection_checkpoints.c.topic == bindparam("of_topic"),
+        projection_checkpoints.c.partition == bindparam("of_number"),
+        projection_checkpoints.c.next_offset == bindparam("expected"),
+        projection_checkpoints.c.projector.in_(bindparam("names", expanding=True)),
+    )
+    .values(next_offset=bindparam("to"), moved_at=func.now())
+)
+# All of them: a pass that is under way may have looked at the log already, wherever it stands. In
+# one order, as a rebuild takes them: the live projector's first, then its own.
+HOLD_PARTITION = (
+    select(projection_checkpoints.c.projector)
+    .where(
+        projection_checkpoints.c.topic == bindparam("of_topic"),
+        projection_checkpoints.c.partition == bindparam("of_number"),
+    )
+    .order_by(projection_checkpoints.c.projector)
+    .with_for_update()
+)
+MOVE_BACK = (
+    update(projection_checkpoints)
+    .where(
+        projection_checkpoints.c.topic == bindparam("of_topic"),
+        projection_checkpoints.c.partition == bindparam("of_number"),
+        projection_checkpoints.c.next_offset > bindparam("back_to"),
+    )
+    .values(next_offset=bindparam("back_to"), moved_at=func.now())
+)
 FORGET = delete(projection_checkpoints).where(
     projection_checkpoints.c.projector == bindparam("of_projector")
 )
@@ -270,25 +300,49 @@ def move(db: Connection, projector: str, partition: Partition, offsets: OffsetRa
         raise InvariantError(f"{projector}: {partition} no longer stands at {offsets.first}")
 
 
-def move_together(
-    db: Connection, names: Collection[str], partition: Partition, offsets: OffsetRange
+def hold_together(
+    db: Connection, names: Collection[str], partition: Partition, at: NextOffset
 ) -> frozenset[str]:
-    """Note for projectors that a range holds nothing for them.
+    """Take the turns of projectors that stand at one place until the transaction ends.
+
+    Whoever looks at the log for them must do so afterwards: only then a rewind, which fills it
+    below, waits for their end.
 
     Returns:
-        Those that have moved; the others stand elsewhere by now, or somebody else has their turn.
+        Those whose turn it is; the others stand elsewhere by now, or somebody else has it.
     """
-    rows = db.execute(
-        MOVE_TOGETHER,
-        {
-            "names": list(names),
-            "topic": partition.topic,
-            "number": partition.number,
-            "expected": offsets.first,
-            "to": offsets.end,
-        },
-    )
+    place = {"of_topic": partition.topic, "of_number": partition.number}
+    rows = db.execute(HOLD_TOGETHER, {**place, "expected": at, "names": list(names)})
     return frozenset(rows.scalars())
+
+
+def move_together(
+    db: Connection, names: Collection[str], partition: Partition, offsets: OffsetRange
+) -> None:
+    """Note that a range is behind projectors whose turns are ours.
+
+    Raises:
+        InvariantError: One of them no longer stands where the caller holds it.
+    """
+    place = {"of_topic": partition.topic, "of_number": partition.number}
+    moved = db.execute(
+        MOVE_TOGETHER,
+        {**place, "expected": offsets.first, "to": offsets.end, "names": list(names)},
+    )
+    if moved.rowcount != len(names):
+        raise InvariantError(f"{partition}: {len(names)} checkpoints left {offsets.first} unseen")
+
+
+def move_back(db: Connection, partition: Partition, to: NextOffset) -> None:
+    """Have every projector, and every rebuild in progress, take the log from here once more.
+
+    Waits for passes that are under way, and keeps new ones out until the transaction ends, so that
+    each sees all or nothing of what the caller has written to the log. What they take twice
+    changes nothing: the newest version wins, whenever it comes.
+    """
+    place = {"of_topic": partition.topic, "of_number": partition.number}
+    db.execute(HOLD_PARTITION, place)
+    db.execute(MOVE_BACK, {**place, "back_to": to})
 
 
 def forget(db: Connection, projector: str) -> None:

@@ -322,6 +322,10 @@ class _Shadow:
         with translated(), self._db.begin():
             self._db.execute(COMMIT_LAZILY)
             pin(self._db)
+            held = checkpoints.hold(self._db, self._name, standing.partition)
+            if held != standing.next_offset:
+                # A rewind has filled the log below, or is about to: look again.
+                return
             offsets = standing.next_range(self._chunk_offsets)
             self._take(SHADOW_SCHEMA, self._name, standing.partition, offsets)
             failpoints.reach("mid_rebuild")

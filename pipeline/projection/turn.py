@@ -103,17 +103,20 @@ def project(
         TransientError: The server went away or ended the transaction to resolve a conflict;
             nothing happened, or, if it was at COMMIT, all of it may have: just go on.
     """
-    results = {}
+    results = dict.fromkeys((one.name for one in projectors), Result.LEFT_OUT)
     with transaction(engine) as db:
         pin(db)
-        idle = _idle(db, projectors, partition, offsets)
+        held = checkpoints.hold_together(db, list(results), partition, offsets.first)
+        ours = [one for one in projectors if one.name in held]
         if offsets.first == 0:
-            for one in projectors:
+            for one in ours:
                 checkpoints.note_build_begun(db, one.name, fingerprint(one))
-        moved = checkpoints.move_together(db, idle, partition, offsets) if idle else frozenset()
-        for one in sorted(projectors, key=lambda projector: projector.name):
+        idle = _idle(db, ours, partition, offsets)
+        if idle:
+            checkpoints.move_together(db, idle, partition, offsets)
+        for one in sorted(ours, key=lambda projector: projector.name):
             if one.name in idle:
-                results[one.name] = Result.DONE if one.name in moved else Result.LEFT_OUT
+                results[one.name] = Result.DONE
             else:
                 batch = Batch(partition, offsets, one.condition())
                 results[one.name] = _take_turn(db, one, batch, guilty_max)

@@ -8,6 +8,7 @@ CANARY = "c4n4ry"
 
 COMMANDS = [
     *("demo", "migrate", "check", "run", "ingest", "project", "status", "events", "rebuild"),
+    *("verify", "rewind"),
     *("dead-letters list", "dead-letters show", "dead-letters retry"),
     *("gaps list", "gaps accept", "simulate"),
 ]

@@ -1,0 +1,110 @@
+"""The command that puts the promises to the proof: verify."""
+
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from itertools import groupby
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import app, database_of, settings_of
+from pipeline.cli.rebuild import known
+from pipeline.cli.rewind import offsets
+from pipeline.cli.terminal import Gauge, emit, say
+from pipeline.errors import ExitCode
+from pipeline.logs import printable
+from pipeline.migrate import check_schema
+from pipeline.projectors import discover
+from pipeline.verify import Evidence, verify_kafka, verify_log, verify_read_models
+
+
+class _Proof(StrEnum):
+    LOG = "log"
+    KAFKA = "kafka"
+    READ_MODELS = "read-models"
+
+
+@app.command(
+    epilog="Exit codes: 0 everything holds; 1 something does not; 2 wrong usage; 69 a server is "
+    "away; 75 a rebuild of a read model runs; 78 a setting, a right or the schema is wrong."
+)
+def verify(
+    ctx: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Of the read models only these."),
+    ] = None,
+    only: Annotated[
+        list[_Proof] | None,
+        typer.Option(help="One of the three proofs; may be given more than once."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document, for programs.")
+    ] = False,
+) -> None:
+    """Prove the promises on what is there.
+
+    One verdict, with the evidence. The log against its own bookkeeping; the log against Kafka,
+    record by record, as far back as Kafka has them; each read model against a replay of the log.
+    Changes nothing; what runs goes
+    on. It reads everything once: on a large log, take it for a night, or one part at a time.
+
+    \b
+    $ pipeline verify
+    $ pipeline verify --only log --only kafka
+    $ pipeline verify orders positions --only read-models
+    """
+    chosen = known(names or []) or list(discover())
+    settings = settings_of(ctx)
+    found: list[Evidence] = []
+    with database_of(settings, "verify") as engine, Gauge("verifying", unit="of it") as gauge:
+        check_schema(engine)
+
+        def observe(what: str, done: int, total: int) -> None:
+            gauge.show(done, total, what)
+
+        proofs: dict[_Proof, Callable[[], Iterable[Evidence]]] = {
+            _Proof.LOG: lambda: verify_log(engine, observe),
+            _Proof.KAFKA: lambda: verify_kafka(engine, settings, observe),
+            _Proof.READ_MODELS: lambda: verify_read_models(
+                engine, chosen, guilty_max=settings.dead_letter_budget, observe=observe
+            ),
+        }
+        for proof, prove in proofs.items():
+            if proof in (only or proofs):
+                evidence = list(prove())
+                found += evidence
+                if not as_json:
+                    _show(evidence)
+    wrong = [one for one in found if one.wrong]
+    if as_json:
+        emit({"ok": not wrong, "evidence": found})
+    else:
+        say(_verdict(wrong))
+    if wrong:
+        raise typer.Exit(ExitCode.FOUND)
+
+
+def _show(evidence: Iterable[Evidence]) -> None:
+    """What holds in one line for all its subjects; what does not, one by one."""
+    for (part, claim), same in groupby(evidence, key=lambda one: (one.part, one.claim)):
+        of = list(same)
+        wrong = [one for one in of if one.wrong]
+        subjects = len({one.subject for one in of})
+        sign = "✗" if wrong else "✓"
+        typer.echo(f"{sign} {part}: {claim}: {sum(one.examined for one in of):,} in {subjects}")
+        for one in of:
+            where = f" at {offsets(one.intervals)}" if one.intervals else ""
+            if one.wrong:
+                words = f": {one.words}" if one.words else ""
+                line = f"    {one.subject}: {one.wrong:,} wrong{where}{words}"
+                typer.echo(printable(line))
+            elif one.words:
+                typer.echo(printable(f"    {one.subject}: {one.words}"))
+
+
+def _verdict(wrong: Sequence[Evidence]) -> str:
+    if not wrong:
+        return "Everything that was looked at holds."
+    claims = len({(one.part, one.claim) for one in wrong})
+    return f"{claims} of the claims {'does' if claims == 1 else 'do'} not hold."

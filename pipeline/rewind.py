@@ -1,0 +1,242 @@
+"""Rewind: read Kafka again from an earlier place; fill what the log lacks, compare what it has.
+
+1. a plan, without touching anything: from where to where, for each partition
+2. for each partition: read the range again, outside the consumer group; stage and compare it
+3. one transaction: what is missing comes into the log, its beginning moves, and the projectors'
+   checkpoints move back, so that read models take what is new as if it had always been there
+
+Ingestion goes on meanwhile: it writes behind ``next_offset``, a rewind before it. A rewind that is
+killed has done nothing for the partition in hand; the same command begins that one anew.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import structlog
+from sqlalchemy import Engine, text
+
+from pipeline import failpoints
+from pipeline.db import transaction
+from pipeline.errors import RefusedError
+from pipeline.events import read
+from pipeline.ingest.repeats import RepeatWindow
+from pipeline.ingest.takeover import another_topic
+from pipeline.log import ownership
+from pipeline.log.comparison import Comparison, Staging
+from pipeline.log.copying import encode
+from pipeline.log.ownership import Claim, Source
+from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.projection import checkpoints
+from pipeline.settings import Settings
+from pipeline.source import Brokers, Watermarks
+
+log = structlog.get_logger(__name__)
+
+RETENTION_RACES_MAX = 3
+"""How often a range is begun anew because retention took its beginning while it was read."""
+
+LOGGED = text("""
+SELECT count(*) FROM pipeline.events
+WHERE topic = :topic AND "partition" = :number AND "offset" >= :first AND "offset" < :end
+""")
+
+Goal = Literal["earliest"] | NextOffset | datetime
+"""Where to rewind to: all that Kafka has, an offset, or the first record at or after a time."""
+
+Observe = Callable[[int, int], None]
+"""Told how many offsets of how many are done."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rewind does to one partition.
+
+    Attributes:
+        held: What the log holds, from its beginning to its next offset.
+        there: What Kafka has.
+        wanted: Where the rewind was asked to begin.
+        offsets: What is read again; empty where Kafka has nothing of it.
+        logged: How many of these offsets are in the log already.
+    """
+
+    partition: Partition
+    held: OffsetRange
+    there: Watermarks
+    wanted: NextOffset
+    offsets: OffsetRange
+    logged: int
+
+
+def plan(
+    engine: Engine, brokers: Brokers, partitions: Collection[Partition], to: Goal
+) -> list[Step]:
+    """What a rewind would do; nothing is touched.
+
+    Args:
+        engine: The database.
+        brokers: Kafka.
+        partitions: Which; all must be in the log.
+        to: Where to.
+
+    Raises:
+        RefusedError: The topic, or the cluster, is not the one that the log was read from.
+        TransientError: A server is away.
+    """
+    cluster_id = brokers.cluster_id()
+    topic_ids = brokers.topic_ids({partition.topic for partition in partitions})
+    steps = []
+    for partition in sorted(partitions):
+        with transaction(engine) as db:
+            claim = ownership.recorded(db)[partition]
+            last = ownership.last_record(db, partition, claim.next_offset)
+        there = brokers.watermarks(partition)
+        source = Source(cluster_id, topic_ids.get(partition.topic), *there)
+        if refusal := another_topic(brokers, partition, claim, source, last):
+            raise refusal
+        steps.append(_step(engine, brokers, partition, claim, there, to))
+    return steps
+
+
+def _step(
+    engine: Engine,
+    brokers: Brokers,
+    partition: Partition,
+    claim: Claim,
+    there: Watermarks,
+    to: Goal,
+) -> Step:
+    end = claim.next_offset
+    wanted = _wanted(brokers, partition, there, end, to)
+    begin = min(end, max(wanted, there.low))
+    offsets = OffsetRange(NextOffset(begin), end)
+    with transaction(engine) as db:
+        place = {"topic": partition.topic, "number": partition.number}
+        logged = db.execute(LOGGED, {**place, "first": begin, "end": end}).scalar_one()
+    held = OffsetRange(claim.first_offset, end)
+    return Step(partition, held, there, NextOffset(wanted), offsets, logged)
+
+
+def _wanted(
+    brokers: Brokers, partition: Partition, there: Watermarks, end: NextOffset, to: Goal
+) -> int:
+    match to:
+        case "earliest":
+            return there.low
+        case datetime() as moment:
+            found = brokers.offset_at(partition, int(moment.timestamp() * 1000))
+            return end if found is None else min(found, end)
+        case offset:
+            return min(offset, end)
+
+
+def execute(
+    engine: Engine,
+    brokers: Brokers,
+    settings: Settings,
+    steps: Sequence[Step],
+    observe: Observe = lambda _done, _total: None,
+) -> Iterator[tuple[Step, Comparison]]:
+    """Do it, partition by partition; what was found in each comes as soon as it is done.
+
+    What differs is told and stays as it is: the log is append-only.
+
+    Raises:
+        RewindRunsError: Another rewind of a partition is running.
+        RefusedError: Retention takes the range faster than it can be read.
+        TransientError: A server went away. The partition in hand is as it was; repeat.
+    """
+    total, before = sum(step.offsets.span for step in steps), 0
+
+    def told(done: int) -> None:
+        observe(before + done, total)
+
+    for step in steps:
+        if step.offsets.span:
+            yield step, _rewind(engine, brokers, settings, step, told)
+        before += step.offsets.span
+
+
+def _rewind(
+    engine: Engine,
+    brokers: Brokers,
+    settings: Settings,
+    step: Step,
+    told: Callable[[int], None],
+) -> Comparison:
+    partition, offsets = step.partition, step.offsets
+    for _ in range(RETENTION_RACES_MAX):
+        with Staging.of(engine, partition) as staging:
+            staging.hold()
+            begins = compare(engine, brokers, settings, staging, offsets, keep=True, told=told)
+            if begins != offsets.first:
+                # Retention took the beginning while it was read. The log must have no hole.
+                offsets = offsets._replace(first=max(begins, brokers.watermarks(partition).low))
+                continue
+            failpoints.reach("before_fill")
+            found = staging.comparison
+            if found.missing.count or begins < step.held.first:
+                with staging.fill(begins, segment_span=settings.segment_offsets) as db:
+                    if found.missing.count:
+                        checkpoints.move_back(db, partition, found.missing.ranges[0].first)
+                    failpoints.reach("mid_fill")
+            failpoints.reach("after_fill")
+            log.info(
+                "rewound",
+                topic=partition.topic,
+                partition=partition.number,
+                read=found.read,
+                same=found.same,
+                filled=found.missing.count,
+                changed=found.changed.count,
+                surplus=found.surplus.count,
+            )
+            return found
+    raise RefusedError(
+        partition,
+        f"Kafka's retention deletes from offset {step.offsets.first} on faster than it can be "
+        "read; rewind to a later place",
+    )
+
+
+def compare(
+    engine: Engine,
+    brokers: Brokers,
+    settings: Settings,
+    staging: Staging,
+    offsets: OffsetRange,
+    *,
+    keep: bool,
+    told: Callable[[int], None],
+) -> NextOffset:
+    """Read a range of a partition again and compare it with the log.
+
+    Args:
+        engine: The database.
+        brokers: Kafka.
+        settings: How records become rows.
+        staging: Of that partition; takes what is found.
+        offsets: Within what Kafka has.
+        keep: Hold what is missing in the log, to be filled in.
+        told: Told how many offsets are done.
+
+    Returns:
+        Where the part begins that was read without a hole: behind the last offset that retention
+        took meanwhile.
+    """
+    partition, size = staging.partition, settings.repeat_window
+    with transaction(engine) as db:
+        window = RepeatWindow(size, ownership.recent(db, partition, offsets.first, size))
+    begins = behind = offsets.first
+    for piece in brokers.read(partition, offsets):
+        if piece.offsets.first != behind:
+            begins = piece.offsets.first
+        behind = piece.offsets.end
+        rows = [
+            encode(window.mark(read(record, keep_raw=settings.keep_raw)))
+            for record in piece.records
+        ]
+        staging.compare(piece.offsets, rows, keep=keep)
+        told(behind - offsets.first)
+    return begins if behind == offsets.end else offsets.end

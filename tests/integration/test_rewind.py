@@ -1,0 +1,446 @@
+"""Rewind: what is missing comes in once, what is there is compared, read models come out right."""
+
+import secrets
+import threading
+
+import pytest
+
+from pipeline.db import open_engine
+from pipeline.errors import ExitCode
+from pipeline.log.comparison import Comparison
+from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.projection.loop import run_projection
+from pipeline.projection.rebuild import check, rebuild
+from pipeline.projectors import discover
+from pipeline.projectors.orders import orders
+from pipeline.rewind import Step, execute, plan
+from pipeline.simulator import Chaos, Simulation
+from pipeline.source import Brokers
+from tests.commands import Commands, InProcess
+from tests.given import contents
+from tests.integration.ingesting import (
+    Ledger,
+    ingest_until_end,
+    is_faithful,
+    logged,
+    next_offsets,
+    payloads,
+    read_back,
+    running,
+    settings_for,
+    until,
+)
+from tests.records import HOSTILE, deep_nesting
+
+pytestmark = deep_nesting
+PARTITIONS = 2
+
+
+@pytest.fixture
+def ledger(kafka):
+    return Ledger(kafka.bootstrap_servers)
+
+
+@pytest.fixture
+def settings(database, kafka):
+    def make(topic, **changes):
+        return settings_for(database, kafka.bootstrap_servers, topic, **changes)
+
+    return make
+
+
+@pytest.fixture
+def engine(database):
+    made = open_engine(database.url, application="test")
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def pipeline(monkeypatch, capsys, database, kafka):
+    """``pipeline("rewind", …)``, in this process."""
+    commands = Commands(
+        database_url=database.dsn,
+        kafka_bootstrap_servers=kafka.bootstrap_servers,
+        kafka_security_protocol="PLAINTEXT",
+    )
+    in_process = InProcess(monkeypatch, capsys)
+    return lambda *arguments: in_process(commands, *arguments)
+
+
+def numbered(count, first=0):
+    return [b'{"n": %d}' % (first + n) for n in range(count)]
+
+
+def simulated(ledger, topic, events, seed=5):
+    """A day at a broker with chaos, and everything hostile."""
+    for record in Simulation(
+        seed=seed, events=events, topic=topic, partitions=PARTITIONS, chaos=Chaos()
+    ):
+        ledger.send(
+            topic, [record.value], partition=record.partition or 0, key=record.key,
+            headers=record.headers,
+        )  # fmt: skip
+    ledger.send(topic, [value for value, *_ in HOSTILE.values()], partition=1, key=b"\x00\xff")
+    return ledger.flush()
+
+
+def tamper(database, *statements):
+    """Do to the log what nobody may: as the superuser, past its triggers."""
+    with database.connect() as db:
+        db.execute("SET session_replication_role = replica")
+        for statement in statements:
+            db.execute(statement)
+
+
+def first_offsets(database):
+    with database.connect() as db:
+        return dict(
+            db.execute('SELECT "partition", first_offset FROM pipeline.consumer_offsets').fetchall()
+        )
+
+
+def differing(engine):
+    return {one.name: check(engine, one).differing for one in discover()}
+
+
+# ------------------------------------------------------------------------------------ what it fills
+
+
+@pytest.mark.both_postgres
+def test_history_from_before_the_log_began_comes_in_and_read_models_are_as_if_it_always_had_been(
+    topic, database, settings, ledger, engine, pipeline
+):
+    name = topic(PARTITIONS)
+    simulated(ledger, name, 700)
+    ingest_until_end(settings(name, start="latest"))
+    assert logged(database, name) == {}
+    for record in Simulation(seed=6, events=300, topic=name, partitions=PARTITIONS):
+        ledger.send(name, [record.value], partition=record.partition or 0, key=record.key)
+    ledger.flush()
+    ingest_until_end(settings(name))
+    run_projection(engine, discover(), until_end=True)
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute", "--json")
+
+    assert result.code == 0, result.err
+    assert sum(one["filled"] for one in result.json["done"]) > 700
+    assert in_log_order(database, name) == ledger.records
+    stored = payloads(database, name)
+    assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
+    assert first_offsets(database) == {0: 0, 1: 0}
+    run_projection(engine, discover(), until_end=True)
+    assert set(differing(engine).values()) == {0}
+    afterwards = contents(engine, discover(), machinery=False)
+    for one in discover():
+        with database.connect() as db:
+            db.execute(f"TRUNCATE upvest.{one.name} CASCADE")
+    run_projection(engine, discover(), until_end=True)
+    assert contents(engine, discover(), machinery=False) == afterwards
+
+
+def in_log_order(database, name):
+    """The log, without the promise that later offsets were written later."""
+    with database.connect() as db:
+        db.execute("SET session_replication_role = replica")
+        db.execute("UPDATE pipeline.events SET ingested_at = now()")
+    return logged(database, name)
+
+
+def test_a_hole_is_filled_and_nothing_else_is_touched(topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(5000)).flush()
+    ingest_until_end(settings(name))
+    with database.connect() as db:
+        untouched = (
+            'SELECT "offset", xmin FROM pipeline.events WHERE "offset" NOT BETWEEN 10 AND 19'
+        )
+        before = db.execute(untouched).fetchall()
+    tamper(database, 'DELETE FROM pipeline.events WHERE "offset" BETWEEN 10 AND 19')
+
+    result = pipeline("rewind", f"{name}:0", "--to", "5", "--execute", "--json")
+
+    [done] = result.json["done"]
+    assert done.items() >= {"read": 4995, "same": 4985, "filled": 10, "changed": 0}.items()
+    with database.connect() as db:
+        assert db.execute(untouched).fetchall() == before
+    assert in_log_order(database, name) == ledger.records
+    assert next_offsets(database, name) == {0: 5000}
+
+
+def test_records_of_aborted_transactions_stay_out(
+    kafka, topic, database, settings, ledger, pipeline
+):
+    name = topic(1)
+    sender = Ledger(kafka.bootstrap_servers, {"transactional.id": f"tx-{secrets.token_hex(4)}"})
+    sender.producer.init_transactions()
+    for number in range(6):
+        sender.producer.begin_transaction()
+        sender.send(name, numbered(10, first=10 * number))
+        if number % 2:
+            sender.forget()
+            sender.producer.abort_transaction()
+        else:
+            sender.flush()
+            sender.producer.commit_transaction()
+    ingest_until_end(settings(name, start="latest"))
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute", "--json")
+
+    [done] = result.json["done"]
+    assert (done["read"], done["filled"]) == (30, 30)
+    assert in_log_order(database, name) == sender.records
+    assert read_back(kafka.bootstrap_servers, name) == set(sender.records)
+
+
+def test_what_is_filled_is_in_segments_of_its_own(topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(2500)).flush()
+    ingest_until_end(settings(name, start="latest"))
+    with database.connect() as db:
+        db.execute("DELETE FROM pipeline.segments WHERE first_offset < 2000")
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute")
+
+    assert result.code == 0, result.err
+    assert set(in_log_order(database, name)) == set(ledger.records)
+
+
+def test_a_rewind_beside_live_traffic_loses_and_doubles_nothing(
+    kafka, topic, database, settings, engine
+):
+    name = topic(PARTITIONS)
+    ledger = simulated(Ledger(kafka.bootstrap_servers), name, 600)
+    ingest_until_end(settings(name, start="latest"))
+    stop = threading.Event()
+    follower = threading.Thread(
+        target=run_projection, args=[engine, discover()], kwargs={"stop": stop}
+    )
+    follower.start()
+    brokers = Brokers(settings(name))
+    with running(settings(name)):
+        for record in Simulation(seed=8, events=600, topic=name, partitions=PARTITIONS):
+            ledger.send(name, [record.value], partition=record.partition or 0, key=record.key)
+        steps = plan(engine, brokers, [Partition(name, n) for n in range(PARTITIONS)], "earliest")
+        list(execute(engine, brokers, settings(name), steps))
+        ledger.flush()
+        until(lambda: len(logged_places(database)) == len(ledger.records), "all is in the log")
+    stop.set()
+    follower.join()
+    brokers.close()
+
+    assert in_log_order(database, name) == ledger.records
+    run_projection(engine, discover(), until_end=True)
+    assert set(differing(engine).values()) == {0}
+
+
+def logged_places(database):
+    with database.connect() as db:
+        return db.execute('SELECT topic, "partition", "offset" FROM pipeline.events').fetchall()
+
+
+def test_a_rebuild_under_way_takes_what_is_filled_below_it(
+    topic, database, settings, ledger, engine
+):
+    name = topic(PARTITIONS)
+    simulated(ledger, name, 600)
+    ingest_until_end(settings(name, start="latest"))
+    for record in Simulation(seed=9, events=300, topic=name, partitions=PARTITIONS):
+        ledger.send(name, [record.value], partition=record.partition or 0, key=record.key)
+    ledger.flush()
+    ingest_until_end(settings(name))
+    run_projection(engine, [orders], until_end=True)
+    brokers = Brokers(settings(name))
+    rewound: list[tuple[Step, Comparison]] = []
+
+    def rewind_once(_progress):
+        if not rewound:
+            steps = plan(
+                engine, brokers, [Partition(name, n) for n in range(PARTITIONS)], "earliest"
+            )
+            rewound.extend(execute(engine, brokers, settings(name), steps))
+
+    rebuild(engine, orders, chunk_offsets=50, observe=rewind_once)
+
+    brokers.close()
+    assert sum(found.missing.count for _, found in rewound) > 600
+    run_projection(engine, [orders], until_end=True)
+    assert check(engine, orders).differing == 0
+
+
+# ---------------------------------------------------------------------------- what it leaves alone
+
+
+def test_the_plan_alone_touches_nothing(topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(30)).flush()
+    ingest_until_end(settings(name, start="latest"))
+
+    result = pipeline("rewind", name, "--to", "12")
+
+    assert (result.code, logged(database, name)) == (0, {})
+    assert "12 … 30" in result.out
+    assert "Nothing was done" in result.err
+    assert first_offsets(database) == {0: 30}
+
+
+def test_a_row_that_is_not_what_kafka_holds_is_told_and_stays(
+    topic, database, settings, ledger, pipeline
+):
+    name = topic(1)
+    ledger.send(name, numbered(30)).flush()
+    ingest_until_end(settings(name))
+    tamper(
+        database,
+        'UPDATE pipeline.events SET payload = \'{"n": 0}\' WHERE "offset" IN (7, 8, 20)',
+    )
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute")
+
+    assert result.code == ExitCode.FOUND
+    assert "3 records are not what Kafka holds, at 7-8, 20" in result.err
+    assert payloads(database, name)[name, 0, 20][0] == '{"n": 0}'
+
+
+def test_rows_that_kafka_has_thinned_out_are_told_and_stay(
+    kafka, topic, database, settings, ledger, pipeline
+):
+    name = topic(1)
+    ledger.send(name, numbered(10)).flush()
+    ingest_until_end(settings(name))
+    with database.connect() as db:
+        db.execute(
+            'INSERT INTO pipeline.events (topic, "partition", "offset", kafka_timestamp_type) '
+            "SELECT topic, 0, 100 + n, 0 FROM pipeline.consumer_offsets, generate_series(0, 2) n"
+        )
+        db.execute("UPDATE pipeline.consumer_offsets SET next_offset = 110")
+    ledger.send(name, numbered(110, first=10)).flush()
+    tamper(database, 'DELETE FROM pipeline.events WHERE "offset" >= 100')
+    kafka.delete_records(name, 0, 5)
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute", "--json")
+
+    [done] = result.json["done"]
+    assert (result.code, done["read"], done["filled"]) == (0, 105, 100)
+    assert set(logged(database, name)) == {(name, 0, n) for n in range(110)}
+
+
+def test_what_kafka_no_longer_has_is_said(kafka, topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(30)).flush()
+    ingest_until_end(settings(name, start="latest"))
+    kafka.delete_records(name, 0, 20)
+
+    result = pipeline("rewind", name, "--to", "5", "--execute")
+
+    assert result.code == 0
+    assert "Kafka's first record is at 20; 15 offsets before it are gone" in result.err
+    assert set(logged(database, name)) == {(name, 0, n) for n in range(20, 30)}
+    assert first_offsets(database) == {0: 20}
+
+
+def test_a_topic_that_was_made_anew_is_not_read(kafka, topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(10)).flush()
+    ingest_until_end(settings(name))
+    kafka.delete_topic(name)
+    kafka.create_topic(name, 1)
+    ledger.send(name, numbered(20)).flush()
+
+    result = pipeline("rewind", name, "--to", "earliest", "--execute")
+
+    assert result.code == ExitCode.REFUSED
+    assert "made anew" in result.err
+
+
+def test_a_time_is_the_first_record_at_or_after_it(topic, database, settings, ledger, pipeline):
+    name = topic(1, config={"retention.ms": "-1"})
+    for minute in range(10):
+        ledger.send(
+            name, numbered(3, first=minute), timestamp_ms=1_767_225_600_000 + minute * 60_000
+        )
+    ledger.flush()
+    ingest_until_end(settings(name, start="latest"))
+
+    result = pipeline("rewind", name, "--to", "2026-01-01T00:04:30Z", "--execute", "--json")
+
+    assert result.json["plan"][0]["first"] == 15, result.out
+    assert set(logged(database, name)) == {(name, 0, n) for n in range(15, 30)}
+
+
+def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, ledger, pipeline):
+    name = topic(1)
+    ledger.send(name, numbered(10)).flush()
+    ingest_until_end(settings(name))
+
+    with database.connect() as other:
+        other.execute(
+            "SELECT pg_advisory_lock(hashtextextended('pipeline.rewind ' || %s, 0))",
+            [str(Partition(name, 0))],
+        )
+        result = pipeline("rewind", name, "--to", "earliest", "--execute")
+
+    assert result.code == ExitCode.FENCED
+    assert "another rewind of it is running" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--to", "earliest"], "the log has no partition nowhere; it has none"),
+        (["a:0:7", "--to", "earliest"], "--to says from which offset on"),
+        (["a", "--to", "yesterday"], "a time such as"),
+        (["a"], "Missing option '--to'"),
+    ],
+)
+def test_wrong_usage_is_told(pipeline, arguments, said):
+    result = pipeline("rewind", *arguments)
+
+    assert result.code == ExitCode.USAGE
+    assert said in " ".join(result.err.split()).replace(" │ │ ", " ")
+
+
+# ----------------------------------------------------------------------------------- when it breaks
+
+
+@pytest.mark.parametrize("step", ["before_fill", "mid_fill", "after_fill"])
+def test_a_rewind_that_is_killed_is_whole_or_has_not_been(
+    step, topic, database, settings, ledger, engine, kafka
+):
+    name = topic(1)
+    ledger.send(name, numbered(50)).flush()
+    ingest_until_end(settings(name, start="latest"))
+    commands = Commands(
+        database_url=database.dsn,
+        kafka_bootstrap_servers=kafka.bootstrap_servers,
+        kafka_security_protocol="PLAINTEXT",
+    )
+    rewind = ["rewind", name, "--to", "earliest", "--execute", "--json"]
+
+    killed = commands.with_(failpoint=f"{step}:kill", enable_failpoints="1").run(*rewind)
+
+    assert killed.code == -9
+    assert len(logged(database, name)) == (50 if step == "after_fill" else 0)
+    assert first_offsets(database) == {0: 0 if step == "after_fill" else 50}
+    again = commands.run(*rewind)
+    assert (again.code, again.json["done"][0]["read"]) == (0, 50)
+    assert logged(database, name) == ledger.records
+
+
+def test_a_range_that_retention_overtakes_is_read_from_where_it_begins_now(
+    kafka, topic, database, settings, ledger, engine, monkeypatch
+):
+    name = topic(1)
+    ledger.send(name, numbered(100)).flush()
+    ingest_until_end(settings(name, start="latest"))
+    brokers = Brokers(settings(name))
+    steps = plan(engine, brokers, [Partition(name, 0)], "earliest")
+    kafka.delete_records(name, 0, 40)
+
+    [(_, found)] = execute(engine, brokers, settings(name), steps)
+
+    brokers.close()
+    assert (found.read, found.missing.count) == (60, 60)
+    assert found.missing.ranges == [OffsetRange(NextOffset(40), NextOffset(100))]
+    assert first_offsets(database) == {0: 40}
+    assert set(logged(database, name)) == {(name, 0, n) for n in range(40, 100)}

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.check import database_tls, examine, is_loopback, kafka_tls
+from pipeline.check import examine
+from pipeline.check.database import database_tls, is_loopback
+from pipeline.check.kafka import kafka_tls
 from pipeline.embedded.postgres import free_port
 from pipeline.projectors import discover
 from pipeline.settings import Settings

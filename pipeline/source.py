@@ -289,6 +289,11 @@ class KafkaSource:
         found = _asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
 
+    def replicas(self, topic: str) -> int:
+        """How many brokers have a copy of each of the topic's partitions, at least."""
+        found = _asked(lambda: self._admin.list_topics(topic, timeout=ASK_S_MAX)).topics[topic]
+        return min((len(one.replicas) for one in found.partitions.values()), default=0)
+
     def topic_settings(self, topic: str) -> Mapping[str, str]:
         """A topic's settings, e.g. ``retention.ms``; empty where the broker does not tell."""
         resource = ConfigResource(ConfigResource.Type.TOPIC, topic)

@@ -2,11 +2,13 @@
 
 import ipaddress
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.check.findings import Finding, ok, warning, wrong
+from pipeline.check.promises import Promise
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
 from pipeline.errors import ConfigurationError
 from pipeline.migrate import check_schema
@@ -39,7 +41,14 @@ SERVER = text("""
 SELECT current_setting('server_version_num')::int / 10000 AS major,
        current_setting('server_version') AS version, current_database() AS name,
        current_user AS role, current_setting('server_encoding') AS encoding,
-       current_setting('fsync') AS fsync, pg_is_in_recovery() AS is_replica,
+       pg_is_in_recovery() AS is_replica,
+       current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('synchronous_commit') AS synchronous_commit,
+       current_setting('data_checksums') AS data_checksums,
+       current_setting('password_encryption') AS password_encryption,
+       current_setting('TimeZone') AS zone,
+       current_setting('idle_in_transaction_session_timeout') AS idle_timeout,
        (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()) AS tls
 """)
 
@@ -50,8 +59,7 @@ def _server(engine: Engine) -> Iterator[Finding]:
         driver = db.connection.driver_connection
         if not isinstance(driver, psycopg.Connection):
             raise ConfigurationError("the database is reached through psycopg only")
-        host = driver.info.host
-        sslmode = driver.info.get_parameters().get("sslmode", "prefer")
+        host, parameters = driver.info.host, driver.info.get_parameters()
     found = f"PostgreSQL {server.version} at {host}, database {server.name}, as {server.role}"
     if SERVER_MIN <= server.major <= SERVER_MAX:
         yield ok("database", found)
@@ -60,33 +68,136 @@ def _server(engine: Engine) -> Iterator[Finding]:
     else:
         yield warning("database", f"{found}: newer than tested", "run the tests on it first")
     if server.encoding != "UTF8":
-        yield wrong("database", f"encoding is {server.encoding}", "create it with ENCODING 'UTF8'")
-    if server.fsync == "off":
-        yield warning(
-            "database", "fsync is off: a crash of the machine may lose the log", "turn it on"
+        yield wrong(
+            "database",
+            f"encoding is {server.encoding}",
+            "create it with ENCODING 'UTF8'",
+            Promise.FAITHFUL_LOG,
         )
     if server.is_replica:
-        yield wrong("database", "it is a replica, and read-only", "connect to the primary")
-    yield database_tls(host, server.tls, sslmode)
+        yield wrong(
+            "database",
+            "it is a replica, and read-only",
+            "connect to the primary",
+            Promise.ONE_EFFECT,
+            Promise.ONE_WRITER,
+        )
+    yield from _durability(server)
+    yield _session(server)
+    yield database_tls(
+        host,
+        server.tls,
+        parameters.get("sslmode", "prefer"),
+        parameters.get("channel_binding", "prefer"),
+    )
+    yield _passwords(server)
 
 
-def database_tls(host: str, tls: str | None, sslmode: str) -> Finding:
-    """Whether anybody could listen in, or pass for the database."""
+_ON_COMMIT = (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION)
+"""What is worth as much as a commit is."""
+
+
+def _durability(server: Row[Any]) -> Iterator[Finding]:
+    """Whether what is committed is there after a crash, as it was."""
+    lost = "a crash of the machine may lose or mix up what was committed"
+    guards = {"fsync": server.fsync, "full_page_writes": server.full_page_writes}
+    weak = [name for name, value in guards.items() if value == "off"]
+    for name in weak:
+        yield warning("database", f"{name} is off: {lost}", "turn it on", *_ON_COMMIT)
+    if server.synchronous_commit == "off":
+        yield warning(
+            "database",
+            "synchronous_commit is off: a crash takes back the last commits, which analysts may "
+            "have seen; Kafka must still have them",
+            "turn it on for this role",
+            Promise.ONE_EFFECT,
+            Promise.ONE_PROJECTION,
+        )
+    elif not weak:
+        yield ok("database", "a commit is on disk before it is told", *_ON_COMMIT)
+    if server.data_checksums == "off":
+        yield warning(
+            "database",
+            "data checksums are off: a disk that changes the log is not noticed",
+            "stop it and run pg_checksums --enable",
+            Promise.FAITHFUL_LOG,
+        )
+    else:
+        yield ok("database", "data checksums are on", Promise.FAITHFUL_LOG)
+
+
+def _session(server: Row[Any]) -> Finding:
+    """Whether our sessions are what we asked for: some poolers drop it."""
+    if server.zone == "UTC" and server.idle_timeout != "0":
+        return ok(
+            "database",
+            "sessions are as asked for: UTC, ended when they fall silent in a transaction",
+            Promise.ONE_WRITER,
+            Promise.CONVERGENCE,
+        )
+    return wrong(
+        "database",
+        f"settings of a session are not taken: TimeZone is {server.zone}, "
+        f"idle_in_transaction_session_timeout is {server.idle_timeout}",
+        "connect without a pooler, or with session pooling that passes startup options on",
+        Promise.ONE_WRITER,
+        Promise.CONVERGENCE,
+    )
+
+
+_VERIFIED = "add ?sslmode=verify-full&sslrootcert=system to PIPELINE_DATABASE_URL"
+
+
+def database_tls(
+    host: str, tls: str | None, sslmode: str, channel_binding: str = "prefer"
+) -> Finding:
+    """Whether anybody could listen in, or pass for the database.
+
+    Args:
+        host: As the connection names it.
+        tls: The version of TLS that the session uses; None without.
+        sslmode: As libpq knows it.
+        channel_binding: As libpq knows it.
+    """
+    touched = (Promise.FAITHFUL_LOG, Promise.SECRECY)
     if is_loopback(host):
-        return ok("database", "on this machine: no TLS needed")
+        return ok("database", "on this machine: no TLS needed", *touched)
     if tls is None:
         return warning(
             "database",
-            f"no TLS to {host}: others can read and change what goes over the network",
-            "add ?sslmode=verify-full&sslrootcert=system to PIPELINE_DATABASE_URL",
+            f"sslmode={sslmode}, and no TLS to {host}: others can read and change what goes over "
+            "the network",
+            _VERIFIED,
+            *touched,
         )
     if sslmode != "verify-full":
         return warning(
             "database",
             f"{tls}, but sslmode={sslmode} does not make sure that it is {host} who answers",
-            "add ?sslmode=verify-full&sslrootcert=system to PIPELINE_DATABASE_URL",
+            _VERIFIED,
+            *touched,
         )
-    return ok("database", f"{tls}, verified")
+    if channel_binding == "disable":
+        return warning(
+            "database",
+            f"{tls} to {host}, verified, but channel_binding=disable lets whoever holds a "
+            "certificate in its name pass the login on",
+            "set channel_binding=require in PIPELINE_DATABASE_URL",
+            *touched,
+        )
+    return ok("database", f"{tls}, verified, channel_binding={channel_binding}", *touched)
+
+
+def _passwords(server: Row[Any]) -> Finding:
+    if server.password_encryption == "md5":  # noqa: S105 - the name of an algorithm
+        return warning(
+            "database",
+            "password_encryption is md5: whoever reads the stored form of a password that is set "
+            "now can log in with it",
+            "set it to scram-sha-256, then set the passwords again",
+            Promise.SECRECY,
+        )
+    return ok("database", f"passwords are set as {server.password_encryption}", Promise.SECRECY)
 
 
 def is_loopback(host: str) -> bool:
@@ -131,22 +242,29 @@ SELECT has_table_privilege('pipeline.events', 'UPDATE')
 """)
 
 
+_ON_RIGHTS = (Promise.FAITHFUL_LOG, Promise.ONE_PROJECTION, Promise.DISPOSABLE)
+
+
 def _rights(db: Connection) -> Iterator[Finding]:
     missing = db.execute(MISSING_RIGHTS, {"schema": READ_SCHEMA}).all()
     for row in missing:
         yield wrong(
-            "database", f"rights missing: {row.rights} on {row.object}", "grant them to this role"
+            "database",
+            f"rights missing: {row.rights} on {row.object}",
+            "grant them to this role",
+            *_ON_RIGHTS,
         )
     if not missing:
-        yield ok("database", "rights: all that ingest and project need")
+        yield ok("database", "rights: all that ingest and project need", *_ON_RIGHTS)
     if db.execute(MAY_CHANGE_LOG).scalar_one():
         yield warning(
             "log",
             "this role owns the log or may change it: only triggers keep it append-only",
             "run with a role that may only SELECT and INSERT there",
+            Promise.FAITHFUL_LOG,
         )
     else:
-        yield ok("log", "append-only for this role")
+        yield ok("log", "append-only for this role", Promise.FAITHFUL_LOG)
 
 
 # ------------------------------------------------------------------------------------------- log
@@ -177,9 +295,14 @@ def _log(db: Connection) -> Iterator[Finding]:
             f"{name} can be changed: its append-only trigger is missing or disabled",
             f"enable it, or make it anew: CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR "
             f"TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION pipeline.refuse_change()",
+            Promise.FAITHFUL_LOG,
         )
     if not unguarded:
-        yield ok("log", f"append-only triggers on the log and its {segments} segments")
+        yield ok(
+            "log",
+            f"append-only triggers on the log and its {segments} segments",
+            Promise.FAITHFUL_LOG,
+        )
 
 
 # ----------------------------------------------------------------------------------- read models
@@ -193,7 +316,7 @@ JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = :schema AND p.oid = 'pipeline.read_model_truncated()'::regprocedure
   AND t.tgenabled IN ('O', 'A')
 """)
-STATES = text("SELECT projector, state, problem FROM pipeline.projectors")
+BROKEN = text("SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'")
 
 
 def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Finding]:
@@ -204,26 +327,35 @@ def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Fi
             "read models",
             f"{name} does not heal after TRUNCATE: its trigger is missing or disabled",
             f"SELECT {LOG_SCHEMA}.watch_read_model('{READ_SCHEMA}.{name}', PROJECTOR)",
+            Promise.DISPOSABLE,
         )
     if not unhealed:
-        yield ok("read models", f"all {sum(len(p.tables) for p in projectors)} tables heal")
-    built, states = fingerprints(db), {row.projector: row for row in db.execute(STATES)}
-    faulty = False
-    for one in projectors:
-        state = states.get(one.name)
-        if state is not None and state.state == "broken":
-            faulty = True
-            yield wrong(
-                "read models",
-                f"{one.name} is broken: {state.problem}",
-                f"mend the projector, then `pipeline rebuild {one.name}`",
-            )
-        elif built.get(one.name) not in (None, fingerprint(one)):
-            faulty = True
-            yield warning(
-                "read models",
-                f"{one.name} was built by another definition",
-                f"`pipeline rebuild {one.name}`, or `pipeline run --rebuild-stale`",
-            )
-    if not faulty:
-        yield ok("read models", f"{len(projectors)} projectors, none broken or stale")
+        tables = sum(len(one.tables) for one in projectors)
+        yield ok("read models", f"all {tables} tables heal", Promise.DISPOSABLE)
+    yield from _definitions(db, projectors)
+
+
+def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Finding]:
+    """Whether each table is what its projector says today, and goes on being it."""
+    problems = {row.projector: row.problem for row in db.execute(BROKEN)}
+    broken = [one for one in projectors if one.name in problems]
+    for one in broken:
+        yield wrong(
+            "read models",
+            f"{one.name} is broken: {problems[one.name]}",
+            f"mend the projector, then `pipeline rebuild {one.name}`",
+            Promise.ONE_BAD_EVENT,
+        )
+    if not broken:
+        yield ok("read models", f"{len(projectors)} projectors, none broken", Promise.ONE_BAD_EVENT)
+    built = fingerprints(db)
+    stale = [one for one in projectors if built.get(one.name) not in (None, fingerprint(one))]
+    for one in stale:
+        yield warning(
+            "read models",
+            f"{one.name} was built by another definition",
+            f"`pipeline rebuild {one.name}`, or `pipeline run --rebuild-stale`",
+            Promise.CONVERGENCE,
+        )
+    if not stale:
+        yield ok("read models", "none was built by another definition", Promise.CONVERGENCE)

@@ -7,15 +7,13 @@ from datetime import timedelta
 from sqlalchemy import Connection, text
 
 from pipeline.check.database import is_loopback
-from pipeline.check.findings import Finding, ok, warning, wrong
+from pipeline.check.findings import Finding, ok, unknown, warning, wrong
+from pipeline.check.promises import Promise
 from pipeline.errors import ExitCode, TransientError
 from pipeline.log import ownership
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource
-
-RETENTION_MIN = timedelta(days=3)
-"""A weekend: what less retention does not forgive."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,16 @@ def look_at_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Fin
 
 def kafka_tls(servers: str, protocol: str) -> Finding:
     """Whether anybody could listen in, or pass for the brokers."""
+    touched = (Promise.FAITHFUL_LOG, Promise.SECRECY)
     if protocol in {"SASL_SSL", "SSL"}:
-        return ok("kafka", f"{protocol}: TLS, the broker's name is verified")
+        return ok("kafka", f"{protocol}: TLS, the broker's name is verified", *touched)
     if all(is_loopback(server.rpartition(":")[0]) for server in servers.split(",")):
-        return ok("kafka", f"{protocol} on this machine")
+        return ok("kafka", f"{protocol} on this machine", *touched)
     return warning(
         "kafka",
         f"{protocol}: others can read the events{' and the login' if 'SASL' in protocol else ''}",
         "set PIPELINE_KAFKA_SECURITY_PROTOCOL to SASL_SSL",
+        *touched,
     )
 
 
@@ -95,10 +95,10 @@ def _cluster(cluster: str, known: _Known) -> Iterator[Finding]:
             "kafka",
             f"the log holds records of cluster {', '.join(map(str, others))}, this is {cluster}",
             "check PIPELINE_KAFKA_BOOTSTRAP_SERVERS and PIPELINE_DATABASE_URL",
-            ExitCode.FOUND,
+            Promise.NO_SILENT_LOSS,
         )
     elif known:
-        yield ok("kafka", "it is the cluster that the log was read from")
+        yield ok("kafka", "it is the cluster that the log was read from", Promise.NO_SILENT_LOSS)
 
 
 def _topics(source: KafkaSource, settings: Settings, there: Mapping[str, int]) -> Iterator[Finding]:
@@ -109,34 +109,139 @@ def _topics(source: KafkaSource, settings: Settings, there: Mapping[str, int]) -
                 "kafka",
                 f"topic {topic} does not exist or is hidden from this user",
                 f"set PIPELINE_TOPICS; there are {seen or 'none'}",
-                ExitCode.CONFIGURATION,
+                Promise.NO_SILENT_LOSS,
+                Promise.BOUNDED_MEMORY,
+                code=ExitCode.CONFIGURATION,
             )
             continue
         yield ok("kafka", f"topic {topic}: {there[topic]} partitions")
-        yield from _retention(topic, source.topic_settings(topic))
+        told = source.topic_settings(topic)
+        yield from retention(topic, told, timedelta(hours=settings.longest_outage_hours))
+        yield from replication(topic, told, source.replicas(topic))
+        yield record_size(topic, told, settings.batch_bytes)
 
 
-def _retention(topic: str, told: Mapping[str, str]) -> Iterator[Finding]:
-    if "retention.ms" not in told:
-        yield ok("kafka", f"topic {topic}: the broker does not tell its retention; ask Upvest")
-        return
-    if "compact" in told.get("cleanup.policy", ""):
+def retention(topic: str, told: Mapping[str, str], outage: timedelta) -> Iterator[Finding]:
+    """Whether Kafka still has what was published while we were away for the longest time planned.
+
+    Args:
+        topic: Which.
+        told: Its settings, as far as the broker tells them.
+        outage: The longest that is planned for.
+    """
+    touched = Promise.NO_SILENT_LOSS
+    policy = told.get("cleanup.policy")
+    if policy is None:
+        yield unknown("kafka", f"topic {topic}: whether it is compacted", touched)
+    elif "compact" in policy:
         yield warning(
             "kafka",
             f"topic {topic} is compacted: what is not read in time is thinned out unseen",
             "ask for cleanup.policy=delete",
+            touched,
         )
+    if "retention.ms" not in told:
+        yield unknown("kafka", f"topic {topic}: how long it keeps its records", touched)
+        return
     kept = timedelta(milliseconds=int(told["retention.ms"]))
-    if kept < timedelta(0):
-        yield ok("kafka", f"topic {topic} keeps its records for ever")
-    elif kept < RETENTION_MIN:
+    if timedelta(0) <= kept < outage:
         yield warning(
             "kafka",
-            f"topic {topic} keeps its records for {kept}: a longer downtime loses some",
-            "ask for more, or watch `pipeline status` closely",
+            f"topic {topic} keeps its records for {_length(kept)}, you plan for an outage of "
+            f"{_length(outage)}",
+            "ask for more, or set PIPELINE_LONGEST_OUTAGE_HOURS to what you can be sure of",
+            touched,
         )
     else:
-        yield ok("kafka", f"topic {topic} keeps its records for {kept}; downtime must be shorter")
+        how_long = "for ever" if kept < timedelta(0) else f"for {_length(kept)}"
+        yield ok(
+            "kafka",
+            f"topic {topic} keeps its records {how_long}, you plan for an outage of "
+            f"{_length(outage)}",
+            touched,
+        )
+    most = int(told.get("retention.bytes", -1))
+    if most >= 0:
+        yield warning(
+            "kafka",
+            f"topic {topic} keeps at most {most:,} bytes a partition, however young: on a busy "
+            "day that may be less than the outage that you plan for",
+            "ask for retention by time alone",
+            touched,
+        )
+
+
+def _length(of: timedelta) -> str:
+    hours = of / timedelta(hours=1)
+    if hours >= 24 and hours % 24 == 0:
+        return "1 day" if hours == 24 else f"{hours / 24:.0f} days"
+    return "1 hour" if hours == 1 else f"{hours:,.1f} hours".replace(".0 ", " ")
+
+
+def replication(topic: str, told: Mapping[str, str], replicas: int) -> Iterator[Finding]:
+    """Whether a broker may vanish without taking records along that it had confirmed.
+
+    Args:
+        topic: Which.
+        told: Its settings, as far as the broker tells them.
+        replicas: Of each partition, at least.
+    """
+    touched = Promise.NO_SILENT_LOSS
+    unclean, in_sync = (
+        told.get("unclean.leader.election.enable"),
+        told.get("min.insync.replicas"),
+    )
+    if unclean is None or in_sync is None:
+        yield unknown("kafka", f"topic {topic}: what it loses with a broker", touched)
+    if unclean == "true":
+        yield warning(
+            "kafka",
+            f"topic {topic}: unclean.leader.election.enable is true: a broker that lags behind may "
+            "take over, and what it lacks is gone",
+            "ask for unclean.leader.election.enable=false",
+            touched,
+        )
+    if replicas < 2:
+        yield warning(
+            "kafka",
+            f"topic {topic} has one copy: its broker's disk takes all that was not read",
+            "ask for a replication factor of 3",
+            touched,
+        )
+    elif in_sync is not None and int(in_sync) < 2:
+        yield warning(
+            "kafka",
+            f"topic {topic}: min.insync.replicas is {in_sync}: what one broker alone has confirmed "
+            "may go with it",
+            "ask for min.insync.replicas=2",
+            touched,
+        )
+    elif unclean == "false" and in_sync is not None:
+        yield ok(
+            "kafka",
+            f"topic {topic}: {replicas} copies, at least {in_sync} of them confirm a record",
+            touched,
+        )
+
+
+def record_size(topic: str, told: Mapping[str, str], batch_bytes: int) -> Finding:
+    """Whether a record may be larger than a batch, which memory is laid out for."""
+    if "max.message.bytes" not in told:
+        return unknown("kafka", f"topic {topic}: how large a record may be", Promise.BOUNDED_MEMORY)
+    most = int(told["max.message.bytes"])
+    if most > batch_bytes:
+        return warning(
+            "kafka",
+            f"topic {topic} takes records of up to {most:,} bytes, a batch holds {batch_bytes:,}: "
+            "one such record is held whole, and more than once",
+            f"see that there is memory for it, and set PIPELINE_BATCH_BYTES to {most} or more",
+            Promise.BOUNDED_MEMORY,
+        )
+    return ok(
+        "kafka",
+        f"topic {topic} takes records of up to {most:,} bytes, which go into a batch",
+        Promise.BOUNDED_MEMORY,
+    )
 
 
 def _group(
@@ -154,7 +259,8 @@ def _group(
             "kafka",
             f"group {settings.group_id} is not to be read: {error}",
             "ask for READ on the group, or set PIPELINE_GROUP_ID to one that you may use",
-            ExitCode.CONFIGURATION,
+            Promise.NO_SILENT_LOSS,
+            code=ExitCode.CONFIGURATION,
         )
         return
     others = {str(one) for one in feeds.values() if recorded and one != recorded.installation}
@@ -164,9 +270,10 @@ def _group(
             f"group {settings.group_id} also feeds database {', '.join(others)}: each would get a "
             "part of the events",
             "give each database its own PIPELINE_GROUP_ID",
+            Promise.NO_SILENT_LOSS,
         )
     else:
-        yield ok("kafka", f"group {settings.group_id} may be used")
+        yield ok("kafka", f"group {settings.group_id} may be used", Promise.NO_SILENT_LOSS)
 
 
 def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:
@@ -175,7 +282,12 @@ def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> 
         return
     told = source.topic_ids(topics)
     if not told:
-        yield ok("kafka", "topic ids are not told; the last stored record is compared with Kafka's")
+        yield unknown(
+            "kafka",
+            "topic ids, so that a topic which is made anew under a running worker is known only at "
+            "its next assignment, by the last stored record",
+            Promise.NO_SILENT_LOSS,
+        )
     for topic, topic_id in told.items():
         recorded = {one for partition, _, _, one in known if partition.topic == topic and one}
         if recorded - {topic_id}:
@@ -183,6 +295,7 @@ def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> 
                 "kafka",
                 f"topic {topic} was deleted and made anew since the log was read",
                 "ingest it under another topic name or into another database",
+                Promise.NO_SILENT_LOSS,
             )
 
 
@@ -199,6 +312,7 @@ def _places(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Ite
                 "kafka",
                 f"{partition}: {low - next_offset:,} offsets from {next_offset} on are gone",
                 "run `pipeline ingest`, then see `pipeline gaps list`",
+                Promise.NO_SILENT_LOSS,
             )
         elif next_offset > high:
             faulty = True
@@ -207,6 +321,11 @@ def _places(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Ite
                 f"{partition} ends at {high}, but the log has read up to {next_offset}: the topic "
                 "was made anew, or this is another cluster",
                 "ingest it under another topic name or into another database",
+                Promise.NO_SILENT_LOSS,
             )
     if known and not faulty:
-        yield ok("kafka", "it still has what the log wants to read next, in every partition")
+        yield ok(
+            "kafka",
+            "it still has what the log wants to read next, in every partition",
+            Promise.NO_SILENT_LOSS,
+        )

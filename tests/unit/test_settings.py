@@ -257,7 +257,7 @@ def test_every_number_holds_its_bounds_and_no_more(name):
 
 def test_every_number_says_its_unit():
     """Rows, bytes, milliseconds, offsets; the rest is counted in what the name says."""
-    units = ("_rows", "_bytes", "_ms", "_offsets", "repeat_window", "dead_letter_budget")
+    units = ("_rows", "_bytes", "_ms", "_hours", "_offsets", "repeat_window", "dead_letter_budget")
 
     assert [name for name in NUMBERS if not name.endswith(units)] == []
 

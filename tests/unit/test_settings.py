@@ -144,6 +144,15 @@ def test_a_place_that_is_not_there_is_refused(environment, tmp_path, variable):
     ]
 
 
+@pytest.mark.parametrize("secret", [CANARY, f"/{CANARY}", f"a/{CANARY}", f"/{CANARY}/{CANARY}"])
+def test_a_secret_where_its_file_is_wanted_is_not_shown(environment, secret):
+    environment(PIPELINE_KAFKA_PASSWORD_FILE=secret)
+
+    assert complaints() == [
+        "PIPELINE_KAFKA_PASSWORD_FILE: cannot read what it names: No such file or directory"
+    ]
+
+
 def test_a_file_of_bytes_is_refused(environment, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     environment(PIPELINE_KAFKA_PASSWORD_FILE=str(tmp_path / "bytes"))

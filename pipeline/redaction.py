@@ -1,6 +1,7 @@
 """What must never be read by anyone: which names hold secrets, and how text is freed of them."""
 
 import re
+from collections.abc import Iterable
 
 MASK = "***"
 
@@ -29,3 +30,11 @@ def redacted(text: str) -> str:
     """The text without the login of any URL and without the value of any ``password=…``."""
     text = _LOGIN.sub(f"{MASK}@", _USERINFO.sub(rf"\1{MASK}@", text))
     return _ASSIGNMENT.sub(rf"\g<name>{MASK}", text)
+
+
+def without(text: str, values: Iterable[object]) -> str:
+    """The text without these values, where they stand as words of their own."""
+    for value in map(str, values):
+        if value:
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", MASK, text)
+    return text

@@ -38,6 +38,7 @@ from pipeline.errors import (
 )
 from pipeline.events import UNREADABLE_HEADERS, Record
 from pipeline.positions import NextOffset, Offset, Partition
+from pipeline.redaction import without
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -147,8 +148,12 @@ class KafkaSource:
         self._group = settings.group_id
         self._topics = settings.topics
         listening: _Config = {"error_cb": _report, "logger": logging.getLogger("librdkafka")}
-        self._consumer = Consumer({**self._config, **listening, "on_commit": _on_commit})
-        self._admin = AdminClient({**client, **listening})
+        try:
+            self._consumer = Consumer({**self._config, **listening, "on_commit": _on_commit})
+            self._admin = AdminClient({**client, **listening})
+        except KafkaException as refused:
+            complaint = without(refused.args[0].str(), settings.kafka_client().values())
+            raise ConfigurationError(f"PIPELINE_KAFKA_OPTIONS: {complaint.strip()}") from None
         self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             self._config.get("partition.assignment.strategy")
         )

@@ -47,6 +47,7 @@ SELECT current_setting('server_version_num')::int / 10000 AS major,
        current_setting('synchronous_commit') AS synchronous_commit,
        current_setting('data_checksums') AS data_checksums,
        current_setting('password_encryption') AS password_encryption,
+       current_setting('log_min_messages') AS log_min_messages,
        current_setting('TimeZone') AS zone,
        current_setting('idle_in_transaction_session_timeout') AS idle_timeout,
        (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()) AS tls
@@ -91,6 +92,7 @@ def _server(engine: Engine) -> Iterator[Finding]:
         parameters.get("channel_binding", "prefer"),
     )
     yield _passwords(server)
+    yield _servers_log(server)
 
 
 _ON_COMMIT = (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION)
@@ -198,6 +200,20 @@ def _passwords(server: Row[Any]) -> Finding:
             Promise.SECRECY,
         )
     return ok("database", f"passwords are set as {server.password_encryption}", Promise.SECRECY)
+
+
+def _servers_log(server: Row[Any]) -> Finding:
+    """Whether PostgreSQL writes down what it refuses, as it does if left alone."""
+    if server.log_min_messages in {"fatal", "panic"}:
+        return ok("database", "PostgreSQL's own log repeats no value", Promise.SECRECY)
+    return warning(
+        "database",
+        f"PostgreSQL's own log repeats values that it refuses (log_min_messages is "
+        f"{server.log_min_messages})",
+        f"have a superuser say: ALTER ROLE {server.role} SET log_min_messages = 'fatal'; what is "
+        "refused is in our log, without the values",
+        Promise.SECRECY,
+    )
 
 
 def is_loopback(host: str) -> bool:

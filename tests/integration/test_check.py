@@ -353,6 +353,7 @@ def test_a_postgresql_that_may_lose_commits_puts_what_stands_on_them_at_risk(giv
     [
         ("synchronous_commit = off", Promise.ONE_EFFECT, "synchronous_commit is off"),
         ("password_encryption = md5", Promise.SECRECY, "password_encryption is md5"),
+        ("log_min_messages = error", Promise.SECRECY, "(log_min_messages is error)"),
     ],
 )
 def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, said):
@@ -425,6 +426,7 @@ def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
                 ("ssl_cert_file", server.directory / certificate.name),
                 ("ssl_key_file", server.directory / key.name),
                 ("ssl", "on"),
+                ("log_min_messages", "fatal"),
             ):
                 db.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
         server.restart()

@@ -1,8 +1,10 @@
 """Kafka's half: connection, topics, group, and whether it still is what the log was read from."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import UUID
 
 from sqlalchemy import Connection, text
 
@@ -14,6 +16,10 @@ from pipeline.log import ownership
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource
+
+COORDINATOR_S_MAX = 15.0
+"""Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
+COORDINATOR_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ def _group(
     recorded: Recorded | None,
 ) -> Iterator[Finding]:
     try:
-        feeds = source.feeds(partitions)
+        feeds = _feeds(source, partitions)
     except TransientError as error:
         if "AUTHORIZATION" not in str(error):
             raise
@@ -274,6 +280,18 @@ def _group(
         )
     else:
         yield ok("kafka", f"group {settings.group_id} may be used", Promise.NO_SILENT_LOSS)
+
+
+def _feeds(source: KafkaSource, partitions: Sequence[Partition]) -> Mapping[Partition, UUID]:
+    """What the group says that it feeds; asked again while its coordinator moves or comes up."""
+    deadline = time.monotonic() + COORDINATOR_S_MAX
+    while True:
+        try:
+            return source.feeds(partitions)
+        except TransientError as error:
+            if "COORDINATOR" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(COORDINATOR_POLL_S)
 
 
 def _topic_ids(source: KafkaSource, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:

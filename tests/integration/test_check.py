@@ -298,6 +298,13 @@ def test_a_group_that_feeds_another_database_is_wrong(check, broker):
     assert is_said(of(check(), "wrong"), f"group pipeline also feeds database {other}")
 
 
+def test_a_coordinator_that_moves_is_asked_again(check, broker):
+    offset_fetch, not_coordinator = 9, 16
+    broker.push_errors(offset_fetch, not_coordinator)
+
+    assert is_said(of(check(), "ok"), "group pipeline may be used")
+
+
 # --------------------------------------------------------------------------------------- guarantees
 
 

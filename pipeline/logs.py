@@ -19,6 +19,7 @@ from typing import Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from pipeline.errors import PipelineError
 from pipeline.redaction import MASK, is_secret, redacted
 
 # These speak at the chosen level; any other library only when something is wrong, because at DEBUG
@@ -28,11 +29,6 @@ _OURS = ("pipeline", "librdkafka")
 # What a record holds: personal data of a client's customers.
 _PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
 
-# From here on an error's text repeats rows, parameters or statements.
-_VALUES_FOLLOW = re.compile(
-    r"(?:^|\n)(?:DETAIL|CONTEXT|QUERY|HINT|WHERE|LINE \d+):|\n?\[(?:SQL|parameters):", re.IGNORECASE
-)
-_QUOTED = re.compile(r'".*"', re.DOTALL)
 # Escape sequences, C1 controls and marks that turn the direction of text fool a reader's terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _FIRST = ("ts", "level", "event", "logger", "msg")
@@ -193,7 +189,7 @@ def _printable(value: object) -> object:
 
 
 def exception_text(error: BaseException) -> str:
-    """A traceback without the values of variables and without what PostgreSQL repeats of a row."""
+    """A traceback without the values of variables and without what others say of data."""
     return "\n".join(_chain(error, seen=set()))
 
 
@@ -223,14 +219,26 @@ def _name_of(error: BaseException) -> str:
     )
 
 
+# What these say is ours, or the interpreter's and the operating system's: names, no values of data.
+_TOLD = (
+    PipelineError,
+    *(AttributeError, ImportError, KeyboardInterrupt, MemoryError, NameError, NotImplementedError),
+    *(OSError, RecursionError, TypeError),
+)
+
+
 def _message(error: BaseException) -> str:
-    """The error's text, up to where a driver goes on to repeat data."""
-    text = _VALUES_FOLLOW.split(str(error), maxsplit=1)[0]
+    """The error's text, where it is ours or the interpreter's own; anybody else's may hold data.
+
+    A driver repeats rows, in the language of its server, and ``int()`` what it could not read. The
+    kind of the error, its SQLSTATE and the lines of code that it came through remain.
+    """
+    if isinstance(error, _TOLD):
+        return redacted(str(error))
     sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
-    if isinstance(sqlstate, str) and sqlstate.startswith("22"):
-        # A data exception quotes the value that it could not read.
-        text = _QUOTED.sub(f'"{MASK}"', text)
-    return redacted(text)
+    if isinstance(sqlstate, str):
+        return f"{MASK} ({printable(sqlstate)})"
+    return MASK if str(error) else ""
 
 
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,6 +1,7 @@
 """What must never be read by anyone: which names hold secrets, and how text is freed of them."""
 
 import re
+from collections.abc import Iterable
 
 MASK = "***"
 
@@ -11,6 +12,8 @@ _SECRET_NAME = re.compile(
 )
 # Up to the last @ of an unbroken run: a password may hold an @ that nobody escaped.
 _USERINFO = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^ \t\r\n\"'<>]*@")
+# The same where somebody forgot the scheme.
+_LOGIN = re.compile(r"(?<![^\s\"'=,(])[^\s:@/\"'<>=,]+:(?!//)[^\s\"'<>]+@")
 _ASSIGNMENT = re.compile(
     r"""(?P<name>[\w.-]*(?:password|passwd|passphrase|secret|token)[\w.-]*["']?\s*[=:]\s*)"""
     r"""(?:"[^"]*"|'(?:[^'\\]|\\.)*'|[^\s,;&"']+)""",
@@ -24,5 +27,14 @@ def is_secret(name: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """The text without the user part of any URL and without the value of any ``password=…``."""
-    return _ASSIGNMENT.sub(rf"\g<name>{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
+    """The text without the login of any URL and without the value of any ``password=…``."""
+    text = _LOGIN.sub(f"{MASK}@", _USERINFO.sub(rf"\1{MASK}@", text))
+    return _ASSIGNMENT.sub(rf"\g<name>{MASK}", text)
+
+
+def without(text: str, values: Iterable[object]) -> str:
+    """The text without these values, where they stand as words of their own."""
+    for value in map(str, values):
+        if value:
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", MASK, text)
+    return text

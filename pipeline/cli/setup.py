@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pipeline import migrate as schema
-from pipeline.check import Finding, examine, exit_code
+from pipeline.check import Finding, Standing, Worth, examine, exit_code, worth
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import emit, say
 from pipeline.logs import printable
@@ -38,14 +38,16 @@ def migrate(ctx: typer.Context, as_json: _AsJson = False) -> None:
 
 
 @app.command(
-    epilog="Exit codes: 0 nothing is wrong (warnings may be listed); 1 something is; 69 a server "
-    "is away; 78 a setting, a right or the schema is wrong."
+    epilog="Exit codes: 0 nothing is wrong (risks may be listed); 1 something is, and a guarantee "
+    "is broken; 69 a server is away; 78 a setting, a right or the schema is wrong."
 )
 def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
-    """Say what is right and wrong on both sides, and what to do.
+    """Say what is right and wrong on both sides, what to do, and which guarantees hold here.
 
-    Versions, TLS, login, rights, schema, append-only triggers, read models; topics, group,
-    retention, and whether Kafka is still what was read before. Changes nothing, joins no group.
+    Versions, durability, TLS, login, rights, schema, append-only triggers, read models; topics,
+    group, replication, retention against PIPELINE_LONGEST_OUTAGE_HOURS, and whether Kafka is still
+    what was read before. Then each guarantee: holds, at risk, broken, or not known, and why.
+    Changes nothing, joins no group.
 
     \b
     $ pipeline check
@@ -56,18 +58,42 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
         found.append(finding)
         if not as_json:
             _tell(finding)
+    promises = worth(found)
     if as_json:
-        emit({"ok": not any(one.level == "wrong" for one in found), "findings": found})
+        is_ok = not any(one.level == "wrong" for one in found)
+        emit({"ok": is_ok, "findings": found, "promises": promises})
     else:
-        count = Counter(one.level for one in found)
-        say(f"{count['ok']} ok, {count['warning']} warnings, {count['wrong']} wrong.")
+        typer.echo("\nGuarantees, in this installation:")
+        for promise in promises:
+            _tell_promise(promise)
+        levels, standings = (
+            Counter(one.level for one in found),
+            Counter(one.standing for one in promises),
+        )
+        say(
+            f"{levels['ok']} ok, {levels['unknown']} not told, {levels['warning']} warnings, "
+            f"{levels['wrong']} wrong. Guarantees: "
+            f"{', '.join(f'{standings[one]} {one}' for one in Standing if standings[one])}."
+        )
     raise typer.Exit(exit_code(found))
 
 
-_SIGNS = {"ok": "✓", "warning": "!", "wrong": "✗"}
+_SIGNS = {"ok": "✓", "unknown": "?", "warning": "!", "wrong": "✗"}
+_SIGN_OF_STANDING = {
+    Standing.HOLDS: "✓",
+    Standing.NOT_KNOWN: "?",
+    Standing.AT_RISK: "!",
+    Standing.BROKEN: "✗",
+}
 
 
 def _tell(finding: Finding) -> None:
     remedy = f" → {finding.remedy}" if finding.remedy else ""
     line = f"{_SIGNS[finding.level]} {finding.level:<7}  {finding.area}: {finding.text}{remedy}"
+    typer.echo(printable(line))
+
+
+def _tell_promise(one: Worth) -> None:
+    reasons = f": {'; '.join(one.reasons)}" if one.reasons else ""
+    line = f"{_SIGN_OF_STANDING[one.standing]} {one.standing:<9}  {one.promise}{reasons}"
     typer.echo(printable(line))

@@ -115,9 +115,9 @@ RANGES = select(
     consumer_offsets.c.next_offset,
 ).order_by(consumer_offsets.c.topic, consumer_offsets.c.partition)
 
-_status = case(
-    (events.c.payload["object"].is_not(None), events.c.payload["object"]["status"].astext)
-).label("status")
+# A state's name and nothing else that somebody may have written there: it shows unasked.
+_stated = events.c.payload["object"]["status"].astext
+_status = case((_stated.regexp_match("^[A-Z][A-Z0-9_]{0,62}$"), _stated)).label("status")
 _ENVELOPE = [
     events.c.topic,
     events.c.partition,

@@ -161,6 +161,12 @@ class Settings(BaseSettings):
         description="Guilty events in one pass past which the projector itself is broken",
     )
 
+    longest_outage_hours: int = Field(
+        default=72,  # a weekend
+        ge=1,
+        le=8760,
+        description="The longest outage you plan for, in hours: Kafka must keep records for longer",
+    )
     idle_in_transaction_timeout_ms: int = Field(
         default=10_000,
         ge=1000,

@@ -76,7 +76,9 @@ def _places(
     for name in _FIELDS:
         variable = f"{public_name(name)}_FILE"
         if path := os.environ.get(variable):
-            yield variable, {name: _content(Path(path), variable)}
+            # A secret may have been put where the name of its file is wanted.
+            shown = path if _is_surely_path(path) or not _may_be_secret(name) else "what it names"
+            yield variable, {name: _content(Path(path), variable, shown)}
     if directory := os.environ.get(_SECRETS_DIR):
         yield _SECRETS_DIR, _secrets(Path(directory))
     if config:
@@ -85,14 +87,27 @@ def _places(
         yield path, _toml(Path(path), _CONFIG)
 
 
-def _content(path: Path, named_by: str) -> str:
-    """What stands in a file, without the line end that editors add."""
+def _is_surely_path(text: str) -> bool:
+    """Whether it leads into a folder that exists, which no password does by chance."""
+    folder = Path(text).parent
+    return folder.is_absolute() and folder != Path("/") and folder.is_dir()
+
+
+def _content(path: Path, named_by: str, shown: str | None = None) -> str:
+    """What stands in a file, without the line end that editors add.
+
+    Args:
+        path: The file.
+        named_by: What names it.
+        shown: What a complaint calls it; its path by default.
+    """
+    shown = str(path) if shown is None else shown
     try:
         return path.read_text(encoding="utf-8").rstrip("\r\n")
     except OSError as error:
-        message = f"{named_by}: cannot read {path}: {error.strerror}"
+        message = f"{named_by}: cannot read {shown}: {error.strerror}"
     except UnicodeDecodeError:
-        message = f"{named_by}: {path} is not UTF-8"
+        message = f"{named_by}: {shown} is not UTF-8"
     raise ConfigurationError(message)
 
 
@@ -163,5 +178,8 @@ def _bounds(field: FieldInfo) -> str | None:
 
 
 def _not(name: str, value: object) -> str:
-    may_be_secret = "Secret" in str(_FIELDS[name].annotation)
-    return "" if may_be_secret else f", not {redacted(repr(value))[:100]}"
+    return "" if _may_be_secret(name) else f", not {redacted(repr(value))[:100]}"
+
+
+def _may_be_secret(name: str) -> bool:
+    return "Secret" in str(_FIELDS[name].annotation)

@@ -13,6 +13,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.positions import Offset
+from pipeline.redaction import without
 from pipeline.simulator.records import Record
 
 _ANSWER_SECONDS_MAX: Final = 30.0
@@ -68,7 +69,8 @@ class Producer:
                 }
             )
         except KafkaException as refused:
-            raise ConfigurationError(f"Kafka's client: {refused.args[0].str()}") from None
+            complaint = without(refused.args[0].str(), options.values())
+            raise ConfigurationError(f"Kafka's client: {complaint}") from None
 
     def __enter__(self) -> Self:
         return self

@@ -29,6 +29,7 @@ from pipeline.source.client import (
     GoodMessage,
     asked,
     consumer_config,
+    opened,
     record_of,
     report,
     translated,
@@ -77,9 +78,11 @@ class Brokers:
     def __init__(self, settings: Settings) -> None:
         self._config = consumer_config(settings)
         # Of trouble with the connection the other client tells.
-        self._consumer = Consumer({**self._config, "log_level": 0})
+        self._consumer = opened(lambda: Consumer({**self._config, "log_level": 0}), settings)
         listening: Config = {"error_cb": report, "logger": logging.getLogger("librdkafka")}
-        self._admin = AdminClient({**settings.kafka_client(), **listening})
+        self._admin = opened(
+            lambda: AdminClient({**settings.kafka_client(), **listening}), settings
+        )
         self._reader_group = f"{settings.group_id}-probe"
         self._tells_topic_ids: bool | None = None
 
@@ -106,6 +109,11 @@ class Brokers:
         """Every topic that this user may see, with its number of partitions."""
         found = asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
+
+    def replicas(self, topic: str) -> int:
+        """How many brokers have a copy of each of the topic's partitions, at least."""
+        found = asked(lambda: self._admin.list_topics(topic, timeout=ASK_S_MAX)).topics[topic]
+        return min((len(one.replicas) for one in found.partitions.values()), default=0)
 
     def topic_settings(self, topic: str) -> Mapping[str, str]:
         """A topic's settings, e.g. ``retention.ms``; empty where the broker does not tell."""

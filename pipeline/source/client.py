@@ -10,8 +10,15 @@ from typing import Any, Protocol, TypeVar
 import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, KafkaException, libversion
 
-from pipeline.errors import GroupFencedError, InvariantError, PipelineError, TransientError
+from pipeline.errors import (
+    ConfigurationError,
+    GroupFencedError,
+    InvariantError,
+    PipelineError,
+    TransientError,
+)
 from pipeline.events import UNREADABLE_HEADERS, Record
+from pipeline.redaction import without
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -24,6 +31,7 @@ DATABASE_NAMED = re.compile(COMMIT_METADATA + r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-
 """What we commit to Kafka names the database, so that two of them are noticed in one group."""
 
 Config = dict[str, Any]
+_Client = TypeVar("_Client")
 
 _GUARANTEES: Config = {
     "enable.auto.commit": False,
@@ -58,6 +66,19 @@ def consumer_config(settings: Settings) -> Config:
     if settings.kafka_group_protocol == "classic":
         group = _CLASSIC_DEFAULTS | group
     return _DEFAULTS | group | settings.kafka_client() | _GUARANTEES
+
+
+def opened(client: Callable[[], _Client], settings: Settings) -> _Client:
+    """A client, made.
+
+    Raises:
+        ConfigurationError: It refuses an option; which, and why, without any value of ours.
+    """
+    try:
+        return client()
+    except KafkaException as refused:
+        complaint = without(refused.args[0].str(), settings.kafka_client().values())
+        raise ConfigurationError(f"PIPELINE_KAFKA_OPTIONS: {complaint.strip()}") from None
 
 
 def client_version() -> str:

@@ -19,10 +19,12 @@ from pipeline.source.client import (
     COMMIT_METADATA,
     OUT_OF_RANGE,
     PARTITION_END,
+    Config,
     GoodMessage,
     asked,
     consumer_config,
     log_commit_failure,
+    opened,
     record_of,
     report,
     translated,
@@ -86,14 +88,12 @@ class KafkaSource:
     def __init__(self, settings: Settings) -> None:
         config = consumer_config(settings)
         self._topics = settings.topics
-        self._consumer = Consumer(
-            {
-                **config,
-                "error_cb": report,
-                "logger": logging.getLogger("librdkafka"),
-                "on_commit": _on_commit,
-            }
-        )
+        listening: Config = {
+            "error_cb": report,
+            "logger": logging.getLogger("librdkafka"),
+            "on_commit": _on_commit,
+        }
+        self._consumer = opened(lambda: Consumer({**config, **listening}), settings)
         self.brokers = Brokers(settings)
         self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")

@@ -23,14 +23,14 @@ from psycopg.sql import SQL, Identifier, Literal
 from pipeline.positions import Partition
 from pipeline.projectors import discover
 from pipeline.simulator import Books
-from tests import waiting
+from tests import canaries, waiting
 from tests.faults.ledger import Feed, Headers, Ledger, Sent
 from tests.servers import Kafka
 from tests.servers.databases import Database
 
 WAIT_SECONDS_MAX = 60.0
 """Longest wait for anything that ought to happen within a few seconds; the machine may be busy."""
-PASSWORD = "secret"
+PASSWORD = "c4n4ry-of-the-workers"
 LOG_LINES_SHOWN = 40
 DIFFERENCES_SHOWN = 5
 
@@ -533,12 +533,16 @@ class Bench:
     # -------------------------------------------------------------------------------------- within
 
     def close(self) -> None:
-        """Kill what still runs, and remove the roles."""
+        """Kill what still runs, remove the roles, and see that no log says what none may say."""
         for worker in self.workers:
             worker.kill()
         for role in [*self._roles, self._service]:
             self._compose(SQL("DROP OWNED BY {}").format(Identifier(role)))
             self._compose(SQL("DROP ROLE {}").format(Identifier(role)))
+        for worker in self.workers:
+            said = worker.log.read_text(errors="replace")
+            assert PASSWORD not in said, f"{worker.log} holds the password"
+            assert canaries.simulated(said) == [], f"{worker.log} holds personal data"
 
     def _new_role(self, number: int) -> str:
         role = f"{self._service}_{number}"

@@ -1,16 +1,28 @@
 """What `pipeline check` finds, on real servers, with something wrong on purpose."""
 
+import os
+import re
 import secrets
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
+import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from sqlalchemy import create_engine
 
-from pipeline.check import database_tls, examine, is_loopback, kafka_tls
-from pipeline.embedded.postgres import free_port
+from pipeline.check import Promise, Standing, examine, worth
+from pipeline.check.database import _server, is_loopback, look_at_database
+from pipeline.check.kafka import kafka_tls
+from pipeline.check.promises import ANYWHERE
+from pipeline.db import open_engine
+from pipeline.embedded.postgres import PostgresServer, free_port
 from pipeline.projectors import discover
 from pipeline.settings import Settings
 from tests.commands import Commands, InProcess, on_mock
+from tests.conftest import OLDEST
 from tests.given import order_event
 
 TOPIC = "Notifications"
@@ -28,8 +40,22 @@ def found(url, servers, topic=TOPIC, **settings):
     return list(examine(chosen, discover()))
 
 
+def found_in(url):
+    """Findings of the database's half."""
+    engine = open_engine(url, application="test")
+    try:
+        return list(look_at_database(engine, discover()))
+    finally:
+        engine.dispose()
+
+
 def of(findings, level):
     return [one.text for one in findings if one.level == level]
+
+
+def worth_of(findings, promise):
+    """What a promise is worth by these findings."""
+    return next(one for one in worth(findings) if one.promise is promise)
 
 
 def is_said(texts, part):
@@ -66,13 +92,25 @@ def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
     assert is_said(well, f"topic {name}: 3 partitions")
     assert is_said(well, f"topic {name} keeps its records for 7 days")
     assert is_said(well, "group pipeline may be used")
+    assert {one.promise for one in worth(findings)} == set(Promise) - ANYWHERE
+    assert {one.standing for one in worth(findings)} <= {Standing.HOLDS, Standing.AT_RISK}
 
 
-def test_what_a_broker_does_not_tell_is_no_fault(check):
+def test_what_a_broker_does_not_tell_is_no_fault_and_no_guarantee(given, check):
+    given([order_event("NEW", at=1)])
+    given.execute("UPDATE pipeline.consumer_offsets SET next_offset = 0, topic_id = NULL")
+
     findings = check()
 
     assert of(findings, "wrong") == []
-    assert is_said(of(findings, "ok"), "the broker does not tell its retention")
+    untold = of(findings, "unknown")
+    for thing in ("how long it keeps", "whether it is compacted", "how large", "topic ids"):
+        assert is_said(untold, thing)
+    memory = worth_of(findings, Promise.BOUNDED_MEMORY)
+    assert memory.standing is Standing.NOT_KNOWN
+    assert memory.reasons == [
+        f"topic {TOPIC}: how large a record may be, not told: ask Upvest",
+    ]
 
 
 # ----------------------------------------------------------------------------------------- database
@@ -93,22 +131,24 @@ def test_what_a_broker_does_not_tell_is_no_fault(check):
     ],
     ids=["parent", "segment", "truncate", "broken"],
 )
-def test_a_safeguard_that_is_missing_is_wrong(given, check, harm, said):
+def test_a_safeguard_that_is_missing_is_wrong(given, harm, said):
     given([order_event("NEW", at=1)]).project(*discover())
     segment = given.scalar("SELECT segment FROM pipeline.segments")
     given.execute(harm.format(segment=segment))
 
-    findings = [one for one in check() if one.area != "kafka"]
+    [wrong] = of(found_in(given.database.url), "wrong")
 
-    [wrong] = of(findings, "wrong")
     assert said.format(segment=segment) in wrong
 
 
-def test_a_read_model_of_another_definition_is_a_warning(given, check):
+def test_a_read_model_of_another_definition_is_a_warning(given):
     given([order_event("NEW", at=1)]).project(*discover())
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
 
-    assert is_said(of(check(), "warning"), "orders was built by another definition")
+    findings = found_in(given.database.url)
+
+    assert is_said(of(findings, "warning"), "orders was built by another definition")
+    assert worth_of(findings, Promise.CONVERGENCE).standing is Standing.AT_RISK
 
 
 @pytest.fixture
@@ -117,7 +157,7 @@ def role(given) -> Iterator[tuple[str, str]]:
     name = f"role_{secrets.token_hex(4)}"
     given.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
     host = given.database.dsn.rpartition("@")[2]
-    yield name, f"postgresql://{name}:x@{host}"
+    yield name, f"postgresql+psycopg://{name}:x@{host}"
     given.execute(f"DROP OWNED BY {name}")
     given.execute(f"DROP ROLE {name}")
 
@@ -135,17 +175,17 @@ def _grant(given, role):
         given.execute(statement.format(role))
 
 
-def test_a_role_with_just_enough_rights_cannot_change_the_log(given, broker, role):
+def test_a_role_with_just_enough_rights_cannot_change_the_log(given, role):
     name, url = role
     _grant(given, name)
 
-    findings = found(url, broker.bootstrap_servers)
+    findings = found_in(url)
 
     assert of(findings, "wrong") == []
     assert is_said(of(findings, "ok"), "append-only for this role")
 
 
-def test_rights_that_are_missing_are_named(given, broker, role):
+def test_rights_that_are_missing_are_named(given, role):
     name, url = role
     _grant(given, name)
     given.execute(f"REVOKE INSERT ON pipeline.events FROM {name}")
@@ -154,7 +194,7 @@ def test_rights_that_are_missing_are_named(given, broker, role):
         f"REVOKE EXECUTE ON FUNCTION pipeline.make_segment(text, bigint, bigint) FROM {name}"
     )
 
-    missing = of(found(url, broker.bootstrap_servers), "wrong")
+    missing = of(found_in(url), "wrong")
 
     assert [text.rpartition(" on ")[2] for text in missing] == [
         *("pipeline.events", "upvest.orders", "pipeline.make_segment")
@@ -170,19 +210,6 @@ def test_rights_that_are_missing_are_named(given, broker, role):
 )
 def test_a_host_is_near_only_if_nobody_can_listen_in_between(host, near):
     assert is_loopback(host) is near
-
-
-@pytest.mark.parametrize(
-    ("host", "tls", "sslmode", "level"),
-    [
-        ("/run/postgresql", None, "prefer", "ok"),
-        ("db.example", None, "prefer", "warning"),
-        ("db.example", "TLSv1.3", "require", "warning"),
-        ("db.example", "TLSv1.3", "verify-full", "ok"),
-    ],
-)
-def test_anything_below_verify_full_over_the_network_is_a_warning(host, tls, sslmode, level):
-    assert database_tls(host, tls, sslmode).level == level
 
 
 @pytest.mark.parametrize(
@@ -214,7 +241,7 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
 
     warnings = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "warning")
 
-    assert is_said(warnings, "keeps its records for 1:00:00: a longer downtime loses some")
+    assert is_said(warnings, "keeps its records for 1 hour, you plan for an outage of 3 days")
     assert is_said(warnings, "is compacted")
 
 
@@ -271,6 +298,185 @@ def test_a_group_that_feeds_another_database_is_wrong(check, broker):
     assert is_said(of(check(), "wrong"), f"group pipeline also feeds database {other}")
 
 
+def test_a_coordinator_that_moves_is_asked_again(check, broker):
+    offset_fetch, not_coordinator = 9, 16
+    broker.push_errors(offset_fetch, not_coordinator)
+
+    assert is_said(of(check(), "ok"), "group pipeline may be used")
+
+
+# --------------------------------------------------------------------------------------- guarantees
+
+
+def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(given, kafka, topic):
+    name = topic(config={"retention.ms": "86400000"})
+    reason = f"topic {name} keeps its records for 1 day, you plan for an outage of 3 days"
+
+    findings = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
+    planned_less = found(
+        given.database.dsn, kafka.bootstrap_servers, topic=name, longest_outage_hours=24
+    )
+
+    loss = worth_of(findings, Promise.NO_SILENT_LOSS)
+    assert loss.standing is Standing.AT_RISK
+    assert reason in loss.reasons
+    assert not is_said(worth_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records")
+
+
+def test_what_a_real_topic_may_lose_or_take_is_told(given, kafka, topic):
+    name = topic(
+        config={
+            "unclean.leader.election.enable": "true",
+            "retention.bytes": "1000000",
+            "max.message.bytes": "20000000",
+            "cleanup.policy": "compact,delete",
+        }
+    )
+
+    findings = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
+
+    loss = worth_of(findings, Promise.NO_SILENT_LOSS).reasons
+    for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one copy"):
+        assert is_said(loss, reason)
+    [memory] = worth_of(findings, Promise.BOUNDED_MEMORY).reasons
+    assert "records of up to 20,000,000 bytes" in memory
+
+
+@pytest.mark.both_postgres
+def test_a_postgresql_that_may_lose_commits_puts_what_stands_on_them_at_risk(given):
+    durable = {name: given.scalar(f"SHOW {name}") for name in ("fsync", "full_page_writes")}
+
+    findings = found_in(given.database.url)
+
+    for promise in (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION):
+        reasons = worth_of(findings, promise).reasons
+        assert {
+            name: "off" if is_said(reasons, f"{name} is off") else "on" for name in durable
+        } == durable
+
+
+@pytest.mark.parametrize(
+    ("setting", "promise", "said"),
+    [
+        ("synchronous_commit = off", Promise.ONE_EFFECT, "synchronous_commit is off"),
+        ("password_encryption = md5", Promise.SECRECY, "password_encryption is md5"),
+        ("log_min_messages = error", Promise.SECRECY, "(log_min_messages is error)"),
+    ],
+)
+def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, said):
+    given.execute(f'ALTER DATABASE "{given.database.name}" SET {setting}')
+    given.engine.dispose()
+
+    worth_here = worth_of(found_in(given.database.url), promise)
+
+    assert worth_here.standing is Standing.AT_RISK
+    assert is_said(worth_here.reasons, said)
+
+
+def test_sessions_whose_settings_a_pooler_drops_are_wrong(database):
+    plain = create_engine(database.url)
+
+    findings = list(_server(plain))
+
+    plain.dispose()
+    [wrong] = [one for one in findings if one.level == "wrong"]
+    assert "idle_in_transaction_session_timeout is 0" in wrong.text
+    assert worth_of(findings, Promise.ONE_WRITER).standing is Standing.BROKEN
+
+
+def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):
+    given.execute("DROP TRIGGER heals_after_truncate ON upvest.orders")
+
+    findings = found_in(given.database.url)
+
+    broken = [one.promise for one in worth(findings) if one.standing is Standing.BROKEN]
+    assert broken == [Promise.DISPOSABLE]
+
+
+def test_while_a_side_is_away_nothing_is_said_to_hold_that_it_decides(database, broker):
+    nobody = f"postgresql://u:p@127.0.0.1:{free_port()}/d"
+
+    findings = found(nobody, broker.bootstrap_servers)
+
+    held = {one.promise for one in worth(findings) if one.standing is Standing.HOLDS}
+    assert held == set()
+    assert worth_of(findings, Promise.ONE_WRITER).standing is Standing.NOT_KNOWN
+
+
+# ------------------------------------------------------------------------------------------- TLS
+
+NAMED = "db.example"
+"""The name in the certificate, which the tests' connections name too, for a loopback address."""
+
+
+@pytest.fixture(scope="module")
+def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
+    """The system's PostgreSQL, with a certificate of its own; and that certificate."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "server.crt", folder / "server.key"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    names = ["-subj", f"/CN={NAMED}", "-addext", f"subjectAltName=DNS:{NAMED}"]
+    subprocess.run(
+        [*request, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
+    server = PostgresServer(OLDEST)
+    try:
+        server.start()  # makes its folder, which its account owns
+        for path in (certificate, key):
+            placed = server.directory / path.name
+            shutil.copy(path, placed)
+            owner = (server.directory / "password").stat()
+            os.chown(placed, owner.st_uid, owner.st_gid)
+            placed.chmod(0o600)
+        with psycopg.connect(server.dsn(), autocommit=True) as db:
+            for name, value in (
+                ("ssl_cert_file", server.directory / certificate.name),
+                ("ssl_key_file", server.directory / key.name),
+                ("ssl", "on"),
+                ("log_min_messages", "fatal"),
+            ):
+                db.execute(f"ALTER SYSTEM SET {name} = '{value}'".encode())
+        server.restart()
+        yield server, certificate
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("pg_version", [OLDEST])  # the wheel's PostgreSQL knows no TLS
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+@pytest.mark.parametrize(
+    ("parameters", "standing", "said"),
+    [
+        ("sslmode=disable", Standing.AT_RISK, "sslmode=disable, and no TLS to db.example"),
+        ("sslmode=prefer", Standing.AT_RISK, "but sslmode=prefer does not make sure that it is"),
+        ("sslmode=require&channel_binding=require", Standing.AT_RISK, "sslmode=require does not"),
+        (
+            "sslmode=verify-full&channel_binding=disable",
+            Standing.AT_RISK,
+            "channel_binding=disable",
+        ),
+        ("sslmode=verify-full&sslrootcert={certificate}", Standing.HOLDS, None),
+    ],
+)
+def test_tls_below_verify_full_puts_secrets_at_risk(
+    pg_version, tls_postgres, parameters, standing, said
+):
+    server, certificate = tls_postgres
+    root = "" if "{certificate}" in parameters else "&sslrootcert={certificate}"
+    asked = (parameters + root).format(certificate=certificate)
+    address = server.url().replace("127.0.0.1", NAMED)
+    engine = open_engine(f"{address}?hostaddr=127.0.0.1&{asked}", application="test")
+
+    findings = list(_server(engine))
+
+    engine.dispose()
+    secrecy = worth_of(findings, Promise.SECRECY)
+    assert secrecy.standing is standing
+    assert not secrecy.reasons if said is None else is_said(secrecy.reasons, said)
+    # And with fsync on, as a PostgreSQL comes, commits are worth what they promise.
+    assert worth_of(findings, Promise.ONE_EFFECT).standing is Standing.HOLDS
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -282,9 +488,13 @@ def pipeline(monkeypatch, capsys):
 def test_the_command_prints_one_line_a_finding_and_ends_with_0(given, broker, pipeline):
     result = pipeline(on_mock(given.database, broker), "check")
 
+    found, promises = result.out.split("\n\nGuarantees, in this installation:\n")
     assert result.code == 0
-    assert all(line[0] in "✓!" for line in result.out.splitlines())
-    assert result.err.splitlines()[-1].endswith(" 0 wrong.")
+    assert all(line[0] in "✓?!" for line in found.splitlines())
+    assert [re.split(r" {2,}|: ", line)[1] for line in promises.splitlines()] == [
+        one.value for one in Promise if one not in ANYWHERE
+    ]
+    assert " 0 wrong. Guarantees: " in result.err.splitlines()[-1]
 
 
 def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker, pipeline):
@@ -297,6 +507,10 @@ def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker
     [wrong] = [one for one in result.json["findings"] if one["level"] == "wrong"]
     assert wrong["area"] == "log"
     assert "CREATE TRIGGER append_only" in wrong["remedy"]
+    assert wrong["promises"] == ["The log is faithful"]
+    faithful = result.json["promises"][0]
+    assert (faithful["promise"], faithful["standing"]) == ("The log is faithful", "broken")
+    assert wrong["text"] in faithful["reasons"]
 
 
 def test_no_schema_ends_with_78_and_kafka_is_looked_at_all_the_same(

@@ -23,7 +23,7 @@ import pytest
 from pipeline.demo.load import Ledger
 from pipeline.positions import Offset
 from pipeline.simulator import Record
-from tests import waiting
+from tests import canaries, waiting
 
 pytestmark = [pytest.mark.postgres, pytest.mark.timeout(300)]
 
@@ -47,7 +47,14 @@ class Room:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "92"}
+        # The demo takes no settings from outside, and shows none.
+        self.environment = {
+            **os.environ,
+            "TMPDIR": str(folder),
+            "COLUMNS": "92",
+            "PIPELINE_DATABASE_URL": f"postgresql://u:{canaries.WRONG_PASSWORD}@127.0.0.1:1/d",
+            "PIPELINE_KAFKA_PASSWORD": canaries.KAFKA_PASSWORD,
+        }
 
     def processes(self) -> list[str]:
         mark = f"TMPDIR={self.folder}".encode()
@@ -98,6 +105,7 @@ def test_the_demo_ends_with_every_check_held_and_leaves_nothing(room):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert room.is_empty(), room.processes()
     assert ended.stderr == ""
+    assert canaries.leaks(ended.stdout) == canaries.simulated(ended.stdout) == []
     assert "\x1b" not in ended.stdout
     assert max(map(len, ended.stdout.splitlines())) <= 100
     [produced] = set(numbers(ended.stdout, "records produced"))

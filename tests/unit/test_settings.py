@@ -144,6 +144,15 @@ def test_a_place_that_is_not_there_is_refused(environment, tmp_path, variable):
     ]
 
 
+@pytest.mark.parametrize("secret", [CANARY, f"/{CANARY}", f"a/{CANARY}", f"/{CANARY}/{CANARY}"])
+def test_a_secret_where_its_file_is_wanted_is_not_shown(environment, secret):
+    environment(PIPELINE_KAFKA_PASSWORD_FILE=secret)
+
+    assert complaints() == [
+        "PIPELINE_KAFKA_PASSWORD_FILE: cannot read what it names: No such file or directory"
+    ]
+
+
 def test_a_file_of_bytes_is_refused(environment, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     environment(PIPELINE_KAFKA_PASSWORD_FILE=str(tmp_path / "bytes"))
@@ -257,7 +266,7 @@ def test_every_number_holds_its_bounds_and_no_more(name):
 
 def test_every_number_says_its_unit():
     """Rows, bytes, milliseconds, offsets; the rest is counted in what the name says."""
-    units = ("_rows", "_bytes", "_ms", "_offsets", "repeat_window", "dead_letter_budget")
+    units = ("_rows", "_bytes", "_ms", "_hours", "_offsets", "repeat_window", "dead_letter_budget")
 
     assert [name for name in NUMBERS if not name.endswith(units)] == []
 

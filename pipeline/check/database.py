@@ -1,0 +1,377 @@
+"""The database's half: server, connection, rights, log, read models."""
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psycopg
+from sqlalchemy import Connection, Engine, Row, text
+
+from pipeline.check.findings import Finding, ok, warning, wrong
+from pipeline.check.promises import Promise
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
+from pipeline.errors import ConfigurationError
+from pipeline.migrate import check_schema
+from pipeline.projection import Projector
+from pipeline.projection.checkpoints import fingerprints
+from pipeline.projection.fingerprint import fingerprint
+
+SERVER_MIN, SERVER_MAX = 15, 18
+"""Major versions of PostgreSQL that the tests run on, and all between."""
+
+
+def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterator[Finding]:
+    """What is found there, as soon as it is known.
+
+    Raises:
+        PipelineError: It is away, refuses us, or has another schema than this program's.
+    """
+    yield from _server(engine)
+    check_schema(engine)
+    yield ok("database", "schema is current")
+    with transaction(engine) as db:
+        yield from _rights(db)
+        yield from _log(db)
+        yield from _read_models(db, projectors)
+
+
+# ---------------------------------------------------------------------------------------- server
+
+SERVER = text("""
+SELECT current_setting('server_version_num')::int / 10000 AS major,
+       current_setting('server_version') AS version, current_database() AS name,
+       current_user AS role, current_setting('server_encoding') AS encoding,
+       pg_is_in_recovery() AS is_replica,
+       current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('synchronous_commit') AS synchronous_commit,
+       current_setting('data_checksums') AS data_checksums,
+       current_setting('password_encryption') AS password_encryption,
+       current_setting('log_min_messages') AS log_min_messages,
+       current_setting('TimeZone') AS zone,
+       current_setting('idle_in_transaction_session_timeout') AS idle_timeout,
+       (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()) AS tls
+""")
+
+
+def _server(engine: Engine) -> Iterator[Finding]:
+    with transaction(engine) as db:
+        server = db.execute(SERVER).one()
+        driver = db.connection.driver_connection
+        if not isinstance(driver, psycopg.Connection):
+            raise ConfigurationError("the database is reached through psycopg only")
+        host, parameters = driver.info.host, driver.info.get_parameters()
+    found = f"PostgreSQL {server.version} at {host}, database {server.name}, as {server.role}"
+    if SERVER_MIN <= server.major <= SERVER_MAX:
+        yield ok("database", found)
+    elif server.major < SERVER_MIN:
+        yield wrong("database", found, f"use PostgreSQL {SERVER_MIN} to {SERVER_MAX}")
+    else:
+        yield warning("database", f"{found}: newer than tested", "run the tests on it first")
+    if server.encoding != "UTF8":
+        yield wrong(
+            "database",
+            f"encoding is {server.encoding}",
+            "create it with ENCODING 'UTF8'",
+            Promise.FAITHFUL_LOG,
+        )
+    if server.is_replica:
+        yield wrong(
+            "database",
+            "it is a replica, and read-only",
+            "connect to the primary",
+            Promise.ONE_EFFECT,
+            Promise.ONE_WRITER,
+        )
+    yield from _durability(server)
+    yield _session(server)
+    yield database_tls(
+        host,
+        server.tls,
+        parameters.get("sslmode", "prefer"),
+        parameters.get("channel_binding", "prefer"),
+    )
+    yield _passwords(server)
+    yield _servers_log(server)
+
+
+_ON_COMMIT = (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION)
+"""What is worth as much as a commit is."""
+
+
+def _durability(server: Row[Any]) -> Iterator[Finding]:
+    """Whether what is committed is there after a crash, as it was."""
+    lost = "a crash of the machine may lose or mix up what was committed"
+    guards = {"fsync": server.fsync, "full_page_writes": server.full_page_writes}
+    weak = [name for name, value in guards.items() if value == "off"]
+    for name in weak:
+        yield warning("database", f"{name} is off: {lost}", "turn it on", *_ON_COMMIT)
+    if server.synchronous_commit == "off":
+        yield warning(
+            "database",
+            "synchronous_commit is off: a crash takes back the last commits, which analysts may "
+            "have seen; Kafka must still have them",
+            "turn it on for this role",
+            Promise.ONE_EFFECT,
+            Promise.ONE_PROJECTION,
+        )
+    elif not weak:
+        yield ok("database", "a commit is on disk before it is told", *_ON_COMMIT)
+    if server.data_checksums == "off":
+        yield warning(
+            "database",
+            "data checksums are off: a disk that changes the log is not noticed",
+            "stop it and run pg_checksums --enable",
+            Promise.FAITHFUL_LOG,
+        )
+    else:
+        yield ok("database", "data checksums are on", Promise.FAITHFUL_LOG)
+
+
+def _session(server: Row[Any]) -> Finding:
+    """Whether our sessions are what we asked for: some poolers drop it."""
+    if server.zone == "UTC" and server.idle_timeout != "0":
+        return ok(
+            "database",
+            "sessions are as asked for: UTC, ended when they fall silent in a transaction",
+            Promise.ONE_WRITER,
+            Promise.CONVERGENCE,
+        )
+    return wrong(
+        "database",
+        f"settings of a session are not taken: TimeZone is {server.zone}, "
+        f"idle_in_transaction_session_timeout is {server.idle_timeout}",
+        "connect without a pooler, or with session pooling that passes startup options on",
+        Promise.ONE_WRITER,
+        Promise.CONVERGENCE,
+    )
+
+
+_VERIFIED = "add ?sslmode=verify-full&sslrootcert=system to PIPELINE_DATABASE_URL"
+
+
+def database_tls(
+    host: str, tls: str | None, sslmode: str, channel_binding: str = "prefer"
+) -> Finding:
+    """Whether anybody could listen in, or pass for the database.
+
+    Args:
+        host: As the connection names it.
+        tls: The version of TLS that the session uses; None without.
+        sslmode: As libpq knows it.
+        channel_binding: As libpq knows it.
+    """
+    touched = (Promise.FAITHFUL_LOG, Promise.SECRECY)
+    if is_loopback(host):
+        return ok("database", "on this machine: no TLS needed", *touched)
+    if tls is None:
+        return warning(
+            "database",
+            f"sslmode={sslmode}, and no TLS to {host}: others can read and change what goes over "
+            "the network",
+            _VERIFIED,
+            *touched,
+        )
+    if sslmode != "verify-full":
+        return warning(
+            "database",
+            f"{tls}, but sslmode={sslmode} does not make sure that it is {host} who answers",
+            _VERIFIED,
+            *touched,
+        )
+    if channel_binding == "disable":
+        return warning(
+            "database",
+            f"{tls} to {host}, verified, but channel_binding=disable lets whoever holds a "
+            "certificate in its name pass the login on",
+            "set channel_binding=require in PIPELINE_DATABASE_URL",
+            *touched,
+        )
+    return ok("database", f"{tls}, verified, channel_binding={channel_binding}", *touched)
+
+
+def _passwords(server: Row[Any]) -> Finding:
+    if server.password_encryption == "md5":  # noqa: S105 - the name of an algorithm
+        return warning(
+            "database",
+            "password_encryption is md5: whoever reads the stored form of a password that is set "
+            "now can log in with it",
+            "set it to scram-sha-256, then set the passwords again",
+            Promise.SECRECY,
+        )
+    return ok("database", f"passwords are set as {server.password_encryption}", Promise.SECRECY)
+
+
+def _servers_log(server: Row[Any]) -> Finding:
+    """Whether PostgreSQL writes down what it refuses, as it does if left alone."""
+    if server.log_min_messages in {"fatal", "panic"}:
+        return ok("database", "PostgreSQL's own log repeats no value", Promise.SECRECY)
+    return warning(
+        "database",
+        f"PostgreSQL's own log repeats values that it refuses (log_min_messages is "
+        f"{server.log_min_messages})",
+        f"have a superuser say: ALTER ROLE {server.role} SET log_min_messages = 'fatal'; what is "
+        "refused is in our log, without the values",
+        Promise.SECRECY,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody can listen in between: a socket of this machine."""
+    if not host or host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------- rights
+
+# What the loops do, and on which tables; a right that is missing stops them.
+MISSING_RIGHTS = text("""
+SELECT needed.tab AS object, needed.rights
+FROM (VALUES
+    ('pipeline.events', 'SELECT, INSERT'), ('pipeline.consumer_offsets', 'SELECT, INSERT, UPDATE'),
+    ('pipeline.gaps', 'SELECT, INSERT, UPDATE'), ('pipeline.installation', 'SELECT'),
+    ('pipeline.dead_letters', 'SELECT, INSERT, UPDATE, DELETE'),
+    ('pipeline.projectors', 'SELECT, INSERT, UPDATE, DELETE'),
+    ('pipeline.projection_checkpoints', 'SELECT, INSERT, UPDATE, DELETE')
+) AS needed(tab, rights)
+WHERE EXISTS (
+    SELECT FROM regexp_split_to_table(needed.rights, ', ') AS r(one)
+    WHERE NOT has_table_privilege(needed.tab, r.one))
+UNION ALL
+SELECT format('%I.%I', n.nspname, c.relname), 'SELECT, INSERT, UPDATE, DELETE'
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = :schema AND c.relkind = 'r' AND NOT (
+    has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'))
+UNION ALL
+SELECT 'pipeline.make_segment', 'EXECUTE'
+WHERE NOT has_function_privilege('pipeline.make_segment(text, bigint, bigint)', 'EXECUTE')
+""")
+MAY_CHANGE_LOG = text("""
+SELECT has_table_privilege('pipeline.events', 'UPDATE')
+    OR has_table_privilege('pipeline.events', 'DELETE')
+    OR has_table_privilege('pipeline.events', 'TRUNCATE')
+""")
+
+
+_ON_RIGHTS = (Promise.FAITHFUL_LOG, Promise.ONE_PROJECTION, Promise.DISPOSABLE)
+
+
+def _rights(db: Connection) -> Iterator[Finding]:
+    missing = db.execute(MISSING_RIGHTS, {"schema": READ_SCHEMA}).all()
+    for row in missing:
+        yield wrong(
+            "database",
+            f"rights missing: {row.rights} on {row.object}",
+            "grant them to this role",
+            *_ON_RIGHTS,
+        )
+    if not missing:
+        yield ok("database", "rights: all that ingest and project need", *_ON_RIGHTS)
+    if db.execute(MAY_CHANGE_LOG).scalar_one():
+        yield warning(
+            "log",
+            "this role owns the log or may change it: only triggers keep it append-only",
+            "run with a role that may only SELECT and INSERT there",
+            Promise.FAITHFUL_LOG,
+        )
+    else:
+        yield ok("log", "append-only for this role", Promise.FAITHFUL_LOG)
+
+
+# ------------------------------------------------------------------------------------------- log
+
+UNGUARDED = text("""
+SELECT c.oid::regclass::text AS segment
+FROM (SELECT 'pipeline.events'::regclass AS oid
+      UNION ALL
+      SELECT inhrelid FROM pg_inherits WHERE inhparent = 'pipeline.events'::regclass) c
+WHERE NOT EXISTS (
+    SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+    WHERE t.tgrelid = c.oid AND p.oid = 'pipeline.refuse_change()'::regprocedure
+      AND t.tgenabled IN ('O', 'A')
+      -- Bits of tgtype: DELETE 8, UPDATE 16, TRUNCATE 32, BEFORE 2; row-level 1 must be off.
+      AND t.tgtype & 63 = 58)
+""")
+SEGMENTS = text("""
+SELECT count(*) AS attached FROM pg_inherits WHERE inhparent = 'pipeline.events'::regclass
+""")
+
+
+def _log(db: Connection) -> Iterator[Finding]:
+    unguarded = db.execute(UNGUARDED).scalars().all()
+    segments = db.execute(SEGMENTS).scalar_one()
+    for name in unguarded:
+        yield wrong(
+            "log",
+            f"{name} can be changed: its append-only trigger is missing or disabled",
+            f"enable it, or make it anew: CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR "
+            f"TRUNCATE ON {name} FOR EACH STATEMENT EXECUTE FUNCTION pipeline.refuse_change()",
+            Promise.FAITHFUL_LOG,
+        )
+    if not unguarded:
+        yield ok(
+            "log",
+            f"append-only triggers on the log and its {segments} segments",
+            Promise.FAITHFUL_LOG,
+        )
+
+
+# ----------------------------------------------------------------------------------- read models
+
+HEALING = text("""
+SELECT c.relname AS table
+FROM pg_trigger t
+JOIN pg_proc p ON p.oid = t.tgfoid
+JOIN pg_class c ON c.oid = t.tgrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = :schema AND p.oid = 'pipeline.read_model_truncated()'::regprocedure
+  AND t.tgenabled IN ('O', 'A')
+""")
+BROKEN = text("SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'")
+
+
+def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Finding]:
+    healing = set(db.execute(HEALING, {"schema": READ_SCHEMA}).scalars())
+    unhealed = [t.name for one in projectors for t in one.tables if t.name not in healing]
+    for name in unhealed:
+        yield wrong(
+            "read models",
+            f"{name} does not heal after TRUNCATE: its trigger is missing or disabled",
+            f"SELECT {LOG_SCHEMA}.watch_read_model('{READ_SCHEMA}.{name}', PROJECTOR)",
+            Promise.DISPOSABLE,
+        )
+    if not unhealed:
+        tables = sum(len(one.tables) for one in projectors)
+        yield ok("read models", f"all {tables} tables heal", Promise.DISPOSABLE)
+    yield from _definitions(db, projectors)
+
+
+def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Finding]:
+    """Whether each table is what its projector says today, and goes on being it."""
+    problems = {row.projector: row.problem for row in db.execute(BROKEN)}
+    broken = [one for one in projectors if one.name in problems]
+    for one in broken:
+        yield wrong(
+            "read models",
+            f"{one.name} is broken: {problems[one.name]}",
+            f"mend the projector, then `pipeline rebuild {one.name}`",
+            Promise.ONE_BAD_EVENT,
+        )
+    if not broken:
+        yield ok("read models", f"{len(projectors)} projectors, none broken", Promise.ONE_BAD_EVENT)
+    built = fingerprints(db)
+    stale = [one for one in projectors if built.get(one.name) not in (None, fingerprint(one))]
+    for one in stale:
+        yield warning(
+            "read models",
+            f"{one.name} was built by another definition",
+            f"`pipeline rebuild {one.name}`, or `pipeline run --rebuild-stale`",
+            Promise.CONVERGENCE,
+        )
+    if not stale:
+        yield ok("read models", "none was built by another definition", Promise.CONVERGENCE)

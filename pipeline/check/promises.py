@@ -1,0 +1,50 @@
+"""What this installation's promises are worth: each one, and what was found that touches it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Promise(StrEnum):
+    """The promises, in the order and in the words of ``docs/guarantees.md``."""
+
+    FAITHFUL_LOG = "The log is faithful"
+    ONE_EFFECT = "Each record has its effect once"
+    ONE_WRITER = "One writer a partition"
+    NO_SILENT_LOSS = "Nothing is skipped in silence"
+    CONVERGENCE = "Read models converge"
+    ONE_PROJECTION = "Each event is projected once"
+    DISPOSABLE = "Read models are disposable"
+    ONE_BAD_EVENT = "A bad event costs one event"
+    EXACT_MONEY = "Money is exact"
+    UNKNOWN_IS_NORMAL = "Unknown is normal"
+    BOUNDED_MEMORY = "Memory is bounded"
+    SECRECY = "Secrets and personal data show nowhere"
+
+
+ANYWHERE = frozenset({Promise.EXACT_MONEY, Promise.UNKNOWN_IS_NORMAL})
+"""Hang on nothing that an installation could have otherwise."""
+
+
+class Standing(StrEnum):
+    """What a promise is worth here, best first: the worst of what was found decides."""
+
+    HOLDS = "holds"
+    NOT_KNOWN = "not known"
+    AT_RISK = "at risk"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A promise, as it stands in this installation.
+
+    Attributes:
+        promise: Which.
+        standing: Whether it holds.
+        reasons: Why not, or why nobody can say; empty if it holds.
+    """
+
+    promise: Promise
+    standing: Standing
+    reasons: Sequence[str]

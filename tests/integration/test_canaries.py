@@ -210,9 +210,14 @@ RUNS: Mapping[str, Sequence[Sequence[str]]] = {
     "migrate": [[], ["--json"]],
     "project": [["--until-end"]],
     "rebuild": [["--all"], ["--all", "--check", "--json"], ["orders", "--in-place"]],
+    "rewind": [
+        *([TOPIC, "--to", "earliest"], [TOPIC, "--to", "earliest", "--json"]),
+        [TOPIC, "--to", "earliest", "--execute"],
+    ],
     "run": [["--until-end", "--rebuild-stale"]],
     "simulate": [["--events", "40", "--topic", SIMULATED, "--chaos"]],
     "status": [[], ["--json"]],
+    "verify": [[], ["--json"]],
 }
 each_command = pytest.mark.parametrize("command", RUNS)
 

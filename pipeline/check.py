@@ -13,6 +13,7 @@ from typing import Literal
 import psycopg
 from sqlalchemy import Connection, Engine, text
 
+from pipeline import roles
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, open_engine, transaction
 from pipeline.errors import ConfigurationError, ExitCode, PipelineError, TransientError
 from pipeline.log import ownership
@@ -179,28 +180,41 @@ def is_loopback(host: str) -> bool:
 
 # ---------------------------------------------------------------------------------------- rights
 
-# What the loops do, and on which tables; a right that is missing stops them.
-MISSING_RIGHTS = text("""
-SELECT needed.tab AS object, needed.rights
-FROM (VALUES
-    ('pipeline.events', 'SELECT, INSERT'), ('pipeline.consumer_offsets', 'SELECT, INSERT, UPDATE'),
-    ('pipeline.gaps', 'SELECT, INSERT, UPDATE'), ('pipeline.installation', 'SELECT'),
-    ('pipeline.dead_letters', 'SELECT, INSERT, UPDATE, DELETE'),
-    ('pipeline.projectors', 'SELECT, INSERT, UPDATE, DELETE'),
-    ('pipeline.projection_checkpoints', 'SELECT, INSERT, UPDATE, DELETE')
-) AS needed(tab, rights)
-WHERE EXISTS (
-    SELECT FROM regexp_split_to_table(needed.rights, ', ') AS r(one)
-    WHERE NOT has_table_privilege(needed.tab, r.one))
-UNION ALL
-SELECT format('%I.%I', n.nspname, c.relname), 'SELECT, INSERT, UPDATE, DELETE'
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = :schema AND c.relkind = 'r' AND NOT (
-    has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
-    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'))
-UNION ALL
-SELECT 'pipeline.make_segment', 'EXECUTE'
-WHERE NOT has_function_privilege('pipeline.make_segment(text, bigint, bigint)', 'EXECUTE')
+# By the catalogue's own ids: a name is not to be looked up without rights on its schema.
+HELD = text("""
+SELECT CASE needed.kind
+       WHEN 'SCHEMA' THEN (SELECT has_schema_privilege(n.oid, needed.privilege)
+                           FROM pg_namespace n WHERE n.nspname = needed.name)
+       WHEN 'FUNCTION' THEN (SELECT bool_and(has_function_privilege(p.oid, needed.privilege))
+                             FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                             WHERE n.nspname || '.' || p.proname = needed.name)
+       ELSE (SELECT CASE needed.of_column
+                    WHEN '' THEN has_table_privilege(c.oid, needed.privilege)
+                    ELSE has_column_privilege(c.oid, needed.of_column, needed.privilege) END
+             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname || '.' || c.relname = needed.name) END AS is_held
+FROM unnest(CAST(:kinds AS text[]), CAST(:names AS text[]), CAST(:columns AS text[]),
+            CAST(:privileges AS text[])) WITH ORDINALITY
+     AS needed(kind, name, of_column, privilege, place)
+ORDER BY needed.place
+""")
+READ_MODELS = text("""
+SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = :schema AND c.relkind = 'r' ORDER BY 1
+""")
+# Settings of a role are those of its own logins only, so no group can give them.
+UNBOUNDED_ANALYSTS = text("""
+SELECT r.rolname AS login, string_agg(s.name, ', ' ORDER BY s.name) AS missing
+FROM pg_roles r
+CROSS JOIN unnest(ARRAY['default_transaction_read_only', 'statement_timeout',
+                        'idle_in_transaction_session_timeout']) AS s(name)
+WHERE r.rolcanlogin AND NOT r.rolsuper AND pg_has_role(r.oid, to_regrole(:analyst)::oid, 'MEMBER')
+  AND NOT EXISTS (
+      SELECT FROM pg_db_role_setting d CROSS JOIN unnest(d.setconfig) AS c(set_to)
+      WHERE d.setrole IN (r.oid, 0) AND c.set_to LIKE s.name || '=%'
+        AND (d.setdatabase = 0 OR d.setdatabase = (
+             SELECT oid FROM pg_database WHERE datname = current_database())))
+GROUP BY r.rolname ORDER BY r.rolname
 """)
 MAY_CHANGE_LOG = text("""
 SELECT has_table_privilege('pipeline.events', 'UPDATE')
@@ -210,13 +224,39 @@ SELECT has_table_privilege('pipeline.events', 'UPDATE')
 
 
 def _rights(db: Connection) -> Iterator[Finding]:
-    missing = db.execute(MISSING_RIGHTS, {"schema": READ_SCHEMA}).all()
-    for row in missing:
+    prefix = roles.found_prefix(db)
+    models = db.execute(READ_MODELS, {"schema": READ_SCHEMA}).scalars().all()
+    is_for_nothing = True
+    for purpose in roles.Purpose:
+        held, missing = _divided(db, list(roles.needed_by(purpose, models)))
+        # Looking alone tells nothing: those who ingest look at what projection does, and so on.
+        if not any(one.privilege not in ("SELECT", "USAGE") for one in held):
+            continue
+        is_for_nothing = False
+        remedy = f"GRANT {prefix}{purpose.value}" if prefix else "grant it"
+        for name, lacking in missing.items():
+            yield wrong(
+                "database",
+                f"rights missing to {purpose.value}: {', '.join(lacking)} on {name}",
+                f"{remedy} to this role",
+            )
+        if not missing:
+            yield ok("database", f"rights: all that {purpose.value} needs")
+    if is_for_nothing:
         yield wrong(
-            "database", f"rights missing: {row.rights} on {row.object}", "grant them to this role"
+            "database",
+            "this role may neither ingest nor project",
+            f"GRANT {prefix or 'pipeline_'}ingest, {prefix or 'pipeline_'}project to it; the roles "
+            "are made by `pipeline migrate --roles`",
         )
-    if not missing:
-        yield ok("database", "rights: all that ingest and project need")
+    if prefix:
+        analyst = prefix + roles.ANALYST
+        for row in db.execute(UNBOUNDED_ANALYSTS, {"analyst": analyst}):
+            yield warning(
+                "database",
+                f"analyst {row.login} may hold up others: not set for this login: {row.missing}",
+                f"ALTER ROLE {row.login} SET …; settings are not inherited from {analyst}",
+            )
     if db.execute(MAY_CHANGE_LOG).scalar_one():
         yield warning(
             "log",
@@ -225,6 +265,28 @@ def _rights(db: Connection) -> Iterator[Finding]:
         )
     else:
         yield ok("log", "append-only for this role")
+
+
+def _divided(
+    db: Connection, needed: Sequence[roles.Right]
+) -> tuple[Sequence[roles.Right], Mapping[str, Sequence[str]]]:
+    """Of rights, those that this role has; and by object what it lacks."""
+    answers = db.execute(
+        HELD,
+        {
+            "kinds": [one.kind for one in needed],
+            "names": [one.name for one in needed],
+            "columns": [one.column for one in needed],
+            "privileges": [one.privilege for one in needed],
+        },
+    ).scalars()
+    held, missing = [], dict[str, list[str]]()
+    for one, is_held in zip(needed, answers, strict=True):
+        if is_held:
+            held.append(one)
+        else:
+            missing.setdefault(one.name, []).append(one.privilege)
+    return held, missing
 
 
 # ------------------------------------------------------------------------------------------- log

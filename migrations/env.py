@@ -8,6 +8,7 @@ from sqlalchemy import text
 
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata
 from pipeline.migrate import declare_tables, open_from_settings
+from pipeline.roles import masked_name
 
 writer = rewriter.Rewriter()
 
@@ -23,6 +24,23 @@ def watch_read_models(
     name = f"{operation.schema}.{operation.table_name}"
     watch = f"SELECT pipeline.watch_read_model('{name}', '{projector}')"
     return [operation, ops.ExecuteSQLOp(watch)]
+
+
+@writer.rewrites(ops.DropColumnOp)
+@writer.rewrites(ops.AlterColumnOp)
+def leave_masked_views_out(
+    _context: MigrationContext,
+    _revision: object,
+    operation: ops.DropColumnOp | ops.AlterColumnOp,
+) -> list[MigrateOperation]:
+    """A column cannot change under the view that `migrate` derives from it, and makes again."""
+    is_in_the_way = (
+        isinstance(operation, ops.DropColumnOp) or operation.modify_type is not None
+    ) and operation.schema == READ_SCHEMA
+    if not is_in_the_way:
+        return [operation]
+    drop = f"DROP VIEW IF EXISTS {READ_SCHEMA}.{masked_name(operation.table_name)}"
+    return [ops.ExecuteSQLOp(drop), operation]
 
 
 def run() -> None:

@@ -1,8 +1,10 @@
-"""The database's schema: bring it up to date, and refuse to work on another one."""
+"""The database's schema, and rights on it: bring it up to date, refuse to work on another one."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alembic import command
 from alembic.config import Config
@@ -10,7 +12,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
-from pipeline import failpoints
+from pipeline import failpoints, roles
 from pipeline.db import LOG_SCHEMA, open_engine, transaction, translated
 from pipeline.errors import ConfigurationError
 from pipeline.settings import load_settings
@@ -21,18 +23,48 @@ _IN_CHECKOUT = Path(__file__).parent.parent / "migrations"
 # Two who migrate at once: the second waits, then finds nothing to do.
 _TAKE_TURN = text("SELECT pg_advisory_lock(hashtextextended('pipeline.migrate', 0))")
 _END_TURN = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.migrate', 0))")
+# Rebuilds make and drop tables meanwhile: what should be granted and what is are seen at once.
+_ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+class Migrated(NamedTuple):
+    """What was done.
+
+    Attributes:
+        applied: Revisions, oldest first.
+        grants: Statements that changed roles and rights.
+        role_prefix: With what the names of this database's roles begin; None if it has none.
+    """
+
+    applied: list[str]
+    grants: list[str]
+    role_prefix: str | None
 
 
 def migrate(url: str) -> list[str]:
-    """Bring the database to the schema of this program; safe to repeat and while running.
-
-    Each migration is one transaction, so a crash leaves the database between two of them.
-
-    Args:
-        url: ``postgresql+psycopg://…`` of a role that may create schemas.
+    """Bring the database to the schema of this program, and its roles to their rights.
 
     Returns:
         The revisions that were applied, oldest first; empty if there was nothing to do.
+
+    Raises:
+        ConfigurationError: A right is missing, or the schema is newer than this program.
+        TransientError: The server went away or a lock was not to be had; repeat.
+    """
+    return set_up(url).applied
+
+
+def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None) -> Migrated:
+    """Bring the database to the schema and the rights of this program; safe to repeat and live.
+
+    Each migration is one transaction, so a crash leaves the database between two of them. Where the
+    database has roles, the owner among them makes everything, and the rights of the others follow.
+
+    Args:
+        url: ``postgresql+psycopg://…`` of a role that may create schemas, or act as the owner.
+        with_roles: Make the roles too, where they are not there.
+        role_prefix: With what their names then begin; None for what they begin with already, or
+            the default.
 
     Raises:
         ConfigurationError: A right is missing, or the schema is newer than this program.
@@ -46,23 +78,119 @@ def migrate(url: str) -> list[str]:
         applied.append(step.up_revision_id)
 
     try:
-        with translated(), engine.connect() as db:
-            # Waiting for another migration is no fault, so this one lock is waited for.
-            db.execute(text("SET lock_timeout = 0"))
-            db.execute(_TAKE_TURN)
-            db.execute(text("RESET lock_timeout"))
+        with translated(), engine.connect() as db, _alone(db):
+            found = _found_roles(db, role_prefix)
+            if found is not None:
+                roles.act_as_owner(db, found)
+                db.commit()
+            _refuse_newer(db)
+            command.upgrade(_config(connection=db, on_version_apply=note), "head")
+            grants = []
+            if with_roles:
+                found = found or role_prefix or roles.PREFIX_DEFAULT
+                grants += _make_roles(db, found)
             db.commit()
-            try:
-                _refuse_newer(db)
-                command.upgrade(_config(connection=db, on_version_apply=note), "head")
-            finally:
-                if not db.invalidated:
-                    db.rollback()
-                    db.execute(_END_TURN)
-                    db.commit()
+            grants += _follow_up(db, found)
+            return Migrated(applied, grants, found)
     finally:
         engine.dispose()
-    return applied
+
+
+def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
+    """The statements by which a DBA makes roles and rights, where ``migrate`` may not; no change.
+
+    Args:
+        url: A database with the schema of this program, as its migrating login sees it.
+        role_prefix: As for ``set_up``.
+
+    Raises:
+        ConfigurationError: The schema is not current, or the roles serve another database.
+    """
+    engine = open_engine(url, application="pipeline migrate")
+    try:
+        check_schema(engine)
+        with transaction(engine) as db:
+            db.execute(_ONE_SNAPSHOT)
+            found = _found_roles(db, role_prefix) or role_prefix or roles.PREFIX_DEFAULT
+            statements = roles.role_statements(db, found)
+            return Migrated([], [*statements, *_grants(db, found)], found)
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _alone(db: Connection) -> Iterator[None]:
+    # Waiting for another migration is no fault, so this one lock is waited for.
+    db.execute(text("SET lock_timeout = 0"))
+    db.execute(_TAKE_TURN)
+    db.execute(text("RESET lock_timeout"))
+    db.commit()
+    try:
+        yield
+    finally:
+        if not db.invalidated:
+            db.rollback()
+            db.execute(_END_TURN)
+            db.commit()
+
+
+def _found_roles(db: Connection, wanted: str | None) -> str | None:
+    found = roles.found_prefix(db)
+    if wanted is not None:
+        roles.check_prefix(wanted)
+    if None not in (found, wanted) and found != wanted:
+        raise ConfigurationError(
+            f"the roles of this database are called {found}*; they cannot be called {wanted}*: "
+            f"use --role-prefix {found}"
+        )
+    return found
+
+
+def _make_roles(db: Connection, prefix: str) -> list[str]:
+    """Roles, and the owner's ownership; as this login, and as the owner afterwards.
+
+    Each statement commits alone, so that no table's lock is held while another one is waited for.
+    """
+    db.execute(text("RESET ROLE"))
+    statements = roles.role_statements(db, prefix)
+    db.commit()
+    for statement in statements:
+        try:
+            with translated():
+                roles.execute(db, [statement])
+                db.commit()
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"this login may not {statement}: {error}. Have a DBA run what "
+                "`pipeline migrate --print-roles` prints"
+            ) from None
+    roles.act_as_owner(db, prefix)
+    db.commit()
+    return statements
+
+
+def _follow_up(db: Connection, prefix: str | None) -> list[str]:
+    """What the declarations say beyond tables: masked views, and who has rights on what."""
+    from pipeline.projectors import discover
+
+    with db.begin():
+        db.execute(_ONE_SNAPSHOT)
+        roles.mask_personal_columns(db, discover())
+        if prefix is None:
+            return []
+        if missing := roles.missing_roles(db, prefix):
+            raise ConfigurationError(
+                f"role {', '.join(missing)} does not exist: run `pipeline migrate --roles`"
+            )
+        statements = _grants(db, prefix)
+        roles.execute(db, statements)
+        return statements
+
+
+def _grants(db: Connection, prefix: str) -> list[str]:
+    from pipeline.projectors import discover
+
+    return roles.grant_statements(db, prefix, discover())
 
 
 def check_schema(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The database's half: server, connection, rights, log, read models."""
+"""The database's half: server, connection, log, read models."""
 
 import ipaddress
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.check.findings import Finding, ok, warning, wrong
 from pipeline.check.promises import Promise
+from pipeline.check.rights import look_at_rights
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
 from pipeline.errors import ConfigurationError
 from pipeline.migrate import check_schema
@@ -30,7 +31,7 @@ def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterato
     check_schema(engine)
     yield ok("database", "schema is current")
     with transaction(engine) as db:
-        yield from _rights(db)
+        yield from look_at_rights(db)
         yield from _log(db)
         yield from _read_models(db, projectors)
 
@@ -224,63 +225,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-# ---------------------------------------------------------------------------------------- rights
-
-# What the loops do, and on which tables; a right that is missing stops them.
-MISSING_RIGHTS = text("""
-SELECT needed.tab AS object, needed.rights
-FROM (VALUES
-    ('pipeline.events', 'SELECT, INSERT'), ('pipeline.consumer_offsets', 'SELECT, INSERT, UPDATE'),
-    ('pipeline.gaps', 'SELECT, INSERT, UPDATE'), ('pipeline.installation', 'SELECT'),
-    ('pipeline.dead_letters', 'SELECT, INSERT, UPDATE, DELETE'),
-    ('pipeline.projectors', 'SELECT, INSERT, UPDATE, DELETE'),
-    ('pipeline.projection_checkpoints', 'SELECT, INSERT, UPDATE, DELETE')
-) AS needed(tab, rights)
-WHERE EXISTS (
-    SELECT FROM regexp_split_to_table(needed.rights, ', ') AS r(one)
-    WHERE NOT has_table_privilege(needed.tab, r.one))
-UNION ALL
-SELECT format('%I.%I', n.nspname, c.relname), 'SELECT, INSERT, UPDATE, DELETE'
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = :schema AND c.relkind = 'r' AND NOT (
-    has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
-    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'))
-UNION ALL
-SELECT 'pipeline.make_segment', 'EXECUTE'
-WHERE NOT has_function_privilege('pipeline.make_segment(text, bigint, bigint)', 'EXECUTE')
-""")
-MAY_CHANGE_LOG = text("""
-SELECT has_table_privilege('pipeline.events', 'UPDATE')
-    OR has_table_privilege('pipeline.events', 'DELETE')
-    OR has_table_privilege('pipeline.events', 'TRUNCATE')
-""")
-
-
-_ON_RIGHTS = (Promise.FAITHFUL_LOG, Promise.ONE_PROJECTION, Promise.DISPOSABLE)
-
-
-def _rights(db: Connection) -> Iterator[Finding]:
-    missing = db.execute(MISSING_RIGHTS, {"schema": READ_SCHEMA}).all()
-    for row in missing:
-        yield wrong(
-            "database",
-            f"rights missing: {row.rights} on {row.object}",
-            "grant them to this role",
-            *_ON_RIGHTS,
-        )
-    if not missing:
-        yield ok("database", "rights: all that ingest and project need", *_ON_RIGHTS)
-    if db.execute(MAY_CHANGE_LOG).scalar_one():
-        yield warning(
-            "log",
-            "this role owns the log or may change it: only triggers keep it append-only",
-            "run with a role that may only SELECT and INSERT there",
-            Promise.FAITHFUL_LOG,
-        )
-    else:
-        yield ok("log", "append-only for this role", Promise.FAITHFUL_LOG)
 
 
 # ------------------------------------------------------------------------------------------- log

@@ -372,27 +372,9 @@ def _of(partition: Partition) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------- gaps
 
 OPEN_GAPS = select(gaps).order_by(gaps.c.topic, gaps.c.partition, gaps.c.first_offset)
-LOCK_GAP = (
-    select(gaps.c.gap_id, gaps.c.first_offset, gaps.c.end_offset)
-    .where(gaps.c.topic == bindparam("of_topic"), gaps.c.partition == bindparam("of_number"))
-    .where(gaps.c.accepted_at.is_(None))
-    .with_for_update()
-)
-ACCEPT_GAP = (
-    update(gaps)
-    .where(gaps.c.gap_id == bindparam("the_gap"))
-    .values(accepted_at=func.now(), accepted_by=text("session_user"))
-)
-# The epoch rises too: whoever holds the partition is fenced, claims it again and reads on there.
-GO_ON_BEHIND = (
-    update(consumer_offsets)
-    .where(*_this, consumer_offsets.c.next_offset == bindparam("expected"))
-    .values(
-        next_offset=bindparam("behind"),
-        epoch=consumer_offsets.c.epoch + 1,
-        problem=None,
-        problem_at=None,
-    )
+# A function of the owner's: whoever may decide on gaps need not have rights on the offsets.
+ACCEPT_GAP = text(
+    "SELECT first_offset, end_offset, goes_on FROM pipeline.accept_gap(:of_topic, :of_number)"
 )
 
 
@@ -412,13 +394,9 @@ def accept_gap(db: Connection, partition: Partition) -> Gap | None:
     Raises:
         InvariantError: The partition no longer stands at the gap.
     """
-    row = db.execute(LOCK_GAP, _of(partition)).one_or_none()
-    if row is None:
+    row = db.execute(ACCEPT_GAP, _of(partition)).one()
+    if row.goes_on is None:
         return None
-    moved = db.execute(
-        GO_ON_BEHIND, {**_of(partition), "expected": row.first_offset, "behind": row.end_offset}
-    )
-    if moved.rowcount != 1:
+    if not row.goes_on:
         raise InvariantError(f"{partition}: no longer stands at offset {row.first_offset}")
-    db.execute(ACCEPT_GAP, {"the_gap": row.gap_id})
     return Gap(row.first_offset, row.end_offset)

@@ -19,7 +19,13 @@ from sqlalchemy import (
 
 from pipeline.db import READ_SCHEMA, metadata
 from pipeline.projection.batch import Batch
-from pipeline.projection.fields import EVENT_ID, Field, Shape
+from pipeline.projection.fields import (
+    EVENT_ID,
+    PERSONAL_REMARK,
+    Field,
+    Shape,
+    refuse_unclassified,
+)
 
 VERSION_COLUMNS = (
     "_version_time",
@@ -327,8 +333,24 @@ Projector = Declared | Custom
 
 
 def read_model_table(name: str, *parts: "Column[object] | Index", comment: str) -> Table:
-    """The table of a ``Custom``: its columns, each with a comment, and its indexes."""
+    """The table of a ``Custom``: its columns, each with a comment, and its indexes.
+
+    A column with personal data says so: ``Column(…, info={"personal": True})``.
+
+    Raises:
+        ValueError: A column looks personal and says neither True nor False.
+    """
+    for part in parts:
+        if isinstance(part, Column):
+            refuse_unclassified(part.name, part.name, part.info.get("personal"))
+            if part.info.get("personal"):
+                part.comment = (part.comment or "") + PERSONAL_REMARK
     return Table(name, metadata, *parts, schema=READ_SCHEMA, comment=comment)
+
+
+def personal_columns(table: Table) -> frozenset[str]:
+    """Columns of a read model that hold personal data."""
+    return frozenset(column.name for column in table.columns if column.info.get("personal"))
 
 
 def _sources(events: str | Sequence[str]) -> list[Source]:
@@ -339,7 +361,13 @@ def _sources(events: str | Sequence[str]) -> list[Source]:
 
 
 def _column(one: Field, *, primary_key: bool = False) -> "Column[object]":
-    return Column(one.column, one.kind.type, primary_key=primary_key, comment=one.comment)
+    return Column(
+        one.column,
+        one.kind.type,
+        primary_key=primary_key,
+        comment=one.remark,
+        info={"personal": bool(one.personal)},
+    )
 
 
 def _version_columns() -> "list[Column[object]]":

@@ -16,6 +16,13 @@ from sqlalchemy.types import TypeEngine
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _COLUMN = re.compile(r"[a-z][a-z0-9_]*")
+_LOOKS_PERSONAL = re.compile(
+    r"(^|[._])((fore|sur)?names?|birth(day)?|gender|salutation|title|nationalit(y|ies)|address|street|"
+    r"city|postcode|zip|(tele)?phone|mobile|e?mail|iban|bic|account_number|tax|tin|ssn|social|passport|"
+    r"religion|church|fatca|counterparty|beneficiary|payer|payee)([0-9]*$|[._])"
+)
+PERSONAL_REMARK = " Personal data."
+"""Behind the comment of each column that holds personal data, in the database too."""
 
 
 class Shape(Enum):
@@ -77,6 +84,8 @@ class Field:
         kind: What kind of value it is.
         ranks: For a status: the rank of each known value.
         unknown_rank: For a status: the rank of any other value.
+        personal: Whether it holds personal data, so that only some may see it. None is no, but will
+            not do for a column or path that looks like yes.
     """
 
     column: str
@@ -85,6 +94,7 @@ class Field:
     kind: Kind
     ranks: tuple[tuple[str, int], ...] = ()
     unknown_rank: int = 0
+    personal: bool | None = None
 
     def __post_init__(self) -> None:
         if not _COLUMN.fullmatch(self.column):
@@ -93,6 +103,12 @@ class Field:
             raise ValueError(f"column {self.column}: {self.path!r} is not a path like delta.amount")
         if not self.comment:
             raise ValueError(f"column {self.column} has no comment")
+        refuse_unclassified(self.column, self.path, self.personal)
+
+    @property
+    def remark(self) -> str:
+        """The comment, as it stands in the database."""
+        return self.comment + (PERSONAL_REMARK if self.personal else "")
 
     @property
     def segments(self) -> Sequence[str]:
@@ -100,14 +116,32 @@ class Field:
         return self.path.split(".")
 
 
-def uuid(column: str, path: str, comment: str) -> Field:
+def refuse_unclassified(column: str, path: str, personal: object) -> None:
+    """Raise for a column that looks personal and of which nobody has said whether it is.
+
+    Raises:
+        ValueError: It does; the text says what to write.
+    """
+    if personal is None and looks_personal(column, path):
+        raise ValueError(
+            f"column {column} looks as if it held personal data: say personal=True or "
+            "personal=False"
+        )
+
+
+def looks_personal(*names: str) -> bool:
+    """Whether columns or paths are called like what tells of a person."""
+    return any(_LOOKS_PERSONAL.search(name.lower()) for name in names)
+
+
+def uuid(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """An id."""
-    return Field(column, path, comment, _UUID)
+    return Field(column, path, comment, _UUID, personal=personal)
 
 
-def text(column: str, path: str, comment: str) -> Field:
+def text(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """Any text, as it came."""
-    return Field(column, path, comment, _TEXT)
+    return Field(column, path, comment, _TEXT, personal=personal)
 
 
 Step = str | Set[str]
@@ -121,6 +155,7 @@ def enum(
     *,
     steps: Iterable[Step] = (),
     ends: Sequence[Step] | Set[str] = (),
+    personal: bool | None = None,
 ) -> Field:
     """One of a list of words that grows without notice, so any word is taken.
 
@@ -134,11 +169,12 @@ def enum(
         comment: What it says.
         steps: States that may be left again: ``("NEW", "PROCESSING")``.
         ends: States that are final: ``{"FILLED", "CANCELLED"}``.
+        personal: Whether it holds personal data; None is no.
     """
     levels = [*steps]
     last = [ends] if isinstance(ends, Set) and ends else [*ends]
     if not levels and not last:
-        return Field(column, path, comment, _TEXT)
+        return Field(column, path, comment, _TEXT, personal=personal)
     ranked = [*levels, None, *last]
     ranks = {
         state: rank
@@ -146,47 +182,47 @@ def enum(
         if level is not None
         for state in sorted({level} if isinstance(level, str) else level)
     }
-    return Field(column, path, comment, _TEXT, tuple(ranks.items()), len(levels) + 1)
+    return Field(column, path, comment, _TEXT, tuple(ranks.items()), len(levels) + 1, personal)
 
 
-def money(column: str, path: str, comment: str) -> Field:
+def money(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """An amount, exact."""
-    return Field(column, path, comment, _NUMERIC)
+    return Field(column, path, comment, _NUMERIC, personal=personal)
 
 
-def quantity(column: str, path: str, comment: str) -> Field:
+def quantity(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A number of units or a price per unit, exact, up to 27 digits behind the point."""
-    return Field(column, path, comment, _NUMERIC)
+    return Field(column, path, comment, _NUMERIC, personal=personal)
 
 
-def integer(column: str, path: str, comment: str) -> Field:
+def integer(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A whole number."""
-    return Field(column, path, comment, _INTEGER)
+    return Field(column, path, comment, _INTEGER, personal=personal)
 
 
-def time(column: str, path: str, comment: str) -> Field:
+def time(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A point in time; a bare date is its midnight in UTC."""
-    return Field(column, path, comment, _TIME)
+    return Field(column, path, comment, _TIME, personal=personal)
 
 
-def date(column: str, path: str, comment: str) -> Field:
+def date(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A calendar day; of a time, the day as written."""
-    return Field(column, path, comment, _DATE)
+    return Field(column, path, comment, _DATE, personal=personal)
 
 
-def boolean(column: str, path: str, comment: str) -> Field:
+def boolean(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """True or false."""
-    return Field(column, path, comment, _BOOLEAN)
+    return Field(column, path, comment, _BOOLEAN, personal=personal)
 
 
-def json(column: str, path: str, comment: str) -> Field:
+def json(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A part of the event as it is, where its inside is not known or not settled."""
-    return Field(column, path, comment, _JSON)
+    return Field(column, path, comment, _JSON, personal=personal)
 
 
-def text_list(column: str, path: str, comment: str) -> Field:
+def text_list(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
     """A list of words."""
-    return Field(column, path, comment, _LIST)
+    return Field(column, path, comment, _LIST, personal=personal)
 
 
 def event_time(column: str, comment: str) -> Field:

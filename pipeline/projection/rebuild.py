@@ -48,6 +48,9 @@ ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 TAKE = text("SELECT pg_try_advisory_lock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
 LEAVE = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
 EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
+# Through functions of the owner's, so that any login may go on where another one was killed.
+MAKE = text("SELECT pipeline.make_shadow(:table)")
+DROP = text("SELECT pipeline.drop_shadow(:table)")
 
 
 class RebuildRunsError(PipelineError):
@@ -260,7 +263,7 @@ class _Shadow:
                 return
             self._drop()
             for table in self._projector.tables:
-                self._db.execute(text(_create(table)))
+                self._db.execute(MAKE, {"table": table.name})
             checkpoints.register(self._db, [self._projector.name, self._name])
             checkpoints.note_built(self._db, self._name, fingerprint(self._projector))
 
@@ -271,7 +274,7 @@ class _Shadow:
 
     def _drop(self) -> None:
         for table in self._projector.tables:
-            self._db.execute(text(f"DROP TABLE IF EXISTS {_in(SHADOW_SCHEMA, table)}"))
+            self._db.execute(DROP, {"table": table.name})
         dead_letters.forget(self._db, self._name)
         checkpoints.forget(self._db, self._name)
 
@@ -429,15 +432,6 @@ def _key(table: Table) -> list[str]:
 
 def _same_key(table: Table) -> str:
     return " AND ".join(f"t.{name} = s.{name}" for name in _key(table))
-
-
-def _create(table: Table) -> str:
-    """A table of the same columns and key; other indexes would only cost time."""
-    return (
-        f"CREATE TABLE {_in(SHADOW_SCHEMA, table)} (LIKE {_in(READ_SCHEMA, table)} "
-        "INCLUDING STORAGE INCLUDING COMPRESSION INCLUDING GENERATED, "
-        f"PRIMARY KEY ({', '.join(_key(table))}))"
-    )
 
 
 def _compare(table: Table) -> str:

@@ -26,6 +26,7 @@ account_groups = Snapshot(
             "securities_account_number",
             "securities_account_number",
             "Official depot number, nine digits, leading zeros count.",
+            personal=True,
         ),
         uuid("business_id", "business_id", "Business that holds the group; NULL for persons."),
     ],

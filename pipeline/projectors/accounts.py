@@ -15,8 +15,13 @@ accounts = Snapshot(
         time("updated_at", "updated_at", "When the account last changed."),
         uuid("account_group_id", "account_group_id", "Group it belongs to. Joins account_groups."),
         enum("account_type", "type", "TRADING or PORTFOLIO."),
-        integer("account_number", "account_number", "Number of the account inside its group."),
-        text("name", "name", "Label, free text; NULL without. May hold personal data."),
+        integer(
+            "account_number",
+            "account_number",
+            "Number of the account inside its group.",
+            personal=False,
+        ),
+        text("name", "name", "Label, free text; NULL without.", personal=True),
         enum(
             "status",
             "status",

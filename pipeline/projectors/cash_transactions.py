@@ -40,7 +40,12 @@ cash_transactions = Ledger(
             "Instrument that caused it, in corporate actions; else NULL. Joins instruments.",
         ),
         text("isin", "instrument.isin", "Its ISIN; NULL if not told."),
-        json("tax_details", "tax_details", "Details of the tax as they came; NULL without tax."),
+        json(
+            "tax_details",
+            "tax_details",
+            "Details of the tax as they came; NULL without tax.",
+            personal=True,
+        ),
     ],
     children=[
         Children(
@@ -49,7 +54,7 @@ cash_transactions = Ledger(
             "repeats them with the same sign, so do not add them up without the entry's sign.",
             path="taxes",
             fields=[
-                enum("tax_type", "type", "Kind of tax; TOTAL is all of it."),
+                enum("tax_type", "type", "Kind of tax; TOTAL is all of it.", personal=False),
                 money("amount", "amount", "Amount of tax, in `currency`."),
                 enum("currency", "currency", "Currency of `amount`."),
             ],

@@ -45,7 +45,7 @@ executions = Snapshot(
             comment="Taxes of an execution, one row for each kind.",
             path="taxes",
             fields=[
-                enum("tax_type", "type", "Kind of tax; TOTAL is all of it."),
+                enum("tax_type", "type", "Kind of tax; TOTAL is all of it.", personal=False),
                 money("amount", "amount", "Amount of tax, in the execution's currency."),
             ],
         )

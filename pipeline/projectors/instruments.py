@@ -28,7 +28,7 @@ instruments = Snapshot(
         time("updated_at", "updated_at", "When the instrument last changed."),
         text("isin", "isin", "Its ISIN of today; earlier ones are in instrument_isins."),
         text("wkn", "wkn", "German code, six characters; NULL without."),
-        text("name", "name", "Name."),
+        text("name", "name", "Name.", personal=False),
         boolean("fractional_trading", "fractional_trading", "True if parts of a unit may trade."),
         enum("trading_status", "trading_status", "ACTIVE or INACTIVE; may alternate."),
         json("details", "details", "Further master data as it came; NULL if none did."),

@@ -43,14 +43,16 @@ user_checks = Snapshot(
         text(
             "data_download_link",
             "data_download_link",
-            "Where the evidence lies, KYC and POR; the link may expire. Personal data.",
+            "Where the evidence lies, KYC and POR; the link may expire.",
+            personal=True,
         ),
         enum("document_type", "document_type", "Document shown, KYC and POR, e.g. PASSPORT."),
         date("document_expiration_date", "document_expiration_date", "Its last valid day, KYC."),
         text(
             "nationality",
             "nationality",
-            "Nationality in the document, two letters, KYC. Personal data.",
+            "Nationality in the document, two letters, KYC.",
+            personal=True,
         ),
         text("provider", "provider", "Who identified the user, KYC."),
         enum("method", "method", "How, KYC: VIDEO_ID, IN_PERSON_ID, ELECTRONIC_ID and others."),
@@ -58,7 +60,8 @@ user_checks = Snapshot(
         json(
             "confirmed_address",
             "confirmed_address",
-            "Address that was proven, POR and some KYC, as it came. Personal data.",
+            "Address that was proven, POR and some KYC, as it came.",
+            personal=True,
         ),
         date("issuance_date", "issuance_date", "Day on which the document was issued, POR."),
         boolean(

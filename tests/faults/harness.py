@@ -20,8 +20,10 @@ from urllib.parse import quote, urlsplit
 import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
+from pipeline.migrate import set_up
 from pipeline.positions import Partition
 from pipeline.projectors import discover
+from pipeline.roles import ROLES
 from pipeline.simulator import Books
 from tests import canaries, waiting
 from tests.faults.ledger import Feed, Headers, Ledger, Sent
@@ -184,17 +186,8 @@ CREATE TRIGGER audit AFTER UPDATE ON pipeline.consumer_offsets FOR EACH ROW
     EXECUTE FUNCTION audit.note();
 """
 
-# What the service needs and no more: it may append to the log, never change it.
-GRANTS = """
-GRANT USAGE ON SCHEMA pipeline, pipeline_segments, upvest TO {role};
-GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA pipeline, upvest TO {role};
-GRANT TRUNCATE ON ALL TABLES IN SCHEMA upvest TO {role};
-GRANT USAGE ON ALL SEQUENCES IN SCHEMA pipeline TO {role};
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA pipeline TO {role};
--- Elsewhere the workers have one role, and see and end their own sessions.
-GRANT pg_signal_backend, pg_read_all_stats TO {role};
-REVOKE UPDATE, DELETE ON pipeline.events FROM {role};
-"""
+# Elsewhere the workers share one login, and so see and may end their own sessions.
+SEE_EACH_OTHER = "GRANT pg_signal_backend, pg_read_all_stats TO {role}"
 
 LOGGED = """
 SELECT topic, partition, "offset", digest, payload::text, raw, key, headers, ingested_at
@@ -224,23 +217,23 @@ class Bench:
         self.workers: list[Worker] = []
         self._folder = folder
         self._numbers = itertools.count(1)
-        self._service = f"service_{secrets.token_hex(4)}"
+        self._prefix = f"bench_{secrets.token_hex(4)}_"
+        self._groups = [self._prefix + role for role in ("ingest", "project")]
         self._roles: list[str] = []
         self._role_in_store: str | None = None
         with database.connect() as db:
             db.execute(AUDIT)
-            db.execute(SQL("CREATE ROLE {}").format(Identifier(self._service)))
-            self.grant()
+        set_up(database.url, with_roles=True, role_prefix=self._prefix)
 
     def grant(self) -> None:
-        """Give the workers' role its rights, for the first time or again."""
-        with self.database.connect() as db:
-            db.execute(SQL(GRANTS).format(role=Identifier(self._service)))
+        """Have the product put its roles' rights right."""
+        set_up(self.database.url)
 
     def revoke(self, rights: str) -> None:
-        """Take rights from the workers' role, e.g. ``INSERT ON pipeline.events``."""
-        with self.database.connect() as db:
-            db.execute(SQL(f"REVOKE {rights} FROM {{}}").format(Identifier(self._service)))
+        """Take rights from the workers' roles, e.g. ``INSERT ON pipeline.events``."""
+        self._compose(
+            SQL(f"REVOKE {rights} FROM {{}}, {{}}").format(*map(Identifier, self._groups))
+        )
 
     # ----------------------------------------------------------------------------------- what runs
 
@@ -536,7 +529,7 @@ class Bench:
         """Kill what still runs, remove the roles, and see that no log says what none may say."""
         for worker in self.workers:
             worker.kill()
-        for role in [*self._roles, self._service]:
+        for role in [*self._roles, *(self._prefix + role for role in ROLES)]:
             self._compose(SQL("DROP OWNED BY {}").format(Identifier(role)))
             self._compose(SQL("DROP ROLE {}").format(Identifier(role)))
         for worker in self.workers:
@@ -545,12 +538,13 @@ class Bench:
             assert canaries.simulated(said) == [], f"{worker.log} holds personal data"
 
     def _new_role(self, number: int) -> str:
-        role = f"{self._service}_{number}"
+        role = f"{self._prefix}{number}"
         self._compose(
-            SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}").format(
-                Identifier(role), Literal(PASSWORD), Identifier(self._service)
+            SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}, {}").format(
+                Identifier(role), Literal(PASSWORD), *map(Identifier, self._groups)
             )
         )
+        self._compose(SQL(SEE_EACH_OTHER).format(role=Identifier(role)))
         self._roles.append(role)
         return role
 

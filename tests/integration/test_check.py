@@ -19,7 +19,9 @@ from pipeline.check.kafka import kafka_tls
 from pipeline.check.promises import ANYWHERE
 from pipeline.db import open_engine
 from pipeline.embedded.postgres import PostgresServer, free_port
+from pipeline.migrate import set_up
 from pipeline.projectors import discover
+from pipeline.roles import ROLES
 from pipeline.settings import Settings
 from tests.commands import Commands, InProcess, on_mock
 from tests.conftest import OLDEST
@@ -153,52 +155,63 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
 
 @pytest.fixture
 def role(given) -> Iterator[tuple[str, str]]:
-    """A role that may log in and nothing else, and its URL."""
-    name = f"role_{secrets.token_hex(4)}"
-    given.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
+    """The prefix of this database's roles, and the URL of a login that may ingest and project."""
+    prefix = f"c{secrets.token_hex(4)}_"
+    set_up(given.database.url, with_roles=True, role_prefix=prefix)
+    given.execute(f"CREATE ROLE {prefix}login LOGIN PASSWORD 'x'")
+    given.execute(f"GRANT {prefix}ingest, {prefix}project TO {prefix}login")
     host = given.database.dsn.rpartition("@")[2]
-    yield name, f"postgresql+psycopg://{name}:x@{host}"
-    given.execute(f"DROP OWNED BY {name}")
-    given.execute(f"DROP ROLE {name}")
+    yield prefix, f"postgresql+psycopg://{prefix}login:x@{host}"
+    for name in (*ROLES, "login"):
+        given.execute(f"DROP OWNED BY {prefix}{name}")
+    for name in (*ROLES, "login"):
+        given.execute(f"DROP ROLE {prefix}{name}")
 
 
-def _grant(given, role):
-    for statement in (
-        "GRANT USAGE ON SCHEMA pipeline, upvest TO {}",
-        "GRANT SELECT ON ALL TABLES IN SCHEMA pipeline TO {}",
-        "GRANT INSERT ON pipeline.events TO {}",
-        "GRANT INSERT, UPDATE, DELETE ON pipeline.consumer_offsets, pipeline.gaps, "
-        "pipeline.dead_letters, pipeline.projectors, pipeline.projection_checkpoints TO {}",
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA upvest TO {}",
-        "GRANT EXECUTE ON FUNCTION pipeline.make_segment(text, bigint, bigint) TO {}",
-    ):
-        given.execute(statement.format(role))
-
-
-def test_a_role_with_just_enough_rights_cannot_change_the_log(given, role):
-    name, url = role
-    _grant(given, name)
-
-    findings = found_in(url)
+def test_a_role_with_just_enough_rights_cannot_change_the_log(role):
+    findings = found_in(role[1])
 
     assert of(findings, "wrong") == []
     assert is_said(of(findings, "ok"), "append-only for this role")
 
 
 def test_rights_that_are_missing_are_named(given, role):
-    name, url = role
-    _grant(given, name)
-    given.execute(f"REVOKE INSERT ON pipeline.events FROM {name}")
-    given.execute(f"REVOKE DELETE ON upvest.orders FROM {name}")
-    given.execute(
-        f"REVOKE EXECUTE ON FUNCTION pipeline.make_segment(text, bigint, bigint) FROM {name}"
-    )
+    prefix, url = role
+    given.execute(f"REVOKE INSERT ON pipeline.events FROM {prefix}ingest")
+    given.execute(f"REVOKE DELETE ON upvest.orders FROM {prefix}project")
+    given.execute(f"REVOKE EXECUTE ON FUNCTION pipeline.make_segment FROM {prefix}ingest")
 
     missing = of(found_in(url), "wrong")
 
-    assert [text.rpartition(" on ")[2] for text in missing] == [
-        *("pipeline.events", "upvest.orders", "pipeline.make_segment")
+    assert missing == [
+        "rights missing to ingest: INSERT on pipeline.events",
+        "rights missing to ingest: EXECUTE on pipeline.make_segment",
+        "rights missing to project: DELETE on upvest.orders",
     ]
+
+
+def test_a_login_that_may_only_look_is_told_to_be_for_nothing(given, role):
+    prefix, url = role
+    given.execute(f"REVOKE {prefix}ingest, {prefix}project FROM {prefix}login")
+    given.execute(f"GRANT USAGE ON SCHEMA pipeline TO {prefix}login")
+    given.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pipeline TO {prefix}login")
+
+    assert of(found_in(url), "wrong") == ["this role may neither ingest nor project"]
+
+
+def test_an_analyst_without_bounds_is_a_warning(given, check, role):
+    """Settings of a role are not inherited by the logins that have it."""
+    prefix, _ = role
+    given.execute(f"GRANT {prefix}personal_data TO {prefix}login")
+    given.execute(f"ALTER ROLE {prefix}login SET statement_timeout = '5min'")
+
+    [said] = [text for text in of(check(), "warning") if "hold up others" in text]
+
+    assert f"{prefix}login" in said
+    assert "default_transaction_read_only, idle_in_transaction_session_timeout" in said
+    for name in ("default_transaction_read_only = on", "idle_in_transaction_session_timeout = 1"):
+        given.execute(f"ALTER ROLE {prefix}login SET {name}")
+    assert not is_said(of(check(), "warning"), "hold up others")
 
 
 @pytest.mark.parametrize(

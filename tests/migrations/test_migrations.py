@@ -177,6 +177,24 @@ def test_every_table_view_and_column_says_what_it_is(migrated):
     assert list(migrated.execute(silent).scalars()) == []
 
 
+def test_a_generated_migration_takes_the_masked_view_out_of_the_way(migrated, tmp_path):
+    """It hangs on the columns that it shows, and `migrate` makes it again."""
+    migrated.execute(text("ALTER TABLE upvest.users ADD COLUMN surplus text"))
+    migrated.execute(text("DROP VIEW upvest.users_masked"))
+    migrated.execute(text("ALTER TABLE upvest.users ALTER fatca_confirmed_at TYPE text"))
+    migrated.commit()
+    generating = config(migrated)
+    generating.set_main_option("path_separator", "os")
+    generating.set_main_option("version_locations", f"{FOLDER / 'versions'}{os.pathsep}{tmp_path}")
+
+    command.revision(generating, autogenerate=True, rev_id="9999", version_path=str(tmp_path))
+
+    [written] = tmp_path.glob("*.py")
+    upgrade = written.read_text().partition("def upgrade")[2].partition("def downgrade")[0]
+    for change in ("op.alter_column", "op.drop_column"):
+        assert "DROP VIEW IF EXISTS upvest.users_masked" in upgrade.partition(change)[0][-70:]
+
+
 # ----------------------------------------------------------------------------- twice, two, half-way
 
 

@@ -1,7 +1,7 @@
 """What a projector may declare, and what its declaration comes to."""
 
 import pytest
-from sqlalchemy import Text
+from sqlalchemy import Column, Text
 
 from pipeline.db import metadata
 from pipeline.errors import ConfigurationError
@@ -191,3 +191,53 @@ def test_text_columns_are_as_wide_as_they_need():
         for table in projector.tables:
             for column in table.columns:
                 assert not isinstance(column.type, Text) or column.type.length is None
+
+
+# -------------------------------------------------------------------------------- personal data
+
+
+@pytest.mark.parametrize(
+    ("column", "path"),
+    [
+        *(("name", "label"), ("last_name", "x"), ("iban", "x"), ("tax_id", "x"), ("tin", "x")),
+        *(("birth_date", "x"), ("born", "person.birthday"), ("email", "x"), ("phone_number", "x")),
+        *(("sender", "counterparty.account.identification.iban"), ("address_line1", "x")),
+        *(("where_to", "address.postcode"), ("depot_account_number", "x"), ("church_tax", "x")),
+    ],
+)
+def test_a_column_that_looks_personal_must_say_whether_it_is(column, path):
+    with pytest.raises(ValueError, match=f"column {column} looks as if .* personal=True"):
+        text(column, path, "A comment.")
+
+    assert text(column, path, "A comment.", personal=True).remark == "A comment. Personal data."
+    assert text(column, path, "A comment.", personal=False).remark == "A comment."
+
+
+@pytest.mark.parametrize(
+    "column", ["order_id", "username_taken", "taxonomy", "cityscape", "status"]
+)
+def test_other_columns_need_say_nothing(column):
+    assert text(column, column, "A comment.").remark == "A comment."
+
+
+def test_a_column_of_a_custom_table_that_looks_personal_must_say_so_too():
+    with pytest.raises(ValueError, match="column iban looks"):
+        read_model_table("made_up", Column("iban", Text, comment="IBAN."), comment="x")
+
+    table = read_model_table(
+        "made_up", Column("iban", Text, comment="IBAN.", info={"personal": True}), comment="x"
+    )
+    metadata.remove(table)
+    assert table.columns["iban"].comment == "IBAN. Personal data."
+
+
+def test_what_is_said_of_persons_changes_no_fingerprint():
+    """Else every installation would have to rebuild for a change of rights."""
+    changed_at = time("changed_at", "updated_at", "When it changed.")
+    found = set()
+    for personal in (True, False):
+        one = snapshot(fields=[changed_at, text("name", "name", "Name.", personal=personal)])
+        with forgotten_afterwards(one):
+            found.add(fingerprint(one))
+
+    assert len(found) == 1

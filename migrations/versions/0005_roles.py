@@ -1,0 +1,128 @@
+"""What roles with few rights need: functions that do with the owner's rights what they may not.
+
+Lock: ACCESS EXCLUSIVE on the view order_status_history for an instant; SHARE UPDATE EXCLUSIVE on
+three read models while their comments change. The service may run meanwhile.
+"""
+
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+FUNCTIONS = """
+-- A rebuild may be begun by one login and gone on with by another, so the tables are the owner's,
+-- who grants them by default privileges to whoever projects.
+CREATE FUNCTION pipeline.make_shadow(read_model text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    key text;
+BEGIN
+    SELECT pg_get_constraintdef(c.oid) INTO key FROM pg_constraint c
+     WHERE c.contype = 'p' AND c.conrelid = to_regclass(format('upvest.%I', read_model));
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'upvest has no read model %', read_model USING ERRCODE = 'undefined_table';
+    END IF;
+    -- Indexes other than the key would only cost time.
+    EXECUTE format('CREATE TABLE pipeline_shadow.%1$I (LIKE upvest.%1$I INCLUDING STORAGE '
+                   'INCLUDING COMPRESSION INCLUDING GENERATED, %2$s)', read_model, key);
+END $$;
+COMMENT ON FUNCTION pipeline.make_shadow(text) IS
+    'An empty table beside a read model, of the same columns and key, for a rebuild to fill.';
+REVOKE ALL ON FUNCTION pipeline.make_shadow(text) FROM PUBLIC;
+
+CREATE FUNCTION pipeline.drop_shadow(read_model text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format('DROP TABLE IF EXISTS pipeline_shadow.%I', read_model);
+END $$;
+COMMENT ON FUNCTION pipeline.drop_shadow(text) IS
+    'Removes the table beside a read model, if there is one.';
+REVOKE ALL ON FUNCTION pipeline.drop_shadow(text) FROM PUBLIC;
+
+-- The only way in which an operator moves a next offset: a gap that is on record, and no further.
+CREATE FUNCTION pipeline.accept_gap(
+    of_topic text, of_partition integer,
+    OUT first_offset bigint, OUT end_offset bigint, OUT goes_on boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    the_gap bigint;
+BEGIN
+    SELECT g.gap_id, g.first_offset, g.end_offset INTO the_gap, first_offset, end_offset
+      FROM pipeline.gaps g
+     WHERE g.topic = of_topic AND g."partition" = of_partition AND g.accepted_at IS NULL
+     ORDER BY g.first_offset = (SELECT o.next_offset FROM pipeline.consumer_offsets o
+                                 WHERE o.topic = of_topic AND o."partition" = of_partition) DESC,
+              g.gap_id
+     LIMIT 1
+       FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- The epoch rises too: whoever holds the partition is fenced, claims it again, reads on there.
+    UPDATE pipeline.consumer_offsets o
+       SET next_offset = accept_gap.end_offset, epoch = o.epoch + 1,
+           problem = NULL, problem_at = NULL
+     WHERE o.topic = of_topic AND o."partition" = of_partition
+       AND o.next_offset = accept_gap.first_offset;
+    goes_on := FOUND;
+    IF goes_on THEN
+        UPDATE pipeline.gaps g SET accepted_at = now(), accepted_by = session_user
+         WHERE g.gap_id = the_gap;
+    END IF;
+END $$;
+COMMENT ON FUNCTION pipeline.accept_gap(text, integer) IS
+    'Goes on behind the open gap of a partition, which stays in pipeline.gaps with who decided it. '
+    'NULLs if there is none; goes_on is false, and nothing done, if the partition has moved.';
+REVOKE ALL ON FUNCTION pipeline.accept_gap(text, integer) FROM PUBLIC;
+
+-- It leaves out rows of the log, so no condition of a reader's may see them first.
+ALTER VIEW upvest.order_status_history SET (security_barrier);
+"""
+
+BACK = """
+ALTER VIEW upvest.order_status_history RESET (security_barrier);
+DROP FUNCTION pipeline.accept_gap(text, integer);
+DROP FUNCTION pipeline.drop_shadow(text);
+DROP FUNCTION pipeline.make_shadow(text);
+"""
+
+# Made by `pipeline migrate` beside the migrations; in the way of whoever goes further back.
+DROP_MASKED_VIEWS = r"""
+DO $$
+DECLARE
+    masked regclass;
+BEGIN
+    FOR masked IN SELECT oid FROM pg_class WHERE relnamespace = 'upvest'::regnamespace
+                     AND relkind = 'v' AND relname LIKE '%\_masked' LOOP
+        EXECUTE format('DROP VIEW %s', masked);
+    END LOOP;
+END $$;
+"""
+
+COMMENTS = {
+    "account_groups.securities_account_number": (
+        "Official depot number, nine digits, leading zeros count.",
+        "Official depot number, nine digits, leading zeros count. Personal data.",
+    ),
+    "accounts.name": (
+        "Label, free text; NULL without. May hold personal data.",
+        "Label, free text; NULL without. Personal data.",
+    ),
+    "cash_transactions.tax_details": (
+        "Details of the tax as they came; NULL without tax.",
+        "Details of the tax as they came; NULL without tax. Personal data.",
+    ),
+}
+
+
+def upgrade() -> None:
+    op.execute(FUNCTIONS)
+    for column, (_, comment) in COMMENTS.items():
+        op.execute(f"COMMENT ON COLUMN upvest.{column} IS '{comment}'")
+
+
+def downgrade() -> None:
+    for column, (comment, _) in COMMENTS.items():
+        op.execute(f"COMMENT ON COLUMN upvest.{column} IS '{comment}'")
+    op.execute(DROP_MASKED_VIEWS)
+    op.execute(BACK)

@@ -410,13 +410,16 @@ class Bench:
         """How many sessions the worker has."""
         return len(self.query("SELECT FROM pg_stat_activity WHERE usename = %s", worker.role))
 
-    def sessions_in_transaction(self, worker: Worker) -> list[int]:
-        """The processes of the worker's sessions that have a transaction open."""
-        rows = self.query(
-            "SELECT pid FROM pg_stat_activity WHERE usename = %s AND xact_start IS NOT NULL",
-            worker.role,
+    def sessions_in_transaction(self, worker: Worker, *states: str) -> int:
+        """How many sessions of the worker have a transaction open, and are in one of the states."""
+        return len(
+            self.query(
+                "SELECT FROM pg_stat_activity "
+                "WHERE usename = %s AND xact_start IS NOT NULL AND state = ANY(%s)",
+                worker.role,
+                list(states or ("active", "idle in transaction")),
+            )
         )
-        return [pid for (pid,) in rows]
 
     def waits_for_lock(self, worker: Worker) -> bool:
         """Whether a session of the worker waits for a lock."""
@@ -455,7 +458,9 @@ class Bench:
                 'SELECT topic, "partition", next_offset FROM pipeline.projection_checkpoints'
             )
             places = [
-                (Partition(topic, number), next_offset) for topic, number, next_offset in seen
+                (place, next_offset)
+                for topic, number, next_offset in seen
+                if (place := Partition(topic, number)) in ledger.ends
             ]
             return len(places) == len(discover()) * len(ledger.ends) and all(
                 next_offset >= ledger.ends[place] for place, next_offset in places

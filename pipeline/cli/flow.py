@@ -42,6 +42,8 @@ REBUILD_RETRY_S = 10.0
 """Wait before a rebuild is tried again whose server went away."""
 DATABASE_RETRY_S = 1.0
 """Wait before asking again a database that is away at the start."""
+LAST_PASS_S_MAX = 10.0
+"""Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _UntilEnd = Annotated[
@@ -301,12 +303,11 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
     else:
         half(lambda: Ingest(job.settings, job.engine, stop=job.stop).run())
     follow_no_more.set()
-    deadline_s = job.settings.revoke_deadline_ms / 1000
-    projection.join(deadline_s if job.stop.is_set() else None)
+    projection.join(LAST_PASS_S_MAX if job.stop.is_set() else None)
     if projection.is_alive():
         log.warning(
             "projection_not_ended",
-            waited_s=deadline_s,
+            waited_s=LAST_PASS_S_MAX,
             effect="PostgreSQL rolls its pass back; nothing is lost",
         )
     if until_end and not job.stop.is_set():

@@ -157,9 +157,9 @@ class Worker:
         """Most resident memory so far."""
         return self._kib("VmHWM")
 
-    def address_space_kib(self) -> int:
-        """What it has asked for, used or not."""
-        return self._kib("VmSize")
+    def address_space_kib(self, *, most: bool = False) -> int:
+        """What it has asked for, used or not; now, or most so far."""
+        return self._kib("VmPeak" if most else "VmSize")
 
     def _kib(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()

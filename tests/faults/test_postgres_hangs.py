@@ -12,7 +12,8 @@ from pipeline.embedded.postgres import PostgresServer
 from pipeline.errors import ExitCode
 from tests.faults.harness import Bench, Worker, until
 
-PER_SECOND = 200
+PER_SECOND = 150
+LONG_SESSION = "session.timeout.ms=45000,heartbeat.interval.ms=500"
 GRACE_S = 30
 """What Kubernetes grants by default."""
 
@@ -51,7 +52,7 @@ def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period
     """
     bench = shaky_postgres
     bench.kafka.create_topic(f"{bench.topic}-idle", 1)
-    stays, leaves = [bench.worker("run") for _ in range(2)]
+    stays, leaves = [bench.worker("run", kafka_options=LONG_SESSION) for _ in range(2)]
     idle = bench.worker(topics=f"{bench.topic}-idle", group_id=f"{bench.group}-idle")
 
     with bench.feed(rate=PER_SECOND) as feed:

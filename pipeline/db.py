@@ -5,13 +5,18 @@ refused, so none of them goes on: an error names the condition and the SQLSTATE 
 """
 
 import re
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import psycopg
+import structlog
+from psycopg.abc import PQGen
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, MetaData, create_engine
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import (
@@ -23,8 +28,15 @@ from pipeline.errors import (
     from_sqlstate,
 )
 
+log = structlog.get_logger(__name__)
+
 LOG_SCHEMA = "pipeline"
 READ_SCHEMA = "upvest"
+
+SILENCE_S = 5.0
+"""How long the server may say nothing to a statement before we ask whether it lives."""
+ALIVE_S_MAX = 10.0
+"""Longest wait for the answer to that."""
 
 metadata = MetaData(
     naming_convention={
@@ -44,12 +56,15 @@ class SessionLimits(BaseModel):
         idle_in_transaction: After this long without a statement inside a transaction the server
             ends the session; so a stopped process cannot keep a partition's row locked.
         lock_wait: Longest wait for any lock.
+        answer: Besides that, longest wait for a statement's answer from a server that lives; None
+            for as long as it takes.
     """
 
     model_config = ConfigDict(frozen=True)
 
     idle_in_transaction: timedelta = timedelta(seconds=10)
     lock_wait: timedelta = timedelta(seconds=10)
+    answer: timedelta | None = None
 
 
 def open_engine(
@@ -58,7 +73,8 @@ def open_engine(
     """An engine whose sessions read times as UTC and are given up by the server when we vanish.
 
     Nothing is connected yet. Half-open connections end after about 30 seconds on both sides
-    (keepalive and ``tcp_user_timeout``), instead of the two hours of an ordinary socket.
+    (keepalive and ``tcp_user_timeout``), instead of the two hours of an ordinary socket. A server
+    that hangs is given up in 15 seconds, whatever it was asked.
 
     Args:
         url: ``postgresql+psycopg://…``; it may hold a password, so it is never shown.
@@ -72,12 +88,16 @@ def open_engine(
         "datestyle": "ISO,YMD",
         "idle_in_transaction_session_timeout": _milliseconds(limits.idle_in_transaction),
         "lock_timeout": _milliseconds(limits.lock_wait),
+        # One that was set for the role or the database would end each repetition of a batch or of
+        # a rebuild at the same place, and what was idle for long.
+        "statement_timeout": 0,
+        "idle_session_timeout": 0,
         "tcp_keepalives_idle": 10,
         "tcp_keepalives_interval": 5,
         "tcp_keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
@@ -94,9 +114,107 @@ def open_engine(
         },
     )
 
+    @event.listens_for(engine, "do_connect")
+    def connect(
+        _dialect: object, _record: object, arguments: list[Any], options: dict[str, Any]
+    ) -> "_Session":
+        session = _Session.connect(*arguments, **options)
+        if limits.answer is not None:
+            session.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
+        return session
+
+    return engine
+
 
 def _milliseconds(duration: timedelta) -> int:
     return duration // timedelta(milliseconds=1)
+
+
+# ----------------------------------------------------------------------------- a server that hangs
+
+Result = TypeVar("Result")
+
+# What asks a server whether it speaks TLS; it answers with one byte, before any login.
+_SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
+
+
+class SilentServerError(psycopg.OperationalError):
+    """The connection stands and nothing comes from it; we have closed it."""
+
+
+class _Session(psycopg.Connection[Any]):
+    """A connection that does not wait for ever.
+
+    Where the server is stopped, or its disk hangs, the kernel below it still acknowledges every
+    packet: neither keepalive nor ``tcp_user_timeout`` ends the wait, and no timeout of the server's
+    own is looked at.
+    """
+
+    answer_s_max: float | None = None
+    _given_up: SilentServerError | None = None
+
+    def wait(self, gen: PQGen[Result], *arguments: Any, **options: Any) -> Result:
+        """All that psycopg waits for comes through here: statements, COPY, COMMIT."""
+        if self._given_up is not None:
+            raise self._given_up
+        return super().wait(self._watched(gen), *arguments, **options)
+
+    def _watched(self, gen: PQGen[Result]) -> Generator[Any, Any, Result]:
+        heard_at = time.monotonic()
+        look_at = heard_at + SILENCE_S
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                now = time.monotonic()
+                if ready:
+                    heard_at, look_at = now, now + SILENCE_S
+                elif self.answer_s_max is not None and now - heard_at > self.answer_s_max:
+                    self._give_up(f"no answer to a statement within {self.answer_s_max:.0f} s")
+                elif now > look_at:
+                    self._look(now - heard_at)
+                    look_at = time.monotonic() + SILENCE_S
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+    def _look(self, silent_s: float) -> None:
+        if not self._server_lives():
+            self._give_up(f"it takes connections no more, and was silent for {silent_s:.0f} s")
+        if silent_s < 2 * SILENCE_S:  # the first look
+            log.info(
+                "server_slow", silent_s=round(silent_s), effect="waiting; it still answers others"
+            )
+
+    def _give_up(self, why: str) -> None:
+        # The transaction may still be committed, by a server that wakes up: an unknown outcome.
+        self._given_up = SilentServerError(why)
+        self.close()
+        raise self._given_up
+
+    def _server_lives(self) -> bool:
+        """Whether it answers somebody who begins to talk to it."""
+        host, port = self.info.hostaddr or self.info.host, self.info.port
+        try:
+            with _dial(host, port) as asking:
+                asking.settimeout(ALIVE_S_MAX)
+                asking.sendall(_SSL_REQUEST)
+                return bool(asking.recv(1))
+        except OSError:
+            return False
+
+
+def _dial(host: str, port: int) -> socket.socket:
+    if not host.startswith("/"):
+        return socket.create_connection((host, port), ALIVE_S_MAX)
+    near = socket.socket(socket.AF_UNIX)
+    near.settimeout(ALIVE_S_MAX)
+    near.connect(f"{host}/.s.PGSQL.{port}")
+    return near
+
+
+# ------------------------------------------------------------------------------------- transactions
 
 
 @contextmanager
@@ -113,6 +231,11 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     """
     with translated(), engine.begin() as db:
         yield db
+
+
+def descriptor(db: Connection) -> int:
+    """The file descriptor of a connection's socket, for the fail points that cut it."""
+    return int(db.connection.driver_connection.fileno())  # type: ignore[union-attr]  # psycopg's
 
 
 @contextmanager
@@ -147,13 +270,23 @@ _OPERATORS_BUSINESS = re.compile(
     r"authentication failed|no password supplied|does not exist|permission denied|"
     r"no pg_hba\.conf entry|certificate|root\.crt"
 )
+_REASONS = {
+    "it takes no more connections": re.compile(r"too many (clients|connections)|connection slots"),
+    "it is read-only": re.compile(r"read-only|in hot standby mode"),
+    "it is starting or stopping": re.compile(r"is (starting up|shutting down)|recovery"),
+    "timed out": re.compile("timeout"),
+}
 
 
 def _without_sqlstate(error: psycopg.Error) -> PipelineError:
     if not isinstance(error, psycopg.OperationalError):
         return InvariantError(f"psycopg: {type(error).__name__}")
     text = str(error)
+    if isinstance(error, SilentServerError):
+        return TransientError(f"PostgreSQL hangs: {text}")
     if match := _OPERATORS_BUSINESS.search(text):
         return ConfigurationError(f"PostgreSQL refused the connection: {match[0]}")
-    reason = "timed out" if "timeout" in text else "the connection broke or could not be made"
-    return TransientError(f"PostgreSQL is away: {reason}")
+    for reason, told in _REASONS.items():
+        if told.search(text):
+            return TransientError(f"PostgreSQL is away: {reason}")
+    return TransientError("PostgreSQL is away: the connection broke or could not be made")

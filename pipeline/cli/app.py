@@ -147,14 +147,24 @@ def settings_of(ctx: typer.Context, *, tells_all: bool = False) -> Settings:
 
 
 @contextmanager
-def database_of(settings: Settings, command: str, *, pool_size: int = 4) -> Iterator[Engine]:
-    """The configured database, until the block ends. Nothing is connected yet."""
+def database_of(
+    settings: Settings, command: str, *, pool_size: int = 4, answers_soon: bool = False
+) -> Iterator[Engine]:
+    """The configured database, until the block ends. Nothing is connected yet.
+
+    Args:
+        settings: Which, and for how long to wait for it.
+        command: Who asks.
+        pool_size: Most connections open at a time.
+        answers_soon: No statement may take longer than ``ANSWER_TIMEOUT_MS``.
+    """
     engine = open_engine(
         settings.database(),
         application=f"pipeline {command}",
         limits=SessionLimits(
             idle_in_transaction=timedelta(milliseconds=settings.idle_in_transaction_timeout_ms),
             lock_wait=timedelta(milliseconds=settings.lock_timeout_ms),
+            answer=timedelta(milliseconds=settings.answer_timeout_ms) if answers_soon else None,
         ),
         pool_size=pool_size,
     )

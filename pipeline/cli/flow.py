@@ -28,6 +28,7 @@ from pipeline.ingest import Ingest
 from pipeline.ingest import Progress as Ingested
 from pipeline.migrate import check_schema
 from pipeline.projection.checkpoints import fingerprints
+from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.loop import AWAY_S_MAX, run_projection
 from pipeline.projection.loop import Progress as Projected
@@ -41,6 +42,8 @@ REBUILD_RETRY_S = 10.0
 """Wait before a rebuild is tried again whose server went away."""
 DATABASE_RETRY_S = 1.0
 """Wait before asking again a database that is away at the start."""
+LAST_PASS_S_MAX = 10.0
+"""Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _UntilEnd = Annotated[
@@ -142,7 +145,10 @@ def project(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
 def _flow(ctx: typer.Context, command: str, *, until_end: bool) -> Iterator[Job]:
     """Settings, database, signals, the first and the last line of the log."""
     settings = settings_of(ctx, tells_all=True)
-    with database_of(settings, command, pool_size=6) as engine, stopped_by_signals() as stop:
+    with (
+        database_of(settings, command, pool_size=6, answers_soon=True) as engine,
+        stopped_by_signals() as stop,
+    ):
         log.info("started", command=command, **_who(settings), **versions())
         begun = time.monotonic()
         try:
@@ -289,14 +295,21 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
     def follow() -> None:
         _project(job.engine, job.settings, follow_no_more)
 
-    projection = threading.Thread(target=half, args=[follow], name="projection")
+    # A daemon, for a PostgreSQL that hangs must not keep the process.
+    projection = threading.Thread(target=half, args=[follow], name="projection", daemon=True)
     projection.start()
     if until_end:
         half(lambda: _ingest_to_the_end(job))
     else:
         half(lambda: Ingest(job.settings, job.engine, stop=job.stop).run())
     follow_no_more.set()
-    projection.join()
+    projection.join(LAST_PASS_S_MAX if job.stop.is_set() else None)
+    if projection.is_alive():
+        log.warning(
+            "projection_not_ended",
+            waited_s=LAST_PASS_S_MAX,
+            effect="PostgreSQL rolls its pass back; nothing is lost",
+        )
     if until_end and not job.stop.is_set():
         half(lambda: _project_to_the_end(job))
     if failures:
@@ -305,25 +318,31 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
 
 def _rebuild_stale(job: Job) -> None:
     """Rebuild what was built by another definition; no failure here stops what runs beside."""
-    for projector in discover():
-        while not job.stop.is_set():
-            try:
-                with transaction(job.engine) as db:
-                    built = fingerprints(db).get(projector.name)
-                if built not in (None, fingerprint(projector)):
-                    rebuild(
-                        job.engine,
-                        projector,
-                        guilty_max=job.settings.dead_letter_budget,
-                        stop=job.stop,
-                    )
-            except TransientError as error:
-                log.warning("rebuild_waits", projector=projector.name, reason=str(error))
-                job.stop.wait(REBUILD_RETRY_S)
-            except PipelineError as error:
-                log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
-                    "not_rebuilt", projector=projector.name, reason=str(error)
+    # Its statements may take long, so it has a database of its own.
+    with database_of(job.settings, "rebuild") as engine:
+        for projector in discover():
+            _rebuild_if_stale(job, engine, projector)
+
+
+def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
+    while not job.stop.is_set():
+        try:
+            with transaction(engine) as db:
+                built = fingerprints(db).get(projector.name)
+            if built not in (None, fingerprint(projector)):
+                rebuild(
+                    engine,
+                    projector,
+                    guilty_max=job.settings.dead_letter_budget,
+                    stop=job.stop,
                 )
-                break
-            else:
-                break
+        except TransientError as error:
+            log.warning("rebuild_waits", projector=projector.name, reason=str(error))
+            job.stop.wait(REBUILD_RETRY_S)
+        except PipelineError as error:
+            log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
+                "not_rebuilt", projector=projector.name, reason=str(error)
+            )
+            break
+        else:
+            break

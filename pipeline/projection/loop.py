@@ -138,6 +138,7 @@ class _Loop:
         self._taken = 0
         self._away_since: float | None = None
         self._refused_since: float | None = None
+        self._told_reasons: set[str] = set()
         self._has_run = False
         self._failures = 0
         self._was_behind = True
@@ -238,10 +239,12 @@ class _Loop:
     def _wait_for_server(
         self, error: TransientError | ConfigurationError, *, for_ever: bool
     ) -> None:
-        now = time.monotonic()
+        now, reason = time.monotonic(), str(error)
+        if reason not in self._told_reasons:
+            self._told_reasons.add(reason)
+            log.warning("server_away", reason=reason, effect="waiting; nothing is lost")
         if self._away_since is None:
             self._away_since = now
-            log.warning("server_away", reason=str(error), effect="waiting; nothing is lost")
         elif not for_ever and now - self._away_since > AWAY_S_MAX:
             raise error
         if not isinstance(error, ConfigurationError):
@@ -262,6 +265,7 @@ class _Loop:
             log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
         self._has_run = True
         self._away_since = self._refused_since = None
+        self._told_reasons.clear()
         self._failures = 0
 
 

@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy import Connection, Engine, Table, text
 
 from pipeline import dead_letters, failpoints
-from pipeline.db import READ_SCHEMA, transaction, translated
+from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
 from pipeline.errors import ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.positions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints
@@ -331,7 +331,7 @@ class _Shadow:
                 return
             offsets = standing.next_range(self._chunk_offsets)
             self._take(SHADOW_SCHEMA, self._name, standing.partition, offsets)
-            failpoints.reach("mid_rebuild")
+            failpoints.reach("mid_rebuild", connection_fd=descriptor(self._db))
 
     def _take(self, schema: str, name: str, partition: Partition, offsets: OffsetRange) -> None:
         """Bring a range into the tables of a schema, with its dead letters and checkpoint."""
@@ -392,7 +392,7 @@ class _Shadow:
             if behind < self._chunk_offsets and checkpoints.is_live(db, name):
                 self._bring(READ_SCHEMA, name, live, goal)
                 behind = 0
-            failpoints.reach("before_swap")
+            failpoints.reach("before_swap", connection_fd=descriptor(db))
             difference = self._difference(behind=behind)
             if difference.differing:
                 for table in self._projector.tables:
@@ -403,7 +403,7 @@ class _Shadow:
             checkpoints.place(db, name, goal)
             checkpoints.note_built(db, name, fingerprint(self._projector))
             self._drop()
-            failpoints.reach("after_swap")
+            failpoints.reach("after_swap", connection_fd=descriptor(db))
         return difference
 
     def _difference(self, *, behind: int) -> Difference:

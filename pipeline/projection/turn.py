@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline import dead_letters, failpoints
-from pipeline.db import READ_SCHEMA, transaction, translated
+from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
 from pipeline.dead_letters import Fault
 from pipeline.errors import ExitCode, LockHeldError, PipelineError, PoisonRecordError
 from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
@@ -120,7 +120,7 @@ def project(
             else:
                 batch = Batch(partition, offsets, one.condition())
                 results[one.name] = _take_turn(db, one, batch, guilty_max)
-        failpoints.reach("after_projection")
+        failpoints.reach("after_projection", connection_fd=descriptor(db))
     return results
 
 

@@ -176,6 +176,13 @@ class Settings(BaseSettings):
     lock_timeout_ms: int = Field(
         default=10_000, ge=100, le=600_000, description="Longest wait for a lock, in milliseconds"
     )
+    answer_timeout_ms: int = Field(
+        default=60_000,
+        ge=1000,
+        le=3_600_000,
+        description="Longest wait of ingest and projection for the answer to one statement, beyond "
+        "that for a lock, in milliseconds",
+    )
 
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(values.lower)] = (
         Field(

@@ -158,10 +158,21 @@ def asked(ask: Callable[[], _Answer]) -> _Answer:
         raise translated(error.args[0]) from None
 
 
+def _is_fenced(error: KafkaError) -> bool:
+    """Whether another process took this member's place.
+
+    Given as an event of the queue, a fatal error has a code of its own, and only its text tells.
+    """
+    return error.code() in _FENCED or (
+        error.code() == KafkaError._FATAL  # noqa: SLF001 - its public name begins so
+        and any(KafkaError(code).str() in error.str() for code in _FENCED)
+    )
+
+
 def translated(error: KafkaError) -> PipelineError:
     """The branch of our tree that an error of the client belongs to."""
     text = f"Kafka: {error.name()}: {error.str()}"
-    if error.code() in _FENCED:
+    if _is_fenced(error):
         return GroupFencedError(f"{text}. Another process uses the same PIPELINE_GROUP_INSTANCE_ID")
     if error.fatal():
         return InvariantError(text)

@@ -130,6 +130,10 @@ class Worker:
         """Its log lines of these events."""
         return [line for line in self.lines() if line.get("event") in events]
 
+    def reasons(self) -> list[str]:
+        """Why it said that a server was away, in the operator's words."""
+        return [line["reason"] for line in self.said("server_away")]
+
     def wait_until_said(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
         """Wait for the first log line of one of these events."""
 
@@ -153,8 +157,15 @@ class Worker:
 
     def peak_memory_kib(self) -> int:
         """Most resident memory so far."""
+        return self._kib("VmHWM")
+
+    def address_space_kib(self, *, most: bool = False) -> int:
+        """What it has asked for, used or not; now, or most so far."""
+        return self._kib("VmPeak" if most else "VmSize")
+
+    def _kib(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+        return int(next(line for line in status.splitlines() if name in line).split()[1])
 
     def _is_stopped(self) -> bool:
         assert self.exit_code is None, f"ended instead of standing still:\n{self.tail()}"
@@ -294,15 +305,24 @@ class Bench:
         self.workers.append(started)
         return started
 
-    def prepare_role(self) -> None:
-        """Make the next worker's role now, as the database will be away when it starts."""
+    def prepare_role(self) -> str:
+        """Make the next worker's role now, before the worker starts; its name."""
         self._role_in_store = self._new_role(next(self._numbers))
+        return self._role_in_store
+
+    def alter_role(self, role: str, change: str) -> None:
+        """``ALTER ROLE``, e.g. ``CONNECTION LIMIT 0``; sessions that exist go on."""
+        self._compose(SQL(f"ALTER ROLE {{}} {change}").format(Identifier(role)))
 
     def url_of(self, role: str) -> str:
         """The database as a role of a worker sees it."""
         parts = urlsplit(self.database.url)
         place = parts.netloc.rpartition("@")[2]
         return parts._replace(netloc=f"{quote(role)}:{PASSWORD}@{place}").geturl()
+
+    def as_owner(self, _url: str) -> str:
+        """For ``through``: as whom a rebuild runs, for it makes tables."""
+        return self.database.url
 
     @property
     def password(self) -> str:
@@ -321,6 +341,14 @@ class Bench:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY(%s)",
                 roles,
             )
+        )
+
+    def cancel_statements(self, worker: Worker) -> None:
+        """As an operator does it, for what a worker's sessions do now."""
+        self.query(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
+            "WHERE usename = %s AND state = 'active'",
+            worker.role,
         )
 
     # -------------------------------------------------------------------------------- what is seen
@@ -344,6 +372,23 @@ class Bench:
         """How many offsets the log has passed, over all partitions."""
         return sum(self.next_offsets().values())
 
+    def projected(self) -> int:
+        """How many offsets all read models together have passed."""
+        [(passed,)] = self.query(
+            "SELECT coalesce(sum(next_offset), 0)::bigint FROM pipeline.projection_checkpoints"
+        )
+        return int(passed)
+
+    def count(self, table: str) -> int:
+        """Rows of a read model."""
+        [(rows,)] = self.query(f"SELECT count(*) FROM upvest.{table}")
+        return int(rows)
+
+    def owners_of_all(self) -> dict[Partition, int | None]:
+        """The process id that owns each partition of every topic."""
+        rows = self.query('SELECT topic, "partition", owner_pid FROM pipeline.consumer_offsets')
+        return {Partition(topic, number): pid for topic, number, pid in rows}
+
     def owners(self) -> dict[int, int | None]:
         """The process id that owns each partition."""
         rows = self.query('SELECT "partition", owner_pid FROM pipeline.consumer_offsets')
@@ -357,6 +402,17 @@ class Bench:
     def sessions(self, worker: Worker) -> int:
         """How many sessions the worker has."""
         return len(self.query("SELECT FROM pg_stat_activity WHERE usename = %s", worker.role))
+
+    def sessions_in_transaction(self, worker: Worker, *states: str) -> int:
+        """How many sessions of the worker have a transaction open, and are in one of the states."""
+        return len(
+            self.query(
+                "SELECT FROM pg_stat_activity "
+                "WHERE usename = %s AND xact_start IS NOT NULL AND state = ANY(%s)",
+                worker.role,
+                list(states or ("active", "idle in transaction")),
+            )
+        )
 
     def waits_for_lock(self, worker: Worker) -> bool:
         """Whether a session of the worker waits for a lock."""
@@ -395,7 +451,9 @@ class Bench:
                 'SELECT topic, "partition", next_offset FROM pipeline.projection_checkpoints'
             )
             places = [
-                (Partition(topic, number), next_offset) for topic, number, next_offset in seen
+                (place, next_offset)
+                for topic, number, next_offset in seen
+                if (place := Partition(topic, number)) in ledger.ends
             ]
             return len(places) == len(discover()) * len(ledger.ends) and all(
                 next_offset >= ledger.ends[place] for place, next_offset in places

@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from tests.faults.harness import Bench
+from pipeline.errors import ExitCode
+from tests.faults.harness import Bench, until
 
 PER_SECOND = 500
 
@@ -127,6 +128,81 @@ def test_a_process_that_was_stopped_goes_on_when_it_is_woken(bench: Bench, step:
         bench.wait_until_logged(PER_SECOND * 4)
 
     bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("step", ["in_on_assign", "after_commit_before_ack@2"])
+def test_a_process_that_was_stopped_where_no_transaction_is_open_gives_way(bench: Bench, step: str):
+    """Another takes over meanwhile; the batch that it had committed is there once."""
+    overslept = bench.worker(fail=f"{step}:stop")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        overslept.wait_until_stopped()
+        heir = bench.worker()
+        bench.wait_until_owner_of_all(heir)
+        bench.wait_until_logged(bench.logged() + PER_SECOND)
+        overslept.resume()
+        overslept.wait_until_said("fenced", "fenced_by_group", "partition_claimed")
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("step", ["in_on_assign", "after_commit@2"])
+def test_trouble_in_the_loop_itself_is_borne_by_joining_the_group_anew(bench: Bench, step: str):
+    """Also within a callback of Kafka's client, which would go on at an offset of its own."""
+    worker = bench.worker(fail=f"{step}:raise:57P01")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        worker.wait_until_said("server_back")
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("step", ["in_on_assign", "in_on_revoke"])
+def test_a_defect_in_a_callback_ends_the_worker_with_70_and_costs_nothing(bench: Bench, step: str):
+    defect = bench.worker(fail=f"{step}:raise:XX000")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        if step == "in_on_revoke":
+            bench.wait_until_owner_of_all(defect)
+        bench.worker()
+        assert defect.wait() == ExitCode.INVARIANT, defect.tail()
+        assert "fail point" in defect.said("stopped")[0]["reason"]
+
+    bench.finish(feed.ledger)
+
+
+def test_a_loop_that_is_stuck_loses_its_partitions_and_comes_back(bench: Bench):
+    """Longer than max.poll.interval.ms; its heartbeats went on."""
+    options = "session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000"
+    stuck = bench.worker(fail="after_commit@2:sleep:6", kafka_options=options)
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(1)
+        heir = bench.worker(kafka_options=options)
+        stuck.wait_until_said("fenced_by_group")
+        until(lambda: set(bench.owners().values()) == {stuck.pid, heir.pid}, "both own some")
+
+    bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize("trouble", ["disconnect", "stop"])
+def test_the_same_projection_goes_on_after_trouble_before_its_commit(bench: Bench, trouble: str):
+    worker = bench.worker("run", fail=f"after_projection@5:{trouble}")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        if trouble == "stop":
+            worker.wait_until_stopped()
+            # Longer than PostgreSQL bears with its silence.
+            until(
+                lambda: not bench.sessions_in_transaction(worker, "idle in transaction"),
+                "its pass was rolled back",
+            )
+            worker.resume()
+        worker.wait_until_said("server_back")
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)
 
 
 def test_a_crash_between_projection_and_its_commit_changes_no_table(bench: Bench):

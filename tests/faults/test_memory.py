@@ -1,12 +1,22 @@
-"""Memory is bounded, whatever the backlog."""
+"""Memory is bounded, whatever the backlog; where there is too little, a worker dies of it."""
+
+import resource
 
 import pytest
 
 from pipeline.settings import Settings
-from tests.faults.harness import Bench
+from pipeline.simulator.producer import Producer
+from pipeline.simulator.records import Record
+from tests.faults.harness import Bench, Worker
+from tests.faults.ledger import Ledger
 
 BACKLOG = 300_000
 RESIDENT_MIB_MAX = 300
+LARGE_BYTES = 900_000
+LARGE = 200
+ROOM_MIB = 220
+"""Above what a worker takes before it has read anything."""
+LITTLE_ROOM_MIB = 24
 BATCH_ROWS = str(Settings.model_fields["batch_rows"].default)
 
 
@@ -26,3 +36,55 @@ def test_a_long_backlog_is_worked_off_in_bounded_memory(bench: Bench):
     print(f"peak {peak} MiB")
     assert peak <= RESIDENT_MIB_MAX
     bench.finish(sent)
+
+
+@pytest.mark.timeout(180)
+def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
+    sent = send_large_records(bench)
+
+    with bench.database.connect(autocommit=False) as blocker:
+        blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
+        worker = bench.worker(batch_rows=BATCH_ROWS)
+        worker.wait_until_said("partition_claimed")
+        before = worker.address_space_kib() // 1024
+        limit_memory(worker, ROOM_MIB)
+        worker.wait_until_said("server_away")
+    bench.wait_until_drained(sent)
+
+    print(f"took {worker.address_space_kib(most=True) // 1024 - before} MiB")
+    bench.finish(sent)
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
+    sent = send_large_records(bench)
+
+    worker = bench.worker(batch_rows=BATCH_ROWS)
+    worker.wait_until_said("partition_claimed")
+    limit_memory(worker, LITTLE_ROOM_MIB)
+    assert worker.wait() != 0, worker.tail()
+    assert bench.logged() < LARGE
+    bench.worker(batch_rows=BATCH_ROWS)
+
+    bench.finish(sent)
+
+
+def send_large_records(bench: Bench) -> Ledger:
+    """More of them than any bound of memory lets in at once."""
+    sent = Ledger(keep_values=False)
+    filler = "x" * LARGE_BYTES
+    with Producer(
+        {"bootstrap.servers": bench.kafka.bootstrap_servers}, on_delivery=sent.note
+    ) as producer:
+        producer.produce(
+            Record(bench.topic, number % bench.partitions, None, value.encode(), (), 0)
+            for number in range(LARGE)
+            if (value := f'{{"number": {number}, "filler": "{filler}"}}')
+        )
+    return sent
+
+
+def limit_memory(worker: Worker, room_mib: int) -> None:
+    """From now on the worker may take so much more than it has."""
+    limit = worker.address_space_kib() * 1024 + room_mib * 1024 * 1024
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, limit))

@@ -1,0 +1,95 @@
+"""A migration runs, or dies, while workers write; they go on, and it is done or not begun."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import PROJECT, Bench
+
+PER_SECOND = 500
+LATER = '''"""A later schema. Locks: the tables, for a moment. Safe while running: yes."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "9999", "{head}", None, None
+
+
+def upgrade() -> None:
+    for schema, table in (("pipeline", "events"), ("pipeline", "consumer_offsets"),
+                          ("pipeline", "projection_checkpoints"), ("upvest", "orders")):
+        op.add_column(table, sa.Column("later", sa.Text(), comment="Later."), schema=schema)
+    op.create_index(None, "orders", ["later"], schema="upvest")
+    op.execute("SELECT pg_sleep(0.5)")
+
+
+def downgrade() -> None:
+    raise NotImplementedError
+'''
+MIGRATE = """
+import os, sys
+from pathlib import Path
+from pipeline import failpoints, migrate
+migrate._folder = lambda: Path(sys.argv[1])
+failpoints.arm(os.environ)
+print(*migrate.migrate(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def later(bench: Bench, tmp_path: Path) -> Path:
+    """Today's migrations, and one more."""
+    folder = shutil.copytree(PROJECT / "migrations", tmp_path / "migrations")
+    [(head,)] = bench.query("SELECT version_num FROM pipeline.alembic_version")
+    (folder / "versions/9999_later.py").write_text(LATER.format(head=head))
+    return folder
+
+
+@pytest.mark.timeout(180)
+def test_a_migration_under_load_or_its_death_costs_no_record(bench: Bench, later: Path):
+    [(head,)] = bench.query("SELECT version_num FROM pipeline.alembic_version")
+    worker = bench.worker("run")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        killed = migrate(bench, later, PIPELINE_FAILPOINT="mid_migration:kill")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert bench.query("SELECT version_num FROM pipeline.alembic_version") == [(head,)]
+        assert later_columns(bench) == 0
+        bench.wait_until_logged(bench.logged() + PER_SECOND)
+        done = migrate(bench, later)
+        assert done.stdout.split() == ["9999"], done.stderr
+        assert later_columns(bench) == 4
+        bench.wait_until_logged(bench.logged() + PER_SECOND)
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.execute(f"UPDATE pipeline.alembic_version SET version_num = '{head}'")
+    bench.judge_read_models(feed.books)
+    assert worker.exit_code == 0
+
+
+def migrate(bench: Bench, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MIGRATE, folder, bench.database.url],
+        env={**os.environ, "PIPELINE_ENABLE_FAILPOINTS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+    )
+
+
+def later_columns(bench: Bench) -> int:
+    """Of the tables themselves, not of the log's segments."""
+    [(columns,)] = bench.query(
+        "SELECT count(*) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+        "WHERE a.attname = 'later' AND NOT a.attisdropped AND NOT c.relispartition "
+        "AND c.relkind IN ('r', 'p')"
+    )
+    return int(columns)

@@ -1,0 +1,107 @@
+"""A PostgreSQL that is stopped holds its connections open, and the kernel acknowledges for it."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from pipeline.embedded.postgres import PostgresServer
+from pipeline.errors import ExitCode
+from tests.faults.harness import Bench, Worker, until
+
+PER_SECOND = 150
+LONG_SESSION = "session.timeout.ms=45000,heartbeat.interval.ms=500"
+GRACE_S = 30
+"""What Kubernetes grants by default."""
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc of Linux"),
+]
+
+
+@contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """SIGSTOP for the length of the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it had ended when it was stopped
+                os.kill(pid, signal.SIGCONT)
+
+
+def processes_of(server: PostgresServer) -> list[int]:
+    """The postmaster first, so that it starts no other, then its processes."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+    return [server.pid, *map(int, children.split())]
+
+
+def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period(
+    shaky_postgres: Bench, private_postgres: PostgresServer
+):
+    """Who may wait goes on when it wakes; who is stopped, or is to end, ends.
+
+    One worker is to stop with a batch in hand, another while it has nothing to do; one command is
+    in the midst of its work, another has not begun.
+    """
+    bench = shaky_postgres
+    bench.kafka.create_topic(f"{bench.topic}-idle", 1)
+    stays, leaves = [bench.worker("run", kafka_options=LONG_SESSION) for _ in range(2)]
+    idle = bench.worker(topics=f"{bench.topic}-idle", group_id=f"{bench.group}-idle")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        all_of_them = {stays.pid, leaves.pid, idle.pid}
+        until(lambda: set(bench.owners_of_all().values()) == all_of_them, "each owns some")
+        until(lambda: bench.count("orders"), "there are orders")
+        rebuild = bench.worker("rebuild", "orders", fail="mid_rebuild:stop", through=bench.as_owner)
+        rebuild.wait_until_stopped()
+        bench.prepare_role()
+        with stopped(processes_of(private_postgres)):
+            rebuild.resume()
+            status = bench.worker("status")
+            for worker in (leaves, idle):
+                worker.send(signal.SIGTERM)
+            assert idle.wait(seconds_max=GRACE_S) == 0, idle.tail()
+            assert leaves.wait(seconds_max=GRACE_S) == 0, leaves.tail()
+            assert status.wait() == ExitCode.UNAVAILABLE, status.tail()
+            assert rebuild.wait() == ExitCode.UNAVAILABLE, rebuild.tail()
+            stays.wait_until_said("server_away")
+        stays.wait_until_said("server_back")
+        assert bench.worker("rebuild", "orders", through=bench.as_owner).wait() == 0
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)
+    assert any("hangs" in reason for reason in stays.reasons()), stays.tail()
+    assert not stays.said("fenced_by_group", "partitions_lost")
+
+
+def test_a_session_that_hangs_alone_is_given_up(bench: Bench):
+    """The server lives and answers others; only the session that we wait for does not."""
+    worker = bench.worker(answer_timeout_ms="3000")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        with stopped(until(lambda: sessions_at_work(bench, worker), "a session is at work")):
+            until(
+                lambda: any("no answer to a statement" in reason for reason in worker.reasons()),
+                "it has given the session up",
+            )
+        worker.wait_until_said("server_back")
+
+    bench.finish(feed.ledger)
+
+
+def sessions_at_work(bench: Bench, worker: Worker) -> list[int]:
+    """The writer's session; of those that are idle we would not know which is asked next."""
+    rows = bench.query(
+        "SELECT a.pid FROM pg_stat_activity a WHERE a.usename = %s AND a.backend_xid IS NOT NULL",
+        worker.role,
+    )
+    return [pid for (pid,) in rows]

@@ -307,20 +307,48 @@ class KafkaSource:
         """
         if self._tells_topic_ids is False:
             return {}
+        try:
+            told = self.ask_topic_ids(topics)()
+        except TransientError as error:
+            log.debug("topic_ids_unknown", reason=str(error))
+            told = {}
+        ids = {topic: topic_id for topic, topic_id in told.items() if topic_id}
+        if ids:
+            self._tells_topic_ids = True
+        elif not told and topics and self._tells_topic_ids is None:
+            self._tells_topic_ids = False
+        return ids
+
+    def ask_topic_ids(self, topics: Collection[str]) -> Callable[[], Mapping[str, str | None]]:
+        """Ask for the ids of topics now; the answer is waited for when the result is called.
+
+        An answer tells of the time after the question: what was read before it came from the topics
+        with these ids, for a topic that is made anew never gets its old id. None where there is no
+        such topic; a topic is missing where the broker knows no ids.
+
+        Raises (the result, when called):
+            TransientError: The brokers did not answer, or not for one of the topics.
+        """
         answers = self._admin.describe_topics(
             TopicCollection(list(topics)), request_timeout=TOPIC_ID_S_MAX
         )
-        ids = {}
-        for topic, answer in answers.items():
-            try:
-                ids[topic] = str(answer.result().topic_id)
-            except KafkaException as error:
-                log.debug("topic_id_unknown", topic=topic, error=error.args[0].name())
-                if self._tells_topic_ids is None:
-                    self._tells_topic_ids = False
-            else:
-                self._tells_topic_ids = True
-        return ids
+
+        def wait() -> Mapping[str, str | None]:
+            ids: dict[str, str | None] = {}
+            for topic, answer in answers.items():
+                try:
+                    topic_id = answer.result().topic_id
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                        raise _translated(error.args[0]) from None
+                    ids[topic] = None
+                    continue
+                # Brokers before Kafka 2.8 leave it zero.
+                if topic_id.get_most_significant_bits() or topic_id.get_least_significant_bits():
+                    ids[topic] = str(topic_id)
+            return ids
+
+        return wait
 
     def watermarks(self, partition: Partition) -> Watermarks:
         """What Kafka has of a partition now; ``high`` is the last stable offset."""

@@ -35,7 +35,7 @@ from pipeline.ingest import writer as writing
 from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import Taken, Takeover
-from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Writer
+from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.positions import NextOffset, Partition
@@ -218,8 +218,10 @@ class Ingest:
         begin: dict[Partition, NextOffset] = {}
         for partition, outcome in self._take_patiently(partitions).items():
             match outcome:
-                case Taken(held, first, end, window):
+                case Taken(held, first, end, topic_id, window):
                     self._machine.claimed(partition, held, first, end)
+                    if topic_id is not None:
+                        self._topic_ids[partition.topic] = topic_id
                     self._windows[partition] = window
                     self._refusals.pop(partition, None)
                     begin[partition] = first
@@ -307,7 +309,10 @@ class Ingest:
         while (step := self._machine.next_step(time.monotonic())) is not None:
             stepped = True
             match step:
-                case Write() | Resolve():
+                case Write(batch):
+                    topics = {partition.topic for partition in batch.advances}
+                    self._writer.do(step, self._ask_for_replaced(topics))
+                case Resolve():
                     self._writer.do(step)
                 case Reclaim(partition):
                     self._retake([partition])
@@ -327,11 +332,28 @@ class Ingest:
                 self._settled(self._machine.found(places, now))
             case Fenced():
                 self._machine.fenced(now)
+            case Replaced(topics):
+                # Its other partitions are written once these are let go.
+                self._machine.fenced(now)
+                self._retake_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
                 self._bear(error)
             case Broken(error):
                 raise error
+
+    def _ask_for_replaced(self, topics: Collection[str]) -> writing.Replacement:
+        """Ask Kafka for the topics' ids; the result tells which are not those of their records."""
+        expected = {topic: self._topic_ids[topic] for topic in topics if topic in self._topic_ids}
+        if not expected:
+            return tuple
+        wait = self._source.ask_topic_ids(expected)
+
+        def replaced() -> Collection[str]:
+            now_there = wait()
+            return [topic for topic, known in expected.items() if now_there.get(topic) != known]
+
+        return replaced
 
     def _settled(self, outcome: decisions.Outcome) -> None:
         if not self._machine.is_troubled:
@@ -385,12 +407,14 @@ class Ingest:
         self._try_out(lambda db: ownership.see_watermarks(db, seen))
 
     def _see_topic_ids(self) -> None:
-        """A topic made anew goes on without any error (librdkafka issue 3255); so ask its id."""
+        """A topic made anew is noticed by each batch; this is for one that is silent."""
         now_there = self._source.topic_ids({partition.topic for partition in self._machine.owned})
-        for topic, topic_id in now_there.items():
-            if self._topic_ids.setdefault(topic, topic_id) != topic_id:
-                del self._topic_ids[topic]
-                self._retake([p for p in self._machine.owned if p.topic == topic])
+        self._retake_topics(
+            [topic for topic, seen in now_there.items() if seen != self._topic_ids.get(topic, seen)]
+        )
+
+    def _retake_topics(self, topics: Collection[str]) -> None:
+        self._retake([partition for partition in self._machine.owned if partition.topic in topics])
 
     def _see_other_databases(self) -> None:
         """Another database in our group says so only once it has committed there."""

@@ -39,12 +39,14 @@ class Taken(NamedTuple):
         held: The epoch under which to append.
         begin: Where to read on.
         end: Kafka's end at this moment.
+        topic_id: The id of the topic whose records come; None where nobody knows it.
         window: What the last offsets held, for telling repeats.
     """
 
     held: Epoch
     begin: NextOffset
     end: NextOffset
+    topic_id: str | None
     window: RepeatWindow
 
 
@@ -156,7 +158,8 @@ class Takeover:
             next_offset=claim.next_offset,
             lag=lag(claim.next_offset, high),
         )
-        return Taken(claim.epoch, claim.next_offset, high, RepeatWindow(size, seen))
+        known_id = topic_id or claim.topic_id
+        return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
 
     def _end_silent_owner(self, partition: Partition) -> None:
         """A former owner that was stopped must not keep the partition for as long as it likes."""

@@ -130,6 +130,17 @@ class RecreatedTopicError(RefusedError):
         )
 
 
+class DeletedTopicError(RefusedError):
+    """The topic is gone, or hidden from this user; it may come back."""
+
+    def __init__(self, partition: Partition) -> None:
+        super().__init__(
+            partition,
+            "its topic does not exist any more, or is hidden from this user. It goes on when the "
+            "topic is there again; if it is gone for good, take it out of PIPELINE_TOPICS",
+        )
+
+
 class WrongClusterError(RefusedError):
     """The brokers belong to another Kafka cluster than the one whose records are in the log."""
 

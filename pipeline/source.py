@@ -159,15 +159,19 @@ class KafkaSource:
 
     # -------------------------------------------------------------------------------- membership
 
-    def join(self, listener: Listener) -> None:
+    def join(self, listener: Listener, begun: Collection[str] = ()) -> None:
         """Join the group for the configured topics.
+
+        Args:
+            listener: What to do when partitions come and go.
+            begun: Topics that have been read before. One of them that is gone is waited for.
 
         Raises:
             ConfigurationError: A topic does not exist.
         """
         self._listener = listener
         cluster = _asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
-        absent = [topic for topic in self._topics if topic not in cluster.topics]
+        absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
             there = ", ".join(sorted(name for name in cluster.topics if name[:2] != "__")[:20])
             raise ConfigurationError(
@@ -280,7 +284,7 @@ class KafkaSource:
         return str(_asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).cluster_id)
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions the topic has now."""
+        """How many partitions the topic has now; 0 where there is none."""
         found = _asked(lambda: self._admin.list_topics(topic, timeout=ASK_S_MAX))
         return len(found.topics[topic].partitions)
 
@@ -454,6 +458,10 @@ class KafkaSource:
     def _happening(self, message: Message, error: KafkaError) -> Happening | None:
         topic, number, offset = message.topic(), message.partition(), message.offset()
         code = error.code()
+        if code in _TOPICS_OWN:
+            # One of the topics is gone or hidden; the others flow.
+            _report(error)
+            return None
         if topic is None or number is None or offset is None:
             raise _translated(error)
         partition = Partition(topic, number)
@@ -515,6 +523,12 @@ _OPERATORS_BUSINESS = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
+
+_TOPICS_OWN = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
 }
 
 

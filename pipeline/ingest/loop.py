@@ -24,6 +24,7 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
+    DeletedTopicError,
     GroupFencedError,
     PipelineError,
     RefusedError,
@@ -144,15 +145,18 @@ class Ingest:
         self._windows: dict[Partition, RepeatWindow] = {}
         self._refusals: dict[Partition, RefusedError] = {}
         self._topic_ids: dict[str, str] = {}
+        self._absent: frozenset[str] = frozenset()
         self._assigned = False
         self._source = KafkaSource(self._settings)
         try:
             self._takeover = Takeover(self._engine, self._source, self._settings)
-            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost))
+            with transaction(self._engine) as db:
+                begun = ownership.known_topics(db)
+            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost), begun)
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
-            refusals = list(self._refusals.values())
+            refusals = [*self._refusals.values(), *map(_deleted, sorted(self._absent))]
             self._let_go(self._machine.owned, "partitions_released")
         except BaseException:
             self._writer.settle()
@@ -164,7 +168,8 @@ class Ingest:
             raise refusals[0]
 
     def _is_done(self) -> bool:
-        return self._until_end and self._assigned and self._machine.is_caught_up
+        has_all = self._assigned or self._absent.issuperset(self._settings.topics)
+        return self._until_end and has_all and self._machine.is_caught_up
 
     def _turn(self) -> None:
         """Poll once, and hand on what is ready."""
@@ -282,7 +287,8 @@ class Ingest:
         log.warning(
             "fenced_by_group",
             partitions=sorted(map(str, partitions)),
-            reason="Kafka has given them to another member; this process was silent for too long",
+            reason="Kafka has given them to another member, for this process was silent for too "
+            "long; or their topic is gone",
         )
         self._let_go(partitions, "partitions_lost")
 
@@ -390,6 +396,7 @@ class Ingest:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.cluster_id()
         self._see_watermarks()
+        self._see_absent_topics()
         self._see_topic_ids()
         self._see_other_databases()
         self._see_decisions()
@@ -405,6 +412,34 @@ class Ingest:
                 self._machine.saw_end(partition, high)
                 seen.append((partition, held, high))
         self._try_out(lambda db: ownership.see_watermarks(db, seen))
+
+    def _see_absent_topics(self) -> None:
+        """A topic that is deleted is taken from us without a word of why; it may come back."""
+        try:
+            there = self._source.topics_there()
+        except TransientError as error:
+            log.debug("topics_not_seen", reason=str(error))
+            return
+        absent = frozenset(self._settings.topics) - there.keys()
+        for topic in sorted(absent - self._absent):
+            log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
+        self._absent = absent
+        self._retake_topics(absent)
+        for topic in sorted(absent):
+            self._miss(topic)
+        self._retake(
+            [
+                partition
+                for partition, refusal in self._refusals.items()
+                if isinstance(refusal, DeletedTopicError) and partition.topic in there
+            ]
+        )
+
+    def _miss(self, topic: str) -> None:
+        try:
+            self._takeover.miss(topic)
+        except (TransientError, ConfigurationError) as error:
+            log.info("database_not_asked", reason=str(error))
 
     def _see_topic_ids(self) -> None:
         """A topic made anew is noticed by each batch; this is for one that is silent."""
@@ -469,6 +504,10 @@ class Ingest:
             log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
             self._away_since = self._refused_since = None
             self._told_reasons.clear()
+
+
+def _deleted(topic: str) -> DeletedTopicError:
+    return DeletedTopicError(Partition(topic, 0))
 
 
 def _tune_interpreter() -> None:

@@ -1,6 +1,6 @@
 """Taking a partition over: claim it, and make sure that Kafka still is what was read before."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
+    DeletedTopicError,
     RecreatedTopicError,
     RefusedError,
     RetentionGapError,
@@ -21,7 +22,7 @@ from pipeline.errors import (
 from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import ownership
-from pipeline.log.ownership import Claim, LastRecord, Owner, Source
+from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
 from pipeline.positions import Epoch, NextOffset, Partition, lag
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource
@@ -70,18 +71,47 @@ class Takeover:
             TransientError: A server is away. Claims already made do no harm; take again.
             ConfigurationError: A login or a right is missing.
         """
-        topics = {partition.topic for partition in partitions}
-        for topic in sorted(topics):
-            self._begin(topic, {place.number for place in partitions if place.topic == topic})
         cluster_id = self._source.cluster_id()
-        topic_ids = self._source.topic_ids(topics)
-        others = self.other_databases(topics)
-        return {
-            partition: self._take(
-                partition, cluster_id, topic_ids.get(partition.topic), others.get(partition.topic)
-            )
-            for partition in sorted(partitions)
+        counts = {
+            topic: self._source.partition_count(topic)
+            for topic in sorted({partition.topic for partition in partitions})
         }
+        topics = [topic for topic, count in counts.items() if count]
+        topic_ids = self._source.topic_ids(topics)
+        taken: dict[Partition, Taken | RefusedError] = {}
+        for topic in topics:
+            # The broker that we ask may not have heard yet of what the group has given us.
+            given = {place.number for place in partitions if place.topic == topic}
+            now = Origin(cluster_id, topic_ids.get(topic))
+            taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
+        others = self.other_databases(topics)
+        for partition in sorted(set(partitions) - taken.keys()):
+            if partition.topic in topics:
+                now = Origin(cluster_id, topic_ids.get(partition.topic))
+                taken[partition] = self._take(partition, now, others.get(partition.topic))
+            else:
+                taken[partition] = self._miss(partition)
+        return {partition: taken[partition] for partition in sorted(partitions)}
+
+    def miss(self, topic: str) -> None:
+        """Record that a topic is gone, for its partitions that the group gives to nobody now.
+
+        Raises:
+            TransientError: The database is away.
+            ConfigurationError: A login or a right is missing.
+        """
+        with transaction(self._engine) as db:
+            deserted = ownership.deserted(db, topic)
+        for partition in deserted:
+            self._miss(partition)
+
+    def _miss(self, partition: Partition) -> RefusedError:
+        refusal = DeletedTopicError(partition)
+        with transaction(self._engine) as db:
+            if partition.number in ownership.known_partitions(db, partition.topic):
+                claim = ownership.claim(db, partition, self._owner)
+                ownership.stand_still(db, partition, claim.epoch, refusal)
+        return refusal
 
     def other_databases(self, topics: Collection[str]) -> Mapping[str, UUID]:
         """By topic, a database besides this one that the consumer group says it feeds.
@@ -100,16 +130,23 @@ class Takeover:
             if fed != self.installation
         }
 
-    def _begin(self, topic: str, given: Collection[int]) -> None:
-        # The broker that we ask may not have heard yet of partitions that the group has given us.
-        numbers = sorted({*range(self._source.partition_count(topic)), *given})
+    def _begin(
+        self, topic: str, numbers: Collection[int], now: Origin
+    ) -> Mapping[Partition, RefusedError]:
+        """Begin partitions that were never read; not those of what only has our topic's name."""
+        refused: dict[Partition, RefusedError] = {}
         with transaction(self._engine) as db:
             known = ownership.known_partitions(db, topic)
             for number in numbers:
-                if number not in known:
-                    partition = Partition(topic, number)
+                if number in known:
+                    continue
+                partition = Partition(topic, number)
+                if refusal := _another_origin(partition, known.values(), now):
+                    refused[partition] = refusal
+                else:
                     first = self._low(partition) if known else self._start(partition)
                     ownership.begin(db, partition, first)
+        return refused
 
     def _low(self, partition: Partition) -> NextOffset:
         return self._source.watermarks(partition).low
@@ -126,13 +163,14 @@ class Takeover:
                 first = self._source.offset_at(partition, milliseconds)
                 return high if first is None else first
 
-    def _take(
-        self, partition: Partition, cluster_id: str, topic_id: str | None, other: UUID | None
-    ) -> Taken | RefusedError:
-        owner = Owner(self._settings.group_id, self._source.member_id)
+    @property
+    def _owner(self) -> Owner:
+        return Owner(self._settings.group_id, self._source.member_id)
+
+    def _take(self, partition: Partition, now: Origin, other: UUID | None) -> Taken | RefusedError:
         try:
             with transaction(self._engine) as db:
-                claim = ownership.claim(db, partition, owner)
+                claim = ownership.claim(db, partition, self._owner)
                 last = ownership.last_record(db, partition, claim.next_offset)
         except TransientError as error:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
@@ -141,7 +179,7 @@ class Takeover:
         # Not before the claim: the commit that it waited for may have moved past an older reading,
         # and the topic would seem to end in front of us.
         low, high = self._source.watermarks(partition)
-        source = Source(cluster_id, topic_id, low, high)
+        source = Source(str(now.cluster_id), now.topic_id, low, high)
         refusal = self._objection(partition, claim, source, last, other)
         with transaction(self._engine) as db:
             if refusal is not None:
@@ -158,7 +196,7 @@ class Takeover:
             next_offset=claim.next_offset,
             lag=lag(claim.next_offset, high),
         )
-        known_id = topic_id or claim.topic_id
+        known_id = now.topic_id or claim.topic_id
         return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
 
     def _end_silent_owner(self, partition: Partition) -> None:
@@ -193,14 +231,10 @@ class Takeover:
                 expected=str(self.installation),
                 found=str(other),
             )
-        if claim.cluster_id not in (None, source.cluster_id):
-            return WrongClusterError(
-                partition, expected=str(claim.cluster_id), found=source.cluster_id
-            )
-        if claim.topic_id and source.topic_id and claim.topic_id != source.topic_id:
-            return RecreatedTopicError(
-                partition, expected=f"topic id {claim.topic_id}", found=source.topic_id
-            )
+        recorded = Origin(claim.cluster_id, claim.topic_id)
+        now = Origin(source.cluster_id, source.topic_id)
+        if refusal := _another_origin(partition, [recorded], now):
+            return refusal
         if claim.next_offset > source.high:
             return RecreatedTopicError(
                 partition,
@@ -228,3 +262,17 @@ class Takeover:
             expected=f"the record of the log at offset {last.offset}",
             found="another record there",
         )
+
+
+def _another_origin(
+    partition: Partition, recorded: Iterable[Origin], now: Origin
+) -> RefusedError | None:
+    """Why what has the topic's name now is not what was read; None if it may be the same."""
+    for cluster_id, topic_id in recorded:
+        if cluster_id not in (None, now.cluster_id):
+            return WrongClusterError(partition, expected=str(cluster_id), found=str(now.cluster_id))
+        if topic_id and now.topic_id and topic_id != now.topic_id:
+            return RecreatedTopicError(
+                partition, expected=f"topic id {topic_id}", found=now.topic_id
+            )
+    return None

@@ -1,6 +1,7 @@
-"""Topics that are deleted, made anew, widened and cut back, while workers run and while none does."""
+"""Topics that are deleted, made anew, widened and cut back, while workers run and while none do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,37 @@ def test_of_a_topic_made_anew_under_a_running_worker_no_record_enters_the_log(
     assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
     assert stands(bench, name)[0] == 5
     assert all("topic id" in (text or "") for text in problem(bench, name)), problem(bench, name)
+
+
+def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
+    bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
+):
+    """Also for a worker that starts while it is gone; made anew it is refused as another one."""
+    name, other = bench.topic, topic(1)
+    both: dict[str, Any] = {"topics": f"{name},{other}", "linger_ms": "10", "kafka_options": QUICK}
+    ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
+    first = bench.worker(**both)
+    bench.wait_until_logged(10)
+
+    kafka.delete_topic(name)
+    first.wait_until_said("topic_gone")
+    until(lambda: None not in problem(bench, name), "every partition of it says why")
+    ledger.send(other, numbered(5, first=5)).flush()
+    until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
+    assert problem(bench, other) == {None}
+    assert all("does not exist any more" in (text or "") for text in problem(bench, name))
+    assert first.stop() == 0, first.tail()
+
+    once = bench.worker("ingest", "--until-end", **both)
+    ledger.send(other, numbered(5, first=10)).flush()
+    assert once.wait() == 65, once.tail()
+    second = bench.worker(**both)
+    until(lambda: stands(bench, other) == {0: 15}, "the other topic flows again")
+    kafka.create_topic(name, bench.partitions + 1)
+    Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
+    second.wait_until_said("partition_stands_still")
+    until(lambda: all("topic id" in (it or "") for it in problem(bench, name)), "it is another one")
+
+    assert second.stop() == 0, second.tail()
+    assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
+    assert stands(bench, name) == {0: 5, 1: 0, 2: 0, 3: 0}, "a new partition is not begun"

@@ -28,6 +28,7 @@ from pipeline.errors import (
     GroupFencedError,
     PipelineError,
     RefusedError,
+    SharedGroupError,
     TransientError,
 )
 from pipeline.events import read
@@ -115,7 +116,8 @@ class Ingest:
         """Ingest until stopped, or until caught up.
 
         Raises:
-            RefusedError: Caught up, but a partition stands still to protect data.
+            RefusedError: Caught up, but a partition stands still to protect data; or the group
+                feeds another database.
             GroupFencedError: Another process keeps claiming our partitions.
             ConfigurationError: A topic, a login or a right is missing, and stays so.
             TransientError: A one-shot run waited long enough for a server.
@@ -216,7 +218,12 @@ class Ingest:
     def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         failpoints.reach("in_on_assign")
         self._assigned = True
-        return self._take(partitions)
+        begin = self._take(partitions)
+        for partition in partitions:
+            if isinstance(refusal := self._refusals.get(partition), SharedGroupError):
+                # As long as we stay, the database that the group feeds gets nothing of them.
+                raise refusal
+        return begin
 
     def _take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         """Take partitions over; where those that may go on begin."""

@@ -8,7 +8,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -88,7 +89,7 @@ class ReachedEnd(NamedTuple):
 
 
 class OutOfRange(NamedTuple):
-    """Kafka has no record at the offset that we asked for; the watermarks tell why."""
+    """Kafka's records at the offset that we asked for are gone; taking over again tells why."""
 
     partition: Partition
 
@@ -156,6 +157,7 @@ class KafkaSource:
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
         self._tells_topic_ids: bool | None = None
+        self._probe: Consumer | None = None
 
     # -------------------------------------------------------------------------------- membership
 
@@ -391,17 +393,37 @@ class KafkaSource:
     def record_at(self, partition: Partition, offset: Offset) -> Record | None:
         """The record that Kafka holds at an offset; None if there is none (any more).
 
-        Uses a client of its own, so that nothing of the membership moves.
+        Only within ``probing``, whose client it asks, so that nothing of the membership moves.
         """
-        probe = Consumer({**self._config, "group.id": f"{self._group}-probe", "error_cb": _report})
+        if self._probe is None:
+            raise InvariantError("a record was asked for outside of probing()")
+        self._probe.assign([TopicPartition(partition.topic, partition.number, offset)])
+        for message in self._probe.consume(1, PROBE_S_MAX):
+            trouble = message.error()
+            if trouble is None:
+                return _record(cast("_Good", message)) if message.offset() == offset else None
+            if trouble.code() in {KafkaError._PARTITION_EOF, *_ELSEWHERE}:  # noqa: SLF001
+                return None
+            raise _translated(trouble)
+        raise TransientError(f"Kafka: {partition}: no answer about the record at {offset}")
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """A client for ``record_at``, for the length of the block."""
+        probing: _Config = {
+            "group.id": f"{self._group}-probe",
+            "error_cb": _report,
+            # One record is all that is wanted, however large, and an end is told at once.
+            "fetch.message.max.bytes": 1024,
+            "queued.min.messages": 1,
+            "fetch.wait.max.ms": 10,
+        }
+        self._probe = Consumer({**self._config, **probing})
         try:
-            probe.assign([TopicPartition(partition.topic, partition.number, offset)])
-            for message in probe.consume(1, PROBE_S_MAX):
-                if message.error() is None and message.offset() == offset:
-                    return _record(cast("_Good", message))
+            yield
         finally:
-            probe.close()
-        return None
+            self._probe.close()
+            self._probe = None
 
     # -------------------------------------------------------------------------------- callbacks
 
@@ -467,7 +489,7 @@ class KafkaSource:
         partition = Partition(topic, number)
         if code == KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name begins so
             return ReachedEnd(partition, NextOffset(offset))
-        if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
+        if code in _ELSEWHERE:
             return OutOfRange(partition)
         _report(error)
         return None
@@ -525,6 +547,11 @@ _OPERATORS_BUSINESS = {
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }
 
+_ELSEWHERE = {
+    KafkaError._AUTO_OFFSET_RESET,  # noqa: SLF001
+    KafkaError._LOG_TRUNCATION,  # noqa: SLF001
+    KafkaError.OFFSET_OUT_OF_RANGE,
+}
 _TOPICS_OWN = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001

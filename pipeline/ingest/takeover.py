@@ -17,6 +17,7 @@ from pipeline.errors import (
     RetentionGapError,
     SharedGroupError,
     TransientError,
+    TruncatedTopicError,
     WrongClusterError,
 )
 from pipeline.events import read
@@ -85,12 +86,13 @@ class Takeover:
             now = Origin(cluster_id, topic_ids.get(topic))
             taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
         others = self.other_databases(topics)
-        for partition in sorted(set(partitions) - taken.keys()):
-            if partition.topic in topics:
-                now = Origin(cluster_id, topic_ids.get(partition.topic))
-                taken[partition] = self._take(partition, now, others.get(partition.topic))
-            else:
-                taken[partition] = self._miss(partition)
+        with self._source.probing():
+            for partition in sorted(set(partitions) - taken.keys()):
+                if partition.topic in topics:
+                    now = Origin(cluster_id, topic_ids.get(partition.topic))
+                    taken[partition] = self._take(partition, now, others.get(partition.topic))
+                else:
+                    taken[partition] = self._miss(partition)
         return {partition: taken[partition] for partition in sorted(partitions)}
 
     def miss(self, topic: str) -> None:
@@ -235,29 +237,32 @@ class Takeover:
         now = Origin(source.cluster_id, source.topic_id)
         if refusal := _another_origin(partition, [recorded], now):
             return refusal
+        is_same = bool(claim.topic_id and source.topic_id)
         if claim.next_offset > source.high:
-            return RecreatedTopicError(
+            return (TruncatedTopicError if is_same else RecreatedTopicError)(
                 partition,
                 expected=f"to read on at offset {claim.next_offset}",
                 found=f"a topic that ends at {source.high}",
             )
         if claim.next_offset < source.low:
             return RetentionGapError(partition, expected=claim.next_offset, low=source.low)
-        if last and not (claim.topic_id and source.topic_id):
-            return self._other_record(partition, last, source)
-        return None
+        return self._other_record(partition, last, source, is_same=is_same) if last else None
 
     def _other_record(
-        self, partition: Partition, last: LastRecord, source: Source
+        self, partition: Partition, last: LastRecord, source: Source, *, is_same: bool
     ) -> RefusedError | None:
-        """Where no topic id tells, the last stored record must still be the one at its offset."""
+        """The last stored record must still be the one at its offset.
+
+        Where no topic id tells, this alone tells a topic that was made anew. And the same topic may
+        have lost its newest records and got others since.
+        """
         if last.offset < source.low:
             return None
         there = self._source.record_at(partition, last.offset)
         # None: compacted away, or an aborted transaction's; then nothing can be said.
         if there is None or read(there).digest == last.digest:
             return None
-        return RecreatedTopicError(
+        return (TruncatedTopicError if is_same else RecreatedTopicError)(
             partition,
             expected=f"the record of the log at offset {last.offset}",
             found="another record there",

@@ -1,13 +1,16 @@
 """Topics that are deleted, made anew, widened and cut back, while workers run and while none do."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.harness import Bench, until
 from tests.integration.ingesting import Ledger, logged
-from tests.servers import Kafka
+from tests.servers import Kafka, KafkaServer
+from tests.servers.databases import Database
 
 QUICK = (
     "session.timeout.ms=6000,heartbeat.interval.ms=200,fetch.wait.max.ms=50,"
@@ -87,3 +90,66 @@ def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
     assert second.stop() == 0, second.tail()
     assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
     assert stands(bench, name) == {0: 5, 1: 0, 2: 0, 3: 0}, "a new partition is not begun"
+
+
+# ------------------------------------------------------------------------- records that Kafka loses
+
+
+@pytest.mark.timeout(300)
+def test_records_that_kafka_loses_and_replaces_stop_their_topic(
+    private_kafka: KafkaServer, database: Database, tmp_path: Path
+):
+    """The topic keeps its id, and its end is beyond ours again: no error tells of it."""
+    bench = Bench(private_kafka, database, "read-before", 1, tmp_path)
+    names = ["read-before", "read-on", "intact"]
+    for name in names:
+        private_kafka.create_topic(name)
+    ledger = Ledger(private_kafka.bootstrap_servers)
+    sizes = []
+    for _ in range(2):
+        for name in names:
+            ledger.send(name, numbered(5)).flush()
+        sizes.append(segment_of(private_kafka, names[0]).stat().st_size)
+    once = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
+    assert once.wait() == 0, once.tail()
+    runs = bench.worker(topics="read-on,intact", group_id="runs", kafka_options=QUICK)
+    bench.wait_until_logged(30)
+
+    private_kafka.stop()
+    for name in names[:2]:
+        lose(private_kafka, name, keep=sizes[0])
+    private_kafka.start()
+    anew = Ledger(private_kafka.bootstrap_servers)
+    for name in names[:2]:
+        anew.send(name, numbered(15, first=100)).flush()
+    ledger.send("intact", numbered(5)).flush()
+
+    again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
+    assert again.wait() == 65, again.tail()
+    runs.wait_until_said("partition_stands_still")
+    until(lambda: stands(bench, "intact") == {0: 15}, "the other topic flows on")
+    assert runs.stop() == 0, runs.tail()
+    for name in names[:2]:
+        [text] = problem(bench, name)
+        assert "Kafka has lost records" in (text or "")
+        assert stands(bench, name) == {0: 10}
+    found = [logged(database, name) for name in names]
+    assert found[0] | found[1] | found[2] == ledger.records
+    bench.close()
+
+
+def segment_of(kafka: KafkaServer, topic: str) -> Path:
+    """The one file that holds the records of the topic's one partition."""
+    [found] = (kafka.directory / "data" / f"{topic}-0").glob("*.log")
+    return found
+
+
+def lose(kafka: KafkaServer, topic: str, *, keep: int) -> None:
+    """What a broker that is down loses of a partition: all but the first bytes."""
+    segment = segment_of(kafka, topic)
+    os.truncate(segment, keep)
+    for kind in ("*.index", "*.timeindex", "*.snapshot"):
+        for derived in segment.parent.glob(kind):
+            derived.unlink()
+    # Without it the broker looks at what it has.
+    (kafka.directory / "data" / ".kafka_cleanshutdown").unlink(missing_ok=True)

@@ -147,12 +147,13 @@ class KafkaSource:
         self._config: _Config = _DEFAULTS | group | client | _GUARANTEES
         self._group = settings.group_id
         self._topics = settings.topics
-        listening: _Config = {"error_cb": _report, "logger": logging.getLogger("librdkafka")}
+        listening: _Config = {"error_cb": self._heard_of, "logger": _library_log}
         self._consumer = Consumer({**self._config, **listening, "on_commit": _on_commit})
         self._admin = AdminClient({**client, **listening})
         self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             self._config.get("partition.assignment.strategy")
         )
+        self._refused_login: str | None = None
         self._listener: Listener | None = None
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
@@ -169,10 +170,19 @@ class KafkaSource:
             begun: Topics that have been read before. One of them that is gone is waited for.
 
         Raises:
-            ConfigurationError: A topic does not exist.
+            ConfigurationError: A topic does not exist, or the brokers refuse the login.
         """
         self._listener = listener
-        cluster = _asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
+        try:
+            cluster = _asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
+        except TransientError:
+            # The client goes on trying whatever the reason, and tells it when it is polled.
+            self._consumer.poll(0)
+            if self._refused_login is not None:
+                raise ConfigurationError(
+                    f"Kafka refused the login: {self._refused_login}"
+                ) from None
+            raise
         absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
             there = ", ".join(sorted(name for name in cluster.topics if name[:2] != "__")[:20])
@@ -413,6 +423,7 @@ class KafkaSource:
         probing: _Config = {
             "group.id": f"{self._group}-probe",
             "error_cb": _report,
+            "logger": _library_log,
             # One record is all that is wanted, however large, and an end is told at once.
             "fetch.message.max.bytes": 1024,
             "queued.min.messages": 1,
@@ -471,6 +482,11 @@ class KafkaSource:
             consumer.incremental_unassign(places)
         else:
             consumer.unassign()
+
+    def _heard_of(self, error: KafkaError) -> None:
+        if error.code() in _LOGIN:
+            self._refused_login = error.str()
+        _report(error)
 
     def _heard(self) -> Listener:
         if self._listener is None:
@@ -539,9 +555,12 @@ def _record(message: _Good) -> Record:
 # ----------------------------------------------------------------------------------------- errors
 
 _FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED}  # noqa: SLF001 - public
-_OPERATORS_BUSINESS = {
+_LOGIN = {
     KafkaError._AUTHENTICATION,  # noqa: SLF001 - public, as are all that begin so
     KafkaError.SASL_AUTHENTICATION_FAILED,
+}
+_OPERATORS_BUSINESS = {
+    *_LOGIN,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
@@ -600,6 +619,21 @@ class _Repeated:
         self._told[name] = (now, 0)
         return silent + 1
 
+
+class _NotRepeated(logging.Filter):
+    """Lets what the library says pass once a minute; it says it again at every attempt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = _Repeated()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return bool(self._said.times_due(_NUMBERS.sub("", record.getMessage())))
+
+
+_NUMBERS = re.compile(r"[0-9]+")
+_library_log = logging.getLogger("librdkafka")
+_library_log.addFilter(_NotRepeated())
 
 _complaints = _Repeated()
 _skipped_commits = _Repeated()

@@ -20,6 +20,7 @@ import structlog
 from confluent_kafka import (
     TIMESTAMP_NOT_AVAILABLE,
     Consumer,
+    IsolationLevel,
     KafkaError,
     KafkaException,
     Message,
@@ -29,6 +30,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
 from pipeline.errors import (
     ConfigurationError,
@@ -375,10 +377,27 @@ class KafkaSource:
         )
         return Watermarks(NextOffset(low), NextOffset(high))
 
-    def high_watermark_seen(self, partition: Partition) -> int | None:
-        """Kafka's end as the last fetch told it; None if nothing was fetched yet."""
-        _low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
-        return high if high >= 0 else None
+    def ends(self, partitions: Collection[Partition]) -> Mapping[Partition, int]:
+        """Where partitions end, of those that the brokers tell.
+
+        What may be read ends in front of the first transaction that is open; this is behind all of
+        them, for what waits there is lag too.
+        """
+        if not partitions:
+            return {}
+        newest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        answers = self._admin.list_offsets(
+            {TopicPartition(*partition): newest for partition in partitions},
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=TOPIC_ID_S_MAX,
+        )
+        ends = {}
+        for place, answer in answers.items():
+            try:
+                ends[Partition(place.topic, place.partition)] = answer.result().offset
+            except KafkaException as error:
+                log.debug("end_unknown", topic=place.topic, error=error.args[0].name())
+        return ends
 
     def offset_at(self, partition: Partition, milliseconds: int) -> NextOffset | None:
         """The first record at or after a time since 1970; None if there is none."""

@@ -402,10 +402,11 @@ class Ingest:
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.cluster_id()
-        self._see_watermarks()
-        self._see_absent_topics()
-        self._see_topic_ids()
-        self._see_other_databases()
+        # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
+        if self._see_absent_topics():
+            self._see_watermarks()
+            self._see_topic_ids()
+            self._see_other_databases()
         self._see_decisions()
         if now >= self._tell_at and self._written > self._told_written:
             log.info("ingested", written=self._written, behind=self._machine.behind)
@@ -413,20 +414,23 @@ class Ingest:
 
     def _see_watermarks(self) -> None:
         seen = []
-        for partition, held in self._machine.owned.items():
-            high = self._source.high_watermark_seen(partition)
-            if high is not None:
-                self._machine.saw_end(partition, high)
-                seen.append((partition, held, high))
+        owned = self._machine.owned
+        for partition, high in self._source.ends(owned).items():
+            self._machine.saw_end(partition, high)
+            seen.append((partition, owned[partition], high))
         self._try_out(lambda db: ownership.see_watermarks(db, seen))
 
-    def _see_absent_topics(self) -> None:
-        """A topic that is deleted is taken from us without a word of why; it may come back."""
+    def _see_absent_topics(self) -> bool:
+        """A topic that is deleted is taken from us without a word of why; it may come back.
+
+        Returns:
+            Whether Kafka answers.
+        """
         try:
             there = self._source.topics_there()
         except TransientError as error:
             log.debug("topics_not_seen", reason=str(error))
-            return
+            return False
         absent = frozenset(self._settings.topics) - there.keys()
         for topic in sorted(absent - self._absent):
             log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
@@ -441,6 +445,7 @@ class Ingest:
                 if isinstance(refusal, DeletedTopicError) and partition.topic in there
             ]
         )
+        return True
 
     def _miss(self, topic: str) -> None:
         try:

@@ -73,11 +73,9 @@ class Takeover:
             ConfigurationError: A login or a right is missing.
         """
         cluster_id = self._source.cluster_id()
-        counts = {
-            topic: self._source.partition_count(topic)
-            for topic in sorted({partition.topic for partition in partitions})
-        }
-        topics = [topic for topic, count in counts.items() if count]
+        # All of them are asked for: a broker may make a topic that it is asked for by name.
+        counts = self._source.topics_there()
+        topics = sorted({partition.topic for partition in partitions} & counts.keys())
         topic_ids = self._source.topic_ids(topics)
         taken: dict[Partition, Taken | RefusedError] = {}
         for topic in topics:

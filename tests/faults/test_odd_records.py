@@ -58,7 +58,7 @@ def test_a_huge_key_type_or_list_of_headers_costs_nothing(bench: Bench):
     """What an index could not hold, it is not asked to."""
     ledger = Ledger(bench.kafka.bootstrap_servers)
     good = json.dumps(order_event("NEW", at=1)).encode()
-    huge = json.dumps({**order_event("NEW", at=2), "type": "ORDER." + "N" * 10_000}).encode()
+    huge = json.dumps({**order_event("NEW", at=2), "type": "COMET." + "N" * 10_000}).encode()
     ledger.send(bench.topic, [good], key=b"\x00\xff" * 250_000)
     ledger.send(bench.topic, [huge, huge])
     headers = [(f"name {n % 7}", b"\xff" * (n % 3)) for n in range(10_000)]

@@ -130,6 +130,29 @@ class RecreatedTopicError(RefusedError):
         )
 
 
+class TruncatedTopicError(RefusedError):
+    """Kafka has lost records that are in the log, and gives their offsets to others."""
+
+    def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
+        super().__init__(
+            partition,
+            f"expected {expected}, found {found}: the topic is the same, but Kafka has lost "
+            "records of it that are in the log (an unclean leader election, a lost disk). Their "
+            "offsets name other records now, or will; ingest it into another database",
+        )
+
+
+class DeletedTopicError(RefusedError):
+    """The topic is gone, or hidden from this user; it may come back."""
+
+    def __init__(self, partition: Partition) -> None:
+        super().__init__(
+            partition,
+            "its topic does not exist any more, or is hidden from this user. It goes on when the "
+            "topic is there again; if it is gone for good, take it out of PIPELINE_TOPICS",
+        )
+
+
 class WrongClusterError(RefusedError):
     """The brokers belong to another Kafka cluster than the one whose records are in the log."""
 

@@ -87,15 +87,16 @@ def plan(
     cluster_id = brokers.cluster_id()
     topic_ids = brokers.topic_ids({partition.topic for partition in partitions})
     steps = []
-    for partition in sorted(partitions):
-        with transaction(engine) as db:
-            claim = ownership.recorded(db)[partition]
-            last = ownership.last_record(db, partition, claim.next_offset)
-        there = brokers.watermarks(partition)
-        source = Source(cluster_id, topic_ids.get(partition.topic), *there)
-        if refusal := another_topic(brokers, partition, claim, source, last):
-            raise refusal
-        steps.append(_step(engine, brokers, partition, claim, there, to))
+    with brokers.probing():
+        for partition in sorted(partitions):
+            with transaction(engine) as db:
+                claim = ownership.recorded(db)[partition]
+                last = ownership.last_record(db, partition, claim.next_offset)
+            there = brokers.watermarks(partition)
+            source = Source(cluster_id, topic_ids.get(partition.topic), *there)
+            if refusal := another_topic(brokers, partition, claim, source, last):
+                raise refusal
+            steps.append(_step(engine, brokers, partition, claim, there, to))
     return steps
 
 

@@ -242,7 +242,9 @@ def _against_kafka(
     observe: Observe,
 ) -> Iterator[Evidence]:
     subject = str(partition)
-    if refusal := another_topic(brokers, partition, claim, source, last):
+    with brokers.probing():
+        refusal = another_topic(brokers, partition, claim, source, last)
+    if refusal is not None:
         words = str(refusal).removeprefix(f"{subject}: ")
         yield Evidence("kafka", subject, _FAITHFUL, 0, 1, words)
         return

@@ -24,9 +24,11 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
+    DeletedTopicError,
     GroupFencedError,
     PipelineError,
     RefusedError,
+    SharedGroupError,
     TransientError,
 )
 from pipeline.events import read
@@ -35,7 +37,7 @@ from pipeline.ingest import writer as writing
 from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import Taken, Takeover
-from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Writer
+from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.positions import NextOffset, Partition
@@ -114,7 +116,8 @@ class Ingest:
         """Ingest until stopped, or until caught up.
 
         Raises:
-            RefusedError: Caught up, but a partition stands still to protect data.
+            RefusedError: Caught up, but a partition stands still to protect data; or the group
+                feeds another database.
             GroupFencedError: Another process keeps claiming our partitions.
             ConfigurationError: A topic, a login or a right is missing, and stays so.
             TransientError: A one-shot run waited long enough for a server.
@@ -144,15 +147,18 @@ class Ingest:
         self._windows: dict[Partition, RepeatWindow] = {}
         self._refusals: dict[Partition, RefusedError] = {}
         self._topic_ids: dict[str, str] = {}
+        self._absent: frozenset[str] = frozenset()
         self._assigned = False
         self._source = KafkaSource(self._settings)
         try:
             self._takeover = Takeover(self._engine, self._source, self._settings)
-            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost))
+            with transaction(self._engine) as db:
+                begun = ownership.known_topics(db)
+            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost), begun)
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
-            refusals = list(self._refusals.values())
+            refusals = [*self._refusals.values(), *map(_deleted, sorted(self._absent))]
             self._let_go(self._machine.owned, "partitions_released")
         except BaseException:
             self._writer.settle()
@@ -164,7 +170,8 @@ class Ingest:
             raise refusals[0]
 
     def _is_done(self) -> bool:
-        return self._until_end and self._assigned and self._machine.is_caught_up
+        has_all = self._assigned or self._absent.issuperset(self._settings.topics)
+        return self._until_end and has_all and self._machine.is_caught_up
 
     def _turn(self) -> None:
         """Poll once, and hand on what is ready."""
@@ -211,15 +218,22 @@ class Ingest:
     def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         failpoints.reach("in_on_assign")
         self._assigned = True
-        return self._take(partitions)
+        begin = self._take(partitions)
+        for partition in partitions:
+            if isinstance(refusal := self._refusals.get(partition), SharedGroupError):
+                # As long as we stay, the database that the group feeds gets nothing of them.
+                raise refusal
+        return begin
 
     def _take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         """Take partitions over; where those that may go on begin."""
         begin: dict[Partition, NextOffset] = {}
         for partition, outcome in self._take_patiently(partitions).items():
             match outcome:
-                case Taken(held, first, end, window):
+                case Taken(held, first, end, topic_id, window):
                     self._machine.claimed(partition, held, first, end)
+                    if topic_id is not None:
+                        self._topic_ids[partition.topic] = topic_id
                     self._windows[partition] = window
                     self._refusals.pop(partition, None)
                     begin[partition] = first
@@ -280,7 +294,8 @@ class Ingest:
         log.warning(
             "fenced_by_group",
             partitions=sorted(map(str, partitions)),
-            reason="Kafka has given them to another member; this process was silent for too long",
+            reason="Kafka has given them to another member, for this process was silent for too "
+            "long; or their topic is gone",
         )
         self._let_go(partitions, "partitions_lost")
 
@@ -307,7 +322,10 @@ class Ingest:
         while (step := self._machine.next_step(time.monotonic())) is not None:
             stepped = True
             match step:
-                case Write() | Resolve():
+                case Write(batch):
+                    topics = {partition.topic for partition in batch.advances}
+                    self._writer.do(step, self._ask_for_replaced(topics))
+                case Resolve():
                     self._writer.do(step)
                 case Reclaim(partition):
                     self._retake([partition])
@@ -327,11 +345,28 @@ class Ingest:
                 self._settled(self._machine.found(places, now))
             case Fenced():
                 self._machine.fenced(now)
+            case Replaced(topics):
+                # Its other partitions are written once these are let go.
+                self._machine.fenced(now)
+                self._retake_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
                 self._bear(error)
             case Broken(error):
                 raise error
+
+    def _ask_for_replaced(self, topics: Collection[str]) -> writing.Replacement:
+        """Ask Kafka for the topics' ids; the result tells which are not those of their records."""
+        expected = {topic: self._topic_ids[topic] for topic in topics if topic in self._topic_ids}
+        if not expected:
+            return tuple
+        wait = self._source.brokers.ask_topic_ids(expected)
+
+        def replaced() -> Collection[str]:
+            now_there = wait()
+            return [topic for topic, known in expected.items() if now_there.get(topic) != known]
+
+        return replaced
 
     def _settled(self, outcome: decisions.Outcome) -> None:
         if not self._machine.is_troubled:
@@ -367,9 +402,11 @@ class Ingest:
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
-        self._see_watermarks()
-        self._see_topic_ids()
-        self._see_other_databases()
+        # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
+        if self._see_absent_topics():
+            self._see_watermarks()
+            self._see_topic_ids()
+            self._see_other_databases()
         self._see_decisions()
         if now >= self._tell_at and self._written > self._told_written:
             log.info("ingested", written=self._written, behind=self._machine.behind)
@@ -377,22 +414,56 @@ class Ingest:
 
     def _see_watermarks(self) -> None:
         seen = []
-        for partition, held in self._machine.owned.items():
-            high = self._source.high_watermark_seen(partition)
-            if high is not None:
-                self._machine.saw_end(partition, high)
-                seen.append((partition, held, high))
+        owned = self._machine.owned
+        for partition, high in self._source.brokers.ends(owned).items():
+            self._machine.saw_end(partition, high)
+            seen.append((partition, owned[partition], high))
         self._try_out(lambda db: ownership.see_watermarks(db, seen))
 
+    def _see_absent_topics(self) -> bool:
+        """A topic that is deleted is taken from us without a word of why; it may come back.
+
+        Returns:
+            Whether Kafka answers.
+        """
+        try:
+            there = self._source.brokers.topics_there()
+        except TransientError as error:
+            log.debug("topics_not_seen", reason=str(error))
+            return False
+        absent = frozenset(self._settings.topics) - there.keys()
+        for topic in sorted(absent - self._absent):
+            log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
+        self._absent = absent
+        self._retake_topics(absent)
+        for topic in sorted(absent):
+            self._miss(topic)
+        self._retake(
+            [
+                partition
+                for partition, refusal in self._refusals.items()
+                if isinstance(refusal, DeletedTopicError) and partition.topic in there
+            ]
+        )
+        return True
+
+    def _miss(self, topic: str) -> None:
+        try:
+            self._takeover.miss(topic)
+        except (TransientError, ConfigurationError) as error:
+            log.info("database_not_asked", reason=str(error))
+
     def _see_topic_ids(self) -> None:
-        """A topic made anew goes on without any error (librdkafka issue 3255); so ask its id."""
+        """A topic made anew is noticed by each batch; this is for one that is silent."""
         now_there = self._source.brokers.topic_ids(
             {partition.topic for partition in self._machine.owned}
         )
-        for topic, topic_id in now_there.items():
-            if self._topic_ids.setdefault(topic, topic_id) != topic_id:
-                del self._topic_ids[topic]
-                self._retake([p for p in self._machine.owned if p.topic == topic])
+        self._retake_topics(
+            [topic for topic, seen in now_there.items() if seen != self._topic_ids.get(topic, seen)]
+        )
+
+    def _retake_topics(self, topics: Collection[str]) -> None:
+        self._retake([partition for partition in self._machine.owned if partition.topic in topics])
 
     def _see_other_databases(self) -> None:
         """Another database in our group says so only once it has committed there."""
@@ -447,6 +518,10 @@ class Ingest:
             log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
             self._away_since = self._refused_since = None
             self._told_reasons.clear()
+
+
+def _deleted(topic: str) -> DeletedTopicError:
+    return DeletedTopicError(Partition(topic, 0))
 
 
 def _tune_interpreter() -> None:

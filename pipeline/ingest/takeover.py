@@ -1,6 +1,6 @@
 """Taking a partition over: claim it, and make sure that Kafka still is what was read before."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -11,17 +11,19 @@ from sqlalchemy import Engine
 from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
+    DeletedTopicError,
     RecreatedTopicError,
     RefusedError,
     RetentionGapError,
     SharedGroupError,
     TransientError,
+    TruncatedTopicError,
     WrongClusterError,
 )
 from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import ownership
-from pipeline.log.ownership import Claim, LastRecord, Owner, Source
+from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
 from pipeline.positions import Epoch, NextOffset, Partition, lag
 from pipeline.settings import Settings
 from pipeline.source import Brokers, KafkaSource
@@ -39,12 +41,14 @@ class Taken(NamedTuple):
         held: The epoch under which to append.
         begin: Where to read on.
         end: Kafka's end at this moment.
+        topic_id: The id of the topic whose records come; None where nobody knows it.
         window: What the last offsets held, for telling repeats.
     """
 
     held: Epoch
     begin: NextOffset
     end: NextOffset
+    topic_id: str | None
     window: RepeatWindow
 
 
@@ -68,18 +72,46 @@ class Takeover:
             TransientError: A server is away. Claims already made do no harm; take again.
             ConfigurationError: A login or a right is missing.
         """
-        topics = {partition.topic for partition in partitions}
-        for topic in sorted(topics):
-            self._begin(topic, {place.number for place in partitions if place.topic == topic})
         cluster_id = self._source.brokers.cluster_id()
+        # All of them are asked for: a broker may make a topic that it is asked for by name.
+        counts = self._source.brokers.topics_there()
+        topics = sorted({partition.topic for partition in partitions} & counts.keys())
         topic_ids = self._source.brokers.topic_ids(topics)
+        taken: dict[Partition, Taken | RefusedError] = {}
+        for topic in topics:
+            # The broker that we ask may not have heard yet of what the group has given us.
+            given = {place.number for place in partitions if place.topic == topic}
+            now = Origin(cluster_id, topic_ids.get(topic))
+            taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
         others = self.other_databases(topics)
-        return {
-            partition: self._take(
-                partition, cluster_id, topic_ids.get(partition.topic), others.get(partition.topic)
-            )
-            for partition in sorted(partitions)
-        }
+        with self._source.brokers.probing():
+            for partition in sorted(set(partitions) - taken.keys()):
+                if partition.topic in topics:
+                    now = Origin(cluster_id, topic_ids.get(partition.topic))
+                    taken[partition] = self._take(partition, now, others.get(partition.topic))
+                else:
+                    taken[partition] = self._miss(partition)
+        return {partition: taken[partition] for partition in sorted(partitions)}
+
+    def miss(self, topic: str) -> None:
+        """Record that a topic is gone, for its partitions that the group gives to nobody now.
+
+        Raises:
+            TransientError: The database is away.
+            ConfigurationError: A login or a right is missing.
+        """
+        with transaction(self._engine) as db:
+            deserted = ownership.deserted(db, topic)
+        for partition in deserted:
+            self._miss(partition)
+
+    def _miss(self, partition: Partition) -> RefusedError:
+        refusal = DeletedTopicError(partition)
+        with transaction(self._engine) as db:
+            if partition.number in ownership.known_partitions(db, partition.topic):
+                claim = ownership.claim(db, partition, self._owner)
+                ownership.stand_still(db, partition, claim.epoch, refusal)
+        return refusal
 
     def other_databases(self, topics: Collection[str]) -> Mapping[str, UUID]:
         """By topic, a database besides this one that the consumer group says it feeds.
@@ -98,16 +130,23 @@ class Takeover:
             if fed != self.installation
         }
 
-    def _begin(self, topic: str, given: Collection[int]) -> None:
-        # The broker that we ask may not have heard yet of partitions that the group has given us.
-        numbers = sorted({*range(self._source.brokers.partition_count(topic)), *given})
+    def _begin(
+        self, topic: str, numbers: Collection[int], now: Origin
+    ) -> Mapping[Partition, RefusedError]:
+        """Begin partitions that were never read; not those of what only has our topic's name."""
+        refused: dict[Partition, RefusedError] = {}
         with transaction(self._engine) as db:
             known = ownership.known_partitions(db, topic)
             for number in numbers:
-                if number not in known:
-                    partition = Partition(topic, number)
+                if number in known:
+                    continue
+                partition = Partition(topic, number)
+                if refusal := _another_origin(partition, known.values(), now):
+                    refused[partition] = refusal
+                else:
                     first = self._low(partition) if known else self._start(partition)
                     ownership.begin(db, partition, first)
+        return refused
 
     def _low(self, partition: Partition) -> NextOffset:
         return self._source.brokers.watermarks(partition).low
@@ -124,13 +163,14 @@ class Takeover:
                 first = self._source.brokers.offset_at(partition, milliseconds)
                 return high if first is None else first
 
-    def _take(
-        self, partition: Partition, cluster_id: str, topic_id: str | None, other: UUID | None
-    ) -> Taken | RefusedError:
-        owner = Owner(self._settings.group_id, self._source.member_id)
+    @property
+    def _owner(self) -> Owner:
+        return Owner(self._settings.group_id, self._source.member_id)
+
+    def _take(self, partition: Partition, now: Origin, other: UUID | None) -> Taken | RefusedError:
         try:
             with transaction(self._engine) as db:
-                claim = ownership.claim(db, partition, owner)
+                claim = ownership.claim(db, partition, self._owner)
                 last = ownership.last_record(db, partition, claim.next_offset)
         except TransientError as error:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
@@ -139,7 +179,7 @@ class Takeover:
         # Not before the claim: the commit that it waited for may have moved past an older reading,
         # and the topic would seem to end in front of us.
         low, high = self._source.brokers.watermarks(partition)
-        source = Source(cluster_id, topic_id, low, high)
+        source = Source(str(now.cluster_id), now.topic_id, low, high)
         refusal = self._objection(partition, claim, source, last, other)
         with transaction(self._engine) as db:
             if refusal is not None:
@@ -156,7 +196,8 @@ class Takeover:
             next_offset=claim.next_offset,
             lag=lag(claim.next_offset, high),
         )
-        return Taken(claim.epoch, claim.next_offset, high, RepeatWindow(size, seen))
+        known_id = now.topic_id or claim.topic_id
+        return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
 
     def _end_silent_owner(self, partition: Partition) -> None:
         """A former owner that was stopped must not keep the partition for as long as it likes."""
@@ -207,41 +248,55 @@ def another_topic(
     """Why Kafka is not what the log was read from; None if it is, as far as can be told.
 
     Args:
-        brokers: They are asked for a record where they tell no topic id.
+        brokers: They are asked for the last stored record, within ``probing``.
         partition: Which.
         claim: What the log knows of it.
         source: What Kafka says of it now.
         last: The newest record in the log.
     """
-    if claim.cluster_id not in (None, source.cluster_id):
-        return WrongClusterError(partition, expected=str(claim.cluster_id), found=source.cluster_id)
-    if claim.topic_id and source.topic_id and claim.topic_id != source.topic_id:
-        return RecreatedTopicError(
-            partition, expected=f"topic id {claim.topic_id}", found=source.topic_id
-        )
+    now = Origin(source.cluster_id, source.topic_id)
+    if refusal := _another_origin(partition, [Origin(claim.cluster_id, claim.topic_id)], now):
+        return refusal
+    is_same = bool(claim.topic_id and source.topic_id)
     if claim.next_offset > source.high:
-        return RecreatedTopicError(
+        return (TruncatedTopicError if is_same else RecreatedTopicError)(
             partition,
             expected=f"to read on at offset {claim.next_offset}",
             found=f"a topic that ends at {source.high}",
         )
-    if last and not (claim.topic_id and source.topic_id):
-        return _other_record(brokers, partition, last, source)
-    return None
+    return _other_record(brokers, partition, last, source, is_same=is_same) if last else None
 
 
 def _other_record(
-    brokers: Brokers, partition: Partition, last: LastRecord, source: Source
+    brokers: Brokers, partition: Partition, last: LastRecord, source: Source, *, is_same: bool
 ) -> RefusedError | None:
-    """Where no topic id tells, the last stored record must still be the one at its offset."""
+    """The last stored record must still be the one at its offset.
+
+    Where no topic id tells, this alone tells a topic that was made anew. And the same topic may
+    have lost its newest records and got others since.
+    """
     if last.offset < source.low:
         return None
     there = brokers.record_at(partition, last.offset)
     # None: compacted away, or an aborted transaction's; then nothing can be said.
     if there is None or read(there).digest == last.digest:
         return None
-    return RecreatedTopicError(
+    return (TruncatedTopicError if is_same else RecreatedTopicError)(
         partition,
         expected=f"the record of the log at offset {last.offset}",
         found="another record there",
     )
+
+
+def _another_origin(
+    partition: Partition, recorded: Iterable[Origin], now: Origin
+) -> RefusedError | None:
+    """Why what has the topic's name now is not what was read; None if it may be the same."""
+    for cluster_id, topic_id in recorded:
+        if cluster_id not in (None, now.cluster_id):
+            return WrongClusterError(partition, expected=str(cluster_id), found=str(now.cluster_id))
+        if topic_id and now.topic_id and topic_id != now.topic_id:
+            return RecreatedTopicError(
+                partition, expected=f"topic id {topic_id}", found=now.topic_id
+            )
+    return None

@@ -1,8 +1,7 @@
 """The thread that talks to the database, so that the next batch fills while this one is written."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Self
 
@@ -34,6 +33,12 @@ class Fenced(NamedTuple):
     error: FencedError
 
 
+class Replaced(NamedTuple):
+    """Nothing was written: these topics are gone, or others have their names."""
+
+    topics: Collection[str]
+
+
 class Failed(NamedTuple):
     """The database went away; whether the batch is in the log is unknown."""
 
@@ -52,12 +57,22 @@ class Broken(NamedTuple):
     error: Exception
 
 
-Outcome = Committed | Fenced | Failed | Found | Broken
+Outcome = Committed | Fenced | Replaced | Failed | Found | Broken
+
+Replacement = Callable[[], Collection[str]]
+"""Waits for Kafka's word on a batch; the topics that are not those whose records it holds.
+
+Raises:
+    TransientError: Kafka does not say.
+"""
 
 
-@dataclass(frozen=True)
-class _Close:
-    pass
+class _ReplacedError(Exception):
+    """Rolls the batch back."""
+
+    def __init__(self, topics: Collection[str]) -> None:
+        super().__init__()
+        self.topics = topics
 
 
 class Writer:
@@ -72,7 +87,7 @@ class Writer:
         self._engine = engine
         self._span = segment_span
         self._covered: dict[str, list[tuple[NextOffset, NextOffset]]] = {}
-        self._jobs: SimpleQueue[Write | Resolve | _Close] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Write | Resolve, Replacement] | None] = SimpleQueue()
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._busy = False
         self._thread = threading.Thread(target=self._serve, name="writer", daemon=True)
@@ -84,13 +99,18 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         """Let the thread end after what it does now. It is not waited for if the database hangs."""
-        self._jobs.put(_Close())
+        self._jobs.put(None)
         self._thread.join(timeout=1.0)
 
-    def do(self, job: Write | Resolve) -> None:
-        """Hand over a step; its outcome comes out of ``outcome``."""
+    def do(self, job: Write | Resolve, replaced: Replacement = tuple) -> None:
+        """Hand over a step; its outcome comes out of ``outcome``.
+
+        A batch is committed only if ``replaced`` names no topic. The question must have been asked
+        after the batch's last record had come: what a topic that was made anew has at our offsets
+        comes without any error (librdkafka issue 3255).
+        """
         self._busy = True
-        self._jobs.put(job)
+        self._jobs.put((job, replaced))
 
     def outcome(self, timeout_s: float) -> Outcome | None:
         """The outcome of the step in hand, if it comes within this time."""
@@ -107,35 +127,43 @@ class Writer:
             self.outcome(1.0)
 
     def _serve(self) -> None:
-        while not isinstance(job := self._jobs.get(), _Close):
+        while (handed := self._jobs.get()) is not None:
+            job, replaced = handed
             try:
                 outcome = (
-                    self._write(job.batch) if isinstance(job, Write) else self._find(job.batch)
+                    self._write(job.batch, replaced)
+                    if isinstance(job, Write)
+                    else self._find(job.batch)
                 )
             except Exception as error:  # noqa: BLE001 - carried to the loop, which raises it
                 outcome = Broken(error)
             self._outcomes.put(outcome)
 
-    def _write(self, batch: Batch) -> Outcome:
+    def _write(self, batch: Batch, replaced: Replacement) -> Outcome:
         try:
             self._make_segments(_likely(batch, ahead=self._span // 10))
             try:
-                self._append(batch)
+                self._append(batch, replaced)
             except MissingSegmentError:
                 # A wide gap in the offsets, or a segment that is gone: look at every single row.
                 self._covered.clear()
                 self._make_segments((row.topic, NextOffset(row.offset)) for row in batch.rows)
-                self._append(batch)
+                self._append(batch, replaced)
             failpoints.reach("after_commit_before_ack")
         except FencedError as error:
             return Fenced(error)
+        except _ReplacedError as error:
+            return Replaced(error.topics)
         except PipelineError as error:
             return Failed(error) if _may_pass(error) else Broken(error)
         return Committed()
 
-    def _append(self, batch: Batch) -> None:
+    def _append(self, batch: Batch, replaced: Replacement) -> None:
         with transaction(self._engine) as db:
             append(db, batch.rows, batch.advances)
+            # Asked before, and answered while PostgreSQL worked.
+            if topics := replaced():
+                raise _ReplacedError(topics)
 
     def _find(self, batch: Batch) -> Outcome:
         try:

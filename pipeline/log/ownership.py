@@ -87,9 +87,10 @@ _this = (
     consumer_offsets.c.partition == bindparam("of_number"),
 )
 
-KNOWN = select(consumer_offsets.c.partition).where(
-    consumer_offsets.c.topic == bindparam("of_topic")
-)
+KNOWN = select(
+    consumer_offsets.c.partition, consumer_offsets.c.cluster_id, consumer_offsets.c.topic_id
+).where(consumer_offsets.c.topic == bindparam("of_topic"))
+TOPICS = select(consumer_offsets.c.topic).distinct()
 RECORDED = select(
     consumer_offsets.c.topic,
     consumer_offsets.c.partition,
@@ -186,6 +187,12 @@ RELEASE = (
 FREED = select(consumer_offsets.c.topic, consumer_offsets.c.partition).where(
     *_this, consumer_offsets.c.problem.is_(None)
 )
+DESERTED = text("""
+SELECT "partition" FROM pipeline.consumer_offsets
+WHERE topic = :of_topic AND problem IS NULL
+  AND (owner_member IS NULL OR greatest(watermarks_at, claimed_at) < now() - interval '1 minute')
+ORDER BY 1
+""")
 LAST_RECORD = (
     select(events.c.offset, events.c.digest)
     .where(events.c.topic == bindparam("of_topic"))
@@ -209,14 +216,29 @@ MAKE_SEGMENT = text(
 )
 
 
-def known_partitions(db: Connection, topic: str) -> frozenset[int]:
-    """Numbers of the topic's partitions that the log has begun to read.
+class Origin(NamedTuple):
+    """Where a partition's records came from; each None if never recorded."""
+
+    cluster_id: str | None
+    topic_id: str | None
+
+
+def known_topics(db: Connection) -> frozenset[str]:
+    """The topics that the log has begun to read."""
+    return frozenset(db.execute(TOPICS).scalars())
+
+
+def known_partitions(db: Connection, topic: str) -> dict[int, Origin]:
+    """The topic's partitions that the log has begun to read, by number.
 
     Until the transaction ends no other process may begin one, so that the first to come decides
     for the whole topic.
     """
     db.execute(BEGIN_ALONE, {"of_topic": topic})
-    return frozenset(db.execute(KNOWN, {"of_topic": topic}).scalars())
+    return {
+        number: Origin(cluster_id, topic_id)
+        for number, cluster_id, topic_id in db.execute(KNOWN, {"of_topic": topic})
+    }
 
 
 def recorded(db: Connection) -> dict[Partition, Claim]:
@@ -314,6 +336,13 @@ def stand_still(db: Connection, partition: Partition, held: Epoch, why: Exceptio
 def freed(db: Connection, partitions: Iterable[Partition]) -> Sequence[Partition]:
     """Those partitions, of some that stood still, which an operator has let go on."""
     return [p for p in partitions if db.execute(FREED, _of(p)).one_or_none()]
+
+
+def deserted(db: Connection, topic: str) -> Sequence[Partition]:
+    """The topic's partitions that nobody reads, though nothing is said against it."""
+    return [
+        Partition(topic, number) for number in db.execute(DESERTED, {"of_topic": topic}).scalars()
+    ]
 
 
 def see_watermarks(db: Connection, seen: Iterable[tuple[Partition, Epoch, int]]) -> None:

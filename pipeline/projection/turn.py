@@ -14,7 +14,13 @@ from sqlalchemy import Connection, Engine, text
 from pipeline import dead_letters, failpoints
 from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
 from pipeline.dead_letters import Fault
-from pipeline.errors import ExitCode, LockHeldError, PipelineError, PoisonRecordError
+from pipeline.errors import (
+    ConfigurationError,
+    ExitCode,
+    LockHeldError,
+    PipelineError,
+    PoisonRecordError,
+)
 from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.projection import checkpoints
 from pipeline.projection.batch import Batch
@@ -40,11 +46,14 @@ WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
   AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint)
   AND e.repeat_of IS NULL AND e.event_type IS NOT NULL
 """)
+MISSING = text(
+    "SELECT name FROM unnest(CAST(:tables AS text[])) AS name WHERE to_regclass(name) IS NULL"
+)
 SEARCH_IN = text("SELECT set_config('search_path', :schema, true)")
 
 
 class BrokenProjectorError(PipelineError):
-    """Too many events are refused: the fault is the projector's own. Mend it, then rebuild."""
+    """The projector's table is gone, or it refuses too many events. Mend it, then rebuild."""
 
     exit_code = ExitCode.REFUSED
 
@@ -165,6 +174,14 @@ def _hold(db: Connection, projector: Projector, batch: Batch) -> bool:
             lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
     except LockHeldError:
         return False
+    except ConfigurationError:
+        missing = db.execute(MISSING, {"tables": [one.fullname for one in projector.tables]})
+        if names := missing.scalars().all():
+            # Somebody has dropped it; the other read models have theirs.
+            raise BrokenProjectorError(
+                f"{', '.join(names)} is missing: restore it from a copy, whatever its rows"
+            ) from None
+        raise
     # After the lock: a TRUNCATE that came first has put the checkpoint back by now.
     return checkpoints.hold(db, projector.name, batch.partition) == batch.offsets.first
 

@@ -5,24 +5,34 @@ that serves callbacks, made from within a callback of the same client, would end
 next callback of that poll ("CallState_get: Assertion `cs != NULL' failed", confluent-kafka 2.16).
 """
 
-import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 from uuid import UUID
 
 import structlog
-from confluent_kafka import Consumer, KafkaException, Message, TopicCollection, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import ConfigResource
+from confluent_kafka.admin._listoffsets import OffsetSpec
 
-from pipeline.errors import TransientError
+from pipeline.errors import InvariantError, TransientError
 from pipeline.events import Record
 from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.settings import Settings
 from pipeline.source.client import (
     DATABASE_NAMED,
+    LIBRARY_LOG,
     OUT_OF_RANGE,
     PARTITION_END,
     Config,
@@ -41,6 +51,8 @@ ASK_S_MAX = 10.0
 """Longest wait for the answer to one question to the brokers."""
 TOPIC_ID_S_MAX = 2.0
 """Longest wait for a topic's id; some brokers never answer, and a fingerprint does as well."""
+PROBE_S_MAX = 10.0
+"""Longest wait for one record, when the last stored one is compared with Kafka's."""
 READ_S_MAX = 10.0
 """Longest wait for the next records of a range that is read again."""
 PIECE_RECORDS_MAX = 5000
@@ -79,12 +91,13 @@ class Brokers:
         self._config = consumer_config(settings)
         # Of trouble with the connection the other client tells.
         self._consumer = opened(lambda: Consumer({**self._config, "log_level": 0}), settings)
-        listening: Config = {"error_cb": report, "logger": logging.getLogger("librdkafka")}
+        listening: Config = {"error_cb": report, "logger": LIBRARY_LOG}
         self._admin = opened(
             lambda: AdminClient({**settings.kafka_client(), **listening}), settings
         )
         self._reader_group = f"{settings.group_id}-probe"
         self._tells_topic_ids: bool | None = None
+        self._probe: Consumer | None = None
 
     def serve(self) -> None:
         """Hear what the client has to say of its connections, which would pile up."""
@@ -101,7 +114,7 @@ class Brokers:
         return str(asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).cluster_id)
 
     def partition_count(self, topic: str) -> int:
-        """How many partitions the topic has now."""
+        """How many partitions the topic has now; 0 where there is none."""
         found = asked(lambda: self._admin.list_topics(topic, timeout=ASK_S_MAX))
         return len(found.topics[topic].partitions)
 
@@ -133,20 +146,48 @@ class Brokers:
         """
         if self._tells_topic_ids is False:
             return {}
+        try:
+            told = self.ask_topic_ids(topics)()
+        except TransientError as error:
+            log.debug("topic_ids_unknown", reason=str(error))
+            told = {}
+        ids = {topic: topic_id for topic, topic_id in told.items() if topic_id}
+        if ids:
+            self._tells_topic_ids = True
+        elif not told and topics and self._tells_topic_ids is None:
+            self._tells_topic_ids = False
+        return ids
+
+    def ask_topic_ids(self, topics: Collection[str]) -> Callable[[], Mapping[str, str | None]]:
+        """Ask for the ids of topics now; the answer is waited for when the result is called.
+
+        An answer tells of the time after the question: what was read before it came from the topics
+        with these ids, for a topic that is made anew never gets its old id. None where there is no
+        such topic; a topic is missing where the broker knows no ids.
+
+        Raises (the result, when called):
+            TransientError: The brokers did not answer, or not for one of the topics.
+        """
         answers = self._admin.describe_topics(
             TopicCollection(list(topics)), request_timeout=TOPIC_ID_S_MAX
         )
-        ids = {}
-        for topic, answer in answers.items():
-            try:
-                ids[topic] = str(answer.result().topic_id)
-            except KafkaException as error:
-                log.debug("topic_id_unknown", topic=topic, error=error.args[0].name())
-                if self._tells_topic_ids is None:
-                    self._tells_topic_ids = False
-            else:
-                self._tells_topic_ids = True
-        return ids
+
+        def wait() -> Mapping[str, str | None]:
+            ids: dict[str, str | None] = {}
+            for topic, answer in answers.items():
+                try:
+                    topic_id = answer.result().topic_id
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                        raise translated(error.args[0]) from None
+                    ids[topic] = None
+                    continue
+                # Brokers before Kafka 2.8 leave it zero.
+                if topic_id.get_most_significant_bits() or topic_id.get_least_significant_bits():
+                    ids[topic] = str(topic_id)
+            return ids
+
+        return wait
 
     def watermarks(self, partition: Partition) -> Watermarks:
         """What Kafka has of a partition now; ``high`` is the last stable offset."""
@@ -156,6 +197,28 @@ class Brokers:
             )
         )
         return Watermarks(NextOffset(low), NextOffset(high))
+
+    def ends(self, partitions: Collection[Partition]) -> Mapping[Partition, int]:
+        """Where partitions end, of those that the brokers tell.
+
+        What may be read ends in front of the first transaction that is open; this is behind all of
+        them, for what waits there is lag too.
+        """
+        if not partitions:
+            return {}
+        newest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        answers = self._admin.list_offsets(
+            {TopicPartition(*partition): newest for partition in partitions},
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=TOPIC_ID_S_MAX,
+        )
+        ends = {}
+        for place, answer in answers.items():
+            try:
+                ends[Partition(place.topic, place.partition)] = answer.result().offset
+            except KafkaException as error:
+                log.debug("end_unknown", topic=place.topic, error=error.args[0].name())
+        return ends
 
     def offset_at(self, partition: Partition, milliseconds: int) -> NextOffset | None:
         """The first record at or after a time since 1970; None if there is none."""
@@ -180,11 +243,42 @@ class Brokers:
     # ------------------------------------------------------------------------ what stands there
 
     def record_at(self, partition: Partition, offset: Offset) -> Record | None:
-        """The record that Kafka holds at an offset; None if there is none (any more)."""
-        for piece in self.read(partition, OffsetRange(NextOffset(offset), after(offset))):
-            for record in piece.records:
-                return record
-        return None
+        """The record that Kafka holds at an offset; None if there is none (any more).
+
+        Only within ``probing``, whose client it asks.
+        """
+        if self._probe is None:
+            raise InvariantError("a record was asked for outside of probing()")
+        self._probe.assign([TopicPartition(partition.topic, partition.number, offset)])
+        for message in self._probe.consume(1, PROBE_S_MAX):
+            trouble = message.error()
+            if trouble is None:
+                return (
+                    record_of(cast("GoodMessage", message)) if message.offset() == offset else None
+                )
+            if trouble.code() in {PARTITION_END, *OUT_OF_RANGE}:
+                return None
+            raise translated(trouble)
+        raise TransientError(f"Kafka: {partition}: no answer about the record at {offset}")
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """A client for ``record_at``, for the length of the block."""
+        probing: Config = {
+            "group.id": self._reader_group,
+            "error_cb": report,
+            "logger": LIBRARY_LOG,
+            # One record is all that is wanted, however large, and an end is told at once.
+            "fetch.message.max.bytes": 1024,
+            "queued.min.messages": 1,
+            "fetch.wait.max.ms": 10,
+        }
+        self._probe = Consumer({**self._config, **probing})
+        try:
+            yield
+        finally:
+            self._probe.close()
+            self._probe = None
 
     def read(self, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:
         """A range once more, in order. What retention takes meanwhile is in no piece.

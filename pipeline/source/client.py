@@ -1,5 +1,6 @@
 """Kafka's client: how ours are configured, a record of its, and its errors in our words."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -135,16 +136,30 @@ def record_of(message: GoodMessage) -> Record:
 # ----------------------------------------------------------------------------------------- errors
 
 _FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED}  # noqa: SLF001 - public
+LOGIN_REFUSED = frozenset(
+    {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED}  # noqa: SLF001 - public
+)
 _OPERATORS_BUSINESS = {
-    KafkaError._AUTHENTICATION,  # noqa: SLF001 - public, as are all that begin so
-    KafkaError.SASL_AUTHENTICATION_FAILED,
+    *LOGIN_REFUSED,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }
 OUT_OF_RANGE = frozenset(
-    {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}  # noqa: SLF001 - public
+    {
+        KafkaError._AUTO_OFFSET_RESET,  # noqa: SLF001 - public, as are all that begin so
+        KafkaError._LOG_TRUNCATION,  # noqa: SLF001
+        KafkaError.OFFSET_OUT_OF_RANGE,
+    }
 )
+TOPICS_OWN = frozenset(
+    {
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    }
+)
+"""One of the topics is gone or hidden; the others flow."""
 PARTITION_END = KafkaError._PARTITION_EOF  # noqa: SLF001 - public
 
 _Answer = TypeVar("_Answer")
@@ -195,6 +210,21 @@ class _Repeated:
         self._told[name] = (now, 0)
         return silent + 1
 
+
+class _NotRepeated(logging.Filter):
+    """Lets what the library says pass once a minute; it says it again at every attempt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = _Repeated()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return bool(self._said.times_due(_NUMBERS.sub("", record.getMessage())))
+
+
+_NUMBERS = re.compile(r"[0-9]+")
+LIBRARY_LOG = logging.getLogger("librdkafka")
+LIBRARY_LOG.addFilter(_NotRepeated())
 
 _complaints = _Repeated()
 _skipped_commits = _Repeated()

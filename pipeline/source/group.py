@@ -1,6 +1,5 @@
 """One member of the consumer group: which partitions are ours, and what comes out of them."""
 
-import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,18 @@ from uuid import UUID
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from pipeline.errors import ConfigurationError, InvariantError
+from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.events import Record
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source.brokers import ASK_S_MAX, Brokers
 from pipeline.source.client import (
     COMMIT_METADATA,
+    LIBRARY_LOG,
+    LOGIN_REFUSED,
     OUT_OF_RANGE,
     PARTITION_END,
+    TOPICS_OWN,
     Config,
     GoodMessage,
     asked,
@@ -44,7 +46,7 @@ class ReachedEnd(NamedTuple):
 
 
 class OutOfRange(NamedTuple):
-    """Kafka has no record at the offset that we asked for; the watermarks tell why."""
+    """Kafka's records at the offset that we asked for are gone; taking over again tells why."""
 
     partition: Partition
 
@@ -89,8 +91,8 @@ class KafkaSource:
         config = consumer_config(settings)
         self._topics = settings.topics
         listening: Config = {
-            "error_cb": report,
-            "logger": logging.getLogger("librdkafka"),
+            "error_cb": self._heard_of,
+            "logger": LIBRARY_LOG,
             "on_commit": _on_commit,
         }
         self._consumer = opened(lambda: Consumer({**config, **listening}), settings)
@@ -98,21 +100,35 @@ class KafkaSource:
         self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")
         )
+        self._refused_login: str | None = None
         self._listener: Listener | None = None
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
 
     # -------------------------------------------------------------------------------- membership
 
-    def join(self, listener: Listener) -> None:
+    def join(self, listener: Listener, begun: Collection[str] = ()) -> None:
         """Join the group for the configured topics.
 
+        Args:
+            listener: What to do when partitions come and go.
+            begun: Topics that have been read before. One of them that is gone is waited for.
+
         Raises:
-            ConfigurationError: A topic does not exist.
+            ConfigurationError: A topic does not exist, or the brokers refuse the login.
         """
         self._listener = listener
-        cluster = asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
-        absent = [topic for topic in self._topics if topic not in cluster.topics]
+        try:
+            cluster = asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
+        except TransientError:
+            # The client goes on trying whatever the reason, and tells it when it is polled.
+            self._consumer.poll(0)
+            if self._refused_login is not None:
+                raise ConfigurationError(
+                    f"Kafka refused the login: {self._refused_login}"
+                ) from None
+            raise
+        absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
             there = ", ".join(sorted(name for name in cluster.topics if name[:2] != "__")[:20])
             raise ConfigurationError(
@@ -197,11 +213,6 @@ class KafkaSource:
             self._consumer.resume([TopicPartition(*partition) for partition in held])
             self._paused -= held
 
-    def high_watermark_seen(self, partition: Partition) -> int | None:
-        """Kafka's end as the last fetch told it; None if nothing was fetched yet."""
-        _low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
-        return high if high >= 0 else None
-
     def commit(self, offsets: Mapping[Partition, NextOffset], installation: UUID) -> None:
         """Tell Kafka's tools how far the log is; best effort, decides nothing, waits for nothing.
 
@@ -266,6 +277,11 @@ class KafkaSource:
         else:
             consumer.unassign()
 
+    def _heard_of(self, error: KafkaError) -> None:
+        if error.code() in LOGIN_REFUSED:
+            self._refused_login = error.str()
+        report(error)
+
     def _heard(self) -> Listener:
         if self._listener is None:
             raise InvariantError("the group was not joined")
@@ -274,6 +290,9 @@ class KafkaSource:
     def _happening(self, message: Message, error: KafkaError) -> Happening | None:
         topic, number, offset = message.topic(), message.partition(), message.offset()
         code = error.code()
+        if code in TOPICS_OWN:
+            report(error)
+            return None
         if topic is None or number is None or offset is None:
             raise translated(error)
         partition = Partition(topic, number)

@@ -1,7 +1,8 @@
-"""A command that is to end does not wait for ever for brokers that are gone."""
+"""Brokers that are gone, or silent: who is to end does not wait for ever, who runs goes on."""
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
@@ -11,7 +12,10 @@ from pipeline.embedded.broker import MockBroker
 from pipeline.errors import TransientError
 from pipeline.ingest import Ingest, Progress, loop
 from pipeline.settings import Settings
-from tests.faults.harness import until
+from tests.faults import ledger as sent
+from tests.faults.harness import Bench, until
+from tests.integration.ingesting import Ledger, logged
+from tests.servers import KafkaServer
 from tests.servers.databases import Database
 
 RECORDS = 20_000
@@ -69,3 +73,53 @@ def settings_of(database: Database, broker: MockBroker) -> Settings:
             "batch_rows": 10,
         }
     )
+
+
+@pytest.mark.timeout(240)
+def test_a_batch_in_hand_waits_for_kafkas_word_that_its_topic_is_the_same(
+    private_kafka: KafkaServer, database: Database, tmp_path: Path
+):
+    bench = Bench(private_kafka, database, "waits", 1, tmp_path)
+    private_kafka.create_topic("waits")
+    ledger = Ledger(private_kafka.bootstrap_servers)
+    ledger.send("waits", [b"1"] * 20).flush()
+    with database.connect(autocommit=False) as blocker:
+        blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
+        worker = bench.worker(kafka_options="reconnect.backoff.max.ms=500")
+        until(lambda: bench.waits_for_lock(worker), "its COPY waits")
+        private_kafka.pause()
+        # What was asked before may still be answered; the next attempt asks anew.
+        until(lambda: not bench.waits_for_lock(worker), "it gives up")
+        until(lambda: bench.waits_for_lock(worker), "it tries again")
+
+    def has_missed_kafka() -> bool:
+        return any("Kafka: " in line["reason"] for line in worker.said("server_away"))
+
+    until(has_missed_kafka, "it says what it waits for")
+    assert bench.logged() == 0
+    private_kafka.resume()
+    bench.wait_until_logged(20)
+
+    assert worker.stop() == 0, worker.tail()
+    assert logged(database, "waits") == ledger.records
+    bench.close()
+
+
+@pytest.mark.timeout(240)
+def test_a_worker_goes_on_by_itself_after_its_only_broker_was_killed_under_load(
+    private_kafka: KafkaServer, database: Database, tmp_path: Path
+):
+    bench = Bench(private_kafka, database, "killed", 2, tmp_path)
+    private_kafka.create_topic("killed", 2)
+    worker = bench.worker()
+    with bench.feed(rate=200) as feed:
+        bench.wait_until_logged(200)
+        private_kafka.kill()
+        private_kafka.start()
+        here = bench.logged()
+        bench.wait_until_logged(here + 200, seconds_max=120)
+        feed.stop()
+
+    bench.finish(sent.Ledger.read_back(private_kafka.bootstrap_servers, "killed", 2))
+    assert worker.exit_code == 0
+    bench.close()

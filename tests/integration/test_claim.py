@@ -254,7 +254,7 @@ def test_a_partition_that_never_began_cannot_be_claimed(engine):
 def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, database, pool):
     def begin_all() -> frozenset[int]:
         with transaction(engine) as db:
-            known = ownership.known_partitions(db, "prices")
+            known = frozenset(ownership.known_partitions(db, "prices"))
             for number in {0, 1, 2} - known:
                 ownership.begin(db, Partition("prices", number), NextOffset(5))
         return known

@@ -2,8 +2,12 @@
 
 import ctypes
 import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from confluent_kafka import Uuid
 
 from pipeline.db import open_engine, transaction
 from pipeline.embedded import broker
@@ -230,6 +234,23 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
     assert (outcome.begin, outcome.end, outcome.held) == (10, 10, held + 1)
     source.leave()
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("bits", "told"), [((0, 0), {}), ((0, 7), {TOPIC: "AAAAAAAAAAAAAAAAAAAABw"})]
+)
+def test_a_topic_id_of_zeros_is_none(settings, monkeypatch, bits, told):
+    """Brokers before Kafka 2.8 leave the field as it is; every topic would seem to be the same."""
+    brokers = Brokers(settings())
+    answer: Future[Any] = Future()
+    answer.set_result(SimpleNamespace(topic_id=Uuid(*bits)))
+    monkeypatch.setattr(
+        brokers, "_admin", SimpleNamespace(describe_topics=lambda *_, **__: {TOPIC: answer})
+    )
+
+    assert brokers.topic_ids([TOPIC]) == told
+
+    brokers.close()
 
 
 def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, mock_broker):

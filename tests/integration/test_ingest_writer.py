@@ -11,7 +11,7 @@ from pipeline import failpoints
 from pipeline.db import SessionLimits, open_engine, transaction
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.ingest.machine import Batch, Resolve, Write
-from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Writer
+from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.ownership import Owner
 from pipeline.positions import NextOffset, Partition
@@ -75,6 +75,29 @@ def test_a_batch_is_written_and_its_place_found(writer, held, database):
     assert outcome(writer, Write(batch)) == Committed()
     assert outcome(writer, Resolve(batch)) == Found({A: place(held, 8)})
     assert offsets(database) == [0, 1, 7]
+
+
+def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, database):
+    """Kafka's word comes last, when all but the commit is done."""
+    batch = batch_of(held, 0, 0, 1, 7)
+
+    writer.do(Write(batch), lambda: ["orders"])
+
+    assert writer.outcome(WAIT_S_MAX) == Replaced(["orders"])
+    assert offsets(database) == []
+    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
+
+
+def test_a_batch_of_which_kafka_says_nothing_is_not_committed(writer, held, database):
+    def says_nothing():
+        raise TransientError("Kafka is away")
+
+    writer.do(Write(batch_of(held, 0, 0, 1)), says_nothing)
+
+    failed = writer.outcome(WAIT_S_MAX)
+    assert isinstance(failed, Failed)
+    assert str(failed.error) == "Kafka is away"
+    assert offsets(database) == []
 
 
 def test_segments_are_made_before_they_are_needed(writer, held, database):

@@ -1,0 +1,105 @@
+"""What belongs together stays together: a database, its group, its cluster."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import QUICK_TO_NOTICE, Bench, until
+from tests.integration.ingesting import Ledger, logged
+from tests.servers import Kafka, KafkaServer, Postgres
+from tests.servers.databases import Database, fresh_database
+
+
+def numbered(count: int) -> list[bytes | None]:
+    return [b'{"n": %d}' % n for n in range(count)]
+
+
+def problems(bench: Bench) -> list[str]:
+    rows = bench.query("SELECT problem FROM pipeline.consumer_offsets WHERE problem IS NOT NULL")
+    return [text for (text,) in rows]
+
+
+@pytest.fixture
+def second(
+    kafka: Kafka,
+    postgres_server: Postgres,
+    _templates: Callable[[Postgres], Database],
+    bench: Bench,
+    tmp_path: Path,
+) -> Iterator[Bench]:
+    """A bench like the first, on another database, in the same group."""
+    (tmp_path / "second").mkdir()
+    with fresh_database(postgres_server, template=_templates(postgres_server)) as database:
+        with database.connect() as db:
+            # A copy of a template has its identity too.
+            db.execute("UPDATE pipeline.installation SET installation_id = gen_random_uuid()")
+        made = Bench(kafka, database, bench.topic, bench.partitions, tmp_path / "second")
+        made.group = bench.group
+        yield made
+        made.close()
+
+
+def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_from_it(
+    bench: Bench, second: Bench
+):
+    """Kafka shares the partitions out between the two, and nobody errs."""
+    first = bench.worker()
+
+    with bench.feed(rate=300) as feed:
+        bench.wait_until_logged(300)
+        intruder = second.worker()
+        assert intruder.wait() == 65, intruder.tail()
+        bench.wait_until_owner_of_all(first)
+
+    assert "also feeds database" in intruder.said("stopped")[0]["reason"]
+    assert second.query("SELECT FROM pipeline.events") == []
+    bench.finish(feed.ledger)
+    assert first.exit_code == 0
+
+
+def test_another_kafka_under_the_same_names_is_refused_and_begins_nothing(
+    bench: Bench, private_kafka: KafkaServer
+):
+    """Somebody points a database at staging; then all is put right again."""
+    ledger = Ledger(bench.kafka.bootstrap_servers)
+    ledger.send(bench.topic, numbered(10)).flush()
+    private_kafka.create_topic(bench.topic, bench.partitions + 2)
+    for number in range(bench.partitions + 2):
+        Ledger(private_kafka.bootstrap_servers).send(
+            bench.topic, numbered(50), partition=number
+        ).flush()
+    assert bench.worker("ingest", "--until-end").wait() == 0
+    staging: dict[str, Any] = {"kafka_bootstrap_servers": private_kafka.bootstrap_servers}
+
+    once = bench.worker("ingest", "--until-end", **staging)
+    assert once.wait() == 65, once.tail()
+    runs = bench.worker(**staging)
+    runs.wait_until_said("partition_stands_still")
+    until(lambda: len(problems(bench)) == bench.partitions, "every partition says why")
+    assert all("PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in text for text in problems(bench))
+    assert runs.stop() == 0, runs.tail()
+    assert len(bench.next_offsets()) == bench.partitions, "what only staging has is not begun"
+
+    ledger.send(bench.topic, numbered(10), partition=1).flush()
+    assert bench.worker("ingest", "--until-end").wait() == 0
+    assert problems(bench) == []
+    assert logged(bench.database, bench.topic) == ledger.records
+
+
+def test_a_group_that_somebody_deletes_or_resets_changes_nothing(bench: Bench):
+    ledger = Ledger(bench.kafka.bootstrap_servers)
+    ledger.send(bench.topic, numbered(10)).flush()
+    worker = bench.worker(kafka_options=f"{QUICK_TO_NOTICE},fetch.wait.max.ms=50")
+    bench.wait_until_logged(10)
+    assert worker.stop() == 0, worker.tail()
+    for gone in bench.kafka.admin.delete_consumer_groups([bench.group]).values():
+        gone.result(20)
+
+    ledger.send(bench.topic, numbered(10), partition=1).flush()
+    again = bench.worker()
+    bench.wait_until_logged(20)
+
+    assert again.stop() == 0, again.tail()
+    assert logged(bench.database, bench.topic) == ledger.records

@@ -1,0 +1,93 @@
+"""What people do to read models by hand, while `pipeline run` works on them."""
+
+import subprocess
+
+import pytest
+
+from tests.faults.harness import ENTRY, PROJECT, Bench, until
+
+PER_SECOND = 100
+pytestmark = pytest.mark.timeout(300)
+
+
+def rebuild(bench: Bench, *options: str) -> tuple[int, str]:
+    """Exit code and what it tells of each read model."""
+    done = subprocess.run(
+        [*ENTRY, "rebuild", *options, "--json"],
+        env={"PATH": "/usr/bin:/bin", "PIPELINE_DATABASE_URL": bench.database.url},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_table_that_is_restored_from_an_older_copy_is_found_and_repaired_beside_live_traffic(
+    bench: Bench,
+):
+    worker = bench.worker("run")
+    with bench.feed(rate=PER_SECOND) as feed:
+        until(lambda: bench.query("SELECT FROM upvest.orders LIMIT 1"), "there are orders")
+        bench.execute("CREATE TABLE audit.older AS TABLE upvest.orders")
+        kept = len(bench.query("SELECT FROM audit.older"))
+        until(lambda: len(bench.query("SELECT FROM upvest.orders")) >= kept + 20, "there are more")
+        bench.execute(
+            "BEGIN; DELETE FROM upvest.orders; "
+            "INSERT INTO upvest.orders SELECT * FROM audit.older; COMMIT"
+        )
+        code, told = rebuild(bench, "orders", "--check")
+        assert code == 1, told
+        code, told = rebuild(bench, "orders")
+        assert code == 0, told
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    assert worker.exit_code == 0
+    bench.judge_read_models(feed.books)
+
+
+def test_a_table_that_is_dropped_costs_its_read_model_alone(bench: Bench):
+    """Until somebody has restored it, as it was once, and rebuilds it."""
+    worker = bench.worker("run")
+    with bench.feed(rate=PER_SECOND) as feed:
+        until(lambda: bench.query("SELECT FROM upvest.orders LIMIT 1"), "there are orders")
+        bench.execute("ALTER TABLE upvest.orders RENAME TO gone")
+        worker.wait_until_said("projector_broken")
+        before = len(bench.query("SELECT FROM upvest.executions"))
+        until(
+            lambda: len(bench.query("SELECT FROM upvest.executions")) > before,
+            "another read model goes on",
+        )
+        bench.execute("ALTER TABLE upvest.gone RENAME TO orders")
+        code, told = rebuild(bench, "orders")
+        assert code == 0, told
+
+    assert "upvest.orders is missing" in worker.said("projector_broken")[0]["reason"]
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    assert worker.exit_code == 0
+    bench.judge_read_models(feed.books)
+
+
+def test_a_rebuild_that_is_killed_anywhere_is_gone_on_with(bench: Bench):
+    with bench.feed(events=1500) as feed:
+        sent = feed.wait()
+    assert bench.worker("run", "--until-end").wait() == 0
+    bench.execute("DELETE FROM upvest.orders WHERE side = 'SELL'")
+
+    for place in ("mid_rebuild", "before_swap", "after_swap"):
+        # Who rebuilds makes tables.
+        died = bench.worker(
+            "rebuild", "orders", fail=f"{place}:kill", through=lambda _: bench.database.url
+        )
+        assert died.wait() == -9, died.tail()
+
+    code, told = rebuild(bench, "orders")
+    assert code == 0, told
+    bench.judge_read_models(feed.books)
+    left = bench.query(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'pipeline_shadow'::regnamespace"
+    )
+    assert left == []
+    bench.judge(sent)

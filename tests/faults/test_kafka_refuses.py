@@ -1,0 +1,119 @@
+"""A Kafka with logins and rights: what it refuses is told, and goes on when that is mended."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka.admin._acl import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+)
+from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
+
+from pipeline.embedded.postgres import free_port
+from pipeline.positions import Partition
+from tests.faults.harness import Bench, until
+from tests.integration.ingesting import Ledger, logged
+from tests.servers import KafkaServer
+from tests.servers.databases import Database
+
+ONES: list[bytes | None] = [b"1"] * 5
+TWOS: list[bytes | None] = [b"2"] * 5
+USER, PASSWORD = "worker", "right"
+LOGIN_MODULE = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+
+
+@pytest.fixture(scope="module")
+def guarded_kafka() -> Iterator[tuple[KafkaServer, str]]:
+    """Whoever comes without a login may do all; the worker logs in, and may what it is allowed."""
+    plain, controller, guarded = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    settings = {
+        "controller.quorum.voters": f"1@{controller}",
+        "listeners": f"PLAINTEXT://{plain},GUARDED://{guarded},CONTROLLER://{controller}",
+        "advertised.listeners": f"PLAINTEXT://{plain},GUARDED://{guarded}",
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,"
+        "GUARDED:SASL_PLAINTEXT",
+        "listener.name.guarded.sasl.enabled.mechanisms": "PLAIN",
+        "listener.name.guarded.plain.sasl.jaas.config": f'{LOGIN_MODULE} user_{USER}="{PASSWORD}";',
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+    }
+    server = KafkaServer(settings)
+    server._bootstrap_servers = plain
+    with server:
+        yield server, guarded
+
+
+def right(kind: ResourceType, name: str, operation: AclOperation) -> AclBinding:
+    return AclBinding(
+        kind, name, ResourcePatternType.LITERAL, f"User:{USER}", "*", operation,
+        AclPermissionType.ALLOW,
+    )  # fmt: skip
+
+
+def allow(kafka: KafkaServer, *rights: AclBinding) -> None:
+    for done in kafka.admin.create_acls(list(rights)).values():
+        done.result(20)
+
+
+def forbid(kafka: KafkaServer, topic: str) -> None:
+    of_topic = AclBindingFilter(
+        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{USER}", "*",
+        AclOperation.ANY, AclPermissionType.ANY,
+    )  # fmt: skip
+    for done in kafka.admin.delete_acls([of_topic]).values():
+        done.result(20)
+
+
+@pytest.mark.timeout(240)
+def test_a_wrong_password_is_told_and_a_right_that_is_revoked_stops_its_topic_alone(
+    guarded_kafka: tuple[KafkaServer, str], database: Database, tmp_path: Path
+):
+    kafka, guarded = guarded_kafka
+    bench = Bench(kafka, database, "may-vanish", 1, tmp_path)
+    for name in ("may-vanish", "stays"):
+        kafka.create_topic(name)
+    ledger = Ledger(kafka.bootstrap_servers)
+    ledger.send("may-vanish", ONES).send("stays", ONES).flush()
+    read = right(ResourceType.TOPIC, "may-vanish", AclOperation.READ)
+    allow(
+        kafka,
+        read,
+        right(ResourceType.TOPIC, "stays", AclOperation.READ),
+        right(ResourceType.GROUP, bench.group, AclOperation.READ),
+    )
+    access: dict[str, Any] = {
+        "kafka_bootstrap_servers": guarded,
+        "kafka_security_protocol": "SASL_PLAINTEXT",
+        "kafka_sasl_mechanism": "PLAIN",
+        "kafka_username": USER,
+        "topics": "may-vanish,stays",
+        "kafka_options": "topic.metadata.refresh.interval.ms=500,session.timeout.ms=6000",
+    }
+
+    barred = bench.worker("run", kafka_password="wrong", **access)
+    assert barred.wait() == 78, barred.tail()
+    [last] = barred.said("stopped")
+    assert "Kafka refused the login" in last["reason"]
+    assert "wrong" not in barred.log.read_text()
+
+    worker = bench.worker("ingest", kafka_password=PASSWORD, **access)
+    bench.wait_until_logged(10)
+    forbid(kafka, "may-vanish")
+    ledger.send("may-vanish", TWOS).send("stays", TWOS).flush()
+    worker.wait_until_said("topic_gone")
+    until(lambda: bench.next_offsets()[Partition("stays", 0)] == 10, "the other topic flows on")
+    [(text,)] = bench.query(
+        "SELECT problem FROM pipeline.consumer_offsets WHERE topic = 'may-vanish'"
+    )
+    assert "hidden from this user" in text
+    allow(kafka, read)
+    until(lambda: bench.next_offsets()[Partition("may-vanish", 0)] == 10, "it goes on by itself")
+    assert bench.query("SELECT FROM pipeline.consumer_offsets WHERE problem IS NOT NULL") == []
+    assert worker.stop() == 0, worker.tail()
+
+    assert logged(database, "may-vanish") | logged(database, "stays") == ledger.records
+    bench.close()

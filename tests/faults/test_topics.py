@@ -1,0 +1,155 @@
+"""Topics that are deleted, made anew, widened and cut back, while workers run and while none do."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Bench, until
+from tests.integration.ingesting import Ledger, logged
+from tests.servers import Kafka, KafkaServer
+from tests.servers.databases import Database
+
+QUICK = (
+    "session.timeout.ms=6000,heartbeat.interval.ms=200,fetch.wait.max.ms=50,"
+    "reconnect.backoff.max.ms=500,topic.metadata.refresh.interval.ms=500"
+)
+
+
+@pytest.fixture
+def ledger(kafka: Kafka) -> Ledger:
+    return Ledger(kafka.bootstrap_servers)
+
+
+def numbered(count: int, first: int = 0) -> list[bytes | None]:
+    return [b'{"n": %d}' % (first + n) for n in range(count)]
+
+
+def problem(bench: Bench, topic: str) -> set[str | None]:
+    rows = bench.query("SELECT problem FROM pipeline.consumer_offsets WHERE topic = %s", topic)
+    return {text for (text,) in rows}
+
+
+def stands(bench: Bench, topic: str) -> dict[int, int]:
+    return {place.number: at for place, at in bench.next_offsets().items() if place.topic == topic}
+
+
+def test_of_a_topic_made_anew_under_a_running_worker_no_record_enters_the_log(
+    bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
+):
+    """Kafka gives what the new topic has at our offsets without any error, within half a second."""
+    name, other = bench.topic, topic(1)
+    ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
+    worker = bench.worker(topics=f"{name},{other}", linger_ms="10", kafka_options=QUICK)
+    bench.wait_until_logged(10)
+
+    kafka.delete_topic(name)
+    kafka.create_topic(name, bench.partitions)
+    Ledger(kafka.bootstrap_servers).send(name, numbered(2000, first=100)).flush()
+    worker.wait_until_said("partition_stands_still")
+    ledger.send(other, numbered(5, first=5)).flush()
+    until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
+
+    assert worker.exit_code is None
+    assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
+    assert stands(bench, name)[0] == 5
+    assert all("topic id" in (text or "") for text in problem(bench, name)), problem(bench, name)
+
+
+def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
+    bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
+):
+    """Also for a worker that starts while it is gone; made anew it is refused as another one."""
+    name, other = bench.topic, topic(1)
+    both: dict[str, Any] = {"topics": f"{name},{other}", "linger_ms": "10", "kafka_options": QUICK}
+    ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
+    first = bench.worker(**both)
+    bench.wait_until_logged(10)
+
+    kafka.delete_topic(name)
+    first.wait_until_said("topic_gone")
+    until(lambda: None not in problem(bench, name), "every partition of it says why")
+    ledger.send(other, numbered(5, first=5)).flush()
+    until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
+    assert problem(bench, other) == {None}
+    assert all("does not exist any more" in (text or "") for text in problem(bench, name))
+    assert first.stop() == 0, first.tail()
+
+    once = bench.worker("ingest", "--until-end", **both)
+    ledger.send(other, numbered(5, first=10)).flush()
+    assert once.wait() == 65, once.tail()
+    second = bench.worker(**both)
+    until(lambda: stands(bench, other) == {0: 15}, "the other topic flows again")
+    kafka.create_topic(name, bench.partitions + 1)
+    Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
+    second.wait_until_said("partition_stands_still")
+    until(lambda: all("topic id" in (it or "") for it in problem(bench, name)), "it is another one")
+
+    assert second.stop() == 0, second.tail()
+    assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
+    assert stands(bench, name) == {0: 5, 1: 0, 2: 0, 3: 0}, "a new partition is not begun"
+
+
+# ------------------------------------------------------------------------- records that Kafka loses
+
+
+@pytest.mark.timeout(300)
+def test_records_that_kafka_loses_and_replaces_stop_their_topic(
+    private_kafka: KafkaServer, database: Database, tmp_path: Path
+):
+    """The topic keeps its id, and its end is beyond ours again: no error tells of it."""
+    bench = Bench(private_kafka, database, "read-before", 1, tmp_path)
+    names = ["read-before", "read-on", "intact"]
+    for name in names:
+        private_kafka.create_topic(name)
+    ledger = Ledger(private_kafka.bootstrap_servers)
+    sizes = []
+    for _ in range(2):
+        for name in names:
+            ledger.send(name, numbered(5)).flush()
+        sizes.append(segment_of(private_kafka, names[0]).stat().st_size)
+    once = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
+    assert once.wait() == 0, once.tail()
+    runs = bench.worker(topics="read-on,intact", group_id="runs", kafka_options=QUICK)
+    bench.wait_until_logged(30)
+
+    private_kafka.stop()
+    for name in names[:2]:
+        lose(private_kafka, name, keep=sizes[0])
+    private_kafka.start()
+    anew = Ledger(private_kafka.bootstrap_servers)
+    for name in names[:2]:
+        anew.send(name, numbered(15, first=100)).flush()
+    ledger.send("intact", numbered(5)).flush()
+
+    again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
+    assert again.wait() == 65, again.tail()
+    runs.wait_until_said("partition_stands_still")
+    until(lambda: stands(bench, "intact") == {0: 15}, "the other topic flows on")
+    assert runs.stop() == 0, runs.tail()
+    for name in names[:2]:
+        [text] = problem(bench, name)
+        assert "Kafka has lost records" in (text or "")
+        assert stands(bench, name) == {0: 10}
+    found = [logged(database, name) for name in names]
+    assert found[0] | found[1] | found[2] == ledger.records
+    bench.close()
+
+
+def segment_of(kafka: KafkaServer, topic: str) -> Path:
+    """The one file that holds the records of the topic's one partition."""
+    [found] = (kafka.directory / "data" / f"{topic}-0").glob("*.log")
+    return found
+
+
+def lose(kafka: KafkaServer, topic: str, *, keep: int) -> None:
+    """What a broker that is down loses of a partition: all but the first bytes."""
+    segment = segment_of(kafka, topic)
+    os.truncate(segment, keep)
+    for kind in ("*.index", "*.timeindex", "*.snapshot"):
+        for derived in segment.parent.glob(kind):
+            derived.unlink()
+    # Without it the broker looks at what it has.
+    (kafka.directory / "data" / ".kafka_cleanshutdown").unlink(missing_ok=True)

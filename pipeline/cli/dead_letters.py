@@ -14,6 +14,7 @@ from pipeline.db import transaction
 from pipeline.dead_letters import DeadLetter, listed
 from pipeline.errors import ExitCode
 from pipeline.log.search import newest
+from pipeline.logs import printable
 from pipeline.migrate import check_schema
 from pipeline.projection.turn import retry as try_again
 from pipeline.projectors import discover
@@ -112,7 +113,7 @@ def show(
     print_event(event, with_content=payload)
     for one in found:
         why = f"{_WHY.get(one.sqlstate, 'refused')} ({one.sqlstate})"
-        typer.echo(f"    {one.projector}: column {one.column or 'unknown'}: {why}")
+        typer.echo(printable(f"    {one.projector}: column {one.column or 'unknown'}: {why}"))
 
 
 @letters.command(

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.logs import printable
+from pipeline.logs import printable, printable_json
 
 PLAIN_LINE_S = 5.0
 """How often progress is told where no bar can be drawn."""
@@ -42,8 +42,8 @@ def say(text: str) -> None:
 
 
 def emit(document: object) -> None:
-    """One JSON document on stdout, on one line."""
-    sys.stdout.write(orjson.dumps(document, default=_plain).decode() + "\n")
+    """One JSON document on stdout, on one line, with escapes for what would fool a terminal."""
+    sys.stdout.write(printable_json(orjson.dumps(document, default=_plain).decode()) + "\n")
     sys.stdout.flush()
 
 

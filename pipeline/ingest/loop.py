@@ -40,6 +40,7 @@ from pipeline.ingest.takeover import Taken, Takeover
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.copying import encode
+from pipeline.log.ownership import Place
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
@@ -372,14 +373,7 @@ class Ingest:
         if not self._machine.is_troubled:
             self._recovered()
         self._written += outcome.records
-        for partition in outcome.foreign:
-            log.warning(
-                "fenced",
-                topic=partition.topic,
-                partition=partition.number,
-                reason="another process has claimed it, or its next offset was moved; "
-                "nothing of ours was written",
-            )
+        _tell_fenced(outcome.foreign)
         failpoints.reach("after_commit")
         self._source.commit(outcome.moved, self._takeover.installation)
         failpoints.reach("after_kafka_commit")
@@ -408,6 +402,7 @@ class Ingest:
             self._see_topic_ids()
             self._see_other_databases()
         self._see_decisions()
+        self._see_places()
         if now >= self._tell_at and self._written > self._told_written:
             log.info("ingested", written=self._written, behind=self._machine.behind)
             self._tell_at, self._told_written = now + TELL_S, self._written
@@ -483,6 +478,14 @@ class Ingest:
         if freed:
             self._retake(freed)
 
+    def _see_places(self) -> None:
+        """A database that was put back to a backup is noticed before the next record comes."""
+        if self._machine.is_with_database:
+            return
+        places: dict[Partition, Place] = {}
+        self._try_out(lambda db: places.update(ownership.look(db, self._machine.owned)))
+        _tell_fenced(self._machine.looked(places, time.monotonic()))
+
     def _try_out(self, work: Callable[[Connection], None]) -> None:
         """Record or look at what nothing hangs on; a failure is only logged."""
         try:
@@ -522,6 +525,17 @@ class Ingest:
 
 def _deleted(topic: str) -> DeletedTopicError:
     return DeletedTopicError(Partition(topic, 0))
+
+
+def _tell_fenced(partitions: Collection[Partition]) -> None:
+    for partition in partitions:
+        log.warning(
+            "fenced",
+            topic=partition.topic,
+            partition=partition.number,
+            reason="another process has claimed it, or its next offset was moved; "
+            "nothing of ours was written",
+        )
 
 
 def _tune_interpreter() -> None:

@@ -135,6 +135,9 @@ class Machine:
     _bytes: int = 0
     _flight: Batch | None = None
     _flight_state: _Flight = _Flight.READY
+    # Let go since their batch is with the database. The epoch alone would not tell: a database that
+    # was put back to a backup gives the same one out again.
+    _let_go: set[Partition] = field(default_factory=set)
     _try_at: float = 0.0
     _failures: int = 0
 
@@ -217,7 +220,9 @@ class Machine:
             for partition, advance in batch.advances.items()
             if partition not in foreign and self._holds(partition, advance)
         ]
-        self._fence(foreign, places, batch, now)
+        for partition in foreign:
+            if self._holds(partition, batch.advances[partition]):
+                self._fence(partition, places[partition], now)
         # One transaction: where one partition has moved, all have.
         if any(
             places[partition].next_offset == batch.advances[partition].new for partition in ours
@@ -227,6 +232,26 @@ class Machine:
         self._flight_state = _Flight.READY
         self._try_at = now
         return Outcome(0, {}, foreign)
+
+    def looked(self, places: Mapping[Partition, Place], now: float) -> Collection[Partition]:
+        """Where owned partitions stand; those that are not where we left them.
+
+        With nothing to write no append is refused, so this is how a worker learns that the database
+        was put back to a backup: what is missing is read again before the next record comes. A
+        batch in hand tells by its own outcome, and a new owner is the group's business.
+        """
+        if self._flight is not None:
+            return ()
+        moved = {
+            partition
+            for partition, place in places.items()
+            if (owned := self._owned.get(partition))
+            and place.epoch <= owned.held
+            and place != (owned.held, owned.stored)
+        }
+        for partition in moved:
+            self._fence(partition, places[partition], now)
+        return moved
 
     def released(self, partitions: Iterable[Partition]) -> int:
         """The partitions are no longer ours, or must not go on; how many rows that dropped."""
@@ -250,6 +275,7 @@ class Machine:
         if self._flight is None:
             self._flight = self._cut()
             self._flight_state = _Flight.READY
+            self._let_go.clear()
             # What had failed was let go meanwhile; this batch has not been tried yet.
             self._failures = 0
             self._try_at = now
@@ -339,27 +365,18 @@ class Machine:
         self._flight, self._flight_state, self._failures = None, _Flight.READY, 0
         return batch
 
-    def _fence(
-        self,
-        foreign: Collection[Partition],
-        places: Mapping[Partition, Place],
-        batch: Batch,
-        now: float,
-    ) -> None:
-        for partition in foreign:
-            taken_over = places[partition].epoch > batch.advances[partition].held
-            if not self._holds(partition, batch.advances[partition]):
-                continue
-            self._forget([partition])
-            self._fenced[partition] = now + (self.bounds.reclaim_s_min if taken_over else 0.0)
-            steals = self._steals.setdefault(partition, [])
-            steals[:] = [at for at in steals if now - at < self.bounds.steals_s]
-            if taken_over:
-                steals.append(now)
+    def _fence(self, partition: Partition, place: Place, now: float) -> None:
+        taken_over = place.epoch > self._owned[partition].held
+        self._forget([partition])
+        self._fenced[partition] = now + (self.bounds.reclaim_s_min if taken_over else 0.0)
+        steals = self._steals.setdefault(partition, [])
+        steals[:] = [at for at in steals if now - at < self.bounds.steals_s]
+        if taken_over:
+            steals.append(now)
 
     def _holds(self, partition: Partition, advance: Advance) -> bool:
         owned = self._owned.get(partition)
-        return owned is not None and owned.held == advance.held
+        return owned is not None and owned.held == advance.held and partition not in self._let_go
 
     def _forget(self, partitions: Iterable[Partition]) -> int:
         gone = set(partitions)
@@ -370,7 +387,9 @@ class Machine:
         dropped = len(self._rows) - len(kept)
         self._rows, self._bytes = kept, sum(row.size for row in kept)
         # A batch that is with the database keeps its rows: its outcome is told, and then ignored.
-        if self._flight is not None and self._flight_state in (_Flight.READY, _Flight.UNKNOWN):
+        if self.is_with_database:
+            self._let_go |= gone
+        elif self._flight is not None:
             rest = self._flight.without(gone)
             dropped += len(self._flight.rows) - len(rest.rows)
             self._flight = rest if rest.advances else None

@@ -135,9 +135,8 @@ WHERE o.topic = :of_topic AND o."partition" = :of_number AND owner.pid <> pg_bac
   AND owner.state = 'active' AND owner.wait_event = 'ClientRead'
   AND owner.query_start < clock_timestamp() - :silent_for
 """).bindparams(bindparam("silent_for", type_=Interval))
-FIND = (
-    select(consumer_offsets.c.epoch, consumer_offsets.c.next_offset).where(*_this).with_for_update()
-)
+LOOK = select(consumer_offsets.c.epoch, consumer_offsets.c.next_offset).where(*_this)
+FIND = LOOK.with_for_update()
 DESCRIBE = (
     update(consumer_offsets)
     .where(*_this, consumer_offsets.c.epoch == bindparam("held"))
@@ -366,6 +365,12 @@ def find(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Pla
         partition: Place(*db.execute(FIND, _of(partition)).one())
         for partition in sorted(partitions)
     }
+
+
+def look(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Place]:
+    """Where partitions stand by what is committed; waits for nobody, so nothing may hang on it."""
+    rows = {partition: db.execute(LOOK, _of(partition)).one_or_none() for partition in partitions}
+    return {partition: Place(*row) for partition, row in rows.items() if row is not None}
 
 
 def last_record(db: Connection, partition: Partition, below: NextOffset) -> LastRecord | None:

@@ -14,6 +14,10 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+_NO_FOREIGN_CODE = "foreign code is never loaded"
+_OLD_PROTOCOL = "older protocols have neither headers nor transactions"
+_OURS_TO_SET = "the program sets it"
+_WHO_ANSWERS = "may not switch {} off: nobody would know who answers"
 _OFFSETS_ARE_OURS = "offsets are stored in PostgreSQL, with the rows they belong to"
 # What the connection is made of, and what the guarantees stand on: what to do instead, or why not.
 _REFUSED_OPTIONS: Mapping[str, str] = {
@@ -37,12 +41,51 @@ _REFUSED_OPTIONS: Mapping[str, str] = {
     "isolation.level": "what a transaction took back is never read",
     "enable.partition.eof": "the command sets it as it needs it",
     "default.topic.config": "name its options themselves",
-    "plugin.library.paths": "foreign code is never loaded",
+    "offset.store.sync.interval.ms": _OFFSETS_ARE_OURS,
+    "plugin.library.paths": _NO_FOREIGN_CODE,
+    "ssl.engine.location": _NO_FOREIGN_CODE,
+    "ssl.engine.id": _NO_FOREIGN_CODE,
+    "ssl.providers": _NO_FOREIGN_CODE,
+    "sasl.kerberos.kinit.cmd": "no command is run",
+    "enable.sasl.oauthbearer.unsecure.jwt": "a token that nobody has signed proves nothing",
+    "api.version.request": _OLD_PROTOCOL,
+    "api.version.fallback.ms": _OLD_PROTOCOL,
+    "broker.version.fallback": _OLD_PROTOCOL,
+    "allow.auto.create.topics": "a topic is made by its owner only",
+    "topic.blacklist": "PIPELINE_TOPICS says what is read",
+    "internal.termination.signal": "signals are for the process",
+    "log.queue": "nobody serves that queue, and the log would fall silent",
+    "enabled_events": _OURS_TO_SET,
+    "interceptors": _OURS_TO_SET,
+    "opaque": _OURS_TO_SET,
+    "logger": _OURS_TO_SET,
+    "on_commit": _OURS_TO_SET,
+    "on_delivery": _OURS_TO_SET,
+    "default_topic_conf": "name its options themselves",
 }
-_REFUSED_VALUES = {
-    ("enable.ssl.certificate.verification", "false"),
-    ("ssl.endpoint.identification.algorithm", "none"),
+# Families of options: by how a name begins or ends.
+_REFUSED_FAMILIES: Mapping[re.Pattern[str], str] = {
+    re.compile(r".*_cb"): _OURS_TO_SET,
+    re.compile(r"test\.mock\..*|ut_.*"): "it would read from brokers that are not yours",
+    # Their values become part of a shell command.
+    re.compile(r"sasl\.kerberos\..*"): "no mechanism of PIPELINE_KAFKA_SASL_MECHANISM uses it",
 }
+# Options that may be set, but not to anything: what is allowed, and why nothing else is. As
+# librdkafka reads them: `f` and `0` are false, too.
+_ALLOWED_VALUES: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "enable.ssl.certificate.verification": (re.compile(r"true|t|1"), _WHO_ANSWERS),
+    "ssl.endpoint.identification.algorithm": (re.compile(r"https"), _WHO_ANSWERS),
+    "topic.metadata.refresh.interval.ms": (
+        re.compile(r"\d+"),
+        "may not switch {} off: a partition that is added would not be noticed",
+    ),
+    "debug": (
+        re.compile(r"(?!.*\b(all|conf|security)\b).*"),
+        "may not hold all, conf or security for {}: the log would tell what is secret",
+    ),
+}
+_ANYTHING = re.compile(r".*", re.DOTALL)
+_OPTION_NAME = re.compile(r"[a-zA-Z0-9._]+")
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f]+")
 _SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+)(:(?P<port>\d{1,5}))?")
@@ -137,14 +180,32 @@ def options(value: object) -> object:
 
 def _option(name: str, value: object) -> str:
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value
-    if instead := _REFUSED_OPTIONS.get(name):
+    if not _OPTION_NAME.fullmatch(name):
+        # librdkafka reads up to a NUL, and would find another name than was looked at here.
+        raise ValueError("must name options of librdkafka: a-z 0-9 . _")
+    if instead := _why_refused(name):
         raise ValueError(f"may not hold {name}: {instead}")
     if not isinstance(plain, str | int | float):
         raise ValueError(f"must hold a string, a number, true or false for {name}")
     text = str(plain).lower() if isinstance(plain, bool) else str(plain)
-    if (name, text.lower()) in _REFUSED_VALUES:
-        raise ValueError(f"may not switch {name} off: nobody would know who answers")
+    if "\x00" in text:
+        raise ValueError(f"may not hold a NUL for {name}")
+    allowed, why = _ALLOWED_VALUES.get(name, (_ANYTHING, ""))
+    if not allowed.fullmatch(text.strip().lower()):
+        raise ValueError(why.format(name))
     return text
+
+
+def _why_refused(name: str) -> str | None:
+    """By name in any spelling: librdkafka knows only one, but others deserve the same answer."""
+    dotted = name.lower().replace("_", ".")
+    for refused, instead in _REFUSED_OPTIONS.items():
+        if dotted == refused.replace("_", "."):
+            return instead
+    for family, instead in _REFUSED_FAMILIES.items():
+        if family.fullmatch(name.lower()):
+            return instead
+    return None
 
 
 def _read_options(value: object) -> object:

@@ -141,6 +141,23 @@ def test_a_running_ingest_goes_on_when_the_broker_is_back(database, settings, le
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
 
 
+def test_a_database_that_was_put_back_is_filled_again_though_no_record_comes(
+    database, settings, ledger
+):
+    """A backup from when the running worker had claimed already: the epoch is the same."""
+    ledger.send(TOPIC, numbered(20)).flush()
+
+    with running(settings()):
+        until(lambda: next_offsets(database, TOPIC) == {0: 20, 1: 0}, "all is in the log")
+        with database.connect(autocommit=False) as db:
+            db.execute("SET LOCAL session_replication_role = replica")
+            db.execute('DELETE FROM pipeline.events WHERE "offset" >= 8')
+            db.execute('UPDATE pipeline.consumer_offsets SET next_offset = 8 WHERE "partition" = 0')
+        until(lambda: next_offsets(database, TOPIC) == {0: 20, 1: 0}, "it is there again")
+
+    assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
+
+
 def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_broker):
     for n in range(2):
         ledger.send(TOPIC, numbered(5), partition=n)

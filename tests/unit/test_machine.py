@@ -358,7 +358,7 @@ ALWAYS_THE_SAME = settings(
         {},
         {"waits": False},
         # The comparison of offsets refuses even blind repeats.
-        {"guards": Guards(epoch=False), "waits": False, "looks": False},
+        {"guards": Guards(epoch=False, primary_key=False), "waits": False, "looks": False},
     ],
     ids=["as it is", "nobody waits", "offsets alone"],
 )
@@ -378,9 +378,9 @@ def test_the_log_holds_every_record_once_whatever_happens(setting):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"guards": Guards(epoch=False, expected=False)},
-        {"guards": Guards(expected=False), "waits": False},
-        {"guards": Guards(expected=False), "looks": False},
+        {"guards": Guards(epoch=False, expected=False, primary_key=False)},
+        {"guards": Guards(expected=False, primary_key=False), "waits": False},
+        {"guards": Guards(expected=False, primary_key=False), "looks": False},
     ],
     ids=["no guards", "no offsets, nobody waits", "no offsets, nobody looks"],
 )
@@ -601,6 +601,43 @@ def test_what_is_let_go_is_dropped_from_every_place_where_it_waits():
     assert resolve.batch.advances.keys() == {B}
     assert machine.wants_from(A) is None
     assert machine.is_drained([A])
+
+
+def test_a_claim_of_the_same_epoch_is_told_from_the_one_before_it():
+    """A database that was put back to a backup gives an epoch out a second time."""
+    machine = owning(A)
+    receive(machine, A, 0)
+    write(machine)
+    machine.released([A])
+    machine.claimed(A, Epoch(1), NextOffset(0), NextOffset(END))
+    receive(machine, A, 0, 1)
+    machine.failed(0.0)
+    assert isinstance(machine.next_step(1.0), Resolve)
+
+    machine.found({A: place(1, 0)}, 1.0)
+
+    assert [row.offset for row in write(machine, 1.0).rows] == [0, 1]
+
+
+def test_an_idle_worker_reads_again_where_the_database_was_put_back():
+    machine = owning(A, B)
+    receive(machine, A, 0)
+    write(machine)
+    machine.committed()
+
+    assert machine.looked({A: place(1, 1), B: place(1, 0)}, 0.0) == set()
+    assert machine.looked({A: place(1, 0), B: place(2, 0)}, 0.0) == {A}, "a new owner is no news"
+    assert machine.next_step(0.0) == Reclaim(A)
+    assert machine.owned == {B: 1}
+
+
+def test_a_look_says_nothing_of_a_batch_in_hand():
+    machine = owning(A)
+    receive(machine, A, 0)
+    write(machine)
+
+    assert machine.looked({A: place(1, 9)}, 0.0) == ()
+    assert machine.is_with_database
 
 
 def test_what_is_with_the_database_when_it_is_let_go_is_neither_ours_nor_repeated():

@@ -411,7 +411,26 @@ def test_options_reach_the_client(environment, text):
         ("auto.offset.reset", "use PIPELINE_START"),
         ("isolation.level", "what a transaction took back is never read"),
         ("enable.partition.eof", "the command sets it"),
+        ("isolation_level", "what a transaction took back is never read"),
+        ("Enable.Auto.Commit", "offsets are stored in PostgreSQL"),
+        ("auto.commit.enable", "offsets are stored in PostgreSQL"),
+        ("offset.store.sync.interval.ms", "offsets are stored in PostgreSQL"),
+        ("metadata.broker.list", "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS"),
         ("plugin.library.paths", "foreign code is never loaded"),
+        ("ssl.engine.location", "foreign code is never loaded"),
+        ("ssl.engine.id", "foreign code is never loaded"),
+        ("ssl.providers", "foreign code is never loaded"),
+        ("sasl.kerberos.kinit.cmd", "no command is run"),
+        ("sasl.kerberos.principal", "no mechanism"),
+        ("enable.sasl.oauthbearer.unsecure.jwt", "a token that nobody has signed"),
+        ("api.version.request", "older protocols"),
+        ("broker.version.fallback", "older protocols"),
+        ("test.mock.num.brokers", "it would read from brokers that are not yours"),
+        ("topic.blacklist", "PIPELINE_TOPICS says what is read"),
+        ("allow.auto.create.topics", "a topic is made by its owner only"),
+        ("log.queue", "nobody serves that queue"),
+        ("error_cb", "the program sets it"),
+        ("default.topic.config", "name its options themselves"),
         ("group.id", "use PIPELINE_GROUP_ID"),
         ("group.instance.id", "use PIPELINE_GROUP_INSTANCE_ID"),
         ("group.protocol", "use PIPELINE_KAFKA_GROUP_PROTOCOL"),
@@ -437,7 +456,16 @@ def test_what_the_guarantees_stand_on_is_no_option(environment, option, instead)
     ("options", "reason"),
     [
         ({"enable.ssl.certificate.verification": False}, "may not switch"),
+        ({"enable.ssl.certificate.verification": "f"}, "may not switch"),
+        ({"enable.ssl.certificate.verification": 0}, "may not switch"),
         ({"ssl.endpoint.identification.algorithm": "NONE"}, "may not switch"),
+        ({"ssl.endpoint.identification.algorithm": "none\0"}, "may not hold a NUL"),
+        ({"topic.metadata.refresh.interval.ms": -1}, "may not switch"),
+        ({"debug": "broker,security"}, "may not hold all, conf or security for debug"),
+        ({"debug": "ALL"}, "may not hold all, conf or security for debug"),
+        ({f"plugin.library.paths\0{CANARY}": "/x.so"}, "must name options of librdkafka"),
+        ({"isolation.level ": "read_uncommitted"}, "must name options of librdkafka"),
+        ({"client.id": f"\0{CANARY}"}, "may not hold a NUL"),
         ({"fetch.min.bytes": [CANARY]}, "must hold a string"),
         ([CANARY], "must be a table"),
         (f"{{{CANARY}", "must be a JSON object"),
@@ -449,6 +477,22 @@ def test_wrong_options_are_refused_without_their_values(options, reason):
 
     assert complaint.startswith(f"PIPELINE_KAFKA_OPTIONS (command line) {reason}")
     assert CANARY not in complaint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable.ssl.certificate.verification": "True"},
+        {"ssl.endpoint.identification.algorithm": "https"},
+        {"topic.metadata.refresh.interval.ms": 10_000},
+        {"debug": "cgrp,fetch"},
+        {"fetch.min.bytes": 1, "ssl.ca.location": "/etc/ssl/ca.pem", "client.rack": "a b=c"},
+    ],
+)
+def test_what_costs_no_guarantee_may_be_set(options):
+    client = load_settings(**UPVEST, kafka_options=options).kafka_client()
+
+    assert {name: client[name] for name in options} == {k: str(v) for k, v in options.items()}
 
 
 def test_with_the_new_group_protocol_the_brokers_decide():

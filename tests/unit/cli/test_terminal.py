@@ -1,11 +1,15 @@
 import contextlib
+import io
 import json
 import os
 import pty
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.cli import terminal
 from pipeline.cli.terminal import Gauge, Mark, duration, emit, say, table
@@ -36,6 +40,20 @@ def test_data_from_outside_can_neither_move_the_cursor_nor_use_markup(capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["\\x1b[2J\\u202e[bold]evil[/bold]\\n", "\\x07"]
     assert err == "\\x1b]0;title\\x07\n"
+
+
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_json_is_the_same_value_and_cannot_move_the_cursor_either(document):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        emit(document)
+
+    assert json.loads(told.getvalue()) == document
+    assert fooling(told.getvalue()[:-1]) == []
+
+
+def fooling(told):
+    return [it for it in told if unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
 
 
 def test_json_is_one_document_on_one_line(capsys):

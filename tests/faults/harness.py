@@ -111,9 +111,9 @@ class Worker:
         self.send(signal.SIGSTOP)
         self.wait_until_stopped()
 
-    def wait_until_stopped(self) -> None:
+    def wait_until_stopped(self, **bounds: float) -> None:
         """Wait until it stands still, by us or by a fail point of its own."""
-        until(self._is_stopped, f"worker {self.pid} stands still")
+        until(self._is_stopped, f"worker {self.pid} stands still", **bounds)
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -31,6 +31,13 @@ LOCK_ATTEMPTS_MAX = 10
 REBUILDS_MAX = 20
 """How often a rebuild is called again whose server went away, or whose forerunner still dies."""
 REBUILD_RETRY_SECONDS = 1.0
+STEP_SECONDS_MAX = 40.0
+"""How long a worker may take to come to its fail point; other faults may keep it from it."""
+STEPS = ("after_poll", "after_begin", "after_fence", "mid_copy", "after_copy", "before_commit")
+MORE_STEPS = (
+    *("after_commit_before_ack", "after_commit", "after_kafka_commit", "after_projection"),
+    *("in_on_assign", "in_on_revoke"),
+)
 LOSS_SECONDS_MAX = 10.0
 """How long a COMMIT that is to be lost is waited for; its worker may have nothing to commit."""
 
@@ -157,6 +164,48 @@ def _stand_still(lane: Lane, low: float, high: float) -> None:
             worker.resume()
 
 
+def _freeze(lane: Lane) -> None:
+    """It stands still with a batch in hand, and wakes when somebody else has its partitions."""
+    with lane.slot.turn:
+        worker = _armed(lane, lane.chance.choice(STEPS), "stop")
+        try:
+            worker.wait_until_stopped(seconds_max=STEP_SECONDS_MAX)
+        except AssertionError:
+            _disarm(lane)
+        lane.last(7, 15)
+        worker.resume()
+
+
+def _die_in_a_batch(lane: Lane) -> None:
+    with lane.slot.turn:
+        worker = _armed(lane, lane.chance.choice([*STEPS, *MORE_STEPS]), "kill")
+        try:
+            worker.wait(seconds_max=STEP_SECONDS_MAX)
+        except AssertionError:
+            _disarm(lane)
+        lane.slot.kill()
+        lane.slot.start()
+
+
+def _cut_in_a_batch(lane: Lane) -> None:
+    """Its own end of the connection goes in the middle of a batch; it must go on by itself."""
+    with lane.slot.turn:
+        _armed(lane, lane.chance.choice(STEPS[1:]), "disconnect")
+
+
+def _armed(lane: Lane, step: str, action: str) -> Worker:
+    lane.slot.kill()
+    passing = 1 if step.startswith("in_on") else lane.chance.randint(2, 20)
+    return lane.slot.start(fail=f"{step}@{passing}:{action}")
+
+
+def _disarm(lane: Lane) -> None:
+    """It did not come there in time; it must not do so unseen."""
+    lane.slot.kill()
+    lane.slot.start()
+    raise MissedError
+
+
 def _visit(lane: Lane) -> None:
     """A third worker comes and goes: two rebalances."""
     with lane.slot.turn:
@@ -171,6 +220,9 @@ WORKER = [
     Kind("worker stopped and started (SIGTERM)", 3, _restart),
     Kind("worker paused for a moment (SIGSTOP)", 2, _doze),
     Kind("worker paused past its session (SIGSTOP)", 2, _oversleep),
+    Kind("worker paused in the middle of a batch", 4, _freeze),
+    Kind("worker killed in the middle of a batch", 3, _die_in_a_batch),
+    Kind("worker started, and cut off in the middle of a batch", 1, _cut_in_a_batch),
 ]
 GUEST = [Kind("worker more comes and goes", 1, _visit)]
 

@@ -1,6 +1,7 @@
 """The world of a soak: servers of its own, workers that come and go, a producer that goes on."""
 
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,27 +51,27 @@ class Slot:
         self._world = world
         self._is_static = is_static
 
-    def start(self) -> Worker:
-        """Start a worker here; it may find its servers away."""
+    def start(self, *, fail: str | None = None) -> Worker:
+        """Start a worker here; it may find its servers away. ``fail`` arms a fail point."""
         assert self.worker is None, f"{self.name} has a worker"
         settings = dict(PROTOCOLS[self._world.protocol])
         if self._is_static:
             settings["group_instance_id"] = self.name
         self.worker = self._world.start(
-            "run", through=self.proxy.through, batch_rows="200", **settings
+            "run", through=self.proxy.through, batch_rows="200", fail=fail, **settings
         )
         return self.worker
 
     def kill(self) -> None:
-        """SIGKILL the worker, wherever it stands."""
+        """SIGKILL the worker, wherever it stands; a fail point may have done it already."""
         worker = self.worker
         assert worker is not None
-        if worker.exit_code is None:
-            self.worker = None
-            worker.kill()
-            self._world.see_off(worker)
-        else:
+        if worker.exit_code not in (None, -signal.SIGKILL):
             self.look()
+            return
+        self.worker = None
+        worker.kill()
+        self._world.see_off(worker)
 
     def stop(self) -> None:
         """SIGTERM the worker as soon as it has started; it must end with 0."""

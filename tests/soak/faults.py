@@ -479,7 +479,7 @@ def lanes(world: World, analyst: Analyst) -> list[Lane]:
         ("guest", GUEST, (4, 20), slots["guest"]),
         ("PostgreSQL", POSTGRES, (5, 20), None),
         ("network", NETWORK, (2, 10), None),
-        ("Kafka", KAFKA, (8, 30), None),
+        ("Kafka", KAFKA, (15, 60), None),
         ("read models", READ_MODELS, (1, 8), None),
     ]
     return [

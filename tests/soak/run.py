@@ -19,7 +19,7 @@ from tests.soak.journal import Journal
 from tests.soak.judge import Judgement
 from tests.soak.world import PER_SECOND, World
 
-STORM_SECONDS = 45.0
+STORM_SECONDS = 60.0
 TELL_SECONDS = 10.0
 AUDIT_SHARE_MAX = 0.1
 """At most this share of the time goes into audits, which read the whole log."""

@@ -22,5 +22,4 @@ def test_everything_at_once_under_random_faults_loses_and_doubles_nothing(tmp_pa
 
     print(report)
     assert report.has_passed
-    assert report.faults.total() > 10 * MINUTES
-    assert report.looks > 10 * MINUTES
+    assert min(report.faults.total(), report.looks) > 3 * MINUTES, "it has proven little"

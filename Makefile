@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit check format coverage bench bench-quick migration lock clean
+.PHONY: help install demo test test-unit soak check format coverage bench bench-quick migration lock clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: check ## Everything: `make check`, then all tests, on real servers where t
 
 test-unit: install ## The tests that need no server; seconds
 	$(BIN)/python -m pytest tests/unit
+
+soak: install ## Everything at once under random faults, then judged: make soak MINUTES=60 SEED=7
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
 
 check: install ## Format, lint, types, import rules
 	$(BIN)/ruff format --check .

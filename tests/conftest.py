@@ -212,9 +212,11 @@ def _missing(item: pytest.Item) -> str | None:
 
 
 def _no_kafka_for(item: pytest.Item) -> str | None:
-    if item.get_closest_marker("kafka") is None:
+    marker = item.get_closest_marker("kafka")
+    if marker is None:
         return None
-    return why_no_kafka_of_our_own() if "private_kafka" in _fixtures(item) else why_no_kafka()
+    is_own = "private_kafka" in _fixtures(item) or marker.kwargs.get("own")
+    return why_no_kafka_of_our_own() if is_own else why_no_kafka()
 
 
 def _no_postgres_for(item: pytest.Item) -> str | None:

@@ -26,7 +26,7 @@ from pipeline.projectors import discover
 from pipeline.roles import ROLES
 from pipeline.simulator import Books
 from tests import canaries, waiting
-from tests.faults.ledger import Feed, Headers, Ledger, Sent
+from tests.faults.ledger import Feed, Headers, Ledger
 from tests.servers import Kafka
 from tests.servers.databases import Database
 
@@ -50,7 +50,7 @@ until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
 
 
 class Worker:
-    """One process of the program, with its log.
+    """One process of the program, with its log and, beside it, what it answers on stdout.
 
     Args:
         command: What to run, e.g. ``["ingest", "--until-end"]``.
@@ -63,14 +63,15 @@ class Worker:
         self, command: list[str], environment: Mapping[str, str], log: Path, role: str
     ) -> None:
         self.log = log
+        self.output = log.with_suffix(".out")
         self.role = role
         # The kernel ends it with us, should the tests be killed.
         tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        with log.open("ab") as stderr:
+        with log.open("ab") as stderr, self.output.open("ab") as stdout:
             self._process = subprocess.Popen(
                 [*tied, *ENTRY, *command],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=stdout,
                 stderr=stderr,
                 env={**_foreign_environment(), **environment},
                 cwd=PROJECT,
@@ -112,13 +113,18 @@ class Worker:
         self.send(signal.SIGSTOP)
         self.wait_until_stopped()
 
-    def wait_until_stopped(self) -> None:
+    def wait_until_stopped(self, **bounds: float) -> None:
         """Wait until it stands still, by us or by a fail point of its own."""
-        until(self._is_stopped, f"worker {self.pid} stands still")
+        until(self._is_stopped, f"worker {self.pid} stands still", **bounds)
 
     def resume(self) -> None:
         """SIGCONT."""
         self.send(signal.SIGCONT)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether neither it nor anything it has started runs any more."""
+        return self.exit_code is not None and not _has_processes(self)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What it has logged so far."""
@@ -231,7 +237,7 @@ class Bench:
         self._prefix = f"bench_{secrets.token_hex(4)}_"
         self._groups = [self._prefix + role for role in ("ingest", "project")]
         self._roles: list[str] = []
-        self._role_in_store: str | None = None
+        self._roles_in_store: list[str] = []
         with database.connect() as db:
             db.execute(AUDIT)
         set_up(database.url, with_roles=True, role_prefix=self._prefix)
@@ -274,8 +280,7 @@ class Bench:
             **settings: More settings by their small names, e.g. ``linger_ms="0"``.
         """
         number = next(self._numbers)
-        role = self._role_in_store or self._new_role(number)
-        self._role_in_store = None
+        role = self._roles_in_store.pop(0) if self._roles_in_store else self._new_role(number)
         environment = {
             "database_url": through(self.url_of(role)),
             "kafka_bootstrap_servers": self.kafka.bootstrap_servers,
@@ -305,10 +310,16 @@ class Bench:
         self.workers.append(started)
         return started
 
+    @property
+    def roles_in_store(self) -> int:
+        """How many workers may start while the database is away."""
+        return len(self._roles_in_store)
+
     def prepare_role(self) -> str:
-        """Make the next worker's role now, before the worker starts; its name."""
-        self._role_in_store = self._new_role(next(self._numbers))
-        return self._role_in_store
+        """Make a coming worker's role now, before the worker starts; its name."""
+        role = self._new_role(next(self._numbers))
+        self._roles_in_store.append(role)
+        return role
 
     def alter_role(self, role: str, change: str) -> None:
         """``ALTER ROLE``, e.g. ``CONNECTION LIMIT 0``; sessions that exist go on."""
@@ -367,6 +378,13 @@ class Bench:
         """Where each partition of the log stands."""
         rows = self.query('SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets')
         return {Partition(topic, number): next_offset for topic, number, next_offset in rows}
+
+    def checkpoints(self) -> dict[tuple[str, Partition], int]:
+        """Where each projector stands in each partition."""
+        rows = self.query(
+            'SELECT projector, topic, "partition", next_offset FROM pipeline.projection_checkpoints'
+        )
+        return {(name, Partition(topic, number)): place for name, topic, number, place in rows}
 
     def logged(self) -> int:
         """How many offsets the log has passed, over all partitions."""
@@ -447,16 +465,13 @@ class Bench:
         """Wait until every read model has seen everything that was sent."""
 
         def is_projected() -> bool:
-            seen = self.query(
-                'SELECT topic, "partition", next_offset FROM pipeline.projection_checkpoints'
-            )
-            places = [
-                (place, next_offset)
-                for topic, number, next_offset in seen
-                if (place := Partition(topic, number)) in ledger.ends
-            ]
-            return len(places) == len(discover()) * len(ledger.ends) and all(
-                next_offset >= ledger.ends[place] for place, next_offset in places
+            seen = {
+                at: next_offset
+                for at, next_offset in self.checkpoints().items()
+                if at[1] in ledger.ends
+            }
+            return len(seen) == len(discover()) * len(ledger.ends) and all(
+                next_offset >= ledger.ends[place] for (_, place), next_offset in seen.items()
             )
 
         self._until(is_projected, f"all {len(ledger)} records are projected", **bounds)
@@ -480,6 +495,10 @@ class Bench:
         assert not differences, "\n".join([*differences, self.tails()])
         trespasses = self.trespasses()
         assert not trespasses, "\n".join([*trespasses, self.tails()])
+        self.judge_leftovers()
+
+    def judge_leftovers(self) -> None:
+        """No process, session or lock of a worker stays behind."""
         leftovers = until(lambda: self._leftovers() or "none", "an answer")
         if leftovers != "none":
             # A session ends a moment after its process.
@@ -488,21 +507,30 @@ class Bench:
     def judge_read_models(self, books: Books) -> None:
         """Every read model says what the simulator's books say, and what its own rebuild says."""
         for table in books.tables:
-            columns = SQL(", ").join(map(Identifier, books.columns(table)))
-            with self.database.connect() as db:
-                found = db.execute(
-                    SQL("SELECT {} FROM upvest.{}").format(columns, Identifier(table))
-                ).fetchall()
-            assert Counter(found) == Counter(books.rows(table)), f"{table} differs from the books"
-        check = subprocess.run(
-            [*ENTRY, "rebuild", "--all", "--check"],
+            assert not self.differing_from(books, table), f"{table} differs from the books"
+        check = self.replay()
+        assert check.returncode == 0, check.stdout + check.stderr
+
+    def differing_from(self, books: Books, table: str) -> int:
+        """How many rows of a read model the books do not have, or have and it does not."""
+        columns = SQL(", ").join(map(Identifier, books.columns(table)))
+        with self.database.connect() as db:
+            found = Counter(
+                db.execute(SQL("SELECT {} FROM upvest.{}").format(columns, Identifier(table)))
+            )
+        wanted = Counter(books.rows(table))
+        return (found - wanted).total() + (wanted - found).total()
+
+    def replay(self, *options: str) -> "subprocess.CompletedProcess[str]":
+        """``rebuild --all --check``: every read model against one made anew from the log."""
+        return subprocess.run(
+            [*ENTRY, "rebuild", "--all", "--check", *options],
             env={**_foreign_environment(), "PIPELINE_DATABASE_URL": self.database.url},
             capture_output=True,
             text=True,
             check=False,
             cwd=PROJECT,
         )
-        assert check.returncode == 0, check.stdout + check.stderr
 
     def trespasses(self) -> list[str]:
         """Moves of partitions by others than the owner, or out of step."""
@@ -557,9 +585,9 @@ class Bench:
                 ingested[place] = at
                 if (digest, key) != (sent.digest, sent.key):
                     yield f"{place}: offset {offset} has another value or key"
-                if headers != _as_stored(sent.headers):
+                if headers != as_stored(sent.headers):
                     yield f"{place}: offset {offset} has other headers"
-                if ledger.keeps_values and not _is_faithful(sent, payload, raw):
+                if ledger.keeps_values and not is_faithful(sent.value, payload, raw):
                     yield f"{place}: offset {offset} is stored as another JSON value"
         for topic, number, offset in missing:
             yield f"{Partition(topic, number)}: offset {offset} is missing"
@@ -625,7 +653,7 @@ class Bench:
             raise AssertionError(f"{late}; {self.next_offsets()}\n{self.tails()}") from None
 
 
-def _as_stored(headers: Headers) -> list[list[object]] | None:
+def as_stored(headers: Headers) -> list[list[object]] | None:
     """Headers as the log's comment promises them."""
     return [[name, _text_or_base64(value)] for name, value in headers] or None
 
@@ -640,11 +668,11 @@ def _text_or_base64(value: bytes | None) -> object:
     return {"base64": base64.b64encode(value).decode()} if "\0" in text else text
 
 
-def _is_faithful(sent: Sent, payload: str | None, raw: bytes | None) -> bool:
+def is_faithful(value: bytes | None, payload: str | None, raw: bytes | None) -> bool:
     """Whether the bytes are kept, or payload is the same JSON value."""
-    if raw is not None or sent.value is None:
-        return raw == sent.value
-    return payload is not None and _parsed(payload) == _parsed(sent.value)
+    if raw is not None or value is None:
+        return raw == value
+    return payload is not None and _parsed(payload) == _parsed(value)
 
 
 def _parsed(text: str | bytes) -> object:

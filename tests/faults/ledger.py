@@ -2,7 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from hashlib import blake2b
 from typing import NamedTuple, cast
 
@@ -10,11 +12,13 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from pipeline.positions import Partition
 from pipeline.simulator import Books, Chaos, Record, Simulation
+from pipeline.simulator.chaos import ChaosReport
 from pipeline.simulator.producer import Producer
 
 Headers = tuple[tuple[str, bytes | None], ...]
 
-READ_BACK_SECONDS_MAX = 60.0
+SILENT_SECONDS_MAX = 60.0
+"""How long Kafka may take for the next records that it is asked for."""
 
 
 class Sent(NamedTuple):
@@ -74,7 +78,89 @@ class Ledger:
         an offset, so delivery reports alone tell too little there.
         """
         ledger = cls()
-        reader = Consumer(
+        for number in range(partitions):
+            for held in read_partition(bootstrap_servers, Partition(topic, number)):
+                ledger._add(topic, number, held.offset, held.value, held.key, held.headers)
+        return ledger
+
+
+class LeanLedger(Ledger):
+    """The same in 16 bytes a record, for runs of an hour: what was sent is known by fingerprint.
+
+    Also a record without an offset in its report is known, by its partition.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keep_values=False)
+        self._prints: dict[Partition, bytearray] = {}
+        self._unplaced: dict[Partition, Counter[bytes]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size + self.unplaced
+
+    def note(self, topic: str, partition: int, offset: int, record: Record) -> None:
+        """Take a delivery report."""
+        if offset < 0:
+            seen = self._unplaced.setdefault(Partition(topic, partition), Counter())
+            seen[fingerprint(record.value, record.key, tuple(record.headers))] += 1
+        super().note(topic, partition, offset, record)
+
+    def claim(self, place: Partition, held: "Held") -> bool:
+        """Whether just this was sent to this place; of reports without an offset each counts once.
+
+        To be asked for every record that Kafka holds, each once.
+        """
+        known = self._prints.get(place, b"")[held.offset * 16 : held.offset * 16 + 16]
+        print_of_it = fingerprint(held.value, held.key, held.headers)
+        if any(known):
+            return known == print_of_it
+        unplaced = self._unplaced.get(place, Counter())
+        unplaced[print_of_it] -= 1
+        return unplaced[print_of_it] >= 0
+
+    @property
+    def unclaimed(self) -> int:
+        """How many reports without an offset no record of Kafka has answered to."""
+        return sum(max(0, left) for one in self._unplaced.values() for left in one.values())
+
+    def _add(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        value: bytes | None,
+        key: bytes | None,
+        headers: Headers,
+    ) -> None:
+        place = Partition(topic, partition)
+        prints = self._prints.setdefault(place, bytearray())
+        begin = offset * 16
+        prints.extend(bytes(max(0, begin + 16 - len(prints))))
+        assert not any(prints[begin : begin + 16]), f"{place}: two records at {offset}"
+        prints[begin : begin + 16] = fingerprint(value, key, headers)
+        self.ends[place] = max(self.ends.get(place, 0), offset + 1)
+        self._size += 1
+
+
+def fingerprint(value: bytes | None, key: bytes | None, headers: Headers) -> bytes:
+    """16 bytes that tell a record's content from any other."""
+    return blake2b(repr((value, key, headers)).encode(), digest_size=16).digest()
+
+
+class Held(NamedTuple):
+    """A record as Kafka holds it."""
+
+    offset: int
+    value: bytes | None
+    key: bytes | None
+    headers: Headers
+
+
+def read_partition(bootstrap_servers: str, place: Partition) -> Iterator[Held]:
+    """What Kafka holds of a partition, in the order of offsets, up to its present end."""
+    with closing(
+        Consumer(
             {
                 "bootstrap.servers": bootstrap_servers,
                 "group.id": "reader",
@@ -83,29 +169,21 @@ class Ledger:
                 "auto.offset.reset": "error",
             }
         )
-        try:
-            reader.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
-            open_ends = set(range(partitions))
-            deadline = time.monotonic() + READ_BACK_SECONDS_MAX
-            while open_ends:
-                assert time.monotonic() < deadline, "Kafka did not give all records back in time"
-                for message in reader.consume(1000, 0.5):
-                    trouble, number = message.error(), message.partition() or 0
-                    if trouble is None:
-                        headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
-                        ledger._add(
-                            topic,
-                            number,
-                            message.offset() or 0,
-                            message.value(),
-                            message.key(),
-                            tuple(headers),
-                        )
-                    elif trouble.code() == KafkaError._PARTITION_EOF:
-                        open_ends.discard(number)
-        finally:
-            reader.close()
-        return ledger
+    ) as reader:
+        reader.assign([TopicPartition(place.topic, place.number, 0)])
+        deadline = time.monotonic() + SILENT_SECONDS_MAX
+        while True:
+            for message in reader.consume(1000, 0.5):
+                trouble = message.error()
+                if trouble is None:
+                    headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
+                    offset = message.offset()
+                    assert offset is not None
+                    yield Held(offset, message.value(), message.key(), tuple(headers))
+                    deadline = time.monotonic() + SILENT_SECONDS_MAX
+                elif trouble.code() == KafkaError._PARTITION_EOF:
+                    return
+            assert time.monotonic() < deadline, f"Kafka gives no more of {place}"
 
 
 class Feed:
@@ -118,6 +196,7 @@ class Feed:
         events: How many; None goes on until stopped.
         rate: Records a second; None for as fast as it goes.
         seed: Printed, for a failure to be repeated.
+        keep_books: They cost 400 bytes an event; like ``keep_values`` if None.
         into: The ledger to go on with; a new one if None.
     """
 
@@ -132,6 +211,7 @@ class Feed:
         rate: float | None = None,
         chaos: Chaos | None = None,
         keep_values: bool = True,
+        keep_books: bool | None = None,
         into: Ledger | None = None,
     ) -> None:
         print(f"simulated with seed={seed}")
@@ -142,7 +222,7 @@ class Feed:
             topic=topic,
             partitions=partitions,
             chaos=chaos,
-            keep_books=keep_values,
+            keep_books=keep_values if keep_books is None else keep_books,
         )
         self._options = {"bootstrap.servers": bootstrap_servers}
         self._rate = rate
@@ -172,6 +252,16 @@ class Feed:
     def books(self) -> Books:
         """What every read model must hold, once the feed has ended."""
         return self._simulation.books
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended it before its time."""
+        return self._failure
+
+    @property
+    def report(self) -> ChaosReport:
+        """What chaos has done, complete once the feed has ended."""
+        return self._simulation.report
 
     def _produce(self) -> None:
         try:

@@ -11,7 +11,7 @@ from enum import Enum, auto
 from urllib.parse import urlsplit
 
 _CHUNK = 65536
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 # SSLRequest, GSSENCRequest: answered with one byte, and then the start begins again.
 _NEGOTIATIONS = {80877103, 80877104}
 
@@ -40,7 +40,8 @@ class Proxy:
         self._ends: list[socket.socket] = []
         self._deaf: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self._start(self._accept)
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     @classmethod
     def before(cls, url: str) -> "Proxy":
@@ -58,14 +59,13 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.restore()
         _cut(self._listener)
-        self._threads[0].join()  # from here on nothing new begins
-        for end in self._ends:
-            _cut(end)
-        for thread in self._threads:
+        self._acceptor.join()  # from here on nothing new begins
+        self.cut()
+        for thread in list(self._threads):
             thread.join()
-        for end in [self._listener, *self._ends]:
-            end.close()
+        self._listener.close()
 
     def lose(self, loss: Loss) -> None:
         """Lose the next COMMIT that comes."""
@@ -77,17 +77,43 @@ class Proxy:
         """Whether a COMMIT that is to be lost has not come yet."""
         return bool(self._losses)
 
-    def black_hole(self) -> None:
+    def forgive(self) -> None:
+        """Lose no COMMIT that has not come yet."""
+        with self._lock:
+            self._losses.clear()
+
+    def cut(self) -> int:
+        """Cut every open connection, on both sides; how many there were."""
+        ends = list(self._ends)
+        for end in ends:
+            _cut(end)
+        return len(ends) // 2
+
+    def black_hole(self, *, for_newcomers: bool = False) -> None:
         """From now on nothing that comes on open connections arrives, nor is it acknowledged.
 
         As if a cable were cut: no FIN, no RST. The kernel drops each packet before TCP sees it.
+
+        Args:
+            for_newcomers: Nor does anything that would open a connection.
         """
-        for end in list(self._ends):
+        for end in [*self._ends, self._listener] if for_newcomers else list(self._ends):
             _drop_all(end)
 
+    def restore(self) -> None:
+        """Let packets pass again; connections that both sides still want go on."""
+        for end in [*self._ends, self._listener]:
+            _drop_none(end)
+
     def _start(self, work: Callable[..., None], *ends: socket.socket) -> None:
-        thread = threading.Thread(target=work, args=ends, daemon=True)
-        self._threads.append(thread)
+        def work_and_close() -> None:
+            work(*ends)
+            with self._lock:
+                self._threads.remove(thread)
+
+        thread = threading.Thread(target=work_and_close, daemon=True)
+        with self._lock:
+            self._threads.append(thread)
         thread.start()
 
     def _accept(self) -> None:
@@ -96,15 +122,26 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:  # closed: the test is over
                 return
-            self._ends.append(client)
             try:
                 server = socket.create_connection(self._server)
             except OSError:  # the server is away, and so are we
-                _cut(client)
+                client.close()
                 continue
-            self._ends.append(server)
-            self._start(self._requests, client, server)
-            self._start(self._answers, client, server)
+            with self._lock:
+                self._ends += [client, server]
+            self._start(self._serve, client, server)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        """One connection, until either side ends it."""
+        answers = threading.Thread(target=self._answers, args=(client, server), daemon=True)
+        answers.start()
+        self._requests(client, server)
+        answers.join()
+        with self._lock:
+            for end in (client, server):
+                self._ends.remove(end)
+                self._deaf.discard(end)
+                end.close()
 
     def _requests(self, client: socket.socket, server: socket.socket) -> None:
         watched, started = b"", False
@@ -158,6 +195,11 @@ def _cut(end: socket.socket) -> None:
 
 
 CAN_DROP = sys.platform == "linux"
+
+
+def _drop_none(end: socket.socket) -> None:
+    with suppress(OSError):  # closed meanwhile, or it has no filter
+        end.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def _drop_all(end: socket.socket) -> None:

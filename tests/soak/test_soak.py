@@ -1,0 +1,25 @@
+"""Minutes of the soak in every run of the tests; ``make soak MINUTES=60`` is an hour of it."""
+
+import os
+import random
+
+import pytest
+
+from tests.soak.run import soak
+
+MINUTES = 5
+SEED = "PIPELINE_SOAK_SEED"
+
+
+@pytest.mark.kafka(own=True)
+@pytest.mark.postgres
+@pytest.mark.faults
+@pytest.mark.timeout(MINUTES * 60 + 600)
+def test_everything_at_once_under_random_faults_loses_and_doubles_nothing(tmp_path):
+    seed = int(os.environ.get(SEED) or random.randrange(10**6))
+
+    report = soak(seed, MINUTES, tmp_path)
+
+    print(report)
+    assert report.has_passed
+    assert min(report.faults.total(), report.looks) > 3 * MINUTES, "it has proven little"

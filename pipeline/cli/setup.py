@@ -104,11 +104,12 @@ def _print_roles(planned: schema.Migrated, *, as_json: bool) -> None:
     "is broken; 69 a server is away; 78 a setting, a right or the schema is wrong."
 )
 def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
-    """Say what is right and wrong on both sides, what to do, and which guarantees hold here.
+    """Say what is right and wrong, and what is at risk.
 
-    Versions, durability, TLS, login, rights, schema, append-only triggers, read models; topics,
-    group, replication, retention against PIPELINE_LONGEST_OUTAGE_HOURS, and whether Kafka is still
-    what was read before. Then each guarantee: holds, at risk, broken, or not known, and why.
+    On both sides, with what to do. Versions, durability, TLS, login, rights, schema, append-only
+    triggers, read models; topics, group, replication, retention against
+    PIPELINE_LONGEST_OUTAGE_HOURS, and whether Kafka is still what was read before. Then each
+    guarantee: holds, at risk, broken, or not known, and why.
     Changes nothing, joins no group.
 
     \b

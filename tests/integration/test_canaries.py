@@ -337,6 +337,8 @@ def impatient(monkeypatch):
     for module in ("pipeline.cli.flow", "pipeline.ingest.loop", "pipeline.projection.loop"):
         monkeypatch.setattr(f"{module}.AWAY_S_MAX", 0.1)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
+    # What another test has heard already is told again.
+    monkeypatch.setattr("pipeline.source.client.COMPLAINT_S_MIN", 0.0)
     monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
 
 

@@ -72,12 +72,12 @@ def migrate(
         say("Nothing to do: the schema is current.")
     if done.grants:
         say(f"Roles {done.role_prefix}*: {len(done.grants)} statements.")
-    if roles and done.role_prefix:
+    if roles and done.grants:
         say(_WHAT_NEXT.format(prefix=done.role_prefix))
 
 
 _WHAT_NEXT = """\
-Nobody has these roles yet. Give them to logins:
+Give the roles to logins:
   GRANT {prefix}ingest, {prefix}project TO worker;
   GRANT {prefix}operator TO operations;
   GRANT {prefix}analyst TO anna;

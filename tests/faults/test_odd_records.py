@@ -15,6 +15,7 @@ from tests.records import envelope
 MIB = 1024 * 1024
 RESIDENT_MIB_MAX = 450
 ORDERS = 600
+pytestmark = pytest.mark.timeout(240)
 CLIENT_LIMIT = {"message.max.bytes": 26_000_000}
 
 
@@ -32,7 +33,6 @@ def status_of(bench: Bench) -> Mapping[str, Any]:
     return told
 
 
-@pytest.mark.timeout(240)
 def test_records_of_one_byte_and_of_20_megabytes_are_in_the_log_within_bounded_memory(
     bench: Bench, topic: Callable[..., str]
 ):

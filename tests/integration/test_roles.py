@@ -362,6 +362,24 @@ def test_statistics_of_personal_columns_are_hidden_too(given, cast):
     assert seen == (0,)
 
 
+@pytest.mark.both_postgres
+def test_the_barrier_of_the_history_does_not_cost_an_order_its_index(given, cast):
+    given(sample_events())
+
+    with cast.connect("analyst") as db:
+        db.execute("SET enable_seqscan = off")
+        plan = db.execute(
+            "EXPLAIN SELECT * FROM upvest.order_status_history WHERE order_id = "
+            "'6f5b4f5e-5d8f-4c40-8a4b-7d3a1f6d0a11'"
+        ).fetchall()
+
+    assert given.scalar(
+        "SELECT 'security_barrier=true' = ANY (reloptions) FROM pg_class "
+        "WHERE oid = 'upvest.order_status_history'::regclass"
+    )
+    assert "entity_id_idx" in str(plan)
+
+
 SEEN_BY = """
 SELECT c.relname || '.' || a.attname
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped

@@ -664,10 +664,32 @@ def test_truncate_heals_under_a_role_that_may_not_touch_the_log(given, cast):
     assert len(given.rows("orders")) == 5
 
 
-def test_temporary_tables_are_for_those_who_verify(cast):
-    for role in ("ingest", "operator"):
-        with cast.connect(role) as db:
-            db.execute("CREATE TEMP TABLE scratch (x int)")
+def test_who_ingests_and_projects_may_rewind_and_verify(given, cast, broker, pipeline):
+    produce(broker, sample_events())
+    both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
+    assert pipeline(both.with_(start="latest"), "run", "--until-end").code == 0
+
+    filled = pipeline(both, "rewind", TOPIC, "--to", "earliest", "--execute", "--json")
+    followed = pipeline(both, "run", "--until-end")
+    verified = pipeline(both, "verify")
+
+    assert [one.code for one in (filled, followed, verified)] == [0, 0, 0], verified.out
+    assert sum(one["filled"] for one in filled.json["done"]) == len(sample_events())
+    assert given.scalar("SELECT count(*) FROM pipeline.events") == len(sample_events())
+    assert given.scalar("SELECT count(*) FROM upvest.orders") > 0
+
+
+@pytest.mark.parametrize("role", ["ingest", "project", "operator"])
+def test_half_of_the_rights_fill_nothing(given, cast, broker, pipeline, role):
+    produce(broker, sample_events())
+    both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
+    assert pipeline(both.with_(start="latest"), "run", "--until-end").code == 0
+
+    half = both.with_(database_url=cast.url(role))
+    refused = pipeline(half, "rewind", TOPIC, "--to", "earliest", "--execute")
+
+    assert refused.code == 78, refused.err
+    assert given.scalar("SELECT count(*) FROM pipeline.events") == 0
 
 
 # --------------------------------------------------------------------------------- making them

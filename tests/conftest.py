@@ -6,13 +6,14 @@ A test marked ``both_postgres`` runs on PostgreSQL 18 and on 15; every other one
 
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from pipeline.embedded.broker import MockBroker
+from tests.promised import PromisedTests, name_of
 from tests.servers import (
     FAST_AND_UNSAFE,
     THREE_WAYS,
@@ -30,7 +31,8 @@ from tests.servers.databases import Database, fresh_database
 
 NEWEST, OLDEST = 18, 15
 
-NOT_RUN = pytest.StashKey[Counter[str]]()
+NOT_RUN = pytest.StashKey[dict[str, list[str]]]()
+"""Tests that were left out, by the reason."""
 
 
 # --------------------------------------------------------------------------------------- PostgreSQL
@@ -163,7 +165,9 @@ OLDEST_POSTGRES_REQUIRED = "PIPELINE_REQUIRE_POSTGRES_15"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "both_postgres: runs on PostgreSQL 18 and on 15")
-    config.stash[NOT_RUN] = Counter()
+    not_run: dict[str, list[str]] = {}
+    config.stash[NOT_RUN] = not_run
+    config.pluginmanager.register(PromisedTests(config, not_run), "promised")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -180,7 +184,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item, why in missing if why is None]
     left_out = [(item, why) for item, why in missing if why is not None]
     if left_out:
-        config.stash[NOT_RUN].update(why for _, why in left_out)
+        for item, why in left_out:
+            config.stash[NOT_RUN].setdefault(why, []).append(name_of(item.nodeid))
         config.hook.pytest_deselected(items=[item for item, _ in left_out])
 
 
@@ -189,15 +194,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(str(BrokerMissingError(why)), pytrace=False)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells its controller what it left out; all leave out the same."""
+    if (told := getattr(session.config, "workeroutput", None)) is not None:
+        told["not_run"] = session.config.stash[NOT_RUN]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[NOT_RUN].update(getattr(node, "workeroutput", {}).get("not_run", {}))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Below everything else, where it is read."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:
         return
     for what, tests in config.stash[NOT_RUN].items():
-        terminal.write_line(
-            f"NOT RUN: {tests} {'test wants' if tests == 1 else 'tests want'} {what}"
-        )
+        want = "1 test wants" if len(tests) == 1 else f"{len(tests)} tests want"
+        terminal.write_line(f"NOT RUN: {want} {what}")
 
 
 def _missing(item: pytest.Item) -> str | None:

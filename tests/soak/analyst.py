@@ -114,6 +114,7 @@ FROM pipeline.events e JOIN pipeline.projection_checkpoints c
   ON c.projector = '{table}' AND c.topic = e.topic AND c."partition" = e."partition"
  AND e."offset" < c.next_offset
 WHERE e.problem IS NULL AND e.event_type = '{type}'
+  AND e.payload #>> '{{object,{amount}}}' ~ '^-?[0-9]+([.][0-9]+)?$'
   AND NOT EXISTS (SELECT FROM pipeline.dead_letters d WHERE d.projector = c.projector
                   AND d.topic = e.topic AND d."partition" = e."partition"
                   AND d."offset" = e."offset")
@@ -126,7 +127,9 @@ AUDITS = {
                    e.payload #>> '{object,delta,currency}' AS two,
                    (e.payload #>> '{object,delta,amount}')::numeric AS amount
         """
-    + _BELOW.format(table="cash_transactions", type="CASH_TRANSACTION.EXECUTED")
+    + _BELOW.format(
+        amount="delta,amount", table="cash_transactions", type="CASH_TRANSACTION.EXECUTED"
+    )
     + """),
         told AS (SELECT one, two, sum(amount) AS amount FROM entries GROUP BY one, two),
         held AS (SELECT account_group_id AS one, currency AS two, ledger_sum AS amount
@@ -138,7 +141,9 @@ AUDITS = {
                    (e.payload #>> '{object,instrument,uuid}')::uuid AS two,
                    (e.payload #>> '{object,delta,amount}')::numeric AS amount
         """
-    + _BELOW.format(table="security_transactions", type="SECURITY_TRANSACTION.EXECUTED")
+    + _BELOW.format(
+        amount="delta,amount", table="security_transactions", type="SECURITY_TRANSACTION.EXECUTED"
+    )
     + """),
         told AS (SELECT one, two, sum(amount) AS amount FROM entries GROUP BY one, two),
         held AS (SELECT account_id AS one, instrument_uuid AS two, ledger_sum AS amount
@@ -150,7 +155,7 @@ AUDITS = {
                    e.payload #>> '{object,currency}' AS two,
                    (e.payload #>> '{object,balance}')::numeric AS amount
         """
-    + _BELOW.format(table="cash_balances", type="CASH_BALANCE.UPDATED")
+    + _BELOW.format(amount="balance", table="cash_balances", type="CASH_BALANCE.UPDATED")
     + """
             ORDER BY one, two, e.created_at DESC, e.topic DESC, e."partition" DESC, e."offset" DESC
         ),
@@ -163,7 +168,7 @@ AUDITS = {
                    (e.payload #>> '{object,instrument,uuid}')::uuid AS two,
                    (e.payload #>> '{object,quantity}')::numeric AS amount
         """
-    + _BELOW.format(table="positions", type="POSITION.UPDATED")
+    + _BELOW.format(amount="quantity", table="positions", type="POSITION.UPDATED")
     + """
             ORDER BY one, two, e.created_at DESC, e.topic DESC, e."partition" DESC, e."offset" DESC
         ),

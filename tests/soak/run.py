@@ -159,13 +159,15 @@ def _storm(all_lanes: list[Lane], seconds: float, journal: Journal) -> None:
 
 def _drain(world: World, analyst: Analyst) -> None:
     """Everything told has come: now every balance is the sum of its entries."""
-    world.wait_until_caught_up()
-    analyst.audit()
-    if breaks := analyst.breaks():
-        world.journal.fail(f"{breaks} balances are not the sum of their entries")
-    for slot in world.slots.values():
-        if slot.worker is not None:
-            slot.stop()
+    try:
+        world.wait_until_caught_up()
+        analyst.audit()
+        if breaks := analyst.breaks():
+            world.journal.fail(f"{breaks} balances are not the sum of their entries")
+    finally:
+        for slot in world.slots.values():
+            if slot.worker is not None:
+                slot.stop()
 
 
 def _take_down(

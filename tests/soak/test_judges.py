@@ -218,7 +218,7 @@ def test_the_judge_finds_nothing_where_nothing_is_and_each_kind_of_harm(soaked):
     with bench.database.connect() as db:
         db.execute("SET session_replication_role = replica")
         db.execute("DELETE FROM upvest.orders WHERE ctid = (SELECT min(ctid) FROM upvest.orders)")
-        db.execute("DELETE FROM pipeline.dead_letters WHERE projector = 'positions'")
+        db.execute("DELETE FROM pipeline.dead_letters")
         db.execute('UPDATE pipeline.events SET repeat_of = 0 WHERE "offset" = 1')
         db.execute("CREATE TABLE pipeline_shadow.left_over ()")
         db.execute("UPDATE pipeline.consumer_offsets SET next_offset = next_offset + 1")

@@ -30,7 +30,12 @@ PER_SECOND = 300
 ROLES_IN_STORE = 4
 SLOTS = ("one", "two", "guest")
 
-PROTOCOLS = {
+SETTINGS = {
+    "batch_rows": "200",
+    # Shorter than a worker may be paused, longer than a busy machine lets one wait for its turn.
+    "idle_in_transaction_timeout_ms": "6000",
+}
+PROTOCOLS: dict[str, dict[str, str]] = {
     "cooperative": {"kafka_options": QUICK_TO_NOTICE},
     "eager": {"kafka_options": f"{QUICK_TO_NOTICE},partition.assignment.strategy=range"},
     "consumer": {"kafka_group_protocol": "consumer"},
@@ -54,12 +59,10 @@ class Slot:
     def start(self, *, fail: str | None = None) -> Worker:
         """Start a worker here; it may find its servers away. ``fail`` arms a fail point."""
         assert self.worker is None, f"{self.name} has a worker"
-        settings = dict(PROTOCOLS[self._world.protocol])
+        settings = {**SETTINGS, **PROTOCOLS[self._world.protocol]}
         if self._is_static:
             settings["group_instance_id"] = self.name
-        self.worker = self._world.start(
-            "run", through=self.proxy.through, batch_rows="200", fail=fail, **settings
-        )
+        self.worker = self._world.start("run", through=self.proxy.through, fail=fail, **settings)
         return self.worker
 
     def kill(self) -> None:
@@ -208,8 +211,8 @@ class World:
 
         def has_all() -> bool:
             self.look()
-            if self.journal.failed.is_set():
-                return True
+            if all(slot.worker is None for slot in self.slots.values()):
+                raise AssertionError("no worker runs any more")
             with suppress(psycopg.OperationalError):
                 stored = self.bench.next_offsets()
                 seen = self.bench.checkpoints()

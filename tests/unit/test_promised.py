@@ -1,0 +1,112 @@
+"""A whole run that leaves a promised test out is red and says which; a part is not judged."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFTEST = """
+from pathlib import Path
+from tests_of_the_pipeline import PromisedTests
+
+def pytest_configure(config):
+    page = Path(__file__).parents[1] / "guarantees.md"
+    missing = {"a broker": ["test_wants_a_broker"]}
+    config.pluginmanager.register(PromisedTests(config, missing, page))
+"""
+TESTS = """
+import pytest
+
+def test_holds():
+    pass
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_holds_twice(n):
+    pass
+
+@pytest.mark.skipif(True, reason="today")
+def test_is_skipped():
+    pass
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_is_half_skipped(n):
+    if n == 2:
+        pytest.skip("today")
+
+def test_not_named():
+    pass
+"""
+GREEN = "`test_holds` `test_holds_twice` `test_wants_a_broker`"
+RED = f"{GREEN} `test_is_skipped` `test_is_half_skipped` `test_is_gone`"
+UNSEEN = ["test_is_skipped was skipped", "test_is_half_skipped was skipped", "test_is_gone did not"]
+
+with_and_without_workers = pytest.mark.parametrize(
+    "workers",
+    [[], ["-n", "2"]] if importlib.util.find_spec("xdist") else [[]],
+    ids=lambda it: " ".join(it) or "one process",
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs pytest on a little suite whose page names some of its tests."""
+    suite = tmp_path / "tests"
+    suite.mkdir()
+    (suite / "conftest.py").write_text(CONFTEST)
+    (suite / "test_some.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+    (tmp_path / "tests_of_the_pipeline.py").write_text((ROOT / "tests/promised.py").read_text())
+
+    def run(page, *arguments):
+        (tmp_path / "guarantees.md").write_text(page)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100,
+            check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    return run
+
+
+@with_and_without_workers
+def test_a_whole_run_fails_with_the_promised_tests_that_did_not_run(run, workers):
+    status, told = run(RED, *workers)
+
+    assert status == pytest.ExitCode.TESTS_FAILED
+    for line in UNSEEN:
+        assert line in told
+    assert "test_holds " not in told
+    assert "test_wants_a_broker" not in told, "its server is missing; that is told elsewhere"
+    assert " passed" in told.splitlines()[-1], "the closing line stays the last"
+
+
+@with_and_without_workers
+def test_a_whole_run_that_saw_every_promise_hold_is_green(run, workers):
+    status, told = run(GREEN, *workers)
+
+    assert status == pytest.ExitCode.OK
+    assert "promised" not in told
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["-k", "holds"],
+        ["tests/test_some.py"],
+        ["-m", "not slow"],
+        ["--deselect", "tests/test_some.py::test_holds"],
+        ["--collect-only"],
+    ],
+    ids=lambda it: it[0],
+)
+def test_a_run_of_a_part_is_not_judged(run, part):
+    status, told = run(RED, *part)
+
+    assert status == pytest.ExitCode.OK
+    assert "promised in" not in told

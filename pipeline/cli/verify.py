@@ -57,7 +57,7 @@ def verify(
     chosen = known(names or []) or list(discover())
     settings = settings_of(ctx)
     found: list[Evidence] = []
-    with database_of(settings, "verify") as engine, Gauge("verifying", unit="of it") as gauge:
+    with database_of(settings, "verify") as engine, Gauge("verifying", unit="rows") as gauge:
         check_schema(engine)
 
         def observe(what: str, done: int, total: int) -> None:
@@ -90,9 +90,8 @@ def _show(evidence: Iterable[Evidence]) -> None:
     for (part, claim), same in groupby(evidence, key=lambda one: (one.part, one.claim)):
         of = list(same)
         wrong = [one for one in of if one.wrong]
-        subjects = len({one.subject for one in of})
-        sign = "✗" if wrong else "✓"
-        typer.echo(f"{sign} {part}: {claim}: {sum(one.examined for one in of):,} in {subjects}")
+        examined = sum(one.examined for one in of)
+        typer.echo(f"{'✗' if wrong else '✓'} {part}: {claim}: {examined:,} looked at")
         for one in of:
             where = f" at {offsets(one.intervals)}" if one.intervals else ""
             if one.wrong:

@@ -27,11 +27,12 @@ from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest
 from pipeline.ingest import Progress as Ingested
 from pipeline.migrate import check_schema
+from pipeline.patience import Patience
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
-from pipeline.projection.loop import AWAY_S_MAX, run_projection
 from pipeline.projection.loop import Progress as Projected
+from pipeline.projection.loop import run_projection
 from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
 from pipeline.settings import Settings
@@ -174,21 +175,15 @@ def _flow(ctx: typer.Context, command: str, *, until_end: bool) -> Iterator[Job]
 
 def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) -> None:
     """Check the schema as soon as the database is there, or return when told to stop."""
-    begun = time.monotonic()
-    was_away = False
+    patience = Patience(for_ever=not until_end)
     while not stop.is_set():
         try:
             check_schema(engine)
         except TransientError as error:
-            if until_end and time.monotonic() - begun > AWAY_S_MAX:
-                raise
-            if not was_away:
-                log.warning("server_away", reason=str(error), effect="waiting; nothing is lost")
-            was_away = True
+            patience.bear(error)
             stop.wait(DATABASE_RETRY_S)
         else:
-            if was_away:
-                log.info("server_back", away_s=round(time.monotonic() - begun, 1))
+            patience.recovered()
             return
 
 

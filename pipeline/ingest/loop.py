@@ -26,7 +26,6 @@ from pipeline.errors import (
     ConfigurationError,
     DeletedTopicError,
     GroupFencedError,
-    PipelineError,
     RefusedError,
     SharedGroupError,
     TransientError,
@@ -41,6 +40,7 @@ from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Rep
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Place
+from pipeline.patience import Patience
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
@@ -57,10 +57,6 @@ LOOK_S = 5.0
 """How often watermarks, topic ids and partitions that stand still are looked at."""
 TELL_S = 10.0
 """How often the log tells how it goes."""
-GRACE_S = 60.0
-"""How long a refused login or a missing right may last while we run: passwords get rotated."""
-AWAY_S_MAX = 60.0
-"""How long a one-shot command waits for a server that is away."""
 ASSIGN_S_MAX = 240.0
 """How long an assignment may wait for the database; below Kafka's max.poll.interval.ms."""
 RETRY_S = 1.0
@@ -106,10 +102,7 @@ class Ingest:
         self._observe = observe
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
-        self._away_since: float | None = None
-        self._refused_since: float | None = None
-        self._told_reasons: set[str] = set()
-        self._has_run = False
+        self._patience = Patience(for_ever=not until_end)
         self._look_at = self._tell_at = 0.0
         self._told_written = 0
 
@@ -130,7 +123,7 @@ class Ingest:
                 try:
                     self._serve_membership()
                 except (TransientError, ConfigurationError) as error:
-                    self._bear(error)
+                    self._patience.bear(error)
                     self._stop.wait(RETRY_S)
                 else:
                     break
@@ -257,10 +250,10 @@ class Ingest:
                     return {}
                 if time.monotonic() > deadline:
                     raise
-                self._bear(error)
+                self._patience.bear(error)
                 self._stop.wait(RETRY_S)
             else:
-                self._recovered()
+                self._patience.recovered()
                 return taken
 
     def _retake(self, partitions: Collection[Partition]) -> None:
@@ -352,7 +345,7 @@ class Ingest:
                 self._retake_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
-                self._bear(error)
+                self._patience.bear(error)
             case Broken(error):
                 raise error
 
@@ -371,7 +364,7 @@ class Ingest:
 
     def _settled(self, outcome: decisions.Outcome) -> None:
         if not self._machine.is_troubled:
-            self._recovered()
+            self._patience.recovered()
         self._written += outcome.records
         _tell_fenced(outcome.foreign)
         failpoints.reach("after_commit")
@@ -493,34 +486,6 @@ class Ingest:
                 work(db)
         except (TransientError, ConfigurationError) as error:
             log.info("database_not_asked", reason=str(error))
-
-    # ------------------------------------------------------------------------------ servers away
-
-    def _bear(self, error: PipelineError) -> None:
-        """Note that a server is away; raise when waiting makes no sense (any more)."""
-        now, reason = time.monotonic(), str(error)
-        if self._away_since is None:
-            self._away_since = now
-        if reason not in self._told_reasons:
-            self._told_reasons.add(reason)
-            log.warning("server_away", reason=reason, effect="waiting; nothing is lost")
-        if not isinstance(error, ConfigurationError):
-            self._refused_since = None
-        elif self._refused_since is None:
-            self._refused_since = now
-        if self._refused_since is not None and (
-            not self._has_run or now - self._refused_since > GRACE_S
-        ):
-            raise error
-        if self._until_end and now - self._away_since > AWAY_S_MAX:
-            raise error
-
-    def _recovered(self) -> None:
-        self._has_run = True
-        if self._away_since is not None:
-            log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
-            self._away_since = self._refused_since = None
-            self._told_reasons.clear()
 
 
 def _deleted(topic: str) -> DeletedTopicError:

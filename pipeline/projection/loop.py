@@ -24,6 +24,7 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
+from pipeline.patience import Patience
 from pipeline.positions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection.checkpoints import Standing
@@ -36,10 +37,6 @@ log = structlog.get_logger(__name__)
 CHANNEL = "pipeline_events"
 BACK_OFF_S_MIN = 0.1
 BACK_OFF_S_MAX = 10.0
-AWAY_S_MAX = 60.0
-"""How long a one-shot command waits for a server that is away."""
-GRACE_S = 60.0
-"""How long a refused login or a missing right may last while we run: passwords get rotated."""
 LISTEN_SLICE_S = 0.2
 """How often a wait looks whether it should stop."""
 
@@ -115,9 +112,8 @@ def run_projection(
         ConfigurationError: Login, rights or schema are wrong, from the start or for a minute.
         InvariantError: What must be impossible has happened.
     """
-    _Loop(engine, projectors, limits or Limits(), stop or threading.Event(), observe).run(
-        until_end=until_end
-    )
+    limits, stop = limits or Limits(), stop or threading.Event()
+    _Loop(engine, projectors, limits, stop, observe, until_end=until_end).run()
 
 
 class _Loop:
@@ -128,30 +124,30 @@ class _Loop:
         limits: Limits,
         stop: threading.Event,
         observe: Callable[[Progress], None],
+        *,
+        until_end: bool,
     ) -> None:
         self._engine = engine
         self._projectors = {one.name: one for one in projectors}
         self._limits = limits
         self._stop = stop
         self._observe = observe
+        self._until_end = until_end
         self._goal: dict[Partition, NextOffset] | None = None
         self._taken = 0
-        self._away_since: float | None = None
-        self._refused_since: float | None = None
-        self._told_reasons: set[str] = set()
-        self._has_run = False
+        self._patience = Patience(for_ever=not until_end)
         self._failures = 0
         self._was_behind = True
 
-    def run(self, *, until_end: bool) -> None:
+    def run(self) -> None:
         while not self._stop.is_set():
             try:
                 with _Hints.of(self._engine) as hints:
                     self._register()
-                    self._follow(hints, until_end=until_end)
+                    self._follow(hints)
                     return
             except (TransientError, ConfigurationError) as error:
-                self._wait_for_server(error, for_ever=not until_end)
+                self._wait_for_server(error)
 
     def _register(self) -> None:
         with transaction(self._engine) as db:
@@ -169,11 +165,11 @@ class _Loop:
                 effect="their tables mix two definitions until `pipeline rebuild`",
             )
 
-    def _follow(self, hints: "_Hints", *, until_end: bool) -> None:
+    def _follow(self, hints: "_Hints") -> None:
         while not self._stop.is_set():
             with transaction(self._engine) as db:
                 standings = checkpoints.standings(db, list(self._projectors))
-            if until_end and self._has_arrived(standings):
+            if self._until_end and self._has_arrived(standings):
                 return
             moved = self._round(standings)
             self._server_is_back()
@@ -236,36 +232,15 @@ class _Loop:
             log.info("projection_caught_up", taken=self._taken)
         self._was_behind = behind
 
-    def _wait_for_server(
-        self, error: TransientError | ConfigurationError, *, for_ever: bool
-    ) -> None:
-        now, reason = time.monotonic(), str(error)
-        if reason not in self._told_reasons:
-            self._told_reasons.add(reason)
-            log.warning("server_away", reason=reason, effect="waiting; nothing is lost")
-        if self._away_since is None:
-            self._away_since = now
-        elif not for_ever and now - self._away_since > AWAY_S_MAX:
-            raise error
-        if not isinstance(error, ConfigurationError):
-            self._refused_since = None
-        elif not self._has_run:
-            raise error
-        elif self._refused_since is None:
-            self._refused_since = now
-        elif now - self._refused_since > GRACE_S:
-            raise error
+    def _wait_for_server(self, error: TransientError | ConfigurationError) -> None:
+        self._patience.bear(error)
         pause = min(BACK_OFF_S_MAX, BACK_OFF_S_MIN * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         # So that many workers do not come back in the same moment.
         self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret hangs on it
 
     def _server_is_back(self) -> None:
-        if self._away_since is not None:
-            log.info("server_back", away_s=round(time.monotonic() - self._away_since, 1))
-        self._has_run = True
-        self._away_since = self._refused_since = None
-        self._told_reasons.clear()
+        self._patience.recovered()
         self._failures = 0
 
 

@@ -24,7 +24,7 @@ RECORDS = 20_000
 def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
     database: Database, mock_broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "AWAY_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 1.0)
     monkeypatch.setattr(loop, "LOOK_S", 0.5)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)

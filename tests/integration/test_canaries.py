@@ -334,8 +334,7 @@ NEEDS_DATABASE = sorted(set(RUNS) - {"demo", "simulate"})
 @pytest.fixture
 def impatient(monkeypatch):
     """One-shot commands give servers up that are away after a moment, not after a minute."""
-    for module in ("pipeline.cli.flow", "pipeline.ingest.loop", "pipeline.projection.loop"):
-        monkeypatch.setattr(f"{module}.AWAY_S_MAX", 0.1)
+    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 0.1)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
     # What another test has heard already is told again.
     monkeypatch.setattr("pipeline.source.client.COMPLAINT_S_MIN", 0.0)

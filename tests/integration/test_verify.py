@@ -92,7 +92,8 @@ def test_everything_holds_on_a_log_that_nobody_touched(day, pipeline):
     assert result.err.endswith("Everything that was looked at holds.\n")
     records = len(day.ledger.records)
     assert (
-        f"kafka: the log holds what Kafka holds, record by record: {records:,} looked at" in result.out
+        f"kafka: the log holds what Kafka holds, record by record: {records:,} looked at"
+        in result.out
     )
     assert "read models: its tables equal a replay of the log: " in result.out
     assert "✗" not in result.out

@@ -38,6 +38,7 @@ from pipeline.source.client import (
     Config,
     GoodMessage,
     asked,
+    closes,
     consumer_config,
     opened,
     record_of,
@@ -105,7 +106,7 @@ class Brokers:
 
     def close(self) -> None:
         """Ask no more."""
-        self._consumer.close()
+        closes(self._consumer)
 
     # ------------------------------------------------------------------------ what there is
 
@@ -277,7 +278,7 @@ class Brokers:
         try:
             yield
         finally:
-            self._probe.close()
+            closes(self._probe)
             self._probe = None
 
     def read(self, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:
@@ -303,7 +304,7 @@ class Brokers:
                     # Out of range: retention has passed us.
                     begin = max(begin, self.watermarks(partition).low)
         finally:
-            reader.close()
+            closes(reader)
 
 
 def _pieces(reader: Consumer, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:

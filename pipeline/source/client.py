@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +10,13 @@ from operator import methodcaller
 from typing import Any, Protocol, TypeVar
 
 import structlog
-from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, KafkaException, libversion
+from confluent_kafka import (
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    libversion,
+)
 
 from pipeline.errors import (
     ConfigurationError,
@@ -26,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 COMPLAINT_S_MIN = 60.0
 """Least time between two logs of the same complaint of the client."""
+
+CLOSE_S_MAX = 10.0
+"""Longest wait for a client's goodbye; brokers that are there take a fraction of a second."""
 
 COMMIT_METADATA = "pipeline:"
 DATABASE_NAMED = re.compile(COMMIT_METADATA + r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
@@ -80,6 +90,19 @@ def opened(client: Callable[[], _Client], settings: Settings) -> _Client:
     except KafkaException as refused:
         complaint = without(refused.args[0].str(), settings.kafka_client().values())
         raise ConfigurationError(f"PIPELINE_KAFKA_OPTIONS: {complaint.strip()}") from None
+
+
+def closes(client: Consumer) -> bool:
+    """Close a client; whether it was done within ``CLOSE_S_MAX``.
+
+    With a request to the group's coordinator on its way and no coordinator there, ``close()`` never
+    returns (librdkafka issue 3740). So it may go on alone.
+    """
+    # A daemon, for a thread that never ends must not keep the process.
+    closing = threading.Thread(target=client.close, name="leaving", daemon=True)
+    closing.start()
+    closing.join(CLOSE_S_MAX)
+    return not closing.is_alive()
 
 
 def client_version() -> str:

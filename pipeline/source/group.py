@@ -1,6 +1,5 @@
 """One member of the consumer group: which partitions are ours, and what comes out of them."""
 
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -15,6 +14,7 @@ from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source.brokers import ASK_S_MAX, Brokers
 from pipeline.source.client import (
+    CLOSE_S_MAX,
     COMMIT_METADATA,
     LIBRARY_LOG,
     LOGIN_REFUSED,
@@ -24,6 +24,7 @@ from pipeline.source.client import (
     Config,
     GoodMessage,
     asked,
+    closes,
     consumer_config,
     log_commit_failure,
     opened,
@@ -33,9 +34,6 @@ from pipeline.source.client import (
 )
 
 log = structlog.get_logger(__name__)
-
-LEAVE_S_MAX = 10.0
-"""Longest wait for Kafka's goodbye; brokers that are there take a fraction of a second."""
 
 
 class ReachedEnd(NamedTuple):
@@ -169,19 +167,14 @@ class KafkaSource:
     def leave(self) -> None:
         """Leave the group, so that others get the partitions at once; serves ``on_revoke``.
 
-        With a commit on its way and no coordinator, the client's ``close()`` never returns
-        (librdkafka issue 3740). So it may go on alone: Kafka finds this member gone after its
-        ``session.timeout.ms``, as after a crash.
+        Where Kafka does not answer, the client is let go alone: Kafka finds this member gone after
+        its ``session.timeout.ms``, as after a crash.
         """
-        # A daemon, for a thread that never ends must not keep the process.
-        leaving = threading.Thread(target=self._consumer.close, name="leaving", daemon=True)
-        leaving.start()
-        leaving.join(LEAVE_S_MAX)
-        if leaving.is_alive():
+        if not closes(self._consumer):
             self._listener = None
             log.warning(
                 "group_not_left",
-                waited_s=LEAVE_S_MAX,
+                waited_s=CLOSE_S_MAX,
                 effect="Kafka notices within session.timeout.ms; nothing is lost",
             )
         self.brokers.close()

@@ -1,6 +1,8 @@
 # `make` alone lists what there is. Needed beforehand: make and Python 3.11 or newer.
 
 PYTHON ?= python3
+# Tests wait more than they work; each process has servers of its own.
+PROCESSES ?= 2
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 ifdef UV
@@ -30,7 +32,7 @@ demo: install ## A day at a broker, from Kafka into tables worth querying; nothi
 	$(BIN)/pipeline demo
 
 test: check ## Everything: `make check`, then all tests, on real servers where they are to be had
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 test-unit: install ## The tests that need no server; seconds
 	$(BIN)/python -m pytest tests/unit

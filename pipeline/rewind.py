@@ -19,7 +19,7 @@ from sqlalchemy import Engine, text
 
 from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import RefusedError
+from pipeline.errors import DeletedTopicError, RefusedError
 from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import another_topic
@@ -81,14 +81,18 @@ def plan(
         to: Where to.
 
     Raises:
-        RefusedError: The topic, or the cluster, is not the one that the log was read from.
+        RefusedError: The topic, or the cluster, is not the one that the log was read from, or it is
+            gone.
         TransientError: A server is away.
     """
     cluster_id = brokers.cluster_id()
     topic_ids = brokers.topic_ids({partition.topic for partition in partitions})
+    counts = brokers.topics_there()
     steps = []
     with brokers.probing():
         for partition in sorted(partitions):
+            if partition.number >= counts.get(partition.topic, 0):
+                raise DeletedTopicError(partition)
             with transaction(engine) as db:
                 claim = ownership.recorded(db)[partition]
                 last = ownership.last_record(db, partition, claim.next_offset)

@@ -180,6 +180,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that only wanted tests are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest first, beside all others.
+    items.sort(key=lambda item: "soak" not in item.nodeid)
     missing = [(item, _missing(item)) for item in items]
     items[:] = [item for item, why in missing if why is None]
     left_out = [(item, why) for item, why in missing if why is not None]

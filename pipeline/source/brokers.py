@@ -90,9 +90,8 @@ class Brokers:
 
     def __init__(self, settings: Settings) -> None:
         self._config = consumer_config(settings)
-        # Of trouble with the connection the other client tells.
-        self._consumer = opened(lambda: Consumer({**self._config, "log_level": 0}), settings)
         listening: Config = {"error_cb": report, "logger": LIBRARY_LOG}
+        self._consumer = opened(lambda: Consumer({**self._config, **listening}), settings)
         self._admin = opened(
             lambda: AdminClient({**settings.kafka_client(), **listening}), settings
         )
@@ -101,8 +100,9 @@ class Brokers:
         self._probe: Consumer | None = None
 
     def serve(self) -> None:
-        """Hear what the client has to say of its connections, which would pile up."""
+        """Hear what the clients have to say of their connections, which would pile up."""
         self._admin.poll(0)
+        self._consumer.poll(0)
 
     def close(self) -> None:
         """Ask no more."""
@@ -289,7 +289,12 @@ class Brokers:
             offsets: Begins and ends within the watermarks, as just seen.
         """
         reader = Consumer(
-            {**self._config, "group.id": self._reader_group, "error_cb": report, "log_level": 0}
+            {
+                **self._config,
+                "group.id": self._reader_group,
+                "error_cb": report,
+                "logger": LIBRARY_LOG,
+            }
         )
         try:
             begin: int = offsets.first

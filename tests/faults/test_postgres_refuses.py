@@ -74,6 +74,7 @@ def test_a_disk_that_is_full_is_waited_for_and_costs_no_event(
     with SmallDisk(private_postgres, "small", DISK_MIB) as disk:
         with bench.database.connect() as db:
             db.execute(f"CREATE TABLESPACE small LOCATION '{disk.place}'")
+            db.execute("GRANT CREATE ON TABLESPACE small TO PUBLIC")
             # Where the log's segments are made from now on, and one of the read models.
             db.execute(f'ALTER DATABASE "{bench.database.name}" SET default_tablespace = small')
             db.execute("ALTER TABLE upvest.orders SET TABLESPACE small")
@@ -191,9 +192,9 @@ def test_a_role_that_may_make_no_more_connections_is_waited_for(bench: Bench):
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
-        worker.wait_until_said("started")
+        until(lambda: bench.sessions(worker), "it has sessions")
         bench.alter_role(worker.role, "CONNECTION LIMIT 0")
-        until(lambda: bench.end_sessions(of=worker), "its sessions were ended")
+        until(lambda: not bench.end_sessions(of=worker), "none of its sessions is left")
         wait_until_told(worker, "it takes no more connections")
         bench.alter_role(worker.role, "CONNECTION LIMIT -1")
         worker.wait_until_said("server_back")

@@ -509,7 +509,7 @@ def test_children_with_keys_of_their_own_and_nested_values(given: Given):
                 key=("member_id",),
                 fields=[
                     uuid("member_id", "who.id", "Member."),
-                    text_field("name", "who.name", "Name."),
+                    text_field("name", "who.name", "Name.", personal=False),
                 ],
             )
         ],

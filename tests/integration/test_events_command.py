@@ -154,7 +154,7 @@ def test_an_event_cannot_play_tricks_on_the_terminal(given, find):
     result = find("--payload")
 
     assert "EVIL\\x1b[31m\\u202e" in result.out
-    assert "\\x07\\n" in result.out
+    assert "\\u0007\\n" in result.out
     assert not {"\x1b", "\x07", "\u202e"} & set(result.out)
 
 

@@ -223,6 +223,7 @@ def test_the_judge_finds_nothing_where_nothing_is_and_each_kind_of_harm(soaked):
         db.execute("CREATE TABLE pipeline_shadow.left_over ()")
         db.execute("UPDATE pipeline.consumer_offsets SET next_offset = next_offset + 1")
     harmed = judge(bench, feed, ledger)
+    bench.execute("DROP TABLE pipeline_shadow.left_over")
 
     assert harmed.differing > 0
     assert harmed.differing_from_books == 1

@@ -168,6 +168,8 @@ def _drain(world: World, analyst: Analyst) -> None:
         for slot in world.slots.values():
             if slot.worker is not None:
                 slot.stop()
+            # The worker is gone: what stands still is the proxy's, on whose side a cut client hung.
+            slot.proxy.cut()
 
 
 def _take_down(

@@ -13,9 +13,8 @@ import psycopg
 
 from tests import waiting
 
-BACK_SECONDS_MAX = 360.0
-"""Longest time that anything may take to come back by itself. A Kafka that was killed may wait for
-members that died meanwhile as long as their ``max.poll.interval.ms``, which is 300 s."""
+BACK_SECONDS_MAX = 240.0
+"""Longest time that anything may take to come back by itself; the machine may be busy."""
 FAILURES_MAX = 20
 
 T = TypeVar("T")

@@ -35,9 +35,11 @@ SETTINGS = {
     # Shorter than a worker may be paused, longer than a busy machine lets one wait for its turn.
     "idle_in_transaction_timeout_ms": "6000",
 }
+# So long a Kafka that was killed may wait for members that died meanwhile: 5 minutes by default.
+CLASSIC = f"{QUICK_TO_NOTICE},max.poll.interval.ms=120000"
 PROTOCOLS: dict[str, dict[str, str]] = {
-    "cooperative": {"kafka_options": QUICK_TO_NOTICE},
-    "eager": {"kafka_options": f"{QUICK_TO_NOTICE},partition.assignment.strategy=range"},
+    "cooperative": {"kafka_options": CLASSIC},
+    "eager": {"kafka_options": f"{CLASSIC},partition.assignment.strategy=range"},
     "consumer": {"kafka_group_protocol": "consumer"},
 }
 

@@ -29,6 +29,7 @@ _PREPARE = (
 _TAKE = text(
     "SELECT pg_try_advisory_lock(hashtextextended('pipeline.rewind ' || :of_partition, 0))"
 )
+_LET_GO = text("SELECT pg_advisory_unlock_all()")
 _CLEAR = text("TRUNCATE pg_temp.staged")
 _COPY = f"COPY pg_temp.staged ({COLUMNS}) FROM STDIN (FORMAT binary)"
 # Bytes are compared where both sides kept them: keep_raw may have been set in between. A payload
@@ -156,6 +157,9 @@ class Staging:
                 for statement in _PREPARE:
                     connection.execute(statement)
             yield cls(connection, partition)
+            # A session's end lets go as well, a moment after whoever ended it has gone on.
+            with translated(), connection.begin():
+                connection.execute(_LET_GO)
         finally:
             # Closed for good: in the pool its tables and its lock would live on.
             connection.invalidate()

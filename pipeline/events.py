@@ -7,6 +7,7 @@ the same JSON value, or there is no value, the bytes are kept beside it.
 import base64
 import json
 import re
+from binascii import unhexlify
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -116,12 +117,13 @@ _row = partial(tuple.__new__, Row)
 
 
 # The calendar of PostgreSQL: from 4714-11-24 BC, up to and without the year 294277.
-_CALENDAR = range(-210_866_803_200_000, 9_224_318_016_000_000)
+_FIRST_MS = -210_866_803_200_000
+_END_MS = 9_224_318_016_000_000
 
 
 def _kafka_time(milliseconds: int) -> Micros | None:
     """Kafka's time; None for one that a timestamptz cannot hold. A producer may send any number."""
-    return milliseconds * 1000 if milliseconds in _CALENDAR else None
+    return milliseconds * 1000 if _FIRST_MS <= milliseconds < _END_MS else None
 
 
 _Read = tuple[
@@ -151,19 +153,18 @@ def _read_value(value: bytes | None) -> _Read:
     # Few texts hold a backslash, and to look for one byte from behind costs a tenth of `in`.
     if value.rfind(b"\\") >= 0 and b"\\u0000" in value and (problem := _unholdable_escape(value)):
         return _without_payload(value, problem)
-    raw = None if _same_value(value, event) else value
-    return value, raw, *_envelope(event)
+    return _read_envelope(event, value, None if _same_value(value, event) else value)
 
 
 def _same_value(value: bytes, event: object) -> bool:
     """Whether jsonb, made from ``value``, is provably the same JSON value."""
-    # jsonb has numeric's one zero. (To search from behind takes half the time here.)
-    if value.rfind(b"-0.0") >= 0 and _MINUS_ZERO.search(value):
-        return False
     try:
         canonical = orjson.dumps(event)
     except orjson.JSONEncodeError:
         # It writes 254 levels and reads 1024.
+        return False
+    # jsonb has numeric's one zero. (To search from behind takes half the time here.)
+    if value.rfind(b"-0.0") >= 0 and _MINUS_ZERO.search(value):
         return False
     if canonical == value:
         return True
@@ -227,7 +228,7 @@ def _read_unusual(value: bytes) -> _Read:
         return _without_payload(value, "not JSON")
     if problem := _unholdable_escape(value):
         return _without_payload(value, problem)
-    return value, value, *_envelope(event)
+    return _read_envelope(event, value, value)
 
 
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
@@ -255,11 +256,9 @@ _ENTITY_IDS = ("id", "account_id", "account_group_id", "user_id")
 _NO_ENTITY: dict[str, object] = {}
 
 
-def _envelope(
-    event: object,
-) -> tuple[bytes | None, str | None, Micros | None, bytes | None, str | None]:
+def _read_envelope(event: object, payload: bytes, raw: bytes | None) -> _Read:
     if not isinstance(event, dict):
-        return None, None, None, None, "no envelope: not a JSON object"
+        return payload, raw, None, None, None, None, "no envelope: not a JSON object"
     event_id = uuid_bytes(event.get("id"))
     created_at = micros(event.get("created_at"))
     event_type = event.get("type")
@@ -280,7 +279,7 @@ def _envelope(
         if name in entity:
             entity_id = uuid_bytes(entity[name])
             break
-    return event_id, event_type, created_at, entity_id, problem
+    return payload, raw, event_id, event_type, created_at, entity_id, problem
 
 
 def _envelope_problem(
@@ -310,10 +309,10 @@ def uuid_bytes(text: object) -> bytes | None:
     """The 16 bytes of a UUID in its usual spelling; None for anything else."""
     if isinstance(text, str) and len(text) == UUID_LENGTH and text[8:24:5] == "----":
         try:
-            sixteen = bytes.fromhex(text.replace("-", ""))
+            sixteen = unhexlify(text.replace("-", ""))
         except ValueError:
             return None
-        # Dashes or spaces elsewhere would have left fewer.
+        # Dashes elsewhere would have left fewer.
         return sixteen if len(sixteen) == UUID_BYTES else None
     return None
 

@@ -12,7 +12,8 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -117,8 +118,7 @@ class Ingest:
             TransientError: A one-shot run waited long enough for a server.
             InvariantError: What must be impossible has happened.
         """
-        _tune_interpreter()
-        with self._writer:
+        with _tuned_interpreter(), self._writer:
             while not self._stop.is_set():
                 try:
                     self._serve_membership()
@@ -190,15 +190,17 @@ class Ingest:
 
     def _take_in(self, polled: Polled) -> None:
         keep_raw = self._settings.keep_raw
-        for place, records in groupby(polled.records, key=itemgetter(0, 1)):
-            partition = Partition(*place)
+        for place, polled_of in groupby(polled.records, key=itemgetter(0, 1)):
+            partition, records = Partition(*place), list(polled_of)
             first = self._machine.wants_from(partition)
-            if first is not None:
-                mark = self._windows[partition].mark
-                new = (it for it in records if it.offset >= first)
-                self._machine.received(
-                    partition, [encode(mark(read(it, keep_raw=keep_raw))) for it in new]
-                )
+            if first is None:
+                continue
+            if records[0].offset < first:
+                records = [record for record in records if record.offset >= first]
+            mark = self._windows[partition].mark
+            self._machine.received(
+                partition, [encode(mark(read(record, keep_raw=keep_raw))) for record in records]
+            )
         for happening in polled.happenings:
             match happening:
                 case ReachedEnd(partition, offset):
@@ -383,9 +385,12 @@ class Ingest:
 
     def _look_around(self) -> None:
         now = time.monotonic()
-        if now < self._look_at or self._machine.is_troubled:
+        if now < self._look_at:
             return
         self._look_at = now + LOOK_S
+        gc.collect()
+        if self._machine.is_troubled:
+            return
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
@@ -503,12 +508,21 @@ def _tell_fenced(partitions: Collection[Partition]) -> None:
         )
 
 
-def _tune_interpreter() -> None:
+@contextmanager
+def _tuned_interpreter() -> Iterator[None]:
     """Two threads and many short-lived rows; measured in benchmarks/ingest.py.
 
     While rows are read, the writer's thread wants the interpreter back after each piece it sends;
-    the default of 5 ms makes it wait longer than PostgreSQL works. And rows hold no cycles that the
-    collector could find, so it need not look after every 700 of them.
+    the default of 5 ms makes it wait longer than PostgreSQL works. And rows hold no cycles, so the
+    collector would look at each of them in vain: it runs with each look around instead.
     """
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(0.000_5)
-    gc.set_threshold(100_000, 50, 100)
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        sys.setswitchinterval(interval)

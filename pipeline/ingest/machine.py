@@ -163,7 +163,7 @@ class Machine:
         if rows:
             self._owned[partition].taken = after(Offset(rows[-1].offset))
             self._rows += rows
-            self._bytes += sum(row.size for row in rows)
+            self._bytes += sum(len(row.copied) for row in rows)
 
     def reached_end(self, partition: Partition, offset: NextOffset) -> None:
         """The partition has no record below ``offset`` that we have not been given.

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import ingest, memory, projection
+from benchmarks import ingest, latency, memory, projection, recovery, scale
 from benchmarks.report import Section, heading
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
 RESULTS = Path(__file__).parent / "results.md"
-PARTS = ("ingest", "projection", "memory")
+PARTS = ("ingest", "projection", "latency", "recovery", "scale", "memory")
 
 
 def main() -> int:
@@ -40,6 +40,12 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
         yield ingest.measure(stage, rows, pairs)
     if "projection" in arguments.only:
         yield projection.measure(stage, rows // 3, pairs)
+    if "latency" in arguments.only:
+        yield latency.measure(stage, quick=arguments.quick)
+    if "recovery" in arguments.only:
+        yield recovery.measure(stage, 1 if arguments.quick else pairs)
+    if "scale" in arguments.only:
+        yield scale.measure(stage, quick=arguments.quick)
     if "memory" in arguments.only:
         yield memory.measure(stage, backlog)
 

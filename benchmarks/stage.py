@@ -33,7 +33,7 @@ SERVER_SETTINGS = {
     "max_wal_size": "16GB",
     "checkpoint_timeout": "1h",
     "shared_buffers": "512MB",
-    "track_commit_timestamp": "off",
+    "track_commit_timestamp": "on",
 }
 
 
@@ -72,15 +72,17 @@ class Stage:
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
             connection.execute("CHECKPOINT")
 
-    def load(self, events: int, *, about: bytes = b"") -> str:
-        """A new topic with so many simulated events, in partitions; its name.
+    def load(self, events: int, *, about: bytes = b"", topic: str | None = None) -> str:
+        """A topic with so many simulated events, in partitions; its name.
 
         Args:
             events: How many.
             about: Only those that hold this text, e.g. a part of their type.
+            topic: Put them behind what this one has; None for a new one.
         """
-        topic = f"benchmark-{events}-{secrets.token_hex(3)}"
-        self.kafka.create_topic(topic, PARTITIONS)
+        if topic is None:
+            topic = f"benchmark-{events}-{secrets.token_hex(3)}"
+            self.kafka.create_topic(topic, PARTITIONS)
         simulated = Simulation(
             seed=SEED, events=None, topic=topic, partitions=PARTITIONS, keep_books=False
         )
@@ -94,14 +96,18 @@ class Stage:
         """``pipeline ingest --until-end`` of a topic, with default settings."""
         return run_process(
             [sys.executable, "-m", "pipeline", "ingest", "--until-end"],
-            {
-                "PIPELINE_DATABASE_URL": database.dsn,
-                "PIPELINE_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap_servers,
-                "PIPELINE_KAFKA_SECURITY_PROTOCOL": "PLAINTEXT",
-                "PIPELINE_TOPICS": topic,
-                "PIPELINE_GROUP_ID": f"benchmark-{secrets.token_hex(6)}",
-            },
+            self.environment(topic, database),
         )
+
+    def environment(self, topic: str, database: Database) -> dict[str, str]:
+        """What tells the pipeline to read a topic into a database, as a group of its own."""
+        return {
+            "PIPELINE_DATABASE_URL": database.dsn,
+            "PIPELINE_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap_servers,
+            "PIPELINE_KAFKA_SECURITY_PROTOCOL": "PLAINTEXT",
+            "PIPELINE_TOPICS": topic,
+            "PIPELINE_GROUP_ID": f"benchmark-{secrets.token_hex(6)}",
+        }
 
     def server_cpu_s(self) -> float | None:
         """CPU that PostgreSQL's processes have used so far; None where they are not ours to see."""

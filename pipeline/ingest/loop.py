@@ -50,6 +50,10 @@ log = structlog.get_logger(__name__)
 
 POLL_RECORDS_MAX = 1000
 """Most records taken at a time: in between, the database gets its next batch without delay."""
+IDLE_WAIT_S = 0.05
+"""How long to wait for a record before anything else is looked at."""
+BUSY_WAIT_S = 0.002
+"""How long to wait for the database, with a part of a batch, before Kafka is asked for more."""
 DRAIN_WAIT_S = 0.05
 """How often a drain looks whether the writer is done."""
 FULL_WAIT_S = 1.0
@@ -172,21 +176,27 @@ class Ingest:
         self._advance(wait_s=0.0)
         if self._machine.room:
             self._source.let_flow(self._machine.owned)
-            self._receive(self._settings.linger_ms / 1000)
+            # What has come meanwhile is written as soon as the database is free.
+            gathers = self._machine.has_waiting and self._machine.is_with_database
+            received = self._receive(wait_s=0.0 if gathers else IDLE_WAIT_S)
+            if gathers and not received:
+                self._advance(wait_s=BUSY_WAIT_S)
         elif not self._advance(wait_s=FULL_WAIT_S):
             # The database is slow or away: stay in the group, and fetch no more meanwhile.
             self._source.hold(self._machine.owned)
-            self._receive(0.0)
+            self._receive(wait_s=0.0)
         self._look_around()
         self._observe(Progress(self._written, self._machine.behind))
 
     # ---------------------------------------------------------------------------------- from Kafka
 
-    def _receive(self, timeout_s: float) -> None:
+    def _receive(self, *, wait_s: float) -> bool:
+        """Take what Kafka has for us; whether it was anything."""
         records_max = min(POLL_RECORDS_MAX, max(1, self._machine.room))
-        polled = self._source.poll(records_max, timeout_s)
+        polled = self._source.poll(records_max, wait_s, self._settings.linger_ms / 1000)
         failpoints.reach("after_poll")
         self._take_in(polled)
+        return bool(polled.records)
 
     def _take_in(self, polled: Polled) -> None:
         keep_raw = self._settings.keep_raw

@@ -299,6 +299,11 @@ class Machine:
         return max(0, self.bounds.batch_rows_max - len(self._rows))
 
     @property
+    def has_waiting(self) -> bool:
+        """Whether records have come that are not in a batch yet."""
+        return bool(self._rows)
+
+    @property
     def is_with_database(self) -> bool:
         """Whether a step was handed out whose outcome has not been told."""
         return self._flight is not None and self._flight_state in (

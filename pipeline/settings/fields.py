@@ -116,7 +116,10 @@ class Settings(BaseSettings):
         description="Most bytes of records in one transaction; a larger record goes alone",
     )
     linger_ms: int = Field(
-        default=50, ge=0, le=5000, description="How long a batch waits to fill, in milliseconds"
+        default=5,
+        ge=0,
+        le=5000,
+        description="How long a record waits for others to share its transaction, in milliseconds",
     )
     repeat_window: int = Field(
         default=10_000,

@@ -140,16 +140,19 @@ class KafkaSource:
             on_lost=self._lost,
         )
 
-    def poll(self, records_max: int, timeout_s: float) -> Polled:
-        """Records and happenings, as soon as there are any; serves the listener.
+    def poll(self, records_max: int, wait_s: float, linger_s: float = 0.0) -> Polled:
+        """Records and happenings that are there; serves the listener.
 
         Args:
             records_max: Most records; at least 1.
-            timeout_s: Longest wait.
+            wait_s: Longest wait where there is nothing.
+            linger_s: Longest wait for more once there is something.
         """
         self.brokers.serve()
         try:
-            messages = self._consumer.consume(records_max, timeout_s)
+            messages = self._consumer.consume(1, wait_s)
+            if messages and records_max > 1:
+                messages += self._consumer.consume(records_max - 1, linger_s)
         except KafkaException as error:
             raise translated(error.args[0]) from None
         if self._raised is not None:

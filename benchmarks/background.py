@@ -1,0 +1,51 @@
+"""A process that goes on while something is measured."""
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that was started, and not ended yet."""
+
+    process: subprocess.Popen[str]
+
+    def cpu_s(self) -> float:
+        """User and system time that it has used so far."""
+        # The second field, the name in parentheses, may hold spaces.
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    def kill(self) -> None:
+        """End it at once, without a chance to finish anything."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def background(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Running]:
+    """Run a command for the length of the block, then end it as an operator does.
+
+    Raises:
+        RuntimeError: It ended before the block; the message has its last lines.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=said, stderr=said, text=True
+        )
+        running = Running(process)
+        try:
+            yield running
+            if process.poll() not in (None, -signal.SIGKILL):
+                said.seek(0)
+                last = "".join(said.readlines()[-20:])
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
+        finally:
+            process.terminate()
+            process.wait()

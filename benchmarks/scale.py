@@ -1,0 +1,200 @@
+"""Whether a row costs the same at tens of millions of rows as at the first million.
+
+One topic grows. At each size a step of real events is ingested and measured. In between the log is
+filled inside PostgreSQL, with rows like those of the first step but ids of their own, at offsets
+that as many small records take up in Kafka.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import LiteralString
+
+from confluent_kafka import Producer
+
+from benchmarks.report import Section
+from benchmarks.stage import PARTITIONS, Stage
+from tests.servers.databases import Database
+
+SIZES = (1_000_000, 10_000_000, 20_000_000, 30_000_000)
+STEP = 500_000
+QUICK_SIZES = (120_000, 240_000)
+QUICK_STEP = 30_000
+WANTED = 1.2
+LOOKS = 5
+FILLER = b"-"
+FILLER_DIGEST = blake2b(FILLER, digest_size=16).digest()
+"""Of the filled rows: what is in Kafka at the log's end must be what the log holds there."""
+FILLERS_IN_FLIGHT = 100_000
+
+ENDS = """
+SELECT "partition", next_offset FROM pipeline.consumer_offsets WHERE topic = %s
+"""
+FILL = """
+INSERT INTO pipeline.events (topic, "partition", "offset", event_id, event_type, created_at,
+    entity_id, payload, digest, key, headers, kafka_timestamp, kafka_timestamp_type)
+SELECT topic, "partition", "offset" + %(further)s, gen_random_uuid(), event_type, created_at,
+    gen_random_uuid(), payload, %(digest)s, key, headers, kafka_timestamp, kafka_timestamp_type
+FROM pipeline.events
+WHERE topic = %(topic)s AND "partition" = %(partition)s AND "offset" < %(model)s
+ORDER BY "offset"
+"""
+MOVE = """
+UPDATE pipeline.consumer_offsets SET next_offset = next_offset + %(rows)s
+WHERE topic = %(topic)s AND "partition" = %(partition)s
+"""
+STEADY = """
+WITH batches AS (
+    SELECT ingested_at, count(*) AS rows FROM pipeline.events
+    WHERE ingested_at >= to_timestamp(%s) GROUP BY 1
+)
+SELECT sum(rows) - (SELECT rows FROM batches ORDER BY ingested_at DESC LIMIT 1),
+    extract(epoch FROM max(ingested_at) - min(ingested_at))
+FROM batches
+"""
+DISK = "SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('pipeline.events')"
+SOME = "SELECT event_id, entity_id FROM pipeline.events WHERE entity_id IS NOT NULL LIMIT 1"
+QUERIES: Mapping[str, LiteralString] = {
+    "`pipeline.lag`": "SELECT * FROM pipeline.lag",
+    "events of an entity": "SELECT * FROM pipeline.events WHERE entity_id = %(entity)s",
+    "event by id": "SELECT * FROM pipeline.events WHERE event_id = %(event)s",
+    "last 100 of a partition": """
+        SELECT * FROM pipeline.events WHERE topic = %(topic)s AND "partition" = 0
+        ORDER BY "offset" DESC LIMIT 100
+    """,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one ingest into a log of some size has cost.
+
+    Attributes:
+        before: Rows that the log held.
+        rate: Events a second.
+        server_us: CPU of PostgreSQL, microseconds an event; None where it cannot be told.
+        client_us: CPU of the whole command, microseconds an event.
+        bytes_a_row: The log on disk, with its indexes.
+        looks_ms: Milliseconds of each of ``QUERIES``.
+    """
+
+    before: int
+    rate: float
+    server_us: float | None
+    client_us: float
+    bytes_a_row: float
+    looks_ms: Sequence[float]
+
+    def line(self) -> str:
+        """As a row of the table."""
+        server = "" if self.server_us is None else f"{self.server_us:.1f} µs"
+        looks = " | ".join(f"{ms:.1f} ms" for ms in self.looks_ms)
+        return (
+            f"| {self.before:,} | {self.rate:,.0f} | {server} | {self.client_us:.1f} µs "
+            f"| {self.bytes_a_row:,.0f} | {looks} |"
+        )
+
+
+def measure(stage: Stage, *, quick: bool) -> Section:
+    """Grow one log, and measure a step at each size."""
+    sizes, step = (QUICK_SIZES, QUICK_STEP) if quick else (SIZES, STEP)
+    topic = stage.load(step)
+    with stage.database() as database:
+        steps = [_ingested(stage, database, topic, step, before=0)]
+        model = _ends(database, topic)
+        rows = step
+        for size in sizes:
+            for _ in range((size - rows) // step):
+                _fill(stage, database, topic, model)
+                rows += step
+            stage.load(step, topic=topic)
+            steps.append(_ingested(stage, database, topic, step, before=rows))
+            rows += step
+    first, last = steps[1], steps[-1]
+    return Section(
+        "Scale",
+        f"One topic of {PARTITIONS} partitions. At each size {step:,} events more were ingested by "
+        "`pipeline ingest --until-end`; rate by PostgreSQL's clock, CPU with start and end. The "
+        f"queries: median of {LOOKS}, warm.",
+        [
+            "| rows before | events/s | CPU of PostgreSQL a row | of the client | bytes a row "
+            f"| {' | '.join(QUERIES)} |",
+            "|" + "---|" * (5 + len(QUERIES)),
+            *(one.line() for one in steps),
+            "",
+            f"{last.before:,} rows against {first.before:,} (wanted: {WANTED:g} at most): time a "
+            f"row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}.",
+        ],
+    )
+
+
+def _cpu_ratio(first: Step, last: Step) -> str:
+    if first.server_us is None or last.server_us is None:
+        return ""
+    return f", PostgreSQL's CPU a row **{last.server_us / first.server_us:.2f}**"
+
+
+def _ingested(stage: Stage, database: Database, topic: str, step: int, *, before: int) -> Step:
+    with database.connect() as connection:
+        connection.execute("VACUUM (ANALYZE) pipeline.events")
+    stage.settle()
+    begun = time.time()
+    cpu_before = stage.server_cpu_s()
+    finished = stage.ingest(topic, database)
+    cpu_after = stage.server_cpu_s()
+    with database.connect() as connection:
+        [(steady, seconds)] = connection.execute(STEADY, [begun]).fetchall()
+        [(on_disk,)] = connection.execute(DISK).fetchall()
+        [(rows,)] = connection.execute("SELECT count(*) FROM pipeline.events").fetchall()
+    assert rows == before + step
+    return Step(
+        before=before,
+        rate=float(steady) / float(seconds),
+        server_us=None
+        if cpu_before is None or cpu_after is None
+        else (cpu_after - cpu_before) / step * 1e6,
+        client_us=finished.cpu_s / step * 1e6,
+        bytes_a_row=float(on_disk) / rows,
+        looks_ms=_looked(database, topic),
+    )
+
+
+def _ends(database: Database, topic: str) -> dict[int, int]:
+    with database.connect() as connection:
+        return dict(connection.execute(ENDS, [topic]).fetchall())
+
+
+def _fill(stage: Stage, database: Database, topic: str, model: Mapping[int, int]) -> None:
+    """As many rows again as the first step had, partition by partition."""
+    producer = Producer({"bootstrap.servers": stage.kafka.bootstrap_servers, "linger.ms": 50})
+    for partition, rows in model.items():
+        further = _ends(database, topic)[partition]
+        place = {"topic": topic, "partition": partition}
+        with database.connect() as connection, connection.transaction():
+            connection.execute(
+                FILL, {**place, "further": further, "model": rows, "digest": FILLER_DIGEST}
+            )
+            connection.execute(MOVE, {**place, "rows": rows})
+        for _ in range(rows):
+            producer.produce(topic, FILLER, partition=partition)
+            if len(producer) > FILLERS_IN_FLIGHT:
+                producer.poll(0.1)
+    assert producer.flush(60) == 0
+
+
+def _looked(database: Database, topic: str) -> list[float]:
+    """Milliseconds of each query."""
+    taken = []
+    with database.connect() as connection:
+        [(event, entity)] = connection.execute(SOME).fetchall()
+        given = {"topic": topic, "event": event, "entity": entity}
+        for query in QUERIES.values():
+            times = []
+            for _ in range(LOOKS):
+                begun = time.monotonic()
+                connection.execute(query, given).fetchall()
+                times.append((time.monotonic() - begun) * 1000)
+            taken.append(statistics.median(times))
+    return taken

@@ -11,14 +11,14 @@ from functools import partial
 from benchmarks import projection
 from benchmarks.filling import fill, one_row
 from benchmarks.report import Pairs, Run, Section, table
-from benchmarks.rivals import debezium, eventsourcing, faucet, quix, redpanda_connect
+from benchmarks.rivals import debezium, emmett, eventsourcing, faucet, quix, redpanda_connect
 from benchmarks.rivals.rival import CannotRunError, Reader, Rival
 from benchmarks.stage import Stage
 
 SIZE = 700
 """Bytes of a value."""
 READERS = (quix.rival, debezium.rival, faucet.rival, redpanda_connect.rival)
-PROJECTING = (eventsourcing.rival,)
+PROJECTING = (eventsourcing.rival, emmett.rival)
 
 
 def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READERS) -> Section:

@@ -135,13 +135,14 @@ class Projecting(Rival):
     """A rival of rebuild: the events of orders into ``benchmark.orders``.
 
     Attributes:
-        command: The process that projects all events of a database.
-        prepare: Statements that give the rival the events of ``pipeline.events``, in its own form.
+        prepare: Gives the rival the events of a database's ``pipeline.events`` in its own form,
+            none of them projected.
+        command: The process that projects them.
         handled: A query: how many events it has projected so far.
     """
 
+    prepare: Callable[[Database], None]
     command: Callable[[Database], Command]
-    prepare: Sequence[str]
     handled: str
 
     def run(self, database: Database, events: int) -> Run:
@@ -150,8 +151,8 @@ class Projecting(Rival):
         It is ended once it has handled all.
         """
         with database.connect() as connection:
-            for statement in ("TRUNCATE benchmark.orders", *self.prepare):
-                connection.execute(statement.encode())
+            connection.execute("TRUNCATE benchmark.orders")
+        self.prepare(database)
         command = self.command(database)
         seen: list[tuple[float, int]] = []
 

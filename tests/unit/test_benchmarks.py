@@ -50,6 +50,15 @@ def test_what_a_rival_in_java_needs_is_pinned():
     assert all(re.fullmatch(r"\d[\w.]*|\$\{\w+\.version\}", version) for version in versions)
 
 
+def test_what_a_rival_in_javascript_needs_is_pinned_by_hashes_and_names_no_address():
+    locked = orjson.loads((HERE / "emmett" / "package-lock.json").read_bytes())["packages"]
+    packages = [package for place, package in locked.items() if place]
+
+    assert packages
+    assert all(package["integrity"].startswith("sha512-") for package in packages)
+    assert not any("resolved" in package for package in packages)
+
+
 def test_a_rival_that_cannot_be_had_is_told_by_its_reason(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(faucet, "ENVIRONMENT", Path("/nowhere"))

@@ -12,10 +12,6 @@ HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
 PLACEHOLDERS = {name: f"%({name})s" for name in FIELDS}
 
-DROP = (
-    "DROP TABLE IF EXISTS application_events",
-    "DROP TABLE IF EXISTS ordersprojection_tracking",
-)
 # As its recorder makes the table, and as its transcoder writes an event.
 STORE = """
 CREATE TABLE application_events (
@@ -36,6 +32,13 @@ ORDER BY e.partition, e."offset"
 
 def _install() -> None:
     virtual_environment(REQUIREMENTS)
+
+
+def _prepare(database: Database) -> None:
+    with database.connect() as connection:
+        connection.execute("DROP TABLE IF EXISTS application_events, ordersprojection_tracking")
+        for statement in (STORE, INDEX, COPY, "VACUUM ANALYZE application_events"):
+            connection.execute(statement.encode())
 
 
 def _command(database: Database) -> Command:
@@ -64,7 +67,7 @@ rival = Projecting(
     wanted=20,
     install=_install,
     command=_command,
-    prepare=(*DROP, STORE, INDEX, COPY, "VACUUM ANALYZE application_events"),
+    prepare=_prepare,
     handled="SELECT coalesce(max(notification_id), 0) FROM ordersprojection_tracking "
     "WHERE application_name = 'Application'",
 )

@@ -36,12 +36,10 @@ def _install() -> None:
 
 
 def _prepare(database: Database) -> None:
-    with database.connect() as connection:
-        connection.execute("DROP TABLE IF EXISTS emt_messages, emt_streams, emt_subscriptions")
-        connection.execute("DROP TABLE IF EXISTS emt_processors, emt_projections CASCADE")
-        connection.execute("DROP SEQUENCE IF EXISTS emt_global_message_position")
     run_process(["node", str(_folder() / "app.mjs"), "store"], {"DSN": database.dsn})
     with database.connect() as connection:
+        connection.execute("TRUNCATE emt_messages, emt_processors, emt_projections")
+        connection.execute("ALTER SEQUENCE emt_global_message_position RESTART")
         connection.execute(STORE.encode())
         connection.execute("VACUUM ANALYZE emt_messages")
 

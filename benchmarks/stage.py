@@ -243,7 +243,7 @@ def run_process(
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode and done_after is None:
             said.seek(0)
-            last = "".join(said.readlines()[-60:])
+            last = "".join(said.readlines()[-20:])
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
     return Finished(seconds, used.ru_utime + used.ru_stime, peak or used.ru_maxrss * 1024)
 

@@ -559,7 +559,8 @@ def test_python_dash_m_is_the_same_command():
 # --------------------------------------------------------------------------------------- examples
 
 _ENDLESS = {
-    *("pipeline run", "pipeline ingest", "pipeline project", "pipeline status --watch"),
+    *("pipeline run", "pipeline run --workers 4", "pipeline ingest", "pipeline project"),
+    "pipeline status --watch",
     *("pipeline events --follow --json", "pipeline simulate --rate 200 --chaos"),
     "pipeline demo",  # has tests of its own
 }

@@ -38,7 +38,7 @@ def test_every_partition_has_one_worker_and_the_shares_differ_by_one_at_most(mem
 
         assert set(owners) == (partitions if able else set())
         assert set(owners.values()) <= able
-        shares = Counter({worker: 0 for worker in able} | Counter(owners.values()))
+        shares = Counter(dict.fromkeys(able, 0) | Counter(owners.values()))
         assert max(shares.values(), default=0) - min(shares.values(), default=0) <= 1
 
 

@@ -172,7 +172,7 @@ class _Loop:
         while not self._stop.is_set():
             self._crew.check_in()
             with transaction(self._engine) as db:
-                standings = checkpoints.standings(db, list(self._projectors))
+                standings = checkpoints.standings(db, self._projectors, only_behind=True)
             if self._until_end and self._has_arrived(standings):
                 return
             moved = self._round(self._crew.share(standings))

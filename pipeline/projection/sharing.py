@@ -91,6 +91,7 @@ LIVING = (
     .where(projection_workers.c.expires_at >= func.now())
     .order_by(projection_workers.c.since, projection_workers.c.worker)
 )
+PARTITIONS = text('SELECT topic, "partition" FROM pipeline.consumer_offsets')
 LEAVE = delete(projection_workers).where(projection_workers.c.worker == bindparam("of_worker"))
 
 
@@ -112,6 +113,11 @@ class Member(NamedTuple):
 def living(db: Connection) -> list[Member]:
     """The workers that project, in the order of their start."""
     return [Member(*row) for row in db.execute(LIVING)]
+
+
+def known_partitions(db: Connection) -> list[Partition]:
+    """The partitions of the log."""
+    return [Partition(*row) for row in db.execute(PARTITIONS)]
 
 
 def shared_out(
@@ -145,7 +151,7 @@ class Crew:
         self._engine = engine
         self._worker = uuid4()
         self._projectors = sorted(projectors)
-        self._members: Sequence[Member] = []
+        self._owners: Mapping[str, Mapping[Partition, UUID]] = {}
         self._say_at = 0.0
 
     def check_in(self) -> None:
@@ -168,17 +174,20 @@ class Crew:
                 },
             )
             db.execute(REMOVE_EXPIRED)
-            self._members = living(db)
+            members, partitions = living(db), known_partitions(db)
+        self._owners = {name: shared_out(members, name, partitions) for name in self._projectors}
         self._say_at = time.monotonic() + SAY_S
 
     def share(self, standings: Sequence[Standing]) -> list[Standing]:
-        """What of the work is ours, by who lived when we last checked in."""
-        partitions = {one.partition for one in standings}
-        owners = {
-            name: shared_out(self._members, name, partitions)
-            for name in {one.projector for one in standings}
-        }
-        return [one for one in standings if owners[one.projector][one.partition] == self._worker]
+        """What of the work is ours, by what we saw when we last checked in.
+
+        A partition that has come since is everybody's, until everybody has seen it.
+        """
+        return [
+            one
+            for one in standings
+            if self._owners[one.projector].get(one.partition, self._worker) == self._worker
+        ]
 
     def leave(self) -> None:
         """Have the others take over at once."""

@@ -1,5 +1,6 @@
 """Workers that project share the partitions; one that falls silent is replaced within a bound."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import pytest
@@ -10,8 +11,8 @@ from tests.faults.harness import Bench, Worker, until
 PER_SECOND = 300
 TAKEN_OVER_SECONDS_MAX = LIFE.total_seconds() + SAY_S + 8
 """What operations.md promises, and what a busy machine takes for a pass."""
-ALIKE = 10
-"""So many passes over a partition by one worker, and nobody else is at it."""
+PASSES = 12
+"""So many over a partition show whose it is."""
 LOOKS = 300
 
 # Who moved which partition's checkpoints; the service knows nothing of it.
@@ -28,37 +29,52 @@ CREATE TRIGGER audit AFTER UPDATE ON pipeline.projection_checkpoints FOR EACH RO
 """
 
 
-def owners(bench: Bench, passes: int) -> Mapping[int, str]:
-    """Which role alone was at a partition for its last passes."""
-    rows = bench.query(
+def passes(bench: Bench) -> Mapping[int, Counter[str]]:
+    """How often each role was at each partition."""
+    found: dict[int, Counter[str]] = {number: Counter() for number in range(bench.partitions)}
+    for number, writer, count in bench.query(
+        'SELECT "partition", writer, count(*) FROM audit.passes GROUP BY 1, 2'
+    ):
+        found[number][writer] = count
+    return found
+
+
+def have_seen_each_other(bench: Bench, workers: int) -> bool:
+    """Whether all have checked in twice since the last one came."""
+    [(is_so,)] = bench.query(
         """
-        SELECT "partition", min(writer) FROM (
-            SELECT *, row_number() OVER (PARTITION BY "partition" ORDER BY pass DESC) AS nth
-            FROM audit.passes) AS late
-        WHERE nth <= %s GROUP BY 1 HAVING count(DISTINCT writer) = 1 AND count(*) = %s
+        SELECT count(*) = %s AND min(expires_at) - %s > max(since) + make_interval(secs => %s)
+        FROM pipeline.projection_workers WHERE expires_at > now()
         """,
-        passes,
-        passes,
+        workers,
+        LIFE,
+        SAY_S,
     )
-    return dict(rows)
+    return bool(is_so)
 
 
 def wait_until_shared(bench: Bench, *workers: Worker) -> None:
-    """Wait until each worker, and nobody else, is at its share of the partitions."""
+    """Wait until they know each other; from then on each is alone at its share."""
+    until(lambda: have_seen_each_other(bench, len(workers)), "they know each other")
+    bench.execute("TRUNCATE audit.passes")
+    until(
+        lambda: min(done.total() for done in passes(bench).values()) >= PASSES,
+        f"{PASSES} passes over each partition",
+    )
+    found = passes(bench)
+    owners = [done.most_common(1)[0][0] for done in found.values()]
     share = bench.partitions // len(workers)
-
-    def is_shared() -> bool:
-        found = sorted(owners(bench, ALIKE).values())
-        return found == sorted(worker.role for worker in workers for _ in range(share))
-
-    until(is_shared, f"shared by {', '.join(worker.role for worker in workers)}")
+    assert sorted(owners) == sorted(one.role for one in workers for _ in range(share)), found
+    # A round that had begun before is ended by the shares that it began with.
+    strays = sum(done.total() - max(done.values()) for done in found.values())
+    assert strays <= bench.partitions, found
 
 
 def wait_until_taken_over(bench: Bench, heir: Worker) -> None:
     """Wait until every partition has moved on by the only worker that still can."""
     bench.execute("TRUNCATE audit.passes")
     until(
-        lambda: list(owners(bench, 1).values()) == [heir.role] * bench.partitions,
+        lambda: all(heir.role in done for done in passes(bench).values()),
         f"all taken over by {heir.role}",
         seconds_max=TAKEN_OVER_SECONDS_MAX,
     )

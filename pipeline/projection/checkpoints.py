@@ -122,6 +122,8 @@ CROSS JOIN pipeline.consumer_offsets o
 LEFT JOIN pipeline.projection_checkpoints c
        ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
 WHERE p.projector = ANY (CAST(:names AS text[])) AND p.state = 'live'
+  AND (NOT CAST(:only_behind AS boolean)
+       OR c.next_offset IS NULL OR o.next_offset > greatest(c.next_offset, o.first_offset))
 ORDER BY o.topic, o."partition", c.next_offset, p.projector
 """)
 
@@ -227,15 +229,23 @@ def register(db: Connection, names: Iterable[str]) -> None:
         db.execute(REGISTER, {"projector": name})
 
 
-def standings(db: Connection, names: Collection[str]) -> Sequence[Standing]:
+def standings(
+    db: Connection, names: Collection[str], *, only_behind: bool = False
+) -> Sequence[Standing]:
     """Where registered projectors stand, broken ones left out.
 
     Projectors that stand at the same place come one after another, by name.
+
+    Args:
+        db: An open transaction.
+        names: Which projectors.
+        only_behind: Only places where there is something to take.
     """
-    rows = db.execute(STANDINGS, {"names": list(names)}).all()
+    wanted = {"names": list(names), "only_behind": only_behind}
+    rows = db.execute(STANDINGS, wanted).all()
     if any(row.next_offset is None for row in rows):
         db.execute(BEGIN, {"names": list(names)})
-        rows = db.execute(STANDINGS, {"names": list(names)}).all()
+        rows = db.execute(STANDINGS, wanted).all()
     return [
         Standing(
             row.projector,

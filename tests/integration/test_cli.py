@@ -185,6 +185,47 @@ def test_a_missing_topic_ends_with_78_and_names_what_is_there(commands):
     assert TOPIC in result.log[-1]["reason"]
 
 
+@pytest.mark.parametrize("command", ["run", "ingest", "project"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_rows": "0"}, "PIPELINE_BATCH_ROWS (environment) must be a whole number"),
+        ({"database_url": ""}, "PIPELINE_DATABASE_URL is missing"),
+    ],
+)
+def test_several_workers_complain_of_a_wrong_setting_once(commands, command, wrong, said):
+    result = commands.with_(**wrong).run(command, "--workers", "3")
+
+    assert result.code == 78
+    assert result.err.count("\n") == 1
+    assert said in result.err
+
+
+@pytest.mark.parametrize("workers", ["0", "65", "two"])
+def test_a_number_of_workers_that_cannot_be_is_wrong_usage(commands, workers):
+    result = commands.run("run", "--workers", workers)
+
+    assert (result.code, result.out) == (2, "")
+    assert "--workers" in result.err
+
+
+def test_several_workers_read_their_settings_from_the_file_that_is_named(
+    commands, broker, tmp_path
+):
+    produce(broker)
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'topics = ["{TOPIC}"]\n')
+
+    result = commands.with_(topics="").run(
+        "--config", str(settings), "run", "--until-end", "--workers", "2"
+    )
+
+    assert result.code == 0, result.err
+    assert {line["worker"] for line in result.log if line["event"] == "started"} == {1, 2}
+    events = [line["event"] for line in result.log if "worker" not in line]
+    assert events == ["workers_started", "workers_ended"]
+
+
 def test_stale_read_models_are_rebuilt_beside_the_running_job(commands, broker, given):
     produce(broker)
     commands.run("run", "--until-end")
@@ -518,7 +559,8 @@ def test_python_dash_m_is_the_same_command():
 # --------------------------------------------------------------------------------------- examples
 
 _ENDLESS = {
-    *("pipeline run", "pipeline ingest", "pipeline project", "pipeline status --watch"),
+    *("pipeline run", "pipeline run --workers 4", "pipeline ingest", "pipeline project"),
+    "pipeline status --watch",
     *("pipeline events --follow --json", "pipeline simulate --rate 200 --chaos"),
     "pipeline demo",  # has tests of its own
 }

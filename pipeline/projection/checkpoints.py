@@ -1,6 +1,7 @@
 """The bookkeeping of projection: projectors, and how far each has come in each partition."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import (
@@ -212,6 +213,17 @@ BUILT = (
         problem=None,
         problem_at=None,
     )
+    .returning(projectors.c.built_at)
+)
+# Whoever builds anew, or goes on with it, waits for those who share the row, and they find another
+# time in it afterwards.
+BUILDING = (
+    select(projectors.c.projector)
+    .where(
+        projectors.c.projector == bindparam("of_projector"),
+        projectors.c.built_at == bindparam("since"),
+    )
+    .with_for_update(read=True)
 )
 BREAK = (
     update(projectors)
@@ -376,9 +388,21 @@ def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:
     db.execute(BUILD_BEGUN, {"of_projector": projector, "of_code": fingerprint})
 
 
-def note_built(db: Connection, projector: str, fingerprint: str) -> None:
-    """The table is now what this definition makes of the log; a broken projector is live again."""
-    db.execute(BUILT, {"of_projector": projector, "of_code": fingerprint})
+def note_built(db: Connection, projector: str, fingerprint: str) -> datetime:
+    """The table is now what this definition makes of the log; a broken projector is live again.
+
+    Returns:
+        Since when: no two builds have the same.
+    """
+    built = {"of_projector": projector, "of_code": fingerprint}
+    since: datetime = db.execute(BUILT, built).scalar_one()
+    return since
+
+
+def is_building(db: Connection, projector: str, since: datetime) -> bool:
+    """Whether nobody has begun or taken up the build after us; so it stays in this transaction."""
+    found = db.execute(BUILDING, {"of_projector": projector, "since": since})
+    return found.one_or_none() is not None
 
 
 def note_broken(db: Connection, projector: str, why: str) -> None:

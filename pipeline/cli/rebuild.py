@@ -55,7 +55,8 @@ def rebuild(
             "-j",
             min=1,
             max=JOBS_MAX,
-            help="Connections that work at once; each keeps a core of the database busy.",
+            help="Connections that work at once, not --in-place; each keeps a core of the database "
+            "busy.",
         ),
     ] = 2,
     as_json: Annotated[

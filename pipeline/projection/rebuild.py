@@ -17,7 +17,20 @@ from contextlib import contextmanager
 from typing import NamedTuple, Self, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine, Table, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Date,
+    DateTime,
+    Engine,
+    Integer,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
 
 from pipeline import dead_letters, failpoints
 from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
@@ -516,13 +529,28 @@ def _same_key(table: Table) -> str:
     return " AND ".join(f"t.{name} = s.{name}" for name in _key(table))
 
 
+# Of these, equal values are written alike; 1.0 and 1.00 are not.
+_WRITTEN_ALIKE = (BigInteger, Boolean, Date, DateTime, Integer, SmallInteger, Text, Uuid)
+
+
+def _differs(table: Table) -> str:
+    """Whether two rows are not the same to the last byte: cheaper than by their images."""
+    values = []
+    for column in table.columns:
+        name = f'"{column.name}"'
+        as_written = "" if isinstance(column.type, _WRITTEN_ALIKE) else "::text"
+        values.append(f"t.{name}{as_written} IS DISTINCT FROM s.{name}{as_written}")
+    return f"({' OR '.join(values)})"
+
+
 def _compare(table: Table) -> str:
     key = _key(table)[0]
     return (
         f"SELECT count(s.{key}) AS rows, "  # noqa: S608 - declared names
         f"count(*) FILTER (WHERE t.{key} IS NULL) AS missing, "
         f"count(*) FILTER (WHERE s.{key} IS NULL) AS surplus, "
-        f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL AND t *<> s) "
+        f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL "
+        f"AND {_differs(table)}) "
         f"AS changed FROM {_in(READ_SCHEMA, table)} AS t "
         f"FULL JOIN {_in(SHADOW_SCHEMA, table)} AS s ON {_same_key(table)}"
     )
@@ -540,7 +568,7 @@ def _change(table: Table) -> str:
     changes = ", ".join(f"{name} = s.{name}" for name in columns)
     return (
         f"UPDATE {_in(READ_SCHEMA, table)} AS t SET {changes} "  # noqa: S608 - declared names
-        f"FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)} AND t *<> s"
+        f"FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
     )
 
 

@@ -12,10 +12,12 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.embedded.postgres import free_port
+from pipeline.errors import ExitCode
+from pipeline.projectors import discover
 from pipeline.simulator import Chaos, Simulation
 from pipeline.simulator.producer import Producer
 from tests.commands import SCRIPT, Commands, InProcess, on_mock, wait
-from tests.given import order_event
+from tests.given import order_event, sample_events
 
 TOPIC = "Notifications"
 CANARY = "c4n4ry"
@@ -319,7 +321,7 @@ def test_a_rebuild_that_is_stopped_ends_with_0_and_leaves_the_rest(commands, giv
     pipeline(commands, "project", "--until-end")
     slow = commands.with_(enable_failpoints="1", failpoint="before_swap:sleep:3")
 
-    with slow.started("rebuild", "orders", "users", "--json") as rebuild:
+    with slow.started("rebuild", "orders", "users", "--jobs", "1", "--json") as rebuild:
         wait(lambda: count(given.database, _SWAPPING))
         rebuild.tell(signal.SIGTERM)
         code = rebuild.wait()
@@ -333,6 +335,37 @@ _SWAPPING = (
     "pg_locks WHERE relation = 'upvest.orders'::regclass AND mode = 'ShareRowExclusiveLock' "
     "AND granted"
 )
+
+
+def test_all_read_models_are_rebuilt_several_at_once(commands, given, pipeline):
+    given(sample_events())
+    pipeline(commands, "project", "--until-end")
+    given.execute("DELETE FROM upvest.orders")
+    given.execute("DELETE FROM upvest.execution_taxes")
+    gone = {"orders", "executions"}
+
+    mended = pipeline(commands, "rebuild", "--all", "--jobs", "3", "--json")
+    clean = pipeline(commands, "rebuild", "--all", "--check", "-j", "5", "--json")
+
+    assert mended.code == 0
+    assert [one["projector"] for one in mended.json] == [one.name for one in discover()]
+    assert {one["projector"] for one in mended.json if one["differing"]} == gone
+    assert clean.code == 0
+    assert {one["differing"] for one in clean.json} == {0}
+
+
+def test_a_rebuild_that_fails_beside_others_gives_the_exit_code(commands, given, pipeline):
+    given(sample_events())
+    pipeline(commands, "project", "--until-end")
+
+    with given.database.connect() as db:
+        db.execute("SELECT pg_advisory_lock(hashtextextended('pipeline.rebuild orders', 0))")
+        result = pipeline(commands, "rebuild", "orders", "users", "--jobs", "2", "--json")
+
+    assert result.code == ExitCode.FENCED
+    assert "orders: another rebuild" in result.err
+    assert {one["projector"] for one in result.json} <= {"users"}
+    assert pipeline(commands, "rebuild", "orders", "users", "--check").code == 0
 
 
 def test_rebuild_in_place_refills(commands, given, pipeline):

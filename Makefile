@@ -53,10 +53,10 @@ format: install ## Format the code and mend what lint can mend
 coverage: install ## All tests, with the lines and branches that none of them reaches
 	$(BIN)/python -m pytest --cov
 
-bench: install ## Measure, side by side with the bare statements; minutes
+bench: install ## Measure, side by side with the bare statements and what one could pick instead; an hour
 	$(BIN)/python -m benchmarks
 
-bench-quick: install ## The same with small numbers, to see that it works
+bench-quick: install ## The same with small numbers and no rivals, to see that it works
 	$(BIN)/python -m benchmarks --quick
 
 migration: install ## A migration for what the code declares anew: make migration name="add fees"
@@ -67,6 +67,11 @@ lock: install ## Resolve the dependencies of pyproject.toml again; pins stay whe
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-strip-extras \
 	  --custom-compile-command 'make lock' --quiet --output-file requirements.txt
+	for pins in benchmarks/rivals/*/requirements.in; do \
+	  $(BIN)/uv pip compile $$pins --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-emit-find-links --no-annotate --no-strip-extras \
+	    --custom-compile-command 'make lock' --quiet --output-file $${pins%.in}.txt || exit 1; \
+	done
 
 clean: ## Remove what the tools made; .venv stays
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* htmlcov build dist

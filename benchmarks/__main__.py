@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import ingest, latency, memory, projection, recovery, scale
+from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale
 from benchmarks.report import Section, heading
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
 RESULTS = Path(__file__).parent / "results.md"
-PARTS = ("ingest", "projection", "latency", "recovery", "scale", "memory")
+PARTS = ("ingest", "rivals", "projection", "latency", "recovery", "scale", "memory")
 
 
 def main() -> int:
@@ -38,6 +38,9 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
     pairs = arguments.pairs
     if "ingest" in arguments.only:
         yield ingest.measure(stage, rows, pairs)
+    if "rivals" in arguments.only:
+        yield rivals.measure(stage, rows, pairs)
+        yield rivals.measure_rebuild(stage, rows // 15, pairs)
     if "projection" in arguments.only:
         yield projection.measure(stage, rows // 3, pairs)
     if "latency" in arguments.only:
@@ -52,12 +55,21 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small numbers: two minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small numbers, and no rivals unless asked: two minutes",
+    )
     parser.add_argument("--pairs", type=int, default=3, help="how often each side runs (3)")
     parser.add_argument("--postgres", type=int, default=18, help="major version: 15, 18 (18)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="some parts only")
     parser.add_argument("--write", action="store_true", help=f"also into {RESULTS.name}")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    # Rivals are installed on first use, one of them by compiling for half an hour.
+    arguments.only = arguments.only or [
+        part for part in PARTS if not (arguments.quick and part == "rivals")
+    ]
+    return arguments
 
 
 if __name__ == "__main__":

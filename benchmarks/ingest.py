@@ -1,17 +1,20 @@
-"""``pipeline ingest`` against a bare COPY of the same rows into the same table.
+"""``pipeline ingest`` against a bare COPY of the same rows, and against the simplest loop.
 
 Ours is the real command with everything on: consumer group, claim, fence, repeats, envelope, proof
 that jsonb holds the same value. The bare side has the rows encoded in memory, as PostgreSQL's own
-COPY TO BINARY gave them, and sends them in the same batches, each committed.
+COPY TO BINARY gave them, and sends them in the same batches, each committed: the limit. The loop is
+what one would write without the guarantees. All three fill the same table with the same indexes.
 """
 
-import statistics
 import time
+from functools import partial
 
 import psycopg
 
-from benchmarks.report import Pairs, Run, Section, table
-from benchmarks.stage import Stage
+from benchmarks.filling import fill, one_row
+from benchmarks.report import Pairs, Section, table
+from benchmarks.rivals.naive import rival as loop
+from benchmarks.stage import Finished, Stage
 from pipeline.db import open_engine, transaction
 from pipeline.log import ownership
 from pipeline.log.tables import events
@@ -19,6 +22,10 @@ from pipeline.positions import NextOffset
 from pipeline.settings import Settings
 from tests.servers.databases import Database
 
+SIZES = (400, 700, 4096)
+"""Bytes of a value."""
+LARGE = 1000
+"""Of values from this size on, a third as many are enough."""
 COLUMNS = ", ".join(f'"{column.name}"' for column in events.c if column.name != "ingested_at")
 COPY_IN = f"COPY pipeline.events ({COLUMNS}) FROM STDIN (FORMAT binary)"
 BATCHES = "SELECT ingested_at FROM pipeline.events GROUP BY 1 ORDER BY 1"
@@ -26,14 +33,6 @@ COPY_OUT = (
     f"COPY (SELECT {COLUMNS} FROM pipeline.events WHERE ingested_at = '{{}}' "
     "ORDER BY tableoid, ctid) TO STDOUT (FORMAT binary)"
 )
-# ingested_at is the time at which a batch began, so this is the time from the first batch's
-# beginning to the last one's, and the rows written in between: start and end are left out.
-STEADY = """
-WITH batches AS (SELECT ingested_at, count(*) AS rows FROM pipeline.events GROUP BY 1)
-SELECT sum(rows) - (SELECT rows FROM batches ORDER BY ingested_at DESC LIMIT 1),
-       extract(epoch FROM max(ingested_at) - min(ingested_at))
-FROM batches
-"""
 CONTENT = (
     f"SELECT count(*), bit_xor(hashtextextended(CAST(ROW({COLUMNS}) AS text), 0)) "
     "FROM pipeline.events"
@@ -41,60 +40,43 @@ CONTENT = (
 
 
 def measure(stage: Stage, rows: int, pairs: int) -> Section:
-    """Ingest a topic and copy the same rows, in turn.
+    """Fill the log in three ways, in turn, from topics of events of several sizes.
 
     Args:
         stage: The servers.
-        rows: How many events the topic holds.
-        pairs: How often each side runs.
+        rows: How many events a topic holds.
+        pairs: How often each way is gone.
     """
-    topic = stage.load(rows)
-    measured = Pairs("pipeline ingest --until-end / bare COPY BINARY", target=0.5)
-    whole = []
-    start_cpu_s = 0.0
+    measured = []
+    for size in SIZES:
+        measured += _of_size(stage, size, rows if size < LARGE else rows // 3, pairs)
+    return Section(
+        "Ingest",
+        f"{rows:,} simulated events a topic, {rows // 3:,} of those of {SIZES[-1]:,} bytes, in 6 "
+        "partitions. Rate: rows a second from the beginning of the first batch to that of the "
+        "last, by PostgreSQL's clock; then from the start of the command to its end. CPU is that "
+        "of the whole command. Ours and the bare COPY leave the same rows.",
+        table(measured),
+    )
+
+
+def _of_size(stage: Stage, size: int, rows: int, pairs: int) -> list[Pairs]:
+    topic = stage.load(rows, size=size)
+    ours = f"pipeline ingest, {size:,} bytes"
+    limit = Pairs(f"{ours} / bare COPY BINARY", target=0.8)
+    simplest = Pairs(f"{ours} / {loop.name}", target=loop.wanted, ours=limit.ours)
     batches: list[bytes] = []
     for _ in range(pairs):
         with stage.database() as database:
-            before = stage.server_cpu_s()
-            finished = stage.ingest(topic, database)
-            server = stage.server_cpu_s()
-            # Caught up already: what is left is the start and the end of the process.
-            start_cpu_s = start_cpu_s or stage.ingest(topic, database).cpu_s
-            client_cpu_s = finished.cpu_s - start_cpu_s
-            measured.ours.append(_run(database, rows, client_cpu_s, before, server))
-            whole.append(rows / finished.seconds)
+            limit.ours.append(fill(stage, database, rows, partial(stage.ingest, topic, database)))
             batches = batches or _dumped(database)
-            wanted = _content(database)
+            wanted = one_row(database, CONTENT)
         with stage.database() as database:
             _make_segment(database, topic)
-            before = stage.server_cpu_s()
-            client_cpu_s = _copy(database, batches)
-            server = stage.server_cpu_s()
-            measured.bare.append(_run(database, rows, client_cpu_s, before, server))
-            assert _content(database) == wanted
-    return Section(
-        "Ingest",
-        f"{rows:,} events of {sum(map(len, batches)) / rows:.0f} bytes a row, {len(batches)} "
-        "batches. Rate: from the beginning of the first batch to that of the last, by PostgreSQL's "
-        "clock. Both leave the same rows. The process's start and end cost "
-        f"{start_cpu_s:.1f} s of CPU, which is left out of the table; with them it is "
-        f"{statistics.median(whole):,.0f} events/s from the command to its end.",
-        table([measured]),
-    )
-
-
-def _run(
-    database: Database, rows: int, client_cpu_s: float, before: float | None, after: float | None
-) -> Run:
-    with database.connect() as connection:
-        found = connection.execute(STEADY).fetchone()
-    assert found is not None
-    steady_rows, seconds = found
-    return Run(
-        rate=float(steady_rows) / float(seconds),
-        client_us=client_cpu_s / rows * 1e6,
-        server_us=None if before is None or after is None else (after - before) / rows * 1e6,
-    )
+            limit.theirs.append(fill(stage, database, rows, partial(_copy, database, batches)))
+            assert one_row(database, CONTENT) == wanted
+        simplest.theirs.append(loop.run(stage, topic, rows))
+    return [limit, simplest]
 
 
 def _dumped(database: Database) -> list[bytes]:
@@ -108,14 +90,14 @@ def _dumped(database: Database) -> list[bytes]:
     return dumped
 
 
-def _copy(database: Database, batches: list[bytes]) -> float:
-    """Send the batches, each in a transaction; the CPU that this took here."""
+def _copy(database: Database, batches: list[bytes]) -> Finished:
+    """Send the batches, each in a transaction."""
     with psycopg.connect(database.dsn, autocommit=True) as connection:
-        begun = time.process_time()
+        begun, cpu_begun = time.monotonic(), time.process_time()
         for batch in batches:
             with connection.transaction(), connection.cursor().copy(COPY_IN) as copy:
                 copy.write(batch)
-        return time.process_time() - begun
+        return Finished(time.monotonic() - begun, time.process_time() - cpu_begun)
 
 
 def _make_segment(database: Database, topic: str) -> None:
@@ -124,11 +106,3 @@ def _make_segment(database: Database, topic: str) -> None:
     with transaction(engine) as db:
         ownership.make_segment(db, topic, NextOffset(0), span)
     engine.dispose()
-
-
-def _content(database: Database) -> tuple[object, ...]:
-    """How many rows the log holds, and a sum over what is in them."""
-    with database.connect() as connection:
-        found = connection.execute(CONTENT).fetchone()
-    assert found is not None
-    return found

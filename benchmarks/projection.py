@@ -5,10 +5,12 @@ over the whole log, with plain casts that would stop at the first bad value. Two
 against one.
 """
 
+import contextlib
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import LiteralString
 
 import psycopg
@@ -32,39 +34,45 @@ CREATE TABLE benchmark.orders (LIKE upvest.orders INCLUDING ALL);
 """
 # What the projection pins for itself.
 PIN = "SET timezone = 'UTC'; SET datestyle = 'ISO, YMD'; SET work_mem = '64MB'; SET jit = off"
-BARE = """
-INSERT INTO benchmark.orders (
-    order_id, created_at, updated_at, user_id, business_id, account_id, side, order_type, isin,
-    instrument_id_type, cash_amount, currency, quantity, limit_price, stop_price, expiry_date, fee,
-    fit_acknowledged, status, cancellation_reason, initiation_flow, execution_flow,
-    client_reference, _event_id, _version_time, _version_rank, _version_created, _topic, _partition,
-    _offset)
+# Of an event e and its object o, in the order of the table's columns.
+VALUES = """
+    nullif(o.id, '')::uuid AS order_id, nullif(o.created_at, '')::timestamptz AS created_at,
+    nullif(o.updated_at, '')::timestamptz AS updated_at, nullif(o.user_id, '')::uuid AS user_id,
+    nullif(o.business_id, '')::uuid AS business_id, nullif(o.account_id, '')::uuid AS account_id,
+    nullif(o.side, '') AS side, nullif(o.order_type, '') AS order_type,
+    nullif(o.instrument_id, '') AS isin, nullif(o.instrument_id_type, '') AS instrument_id_type,
+    nullif(o.cash_amount, '')::numeric AS cash_amount, nullif(o.currency, '') AS currency,
+    nullif(o.quantity, '')::numeric AS quantity, nullif(o.limit_price, '')::numeric AS limit_price,
+    nullif(o.stop_price, '')::numeric AS stop_price,
+    left(nullif(o.expiry_date, ''), 10)::date AS expiry_date, nullif(o.fee, '')::numeric AS fee,
+    nullif(o.user_instrument_fit_acknowledgement, '')::boolean AS fit_acknowledged,
+    nullif(o.status, '') AS status, nullif(o.cancellation_reason, '') AS cancellation_reason,
+    nullif(o.initiation_flow, '') AS initiation_flow,
+    nullif(o.execution_flow, '') AS execution_flow,
+    nullif(o.client_reference, '') AS client_reference, e.event_id AS _event_id,
+    coalesce(nullif(o.updated_at, '')::timestamptz, e.created_at) AS _version_time,
+    (CASE o.status WHEN 'NEW' THEN 1 WHEN 'PROCESSING' THEN 2 WHEN 'FILLED' THEN 4
+        WHEN 'CANCELLED' THEN 4 ELSE 3 END)::smallint AS _version_rank,
+    e.created_at AS _version_created, e.topic AS _topic, e.partition AS _partition,
+    e."offset" AS _offset
+"""
+OBJECT = """
+jsonb_to_record(e.payload -> 'object') AS o(
+    id text, created_at text, updated_at text, user_id text, business_id text, account_id text,
+    side text, order_type text, instrument_id text, instrument_id_type text, cash_amount text,
+    currency text, quantity text, limit_price text, stop_price text, expiry_date text, fee text,
+    user_instrument_fit_acknowledgement text, status text, cancellation_reason text,
+    initiation_flow text, execution_flow text, client_reference text)
+"""
+COLUMNS = re.findall(r" AS (\w+)", VALUES)
+BARE = f"""
+INSERT INTO benchmark.orders ({", ".join(COLUMNS)})
 SELECT DISTINCT ON (order_id) * FROM (
-    SELECT nullif(o.id, '')::uuid AS order_id, nullif(o.created_at, '')::timestamptz,
-        nullif(o.updated_at, '')::timestamptz, nullif(o.user_id, '')::uuid,
-        nullif(o.business_id, '')::uuid, nullif(o.account_id, '')::uuid, nullif(o.side, ''),
-        nullif(o.order_type, ''), nullif(o.instrument_id, ''), nullif(o.instrument_id_type, ''),
-        nullif(o.cash_amount, '')::numeric, nullif(o.currency, ''),
-        nullif(o.quantity, '')::numeric, nullif(o.limit_price, '')::numeric,
-        nullif(o.stop_price, '')::numeric, left(nullif(o.expiry_date, ''), 10)::date,
-        nullif(o.fee, '')::numeric, nullif(o.user_instrument_fit_acknowledgement, '')::boolean,
-        nullif(o.status, ''), nullif(o.cancellation_reason, ''), nullif(o.initiation_flow, ''),
-        nullif(o.execution_flow, ''), nullif(o.client_reference, ''), e.event_id,
-        coalesce(nullif(o.updated_at, '')::timestamptz, e.created_at) AS version_time,
-        (CASE o.status WHEN 'NEW' THEN 1 WHEN 'PROCESSING' THEN 2 WHEN 'FILLED' THEN 4
-            WHEN 'CANCELLED' THEN 4 ELSE 3 END)::smallint AS version_rank,
-        e.created_at AS version_created, e.topic, e.partition, e."offset"
-    FROM pipeline.events AS e
-    CROSS JOIN LATERAL jsonb_to_record(e.payload -> 'object') AS o(
-        id text, created_at text, updated_at text, user_id text, business_id text, account_id text,
-        side text, order_type text, instrument_id text, instrument_id_type text, cash_amount text,
-        currency text, quantity text, limit_price text, stop_price text, expiry_date text, fee text,
-        user_instrument_fit_acknowledgement text, status text, cancellation_reason text,
-        initiation_flow text, execution_flow text, client_reference text)
+    SELECT {VALUES} FROM pipeline.events AS e CROSS JOIN LATERAL {OBJECT}
     WHERE e.event_type LIKE 'ORDER.%' AND e.repeat_of IS NULL
 ) AS s
-ORDER BY order_id, version_time DESC, version_rank DESC, version_created DESC, topic DESC,
-    partition DESC, "offset" DESC
+ORDER BY order_id, _version_time DESC, _version_rank DESC, _version_created DESC, _topic DESC,
+    _partition DESC, _offset DESC
 """
 MATCHING = """
 SELECT count(*) FROM pipeline.events WHERE event_type LIKE 'ORDER.%' AND repeat_of IS NULL
@@ -102,27 +110,19 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
 
 def _measure_orders(stage: Stage, events: int, pairs: int) -> tuple[list[Pairs], int]:
     live = Pairs("projection, live pass / bare INSERT … SELECT", target=0.9)
-    again = Pairs("rebuild / bare INSERT … SELECT", target=0.9)
-    by_two = Pairs("rebuild, 2 jobs / rebuild, 1 job", target=1.6)
-    with stage.database() as database, database.connect() as connection:
-        stage.ingest(stage.load(events, about=b'"type":"ORDER.'), database)
-        connection.execute(f"{PIN}; {MAKE_TWIN}")
-        connection.execute("VACUUM ANALYZE")
-        assert _number(connection, MATCHING) == events
-        engine = open_engine(database.url, application="benchmark")
+    again = Pairs("rebuild / bare INSERT … SELECT", target=0.9, theirs=live.theirs)
+    by_two = Pairs("rebuild, 2 jobs / rebuild, 1 job", target=1.6, theirs=again.ours)
+    with log_of_orders(stage, events) as (database, engine), database.connect() as connection:
+        connection.execute(PIN)
         for _ in range(pairs):
             connection.execute("TRUNCATE benchmark.orders")
-            bare = _timed(stage, events, lambda: connection.execute(BARE))
+            live.theirs.append(_timed(stage, events, lambda: connection.execute(BARE.encode())))
             connection.execute("TRUNCATE upvest.orders")
-            live.bare.append(bare)
             live.ours.append(_timed(stage, events, lambda: _project(engine)))
             assert _number(connection, DIFFERING) == 0
-            again.bare.append(bare)
-            again.ours.append(_timed(stage, events, lambda: _rebuild(engine)))
-            by_two.bare.append(again.ours[-1])
+            again.ours.append(timed_rebuild(stage, engine, events))
             by_two.ours.append(_timed(stage, events, lambda: _rebuild(engine, jobs=2)))
             assert _number(connection, DIFFERING) == 0
-        engine.dispose()
         return [live, again, by_two], _number(connection, "SELECT count(*) FROM upvest.orders")
 
 
@@ -137,13 +137,32 @@ def _measure_all(stage: Stage, events: int, pairs: int) -> tuple[Pairs, str]:
         for _ in range(pairs):
             connection.execute(f"TRUNCATE {tables}".encode())
             live.append(_timed(stage, events, lambda: _project(engine, *discover())))
-            by_two.bare.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=1)))
+            by_two.theirs.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=1)))
             by_two.ours.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=2)))
         engine.dispose()
     rate = statistics.median(run.rate for run in live)
     costs = [run.server_us for run in live if run.server_us is not None]
     cost = f" and {statistics.median(costs):.1f} µs of PostgreSQL's CPU an event" if costs else ""
     return by_two, f"{rate:,.0f} events/s{cost}"
+
+
+@contextlib.contextmanager
+def log_of_orders(stage: Stage, events: int) -> Iterator[tuple[Database, Engine]]:
+    """A database whose log holds so many events of orders, projected, and an empty twin."""
+    with stage.database() as database, database.connect() as connection:
+        stage.ingest(stage.load(events, about=b'"type":"ORDER.'), database)
+        connection.execute(MAKE_TWIN)
+        assert _number(connection, MATCHING) == events
+        engine = open_engine(database.url, application="benchmark")
+        _project(engine)
+        connection.execute("VACUUM ANALYZE")
+        yield database, engine
+        engine.dispose()
+
+
+def timed_rebuild(stage: Stage, engine: Engine, events: int) -> Run:
+    """Our rebuild of ``orders``; it must find the table as it was."""
+    return _timed(stage, events, lambda: _rebuild(engine))
 
 
 def _timed(stage: Stage, events: int, work: Callable[[], object]) -> Run:

@@ -24,11 +24,13 @@ class Run:
         rate: Rows or events a second.
         client_us: CPU of the client's process, microseconds a row, if it was taken.
         server_us: CPU of PostgreSQL's processes, microseconds a row, if it can be told.
+        whole_rate: Rows a second from the start of the command to its end, if it is one.
     """
 
     rate: float
     client_us: float | None = None
     server_us: float | None = None
+    whole_rate: float | None = None
 
 
 @dataclass
@@ -36,35 +38,46 @@ class Pairs:
     """Two ways of doing the same, measured in turn.
 
     Attributes:
-        name: What is compared, e.g. ``ingest / bare COPY``.
+        name: What is compared, ours first, e.g. ``pipeline ingest / bare COPY``.
         target: The least ratio wanted.
+        ours: May be the list of another pair too, where several are compared with the same runs.
     """
 
     name: str
     target: float
     ours: list[Run] = field(default_factory=list)
-    bare: list[Run] = field(default_factory=list)
+    theirs: list[Run] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over bare, pair by pair."""
-        return [mine.rate / theirs.rate for mine, theirs in zip(self.ours, self.bare, strict=True)]
+        """Ours over theirs, pair by pair."""
+        return [
+            mine.rate / others.rate for mine, others in zip(self.ours, self.theirs, strict=True)
+        ]
 
-    def lines(self) -> list[str]:
+    def lines(self, *, with_ours: bool = True) -> list[str]:
         """A table row for each side and one for the ratio."""
         one, other = self.name.split(" / ")
+        sides = [(one, self.ours)] if with_ours else []
         return [
-            f"| {one} | {_rates(self.ours)} | {_cpu(self.ours)} |",
-            f"| {other} | {_rates(self.bare)} | {_cpu(self.bare)} |",
-            f"| **ratio** (wanted: {self.target} or more) | "
+            *(
+                f"| {name} | {_rates(runs)} | {_cpu(runs)} |"
+                for name, runs in [*sides, (other, self.theirs)]
+            ),
+            f"| **{one} / {other}** (wanted: {self.target:g} or more) | "
             f"**{statistics.median(self.ratios):.2f}** "
             f"of {', '.join(f'{ratio:.2f}' for ratio in self.ratios)} | |",
         ]
 
 
 def _rates(runs: Sequence[Run]) -> str:
-    rates = [run.rate for run in runs]
-    return f"{statistics.median(rates):,.0f}/s of {min(rates):,.0f} to {max(rates):,.0f}"
+    said = _spread([run.rate for run in runs])
+    whole = [run.whole_rate for run in runs if run.whole_rate is not None]
+    return f"{said}; with start and end {_spread(whole)}" if whole else said
+
+
+def _spread(rates: Sequence[float]) -> str:
+    return f"{statistics.median(rates):,.0f}/s ({min(rates):,.0f} to {max(rates):,.0f})"
 
 
 def _cpu(runs: Sequence[Run]) -> str:
@@ -98,9 +111,13 @@ class Section:
 
 
 def table(pairs: Sequence[Pairs]) -> list[str]:
-    """Pairs as one Markdown table."""
-    head = ["| | median, spread | CPU a row |", "|---|---|---|"]
-    return head + [line for pair in pairs for line in pair.lines()]
+    """Pairs as one Markdown table; runs of ours that several share stand there once."""
+    lines = ["| | median (spread) | CPU a row |", "|---|---|---|"]
+    shown: list[int] = []
+    for pair in pairs:
+        lines += pair.lines(with_ours=id(pair.ours) not in shown)
+        shown.append(id(pair.ours))
+    return lines
 
 
 def heading(postgres: str, kafka: str) -> str:

@@ -2,23 +2,28 @@
 
 import contextlib
 import os
+import random
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import orjson
 import psycopg
+from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.embedded.postgres import PostgresServer
 from pipeline.migrate import migrate
 from pipeline.simulator import Simulation
 from pipeline.simulator.producer import Producer
+from pipeline.simulator.records import Record
 from tests.servers import Kafka, KafkaServer, Postgres, find_kafka, find_postgres
 from tests.servers.databases import Database, fresh_database
 from tests.servers.kafka import class_path
@@ -27,6 +32,8 @@ SEED = 7
 PARTITIONS = 6
 SAMPLE_S = 0.05
 """How often a process's memory is looked at."""
+PATIENCE_S = 900.0
+"""A process that takes longer stands still, and is killed."""
 SERVER_SETTINGS = {
     # A checkpoint in the middle would hit one side of a pair and not the other; there is one
     # before each measurement instead. Everything that makes a commit last is at its default: on.
@@ -42,14 +49,14 @@ class Finished:
     """What a process has cost.
 
     Attributes:
-        seconds: From its start to its end.
+        seconds: From its start to its end, or until it had done what was to be measured.
         cpu_s: User and system time.
-        peak_bytes: Most memory that was resident at a time.
+        peak_bytes: Most memory that was resident at a time, where it was looked at.
     """
 
     seconds: float
     cpu_s: float
-    peak_bytes: int
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,20 @@ class Stage:
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
             connection.execute("CHECKPOINT")
 
-    def load(self, events: int, *, about: bytes = b"", topic: str | None = None) -> str:
+    def load(
+        self,
+        events: int,
+        *,
+        about: bytes = b"",
+        size: int | None = None,
+        topic: str | None = None,
+    ) -> str:
         """A topic with so many simulated events, in partitions; its name.
 
         Args:
             events: How many.
             about: Only those that hold this text, e.g. a part of their type.
+            size: Bytes of each value, see ``sized``; None for the sizes that they have.
             topic: Put them behind what this one has; None for a new one.
         """
         if topic is None:
@@ -86,11 +101,25 @@ class Stage:
         simulated = Simulation(
             seed=SEED, events=None, topic=topic, partitions=PARTITIONS, keep_books=False
         )
-        wanted = (record for record in simulated if about in (record.value or b""))
+        about_it = (record for record in simulated if about in (record.value or b""))
+        wanted = about_it if size is None else sized(about_it, size)
         with Producer({"bootstrap.servers": self.kafka.bootstrap_servers}) as producer:
             produced = producer.produce(islice(wanted, events))
         assert produced == events
         return topic
+
+    def ends(self, topic: str) -> Mapping[int, int]:
+        """Of each partition of a topic that holds something, the offset behind its last record."""
+        asking = Consumer(
+            {"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "benchmark"}
+        )
+        ends = {}
+        for number in range(PARTITIONS):
+            _low, high = asking.get_watermark_offsets(TopicPartition(topic, number), 10)
+            if high:
+                ends[number] = high
+        asking.close()
+        return ends
 
     def ingest(self, topic: str, database: Database) -> Finished:
         """``pipeline ingest --until-end`` of a topic, with default settings."""
@@ -147,8 +176,47 @@ def set_up(postgres_version: int) -> Iterator[Stage]:
         yield Stage(postgres, kafka, template)
 
 
-def run_process(command: list[str], environment: dict[str, str]) -> Finished:
-    """Run a command to its end.
+def sized(records: Iterable[Record], size: int) -> Iterator[Record]:
+    """Those records whose value can be of exactly this size, made so.
+
+    A shorter one gets a longer ``client_reference``; one that is too long by its ``webhook_id``,
+    which not all events have, goes without it; the others are left out.
+    """
+    choose = random.Random(SEED)
+    for record in records:
+        if record.value is None:
+            continue
+        event = orjson.loads(record.value)
+        event["object"].setdefault("client_reference", "")
+        if len(orjson.dumps(event)) > size:
+            event.pop("webhook_id", None)
+        lacking = size - len(orjson.dumps(event))
+        if lacking >= 0:
+            event["object"]["client_reference"] += _words(choose, lacking)
+            yield record._replace(value=orjson.dumps(event))
+
+
+def _words(choose: random.Random, length: int) -> str:
+    """Text of this length that is neither noise nor one letter repeated."""
+    words: list[str] = []
+    while len(words) * 5 < length:
+        words.append(f"{choose.randrange(16**4):04x}")
+    return " ".join(words)[:length].ljust(length, "-")
+
+
+def run_process(
+    command: list[str],
+    environment: Mapping[str, str],
+    *,
+    until: Callable[[], bool] = lambda: False,
+) -> Finished:
+    """Run a command to its end, or until something is so.
+
+    Args:
+        command: What to run.
+        environment: Beside our own.
+        until: Asked again and again; once it says True the process has done what is measured, and
+            is ended. It has ``PATIENCE_S`` for that.
 
     Raises:
         RuntimeError: It failed; the message ends with its last lines.
@@ -158,19 +226,24 @@ def run_process(command: list[str], environment: dict[str, str]) -> Finished:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=said, stderr=said
         )
-        peak = 0
+        peak, done_after = 0, None
         # The kernel's ru_maxrss of a child begins with that of its parent, so we look ourselves.
         while True:
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             peak = max(peak, _peak_bytes(process.pid))
+            if done_after is None and until():
+                done_after = time.monotonic() - begun
+                os.kill(process.pid, signal.SIGTERM)
+            elif time.monotonic() - begun > PATIENCE_S:
+                os.kill(process.pid, signal.SIGKILL)
             time.sleep(SAMPLE_S)
-        seconds = time.monotonic() - begun
+        seconds = done_after or time.monotonic() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if process.returncode and done_after is None:
             said.seek(0)
-            last = "".join(said.readlines()[-20:])
+            last = "".join(said.readlines()[-60:])
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
     return Finished(seconds, used.ru_utime + used.ru_stime, peak or used.ru_maxrss * 1024)
 

@@ -1,0 +1,105 @@
+"""What users would pick instead of ours, each in an environment of its own.
+
+A package here is one rival: it declares ``rival``, and holds what the rival runs and the pins that
+install it. All get the same records on the same servers, ours included, in turn; each in its best
+settings that we found, and with a table that asks less of PostgreSQL than ours.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+from benchmarks import projection
+from benchmarks.filling import fill, one_row
+from benchmarks.report import Pairs, Run, Section, table
+from benchmarks.rivals import debezium, emmett, eventsourcing, faucet, quix, redpanda_connect
+from benchmarks.rivals.rival import CannotRunError, Reader, Rival
+from benchmarks.stage import Stage
+
+SIZE = 700
+"""Bytes of a value."""
+READERS = (quix.rival, debezium.rival, faucet.rival, redpanda_connect.rival)
+PROJECTING = (eventsourcing.rival, emmett.rival)
+
+
+def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READERS) -> Section:
+    """Let ours and the rivals read the same topic, in turn.
+
+    Args:
+        stage: The servers.
+        rows: How many events the topic holds.
+        pairs: How often each runs.
+        rivals: Whom to compare with.
+    """
+    missing = absent(rivals)
+    topic = stage.load(rows, size=SIZE)
+    ours: list[Run] = []
+    measured = {
+        rival: Pairs(f"pipeline ingest / {rival.name}", target=rival.wanted, ours=ours)
+        for rival in rivals
+        if rival not in missing
+    }
+    for _ in range(pairs):
+        with stage.database() as database:
+            ours.append(fill(stage, database, rows, partial(stage.ingest, topic, database)))
+        for rival, pair in list(measured.items()):
+            try:
+                pair.theirs.append(rival.run(stage, topic, rows))
+            except RuntimeError as failed:
+                missing[rival] = f"it failed: {str(failed).splitlines()[-1]}"
+                del measured[rival]
+    return Section(
+        "Ingest: what users would pick instead",
+        f"{rows:,} simulated events of {SIZE} bytes in 6 partitions. Rate: rows a second from the "
+        "beginning of the first transaction to that of the last, by PostgreSQL's clock; then from "
+        "the start of the command until all rows are there. CPU is that of the whole command.",
+        [*table(list(measured.values())), "", *_what_they_are(rivals, missing)],
+    )
+
+
+def measure_rebuild(stage: Stage, events: int, pairs: int) -> Section:
+    """Let ours and the rivals build ``orders`` from the same log, in turn.
+
+    Args:
+        stage: The servers.
+        events: How many events of orders the log holds, and no others.
+        pairs: How often each runs.
+    """
+    missing = absent(PROJECTING)
+    ours: list[Run] = []
+    measured = {
+        rival: Pairs(f"pipeline rebuild / {rival.name}", target=rival.wanted, ours=ours)
+        for rival in PROJECTING
+        if rival not in missing
+    }
+    with projection.log_of_orders(stage, events) as (database, engine):
+        for _ in range(pairs):
+            ours.append(projection.timed_rebuild(stage, engine, events))
+            for rival, pair in measured.items():
+                pair.theirs.append(rival.run(database, events))
+                assert one_row(database, projection.DIFFERING) == (0,)
+    return Section(
+        "Rebuild of `orders`: what users would pick instead",
+        f"A log of {events:,} events of orders. Rate of a rival: from the first event that "
+        "PostgreSQL shows as handled to the last one; then from the start of the command. All "
+        "leave the same rows, to the last column.",
+        [*table(list(measured.values())), "", *_what_they_are(PROJECTING, missing)],
+    )
+
+
+def absent(rivals: Iterable[Rival]) -> dict[Rival, str]:
+    """Install the rivals; of those that cannot be had here, why."""
+    why = {}
+    for rival in rivals:
+        try:
+            rival.install()
+        except CannotRunError as reason:
+            why[rival] = str(reason)
+    return why
+
+
+def _what_they_are(rivals: Iterable[Rival], missing: Mapping[Rival, str]) -> list[str]:
+    lines = ["| | version | settings | does not promise |", "|---|---|---|---|"]
+    for rival in rivals:
+        how = f"**not measured**: {missing[rival]}" if rival in missing else rival.settings
+        lines.append(f"| {rival.name} | {rival.version} | {how} | {rival.lacks} |")
+    return lines

@@ -16,7 +16,7 @@ from typing import LiteralString
 import psycopg
 from sqlalchemy import Engine
 
-from benchmarks.report import Pairs, Run, Section, table
+from benchmarks.report import Pairs, Run, Section, bars, table
 from benchmarks.stage import Stage, run_process
 from pipeline.db import open_engine
 from pipeline.projection import Projector
@@ -105,6 +105,7 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
         f"read models with {sum(len(one.tables) for one in models)} tables; `pipeline rebuild "
         f"--all` with its start. Live, all of them together take {live}.",
         table([*of_one, of_all]),
+        [bars("projection", "Projection of orders, events a second", of_one, "events/s")],
     )
 
 

@@ -53,8 +53,9 @@ format: install ## Format the code and mend what lint can mend
 coverage: install ## All tests, with the lines and branches that none of them reaches
 	$(BIN)/python -m pytest --cov
 
-bench: install ## Measure, side by side with the bare statements and what one could pick instead; an hour
-	$(BIN)/python -m benchmarks
+bench: install ## Measure beside the bare statements and what one could pick instead, into benchmarks/results.md; hours
+	$(PIP_INSTALL) --require-hashes -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks --write
 
 bench-quick: install ## The same with small numbers and no rivals, to see that it works
 	$(BIN)/python -m benchmarks --quick
@@ -67,7 +68,7 @@ lock: install ## Resolve the dependencies of pyproject.toml again; pins stay whe
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-strip-extras \
 	  --custom-compile-command 'make lock' --quiet --output-file requirements.txt
-	for pins in benchmarks/rivals/*/requirements.in; do \
+	for pins in benchmarks/requirements.in benchmarks/rivals/*/requirements.in; do \
 	  $(BIN)/uv pip compile $$pins --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --no-emit-find-links --no-annotate --no-strip-extras \
 	    --custom-compile-command 'make lock' --quiet --output-file $${pins%.in}.txt || exit 1; \

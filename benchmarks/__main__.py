@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale
-from benchmarks.report import Section, heading
+from benchmarks.report import PLOTS, Section, heading
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
@@ -23,13 +23,17 @@ def main() -> int:
     arguments = _arguments()
     logs.configure(level="error")
     with set_up(arguments.postgres) as stage:
-        parts = [heading(stage.postgres_version(), stage.kafka_version())]
-        print(parts[0], flush=True)
+        head = heading(stage.postgres_version(), stage.kafka_version())
+        print(head, flush=True)
+        sections = []
         for section in _sections(stage, arguments):
-            parts.append(str(section))
+            sections.append(section)
             print(section, flush=True)
     if arguments.write:
-        RESULTS.write_text("\n".join(parts))
+        from benchmarks.drawing import draw  # needs what only `make bench` installs
+
+        RESULTS.write_text("\n".join([head, *map(str, sections)]))
+        draw((plot for one in sections for plot in one.plots), RESULTS.parent / PLOTS)
     return 0
 
 
@@ -63,7 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3, help="how often each side runs (3)")
     parser.add_argument("--postgres", type=int, default=18, help="major version: 15, 18 (18)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some parts only")
-    parser.add_argument("--write", action="store_true", help=f"also into {RESULTS.name}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"also into {RESULTS.name}, with plots"
+    )
     arguments = parser.parse_args()
     # Rivals are installed on first use, one of them by compiling for half an hour.
     arguments.only = arguments.only or [

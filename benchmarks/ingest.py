@@ -12,7 +12,7 @@ from functools import partial
 import psycopg
 
 from benchmarks.filling import fill, one_row
-from benchmarks.report import Pairs, Section, table
+from benchmarks.report import Pairs, Section, bars, table
 from benchmarks.rivals.naive import rival as loop
 from benchmarks.stage import Finished, Stage
 from pipeline.db import open_engine, transaction
@@ -57,6 +57,7 @@ def measure(stage: Stage, rows: int, pairs: int) -> Section:
         "last, by PostgreSQL's clock; then from the start of the command to its end. CPU is that "
         "of the whole command. Ours and the bare COPY leave the same rows.",
         table(measured),
+        [bars("ingest", "Ingest, rows a second", measured)],
     )
 
 

@@ -17,7 +17,7 @@ import orjson
 from confluent_kafka import Producer
 
 from benchmarks.background import background
-from benchmarks.report import Section
+from benchmarks.report import Lines, Section
 from benchmarks.stage import Stage
 from pipeline.simulator import Simulation
 from tests.servers.databases import Database
@@ -32,6 +32,9 @@ BEHIND_S_MAX = 20.0
 """What is not there so long after the last event was produced is not waited for."""
 WANTED = 3.0
 
+BARE = "bare loop: committed"
+COMMITTED_BY = "pipeline run: committed in `events`"
+VISIBLE_BY = "pipeline run: visible in `orders`"
 COMMITTED = """
 SELECT event_id, extract(epoch FROM pg_xact_commit_timestamp(xmin)) FROM pipeline.events
 """
@@ -67,16 +70,20 @@ def measure(stage: Stage, *, quick: bool) -> Section:
         "| events/s | | p50 | p95 | p99 | cores |",
         "|---|---|---|---|---|---|",
     ]
+    shown: dict[str, list[tuple[float, float]]] = {BARE: [], COMMITTED_BY: [], VISIBLE_BY: []}
     for rate in rates:
         bare, _ = _run(stage, rate, seconds, ["-m", "benchmarks.bare_loop"])
         committed, visible = _run(stage, rate, seconds, ["-m", "pipeline", "run"])
         lines += [
-            f"| {rate:,} | bare loop: committed {_said(bare)}",
-            f"| | `pipeline run`: committed in `events` {_said(committed)}",
-            f"| | `pipeline run`: visible in `orders` {_said(visible)}",
+            f"| {rate:,} | {BARE} {_said(bare)}",
+            f"| | {COMMITTED_BY} {_said(committed)}",
+            f"| | {VISIBLE_BY} {_said(visible)}",
             f"| | **p99 committed / bare** (wanted: {WANTED:g} or less) | | | "
             f"**{committed.percentile(99) / bare.percentile(99):.2f}** | |",
         ]
+        for label, latencies in zip(shown, (bare, committed, visible), strict=True):
+            if (p99 := latencies.percentile(99)) < float("inf"):
+                shown[label].append((rate, p99))
     return Section(
         "Latency",
         f"Orders, each a new one, for {seconds} s at each rate; the first {WARM_UP_S:.0f} s are "
@@ -84,6 +91,7 @@ def measure(stage: Stage, *, quick: bool) -> Section:
         f"is not there {BEHIND_S_MAX:.0f} s after the last one was produced counts as late for "
         "ever. Cores: CPU of the process, without PostgreSQL.",
         lines,
+        [Lines("latency", "Latency, p99", "events/s", "ms", shown, logarithmic=True)],
     )
 
 

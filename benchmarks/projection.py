@@ -1,11 +1,14 @@
-"""Projection and rebuild of ``orders`` against one hand-written INSERT … SELECT.
+"""Projection and rebuild of ``orders`` against one hand-written INSERT … SELECT, and of all.
 
 Ours has its checkpoints, its checks of every value and its batches. The bare side is one statement
-over the whole log, with plain casts that would stop at the first bad value.
+over the whole log, with plain casts that would stop at the first bad value. Two jobs are measured
+against one.
 """
 
 import contextlib
 import re
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import LiteralString
@@ -13,14 +16,18 @@ from typing import LiteralString
 import psycopg
 from sqlalchemy import Engine
 
-from benchmarks.report import Pairs, Run, Section, table
-from benchmarks.stage import Stage
+from benchmarks.report import Pairs, Run, Section, bars, table
+from benchmarks.stage import Stage, run_process
 from pipeline.db import open_engine
+from pipeline.projection import Projector
 from pipeline.projection.loop import run_projection
 from pipeline.projection.rebuild import rebuild
+from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from tests.servers.databases import Database
 
+EVENTS_MIN = 60_000
+"""With fewer, what is done once for a rebuild would decide."""
 MAKE_TWIN = """
 CREATE SCHEMA benchmark;
 CREATE TABLE benchmark.orders (LIKE upvest.orders INCLUDING ALL);
@@ -79,15 +86,33 @@ SELECT count(*) FROM (
 
 
 def measure(stage: Stage, events: int, pairs: int) -> Section:
-    """Fill ``orders`` from a log in three ways, in turn.
+    """Fill ``orders`` from a log in several ways, in turn, and all read models from another log.
 
     Args:
         stage: The servers.
-        events: How many events of orders the log holds, and no others.
+        events: How many events each log holds, at least: of orders alone, and of everything.
         pairs: How often each way is gone.
     """
-    live = Pairs("projection, live pass / bare INSERT … SELECT", target=0.7)
-    again = Pairs("rebuild / bare INSERT … SELECT", target=0.7, theirs=live.theirs)
+    events = max(events, EVENTS_MIN)
+    of_one, rows = _measure_orders(stage, events, pairs)
+    of_all, live = _measure_all(stage, events, pairs)
+    models = discover()
+    return Section(
+        "Projection of `orders`, and of all read models",
+        f"A log of {events:,} events of orders, which make {rows:,} rows of "
+        f"{len(orders.tables[0].columns)} columns, with 3 indexes. All ways leave the same rows, "
+        f"to the last column. Another log of {events:,} events of all kinds, for {len(models)} "
+        f"read models with {sum(len(one.tables) for one in models)} tables; `pipeline rebuild "
+        f"--all` with its start. Live, all of them together take {live}.",
+        table([*of_one, of_all]),
+        [bars("projection", "Projection of orders, events a second", of_one, "events/s")],
+    )
+
+
+def _measure_orders(stage: Stage, events: int, pairs: int) -> tuple[list[Pairs], int]:
+    live = Pairs("projection, live pass / bare INSERT … SELECT", target=0.9)
+    again = Pairs("rebuild / bare INSERT … SELECT", target=0.9, theirs=live.theirs)
+    by_two = Pairs("rebuild, 2 jobs / rebuild, 1 job", target=1.6, theirs=again.ours)
     with log_of_orders(stage, events) as (database, engine), database.connect() as connection:
         connection.execute(PIN)
         for _ in range(pairs):
@@ -97,15 +122,29 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
             live.ours.append(_timed(stage, events, lambda: _project(engine)))
             assert _number(connection, DIFFERING) == 0
             again.ours.append(timed_rebuild(stage, engine, events))
+            by_two.ours.append(_timed(stage, events, lambda: _rebuild(engine, jobs=2)))
             assert _number(connection, DIFFERING) == 0
-        made = _number(connection, "SELECT count(*) FROM upvest.orders")
-    return Section(
-        "Projection of `orders`",
-        f"A log of {events:,} events of orders, which make {made:,} rows of "
-        f"{len(orders.tables[0].columns)} columns, with 3 indexes. All three ways leave the same "
-        "rows, to the last column.",
-        table([live, again]),
-    )
+        return [live, again, by_two], _number(connection, "SELECT count(*) FROM upvest.orders")
+
+
+def _measure_all(stage: Stage, events: int, pairs: int) -> tuple[Pairs, str]:
+    by_two = Pairs("rebuild --all, 2 jobs / rebuild --all, 1 job", target=1.6)
+    live: list[Run] = []
+    with stage.database() as database, database.connect() as connection:
+        stage.ingest(stage.load(events), database)
+        connection.execute("VACUUM ANALYZE")
+        tables = ", ".join(table.fullname for one in discover() for table in one.tables)
+        engine = open_engine(database.url, application="benchmark")
+        for _ in range(pairs):
+            connection.execute(f"TRUNCATE {tables}".encode())
+            live.append(_timed(stage, events, lambda: _project(engine, *discover())))
+            by_two.theirs.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=1)))
+            by_two.ours.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=2)))
+        engine.dispose()
+    rate = statistics.median(run.rate for run in live)
+    costs = [run.server_us for run in live if run.server_us is not None]
+    cost = f" and {statistics.median(costs):.1f} µs of PostgreSQL's CPU an event" if costs else ""
+    return by_two, f"{rate:,.0f} events/s{cost}"
 
 
 @contextlib.contextmanager
@@ -138,12 +177,19 @@ def _timed(stage: Stage, events: int, work: Callable[[], object]) -> Run:
     )
 
 
-def _project(engine: Engine) -> None:
-    run_projection(engine, [orders], until_end=True)
+def _project(engine: Engine, *projectors: Projector) -> None:
+    run_projection(engine, projectors or [orders], until_end=True)
 
 
-def _rebuild(engine: Engine) -> None:
-    assert rebuild(engine, orders).differing == 0
+def _rebuild(engine: Engine, *, jobs: int = 1) -> None:
+    assert rebuild(engine, orders, jobs=jobs).differing == 0
+
+
+def _rebuild_all(database: Database, *, jobs: int) -> None:
+    run_process(
+        [sys.executable, "-m", "pipeline", "rebuild", "--all", "--jobs", str(jobs)],
+        {"PIPELINE_DATABASE_URL": database.dsn},
+    )
 
 
 def _number(connection: psycopg.Connection, query: LiteralString) -> int:

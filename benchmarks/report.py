@@ -5,7 +5,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +14,8 @@ from pathlib import Path
 import confluent_kafka
 
 CPUINFO = Path("/proc/cpuinfo")
+PLOTS = "plots"
+"""The folder of the pictures, beside the report."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,57 @@ def _cpu(runs: Sequence[Run]) -> str:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A plot of how much each of several ways does.
+
+    Attributes:
+        name: Of its file.
+        title: What is shown.
+        unit: Of the values.
+        values: By label, from top to bottom; what is ours begins with ``pipeline``.
+    """
+
+    name: str
+    title: str
+    unit: str
+    values: Mapping[str, float]
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.name}.svg"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A plot of how something goes with something else.
+
+    Attributes:
+        name: Of its file.
+        title: What is shown.
+        across: What goes from left to right.
+        up: What goes upwards.
+        series: By label, points from left to right; what is ours begins with ``pipeline``.
+        logarithmic: Both axes by powers of ten; else upwards from zero.
+    """
+
+    name: str
+    title: str
+    across: str
+    up: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    logarithmic: bool = False
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.name}.svg"
+
+
+Plot = Bars | Lines
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of the report.
 
@@ -99,15 +152,29 @@ class Section:
         title: Its heading.
         text: What was done, and how.
         lines: The figures, as Markdown.
+        plots: Some of them as pictures.
     """
 
     title: str
     text: str
     lines: Sequence[str]
+    plots: Sequence[Plot] = ()
 
     def __str__(self) -> str:
         """The section in Markdown."""
-        return "\n".join([f"## {self.title}", "", self.text, "", *self.lines, ""])
+        pictures = [f"![{plot.title}]({PLOTS}/{plot.file})" for plot in self.plots]
+        parts = [f"## {self.title}", "", self.text, "", *self.lines, ""]
+        return "\n".join([*parts, *pictures, ""] if pictures else parts)
+
+
+def bars(name: str, title: str, pairs: Sequence[Pairs], unit: str = "rows/s") -> Bars:
+    """The median rates of both sides of pairs; runs that several share are there once."""
+    values = {}
+    for pair in pairs:
+        one, other = pair.name.split(" / ")
+        values[one] = statistics.median(run.rate for run in pair.ours)
+        values[other] = statistics.median(run.rate for run in pair.theirs)
+    return Bars(name, title, unit, dict(sorted(values.items(), key=lambda it: -it[1])))
 
 
 def table(pairs: Sequence[Pairs]) -> list[str]:

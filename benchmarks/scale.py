@@ -14,7 +14,7 @@ from typing import LiteralString
 
 from confluent_kafka import Producer
 
-from benchmarks.report import Section
+from benchmarks.report import Lines, Section
 from benchmarks.stage import PARTITIONS, Stage
 from tests.servers.databases import Database
 
@@ -126,6 +126,15 @@ def measure(stage: Stage, *, quick: bool) -> Section:
             "",
             f"{last.before:,} rows against {first.before:,} (wanted: {WANTED:g} at most): time a "
             f"row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}.",
+        ],
+        [
+            Lines(
+                "scale",
+                "Time a row, by how many the log holds already",
+                "million rows",
+                "µs",
+                {"pipeline ingest": [(one.before / 1e6, 1e6 / one.rate) for one in steps]},
+            )
         ],
     )
 

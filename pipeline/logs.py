@@ -39,6 +39,17 @@ _CONTROL = re.compile(
 )
 _FIRST = ("ts", "level", "event", "logger", "msg")
 
+_worker: int | None = None
+
+
+def speak_as(worker: int) -> None:
+    """Put the worker's number into every line of this process, whichever thread logs it.
+
+    A thread begins with no context of its own, so structlog's would not do.
+    """
+    global _worker
+    _worker = worker
+
 
 def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "info") -> None:
     """Send every log line of this process to stderr, in one form; may be called again.
@@ -75,6 +86,7 @@ def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "i
             foreign_pre_chain=[_from_library, *common],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _with_worker,
                 _with_exception,
                 _without_secrets,
                 _in_order,
@@ -122,6 +134,10 @@ def _console_renderer(*, colors: bool) -> Processor:
 def _from_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     event["msg"], event["event"] = event["event"], "library_log"
     return event
+
+
+def _with_worker(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return event if _worker is None else {**event, "worker": _worker}
 
 
 def _with_exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -239,7 +239,8 @@ def declare_tables() -> None:
     """Import every module that declares a table, so that the metadata is whole."""
     import pipeline.dead_letters
     import pipeline.log.tables
-    import pipeline.projection.checkpoints  # noqa: F401
+    import pipeline.projection.checkpoints
+    import pipeline.projection.sharing  # noqa: F401
     from pipeline.projectors import discover
 
     discover()

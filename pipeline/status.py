@@ -12,7 +12,7 @@ The state of a partition, in Burrow's words:
 - ``ERR``: stands still until an operator decides, to protect data
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -25,6 +25,7 @@ from pipeline.positions import NextOffset, Partition, lag
 from pipeline.projection import Projector
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.fingerprint import fingerprint
+from pipeline.projection.sharing import living, shared_out
 
 BEHIND_S_MAX = 60.0
 """Longer behind than this is worth a warning."""
@@ -110,6 +111,21 @@ class ProjectorStatus:
 
 
 @dataclass(frozen=True)
+class ProjectingWorker:
+    """A process that projects.
+
+    Attributes:
+        since: When it started.
+        partitions: Those whose events it brings into read models of this program.
+    """
+
+    host: str
+    pid: int
+    since: datetime
+    partitions: Sequence[Partition]
+
+
+@dataclass(frozen=True)
 class Recent:
     """What came lately: within the last hour, and at most 10,000 offsets of each partition.
 
@@ -161,6 +177,7 @@ class Status:
     rate: float
     partitions: Sequence[PartitionStatus]
     projectors: Sequence[ProjectorStatus]
+    workers: Sequence[ProjectingWorker]
     recent: Recent
     troubles: Sequence[Trouble]
 
@@ -237,7 +254,11 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         }
         recent = _recent(db, rows, lately, projectors)
         models = _models(db, projectors)
-    troubles = [*_partition_troubles(partitions), *_projector_troubles(models)]
+        workers = _workers(db, {_place(row) for row in rows}, projectors)
+    troubles = [
+        *_partition_troubles(partitions),
+        *_projector_troubles(models, is_projected=bool(workers)),
+    ]
     return Status(
         looked_at=looked_at,
         ok=not any(trouble.severity == "wrong" for trouble in troubles),
@@ -247,6 +268,7 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         rate=sum(one.rate for one in partitions),
         partitions=partitions,
         projectors=models,
+        workers=workers,
         recent=recent,
         troubles=troubles,
     )
@@ -383,7 +405,29 @@ def _model(
     )
 
 
-def _projector_troubles(models: Iterable[ProjectorStatus]) -> Iterable[Trouble]:
+def _workers(
+    db: Connection, partitions: Collection[Partition], projectors: Iterable[Projector]
+) -> list[ProjectingWorker]:
+    members = living(db)
+    shares = [shared_out(members, one.name, partitions) for one in projectors]
+    return [
+        ProjectingWorker(
+            member.host,
+            member.pid,
+            member.since,
+            [
+                one
+                for one in sorted(partitions)
+                if any(share.get(one) == member.worker for share in shares)
+            ],
+        )
+        for member in members
+    ]
+
+
+def _projector_troubles(
+    models: Iterable[ProjectorStatus], *, is_projected: bool
+) -> Iterable[Trouble]:
     for one in models:
         match one.state:
             case "broken":
@@ -412,7 +456,9 @@ def _projector_troubles(models: Iterable[ProjectorStatus]) -> Iterable[Trouble]:
                     "warning",
                     one.projector,
                     f"{one.lag:,} records behind; the oldest came {one.lag_s:,.0f} s ago",
-                    "wait, or start `pipeline project` if none runs",
+                    "wait"
+                    if is_projected
+                    else "nobody projects: start `pipeline run` or `pipeline project`",
                 )
             case _:
                 pass

@@ -10,7 +10,7 @@ from functools import partial
 
 from benchmarks import projection
 from benchmarks.filling import fill, one_row
-from benchmarks.report import Pairs, Run, Section, table
+from benchmarks.report import Pairs, Run, Section, bars, table
 from benchmarks.rivals import debezium, emmett, eventsourcing, faucet, quix, redpanda_connect
 from benchmarks.rivals.rival import CannotRunError, Reader, Rival
 from benchmarks.stage import Stage
@@ -53,6 +53,7 @@ def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READ
         "beginning of the first transaction to that of the last, by PostgreSQL's clock; then from "
         "the start of the command until all rows are there. CPU is that of the whole command.",
         [*table(list(measured.values())), "", *_what_they_are(rivals, missing)],
+        [bars("rivals-ingest", "Ingest, rows a second", list(measured.values()))],
     )
 
 

@@ -2,7 +2,8 @@
 
 SIGTERM and SIGINT are taken by a thread of their own, for a signal handler may not even set an
 event safely. The first finishes the batch in hand; the second ends the process at once, which
-costs nothing but the batch that is then read again.
+costs nothing but the batch that is then read again. With several workers the second is the
+parent's affair.
 """
 
 import os
@@ -11,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from sqlalchemy import Engine, make_url
 from pipeline import failpoints
 from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
 from pipeline.cli.terminal import Gauge
+from pipeline.cli.workers import WORKERS_MAX, become_worker
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest
@@ -36,6 +38,7 @@ from pipeline.projection.loop import run_projection
 from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
 from pipeline.settings import Settings
+from pipeline.source import Brokers
 
 log = structlog.get_logger("pipeline.cli")
 
@@ -54,21 +57,37 @@ _UntilEnd = Annotated[
     ),
 ]
 
+_Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=WORKERS_MAX,
+        help="How many processes share the work; one that dies is started again.",
+    ),
+]
+
 _CODES = (
     "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 65 (with --until-end) a "
     "partition stands still to protect data; 70 an invariant broke; 75 another process has our "
     "partitions; 78 a setting, a right or the schema is wrong. A server that is away is waited "
-    "for; with --until-end 69 after a minute."
+    "for; with --until-end 69 after a minute. Of several workers 65, 75 and 78 end all (65 with "
+    "--until-end only itself), and the highest code is the command's."
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a flow needs."""
+    """What a flow needs.
+
+    Attributes:
+        worker: Which of several workers this process is; None if it is the only one.
+    """
 
     settings: Settings
     engine: Engine
     stop: threading.Event
+    worker: int | None
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -78,6 +97,7 @@ class Job:
 def run(
     ctx: typer.Context,
     until_end: _UntilEnd = False,
+    workers: _Workers = 1,
     rebuild_stale: Annotated[
         bool,
         typer.Option(
@@ -89,14 +109,17 @@ def run(
     """The main job: ingest and project until stopped.
 
     Every record of PIPELINE_TOPICS goes into pipeline.events with its next offset in one
-    transaction; read models follow. Start as many as you like, they share the partitions.
+    transaction; read models follow. Start as many as you like, on as many machines, they share
+    the partitions.
 
     \b
     $ pipeline run
     $ pipeline run --until-end     # catch up, then end
+    $ pipeline run --workers 4     # four processes
     """
-    with _flow(ctx, "run", until_end=until_end) as job:
+    with _flow(ctx, "run", workers, until_end=until_end) as job:
         rebuilding = threading.Thread(target=_rebuild_stale, args=[job], name="rebuild")
+        rebuild_stale = rebuild_stale and job.worker in (None, 1)
         if rebuild_stale:
             rebuilding.start()
         try:
@@ -110,14 +133,14 @@ def run(
 
 
 @app.command(epilog=_CODES)
-def ingest(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
+def ingest(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers = 1) -> None:
     """Kafka into the log, exactly once: one half of `run`.
 
     \b
     $ pipeline ingest
     $ pipeline ingest --until-end  # fill the log with what is there, then end
     """
-    with _flow(ctx, "ingest", until_end=until_end) as job:
+    with _flow(ctx, "ingest", workers, until_end=until_end) as job:
         if until_end:
             _ingest_to_the_end(job)
         else:
@@ -125,14 +148,14 @@ def ingest(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
 
 
 @app.command(epilog=_CODES)
-def project(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
+def project(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers = 1) -> None:
     """The log into read models: the other half of `run`. Needs the database only.
 
     \b
     $ pipeline project
     $ pipeline project --until-end
     """
-    with _flow(ctx, "project", until_end=until_end) as job:
+    with _flow(ctx, "project", workers, until_end=until_end) as job:
         if until_end:
             _project_to_the_end(job)
         else:
@@ -143,18 +166,28 @@ def project(ctx: typer.Context, until_end: _UntilEnd = False) -> None:
 
 
 @contextmanager
-def _flow(ctx: typer.Context, command: str, *, until_end: bool) -> Iterator[Job]:
-    """Settings, database, signals, the first and the last line of the log."""
+def _flow(ctx: typer.Context, command: str, workers: int, *, until_end: bool) -> Iterator[Job]:
+    """Settings, database, signals, the first and the last line of the log.
+
+    With several workers the block runs in each of them.
+    """
     settings = settings_of(ctx, tells_all=True)
+    worker = None
+    if workers > 1:
+        _check_once(settings, command)
+        worker = become_worker(workers, until_end=until_end)
+        settings = _named(settings_of(ctx, tells_all=True), worker)
     with (
         database_of(settings, command, pool_size=6, answers_soon=True) as engine,
-        stopped_by_signals() as stop,
+        stopped_by_signals(second_ends=worker is None) as stop,
     ):
         log.info("started", command=command, **_who(settings), **versions())
         begun = time.monotonic()
         try:
             _wait_for_schema(engine, stop, until_end=until_end)
-            yield Job(settings, engine, stop)
+            if worker == 1 and command != "project":
+                _tell_of_too_many(settings, workers)
+            yield Job(settings, engine, stop, worker)
         except PipelineError as error:
             log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
                 "stopped",
@@ -170,6 +203,37 @@ def _flow(ctx: typer.Context, command: str, *, until_end: bool) -> Iterator[Job]
             reason="asked to" if stop.is_set() else "reached the end",
             after_s=round(time.monotonic() - begun, 1),
             exit_code=0,
+        )
+
+
+def _check_once(settings: Settings, command: str) -> None:
+    """Complain here of what each worker would complain of."""
+    settings.database()
+    if command != "project":
+        settings.kafka_client()
+
+
+def _named(settings: Settings, worker: int) -> Settings:
+    """With a name in the group of its own: two members of one name fence each other."""
+    if settings.group_instance_id is None:
+        return settings
+    own = f"{settings.group_instance_id}-{worker}"
+    return settings.model_copy(update={"group_instance_id": own})
+
+
+def _tell_of_too_many(settings: Settings, workers: int) -> None:
+    try:
+        with closing(Brokers(settings)) as brokers:
+            partitions = sum(map(brokers.partition_count, settings.topics))
+    except PipelineError as error:
+        log.debug("partitions_not_counted", reason=str(error))
+        return
+    if partitions < workers:
+        log.warning(
+            "workers_without_partition",
+            workers=workers,
+            partitions=partitions,
+            effect="each partition is read by one worker; the others stand by",
         )
 
 
@@ -202,8 +266,12 @@ def _who(settings: Settings) -> dict[str, object]:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second ends the process at once."""
+def stopped_by_signals(*, second_ends: bool = True) -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets.
+
+    Args:
+        second_ends: The second ends the process at once; else it changes nothing.
+    """
     stop, over = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -211,8 +279,10 @@ def stopped_by_signals() -> Iterator[threading.Event]:
             number = signal.sigwait(_SIGNALS)
             if over.is_set():
                 return
-            if stop.is_set():
+            if stop.is_set() and second_ends:
                 os._exit(128 + number)
+            if stop.is_set():
+                continue
             log.info("stopping", signal=signal.Signals(number).name, effect="after this batch")
             stop.set()
             failpoints.reach("on_sigterm")
@@ -239,7 +309,8 @@ def _project(engine: Engine, settings: Settings, stop: threading.Event) -> None:
 
 
 def _project_to_the_end(job: Job) -> None:
-    with Gauge("projecting", unit="offsets", plain=False) as gauge:
+    bar = job.worker is None
+    with Gauge("projecting", unit="offsets", plain=False, bar=bar) as gauge:
         run_projection(
             job.engine,
             discover(),
@@ -263,7 +334,7 @@ def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
 
 
 def _ingest_to_the_end(job: Job) -> None:
-    with Gauge("ingesting", plain=False) as gauge:
+    with Gauge("ingesting", plain=False, bar=job.worker is None) as gauge:
 
         def observe(progress: Ingested) -> None:
             gauge.show(progress.written, progress.written + progress.behind)

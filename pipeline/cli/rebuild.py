@@ -1,7 +1,9 @@
 """The command that computes read models anew: rebuild."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -24,6 +26,8 @@ from pipeline.projection.rebuild import rebuild as rebuild_beside
 from pipeline.projectors import discover
 from pipeline.settings import Settings
 
+JOBS_MAX = 64
+
 
 @app.command(
     epilog="Exit codes: 0 done, also when stopped: the same command goes on; 1 --check found rows "
@@ -44,6 +48,17 @@ def rebuild(
     only_check: Annotated[
         bool, typer.Option("--check", help="Compare with what the log gives; change nothing.")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            max=JOBS_MAX,
+            help="Connections that work at once, not --in-place; each keeps a core of the database "
+            "busy.",
+        ),
+    ] = 2,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document, for programs.")
     ] = False,
@@ -56,6 +71,7 @@ def rebuild(
 
     \b
     $ pipeline rebuild orders
+    $ pipeline rebuild --all --jobs 4
     $ pipeline rebuild --all --check
     """
     if bool(names) == everything:
@@ -64,46 +80,82 @@ def rebuild(
         raise typer.BadParameter("--check changes nothing, so it does not go with --in-place")
     chosen = list(discover()) if everything else known(names or [])
     settings = settings_of(ctx)
-    done: list[Difference] = []
-    with database_of(settings, "rebuild") as engine, stopped_by_signals() as stop:
+    done: dict[str, Difference] = {}
+    with (
+        database_of(settings, "rebuild", pool_size=jobs + 1) as engine,
+        stopped_by_signals() as stop,
+    ):
         check_schema(engine)
         try:
-            for projector in chosen:
-                _raise_if(stop, f"stopped before {projector.name}")
-                if in_place:
+            if in_place:
+                for projector in chosen:
+                    _raise_if(stop, f"stopped before {projector.name}")
                     _refill(engine, projector, settings, stop)
-                else:
-                    done.append(_compute(engine, projector, settings, stop, only_check=only_check))
+            else:
+                for one in _compute(engine, chosen, settings, stop, jobs, only_check=only_check):
+                    done[one.projector] = one
         except StoppedError as error:
             say(f"pipeline: {error}")
         finally:
+            found = [done[one.name] for one in chosen if one.name in done]
             if not in_place:
-                _show_differences(done, repaired=not only_check, as_json=as_json)
-    if only_check and any(one.differing for one in done):
+                _show_differences(found, repaired=not only_check, as_json=as_json)
+    if only_check and any(one.differing for one in found):
         raise typer.Exit(ExitCode.FOUND)
 
 
 def _compute(
     engine: Engine,
-    projector: Projector,
+    chosen: Sequence[Projector],
     settings: Settings,
     stop: threading.Event,
+    jobs: int,
     *,
     only_check: bool,
-) -> Difference:
-    what = f"{'checking' if only_check else 'rebuilding'} {projector.name}"
-    with Gauge(what, unit="offsets") as gauge:
+) -> Iterator[Difference]:
+    """Read models as they get done: several at once, each with its share of the connections."""
+    verb, compute = ("checking", check) if only_check else ("rebuilding", rebuild_beside)
+    what = chosen[0].name if len(chosen) == 1 else f"{len(chosen)} read models"
+    at_once = min(jobs, len(chosen))
 
-        def observe(progress: RebuildProgress) -> None:
-            gauge.show(progress.done, progress.total)
-
-        return (check if only_check else rebuild_beside)(
+    def compute_one(projector: Projector) -> Difference:
+        _raise_if(stop, f"stopped before {projector.name}")
+        return compute(
             engine,
             projector,
             guilty_max=settings.dead_letter_budget,
+            jobs=jobs // at_once,
             stop=stop,
-            observe=observe,
+            observe=partial(shown.show, projector),
         )
+
+    with Gauge(f"{verb} {what}", unit="offsets") as gauge, ThreadPoolExecutor(at_once) as crew:
+        shown = _Shown(gauge, len(chosen))
+        at_work = [crew.submit(compute_one, projector) for projector in chosen]
+        try:
+            for one in as_completed(at_work):
+                yield one.result()
+        finally:
+            # If one has failed, the others end where they can be gone on with.
+            if not all(one.done() for one in at_work):
+                stop.set()
+
+
+class _Shown:
+    """How far several rebuilds are, together."""
+
+    def __init__(self, gauge: Gauge, read_models: int) -> None:
+        self._gauge = gauge
+        self._read_models = read_models
+        self._of: dict[str, RebuildProgress] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def show(self, projector: Projector, progress: RebuildProgress) -> None:
+        with self._one_at_a_time:
+            self._of[projector.name] = progress
+            # Each of them takes the same log.
+            total = max(one.total for one in self._of.values()) * self._read_models
+            self._gauge.show(sum(one.done for one in self._of.values()), total)
 
 
 def _refill(

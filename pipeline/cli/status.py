@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ from pipeline.cli.terminal import (
 from pipeline.errors import ExitCode, TransientError
 from pipeline.logs import printable
 from pipeline.migrate import check_schema
+from pipeline.positions import Partition
 from pipeline.projectors import discover
 from pipeline.status import PartitionStatus, ProjectorStatus, Recent, Status, Trouble, look
 
@@ -114,6 +116,12 @@ def _show(seen: Status) -> None:
         (_projector_row(one, seen.looked_at) for one in seen.projectors),
     )
     typer.echo()
+    if seen.workers:
+        table(
+            ["projects", "since", "partitions"],
+            ([f"{one.host}:{one.pid}", one.since, _brief(one.partitions)] for one in seen.workers),
+        )
+        typer.echo()
     _show_recent(seen.recent)
     _show_troubles(seen.troubles)
 
@@ -153,6 +161,14 @@ def _projector_row(one: ProjectorStatus, now: datetime) -> list[Cell]:
         one.dead_letters,
         f"{duration(now - one.moved_at)} ago" if one.moved_at else NOTHING,
     ]
+
+
+def _brief(partitions: Iterable[Partition]) -> str:
+    """``orders[0,1] prices[0]``."""
+    return " ".join(
+        f"{topic}[{','.join(str(one.number) for one in same)}]"
+        for topic, same in groupby(partitions, key=lambda one: one.topic)
+    )
 
 
 def _age(seconds: float | None) -> Cell:

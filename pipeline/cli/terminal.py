@@ -135,10 +135,17 @@ class Gauge:
         total: How much there is, if known from the start.
         unit: What is counted.
         plain: Tell it elsewhere too; False where the log does.
+        bar: Draw it on a terminal; False where several processes share one.
     """
 
     def __init__(
-        self, what: str, *, total: int | None = None, unit: str = "events", plain: bool = True
+        self,
+        what: str,
+        *,
+        total: int | None = None,
+        unit: str = "events",
+        plain: bool = True,
+        bar: bool = True,
     ) -> None:
         self._what, self._unit, self._total = what, unit, total
         self._plain = plain
@@ -146,7 +153,7 @@ class Gauge:
         self._has_told = False
         self._began = self._told = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if bar and sys.stderr.isatty():
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),

@@ -108,7 +108,7 @@ class Ingest:
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
         self._patience = Patience(for_ever=not until_end)
-        self._look_at = self._tell_at = 0.0
+        self._look_at = self._tell_at = self._ask_others_at = 0.0
         self._told_written = 0
 
     def run(self) -> None:
@@ -146,6 +146,7 @@ class Ingest:
         self._refusals: dict[Partition, RefusedError] = {}
         self._topic_ids: dict[str, str] = {}
         self._absent: frozenset[str] = frozenset()
+        self._goal: Mapping[Partition, int] | None = None
         self._assigned = False
         self._source = KafkaSource(self._settings)
         try:
@@ -169,7 +170,32 @@ class Ingest:
 
     def _is_done(self) -> bool:
         has_all = self._assigned or self._absent.issuperset(self._settings.topics)
-        return self._until_end and has_all and self._machine.is_caught_up
+        return (
+            self._until_end and has_all and self._machine.is_caught_up and self._others_are_done()
+        )
+
+    def _others_are_done(self) -> bool:
+        """Whether the log has what partitions held that are not ours, when we first asked.
+
+        They may be on their way to us, or come to us when their owner dies.
+        """
+        now = time.monotonic()
+        if now < self._ask_others_at:
+            return False
+        self._ask_others_at = now + RETRY_S
+        ours = self._machine.owned.keys() | self._refusals.keys()
+        if self._goal is None:
+            brokers = self._source.brokers
+            there = {
+                Partition(topic, number)
+                for topic in self._settings.topics
+                if topic not in self._absent
+                for number in range(brokers.partition_count(topic))
+            }
+            self._goal = {one: brokers.watermarks(one).high for one in there - ours}
+        others = {one: end for one, end in self._goal.items() if one not in ours}
+        with transaction(self._engine) as db:
+            return ownership.has_passed(db, others)
 
     def _turn(self) -> None:
         """Poll once, and hand on what is ready."""

@@ -2,13 +2,24 @@
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Connection, Interval, bindparam, case, func, insert, select, text, update
+from sqlalchemy import (
+    Connection,
+    Interval,
+    bindparam,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from pipeline.errors import InvariantError, RetentionGapError
@@ -186,6 +197,12 @@ RELEASE = (
 FREED = select(consumer_offsets.c.topic, consumer_offsets.c.partition).where(
     *_this, consumer_offsets.c.problem.is_(None)
 )
+PASSED = select(consumer_offsets.c.partition).where(
+    *_this,
+    or_(
+        consumer_offsets.c.next_offset >= bindparam("end"), consumer_offsets.c.problem.is_not(None)
+    ),
+)
 DESERTED = text("""
 SELECT "partition" FROM pipeline.consumer_offsets
 WHERE topic = :of_topic AND problem IS NULL
@@ -335,6 +352,17 @@ def stand_still(db: Connection, partition: Partition, held: Epoch, why: Exceptio
 def freed(db: Connection, partitions: Iterable[Partition]) -> Sequence[Partition]:
     """Those partitions, of some that stood still, which an operator has let go on."""
     return [p for p in partitions if db.execute(FREED, _of(p)).one_or_none()]
+
+
+def has_passed(db: Connection, ends: Mapping[Partition, int]) -> bool:
+    """Whether the log has everything below these ends, whoever writes it.
+
+    A partition that stands still gets no further, and is not waited for.
+    """
+    return all(
+        db.execute(PASSED, {**_of(partition), "end": end}).one_or_none() is not None
+        for partition, end in ends.items()
+    )
 
 
 def deserted(db: Connection, topic: str) -> Sequence[Partition]:

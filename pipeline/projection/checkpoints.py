@@ -1,6 +1,7 @@
 """The bookkeeping of projection: projectors, and how far each has come in each partition."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import (
@@ -122,6 +123,8 @@ CROSS JOIN pipeline.consumer_offsets o
 LEFT JOIN pipeline.projection_checkpoints c
        ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
 WHERE p.projector = ANY (CAST(:names AS text[])) AND p.state = 'live'
+  AND (NOT CAST(:only_behind AS boolean)
+       OR c.next_offset IS NULL OR o.next_offset > greatest(c.next_offset, o.first_offset))
 ORDER BY o.topic, o."partition", c.next_offset, p.projector
 """)
 
@@ -210,6 +213,17 @@ BUILT = (
         problem=None,
         problem_at=None,
     )
+    .returning(projectors.c.built_at)
+)
+# Whoever builds anew, or goes on with it, waits for those who share the row, and they find another
+# time in it afterwards.
+BUILDING = (
+    select(projectors.c.projector)
+    .where(
+        projectors.c.projector == bindparam("of_projector"),
+        projectors.c.built_at == bindparam("since"),
+    )
+    .with_for_update(read=True)
 )
 BREAK = (
     update(projectors)
@@ -227,15 +241,23 @@ def register(db: Connection, names: Iterable[str]) -> None:
         db.execute(REGISTER, {"projector": name})
 
 
-def standings(db: Connection, names: Collection[str]) -> Sequence[Standing]:
+def standings(
+    db: Connection, names: Collection[str], *, only_behind: bool = False
+) -> Sequence[Standing]:
     """Where registered projectors stand, broken ones left out.
 
     Projectors that stand at the same place come one after another, by name.
+
+    Args:
+        db: An open transaction.
+        names: Which projectors.
+        only_behind: Only places where there is something to take.
     """
-    rows = db.execute(STANDINGS, {"names": list(names)}).all()
+    wanted = {"names": list(names), "only_behind": only_behind}
+    rows = db.execute(STANDINGS, wanted).all()
     if any(row.next_offset is None for row in rows):
         db.execute(BEGIN, {"names": list(names)})
-        rows = db.execute(STANDINGS, {"names": list(names)}).all()
+        rows = db.execute(STANDINGS, wanted).all()
     return [
         Standing(
             row.projector,
@@ -366,9 +388,21 @@ def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:
     db.execute(BUILD_BEGUN, {"of_projector": projector, "of_code": fingerprint})
 
 
-def note_built(db: Connection, projector: str, fingerprint: str) -> None:
-    """The table is now what this definition makes of the log; a broken projector is live again."""
-    db.execute(BUILT, {"of_projector": projector, "of_code": fingerprint})
+def note_built(db: Connection, projector: str, fingerprint: str) -> datetime:
+    """The table is now what this definition makes of the log; a broken projector is live again.
+
+    Returns:
+        Since when: no two builds have the same.
+    """
+    built = {"of_projector": projector, "of_code": fingerprint}
+    since: datetime = db.execute(BUILT, built).scalar_one()
+    return since
+
+
+def is_building(db: Connection, projector: str, since: datetime) -> bool:
+    """Whether nobody has begun or taken up the build after us; so it stays in this transaction."""
+    found = db.execute(BUILDING, {"of_projector": projector, "since": since})
+    return found.one_or_none() is not None
 
 
 def note_broken(db: Connection, projector: str, why: str) -> None:

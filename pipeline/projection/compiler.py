@@ -1,8 +1,11 @@
 """From a declaration to the SQL that fills its tables, once for each range of the log.
 
-A parent takes one statement, its children two more each: the rows of the parents that carry this
+A parent takes one statement, all its children one more: the rows of the parents that carry this
 range's coordinates are deleted and written anew. That is also what heals a child table that was
 truncated alone. Rows are written in the order of their keys, so two workers cannot deadlock.
+
+A range is read in steps, each a query around the one before. ``OFFSET 0`` keeps the planner from
+making one of two, which would compute a column anew for each of its uses.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +30,11 @@ MOMENT = (
     "[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"([Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2}))?"
 )
+# As nearly all are written: which characters stand where, and that the others are digits. Pairs of
+# them, so that the pattern has few states to find anew for each row.
+USUAL_DATE = "____-__-__"
+USUAL = f"{USUAL_DATE}T__:__:__"
+USUAL_DIGITS = "^([0-9][0-9]([-T:]|([.][0-9]+)?Zx|x)?)*$"
 # Between values that are checked at once. A letter, since a time with a letter in it is refused by
 # its cast, whereas punctuation is passed over there.
 BETWEEN = "x"
@@ -61,10 +69,8 @@ class Program:
 def compile_declared(projector: Declared, schema: str) -> Program:
     """The SQL that fills the projector's tables in ``schema``; the same text every time."""
     statements = [_upsert(projector, schema)]
-    for number, child in enumerate(projector.children):
-        winners = _winners(projector, schema, number)
-        statements.append(_delete_children(projector, schema, child, winners))
-        statements.append(_insert_children(projector, schema, child, winners))
+    if projector.children:
+        statements.append(_replace_children(projector, schema))
     return Program(tuple(statements), _screening(projector))
 
 
@@ -79,63 +85,26 @@ def _columns(names: Iterable[str], prefix: str = "") -> str:
     return ", ".join(prefix + _quote(name) for name in names)
 
 
-class _Record:
-    """One JSON object, its members as columns.
+def _fenced(query: str) -> str:
+    """The query, computed once for each row however often its columns are used further out."""
+    return f"(\n{query}\nOFFSET 0\n)"
 
-    Args:
-        alias: Name of the record in the statement.
-        of: SQL of the object.
-        texts: Paths that are read as text.
-        jsons: Paths that are read as JSON.
-    """
 
-    def __init__(
-        self, alias: str, of: str, *, texts: Iterable[str] = (), jsons: Iterable[str] = ()
-    ) -> None:
-        self._alias = alias
-        self._of = of
-        self._types: dict[str, str] = {}
-        self._objects: set[str] = set()
-        for path in texts:
-            head, _, rest = path.partition(".")
-            if rest or self._types.get(head) == "jsonb":
-                self._types[head] = "jsonb"
-            else:
-                self._types[head] = "text"
-        for path in jsons:
-            self._types[path.partition(".")[0]] = "jsonb"
-        for path in (*texts, *jsons):
-            parts = path.split(".")
-            self._objects.update(".".join(parts[:end]) for end in range(1, len(parts)))
+def _where(conditions: Sequence[str]) -> str:
+    return "\nWHERE " + "\nAND ".join(conditions) if conditions else ""
 
-    def join(self) -> str:
-        # A record needs a column, also where nothing of the object is read.
-        types = self._types or {"id": "text"}
-        members = ", ".join(f"{_quote(name)} {kind}" for name, kind in sorted(types.items()))
-        return f"CROSS JOIN LATERAL jsonb_to_record({self._of}) AS {self._alias}({members})"
 
-    def raw(self, path: str) -> str:
-        head, _, rest = path.partition(".")
-        member = f"{self._alias}.{_quote(head)}"
-        if not rest:
-            return member if self._types[head] == "text" else f"({member} #>> '{{}}')"
-        if "." not in rest:
-            return f"({member} ->> {_literal(rest)})"
-        return f"({member} #>> {_path(rest)})"
+def _text(of: str, path: str) -> str:
+    """The member of a JSON object as text, NULL where it is unset."""
+    *around, last = path.split(".")
+    inner = "".join(f" -> {_literal(name)}" for name in around)
+    return f"nullif({of}{inner} ->> {_literal(last)}, '')"
 
-    def text(self, path: str) -> str:
-        return f"nullif({self.raw(path)}, '')"
 
-    def json(self, path: str) -> str:
-        head, _, rest = path.partition(".")
-        member = f"{self._alias}.{_quote(head)}"
-        if rest:
-            member = f"nullif({member} #> {_path(rest)}, 'null')"
-        return f"nullif({member}, '\"\"')"
-
-    def objects(self) -> list[str]:
-        """Members that hold the paths' other parts, so must be objects where they are there."""
-        return [self.json(path) for path in sorted(self._objects)]
+def _json(of: str, path: str) -> str:
+    """The member of a JSON object as JSON, NULL where it is unset."""
+    inner = "".join(f" -> {_literal(name)}" for name in path.split("."))
+    return f"nullif(nullif({of}{inner}, 'null'), '\"\"')"
 
 
 def _path(dotted: str) -> str:
@@ -145,77 +114,89 @@ def _path(dotted: str) -> str:
 _AS_JSON = (Shape.JSON, Shape.LIST)
 
 
-def _reader(alias: str, of: str, fields: Iterable[Field], lists: Iterable[str] = ()) -> _Record:
-    read = [one for one in fields if one.kind.shape is not Shape.ENVELOPE]
-    return _Record(
-        alias,
-        of,
-        texts=[one.path for one in read if one.kind.shape not in _AS_JSON],
-        jsons=[*(one.path for one in read if one.kind.shape in _AS_JSON), *lists],
+def _value(one: Field, of: str) -> str:
+    """The field's value, NULL where it is unset, as text or JSON and not yet cast."""
+    return _json(of, one.path) if one.kind.shape in _AS_JSON else _text(of, one.path)
+
+
+def _cast(one: Field, value: str) -> str:
+    return one.kind.cast.format(value)
+
+
+def _objects(fields: Iterable[Field]) -> list[str]:
+    """Paths that must be objects where they are there, because fields stand inside."""
+    return sorted(
+        {".".join(one.segments[:end]) for one in fields for end in range(1, len(one.segments))}
     )
 
 
-def _value(one: Field, record: _Record, instead: str | None = None) -> str:
-    """The field's value, NULL where it is unset, as text or JSON and not yet cast."""
-    if one.kind.shape is Shape.ENVELOPE:
-        return f"e.{_quote(one.path)}"
-    value = record.json(one.path) if one.kind.shape in _AS_JSON else record.text(one.path)
-    return value if instead is None else f"coalesce({value}, {instead})"
+# ------------------------------------------------------------------------------ checking its values
 
 
-def _checks(shapes: Sequence[tuple[Shape, str]], objects: Sequence[str]) -> list[str]:
-    """Conditions for the values of a row that casts alone would take too generously."""
-    numbers = [value for shape, value in shapes if shape in (Shape.NUMBER, Shape.INTEGER)]
-    moments = [value for shape, value in shapes if shape in (Shape.TIME, Shape.DATE)]
-    conditions = []
-    if numbers:
+def _of_shape(values: Mapping[Field, str], *shapes: Shape) -> list[str]:
+    return [value for one, value in values.items() if one.kind.shape in shapes]
+
+
+def _checks(values: Mapping[Field, str], objects: Iterable[str]) -> list[str]:
+    """Conditions for what casts alone would take too generously."""
+    conditions = [f"coalesce(jsonb_typeof({one}), 'object') = 'object'" for one in objects]
+    if numbers := _of_shape(values, Shape.NUMBER, Shape.INTEGER):
         conditions.append(f"concat({', '.join(numbers)}) !~ '{NO_NUMBER}'")
-    if moments:
-        joined = f"concat_ws('{BETWEEN}', {', '.join(moments)}, '')"
-        conditions.append(f"{joined} ~ '^(({MOMENT})?{BETWEEN})*$'")
-    if dates := [value for shape, value in shapes if shape is Shape.DATE]:
-        # Only the first ten characters are cast, so nothing else would notice two dates in one.
-        conditions.append(f"strpos(concat({', '.join(dates)}), '{BETWEEN}') = 0")
     conditions += [
-        f"coalesce({value}, '') IN ('', 'true', 'false')"
-        for shape, value in shapes
-        if shape is Shape.BOOLEAN
+        f"({value} IN ('true', 'false')) IS NOT FALSE" for value in _of_shape(values, Shape.BOOLEAN)
     ]
-    conditions += [f"coalesce(jsonb_typeof({value}), 'object') = 'object'" for value in objects]
-    return conditions
+    return conditions + _check_moments(values)
+
+
+def _check_moments(values: Mapping[Field, str]) -> list[str]:
+    """Whether all times and dates of a row follow RFC 3339, put together.
+
+    Nearly all are written in the one way of ``USUAL``, which is seen at half the price of the rule.
+    """
+    times, dates = _of_shape(values, Shape.TIME), _of_shape(values, Shape.DATE)
+    if not times + dates:
+        return []
+    joined = f"concat_ws('{BETWEEN}', {', '.join(times + dates)}, '')"
+    usual = [
+        *(f"({one} LIKE '{USUAL}Z' OR {one} LIKE '{USUAL}.%') IS NOT FALSE" for one in times),
+        *(f"({one} LIKE '{USUAL_DATE}') IS NOT FALSE" for one in dates),
+        f"{joined} ~ '{USUAL_DIGITS}'",
+    ]
+    rule = [f"{joined} ~ '^(({MOMENT})?{BETWEEN})*$'"]
+    if dates:
+        # Only the first ten characters are cast, so nothing else would notice two dates in one.
+        rule.append(f"strpos(concat({', '.join(dates)}), '{BETWEEN}') = 0")
+    return [f"({' AND '.join(usual)} OR {' AND '.join(rule)})"]
 
 
 def _demand(conditions: Sequence[str]) -> str:
     return f"CASE WHEN {' AND '.join(conditions)} THEN true ELSE pipeline.reject() END"
 
 
-def _checks_children(child: Children, items: str) -> str:
+def _check_children(child: Children, items: str) -> str:
     """Whether every row of a list is one, also of a parent that is about to lose.
 
     If only winners' lists were looked at, it would hang on the order of arrival which events are
     guilty, and with them what else they hold.
     """
-    record = _reader("r", "c.item", child.fields)
-    values = {one.column: _value(one, record) for one in child.fields}
-    shapes = [
-        (one.kind.shape, record.raw(one.path))
-        for one in child.fields
-        if one.kind.shape not in _AS_JSON
-    ]
-    # Counting the NULLs is a way to have every value cast.
-    casts = ", ".join(one.kind.cast.format(values[one.column]) for one in child.fields)
+    values = {one: _value(one, "c.item") for one in child.fields}
+    casts = ", ".join(_cast(one, value) for one, value in values.items())
     conditions = [
-        *_checks(shapes, record.objects()),
-        *(f"{values[name]} IS NOT NULL" for name in child.key),
+        "jsonb_typeof(c.item) = 'object'",
+        *_checks(values, [_json("c.item", path) for path in _objects(child.fields)]),
+        *(f"{value} IS NOT NULL" for one, value in values.items() if one.column in child.key),
+        # Counting the NULLs is a way to have every value cast.
         f"num_nulls({casts}) >= 0",
     ]
-    return (
-        f"coalesce((SELECT bool_and({' AND '.join(conditions)}) "  # noqa: S608 - declared names
-        f"FROM jsonb_array_elements({items}) AS c(item) {record.join()}), true)"
+    every = (
+        f"SELECT bool_and({' AND '.join(conditions)}) "  # noqa: S608 - declared names
+        f"FROM jsonb_array_elements({items}) AS c(item)"
     )
+    return f"({items} IS NULL OR {items} = '[]' OR coalesce(({every}), true))"
 
 
 # ---------------------------------------------------------------------------------- rows of a range
+# Each step is a query around the one before: events, elements, members, values.
 
 
 def _rows(projector: Declared, *, whole: bool) -> str:
@@ -230,86 +211,105 @@ def _rows(projector: Declared, *, whole: bool) -> str:
     )
 
 
+_ENVELOPE = 'e.event_id, e.created_at, e.topic, e."partition", e."offset"'
+
+
 def _rows_of(projector: Declared, source: Source, *, whole: bool) -> str:
-    around, of, place = _elements(source)
-    lists = [child.path for child in projector.children]
     decisive = (*projector.key, projector.clock, projector.status)
     needed = {*projector.unless_unset, *(one.column for one in decisive if one)}
     fields = [one for one in projector.fields if whole or one.column in needed]
-    record = _reader("o", of, fields, lists)
-    inherited: dict[str, str] = {}
+    objects = _events(projector, source)
     if source.each:
-        outer = _around(source.each, source.inherit)
-        inherited = {column: outer.text(path) for column, path in source.inherit.items()}
-    values = {one.column: _value(one, record, inherited.get(one.column)) for one in fields}
-    selected = [
-        f"{one.kind.cast.format(values[one.column])} AS {_quote(one.column)}" for one in fields
-    ]
+        objects = _elements(source, source.each, objects, check=whole)
+    members = _members(projector, source, fields, objects)
+    return _values(projector, fields, members, check=whole)
+
+
+def _events(projector: Declared, source: Source) -> str:
+    """The events of the range: envelope and object."""
+    return (
+        f"SELECT {_ENVELOPE}, e.payload -> 'object' AS object, 0 AS place\n"
+        f"FROM pipeline.events AS e\nWHERE {WHERE}\nAND {projector.condition(source)}"
+    )
+
+
+def _elements(source: Source, each: str, events: str, *, check: bool) -> str:
+    """The elements of a list in each object, with what they may lack of it."""
+    inherited = "".join(
+        f", {_text('e.object', path)} AS {_quote('_' + column)}"
+        for column, path in source.inherit.items()
+    )
+    elements = _json("e.object", each)
+    there = f"{elements} <> '[]'"
+    if check:
+        # Without an object there is no list, and so nothing that is refused.
+        there = (
+            f"CASE WHEN jsonb_typeof(e.object) = 'object' THEN {there} ELSE pipeline.reject() END"
+        )
+    return (
+        f"SELECT {_ENVELOPE}, i.item AS object, i.place{inherited}\n"
+        f"FROM {_fenced(events)} AS e\n"
+        f"CROSS JOIN LATERAL jsonb_array_elements({elements}) WITH ORDINALITY AS i(item, place)\n"
+        f"WHERE {there}"
+    )
+
+
+def _members(projector: Declared, source: Source, fields: Sequence[Field], objects: str) -> str:
+    """What the fields read of each object, as text or JSON, and the lists of the children."""
+    selected = []
+    for one in fields:
+        value = f"e.{_quote(one.path)}"
+        if one.kind.shape is not Shape.ENVELOPE:
+            value = _value(one, "e.object")
+        if one.column in source.inherit:
+            value = f"coalesce({value}, e.{_quote('_' + one.column)})"
+        selected.append(f"{value} AS {_quote(one.column)}")
     selected += [
         "e.event_id AS _event_id",
-        *_version(projector, values),
-        f"{place} AS _place",
+        f"coalesce(e.created_at, {NO_TIME}) AS _version_created",
+        'e.topic AS _topic, e."partition" AS _partition, e."offset" AS _offset, e.place AS _place',
+        "jsonb_typeof(e.object) = 'object' AS _is_object",
+        *(
+            f"{_json('e.object', child.path)} AS _list_{at}"
+            for at, child in enumerate(projector.children)
+        ),
+        *(f"{_json('e.object', path)} AS {_quote('_in_' + path)}" for path in _objects(fields)),
     ]
-    if not whole:
-        selected += [f"{record.json(path)} AS _list_{at}" for at, path in enumerate(lists)]
-    shapes = [
-        (one.kind.shape, values[one.column] if one.column in inherited else record.raw(one.path))
-        for one in fields
-        if one.kind.shape not in (Shape.ENVELOPE, *_AS_JSON)
+    return f"SELECT {', '.join(selected)}\nFROM {_fenced(objects)} AS e"
+
+
+def _values(projector: Declared, fields: Sequence[Field], members: str, *, check: bool) -> str:
+    """The members as values of their types, with the row's version."""
+    texts = {one: f"o.{_quote(one.column)}" for one in fields}
+    lists = [f"o._list_{at}" for at in range(len(projector.children))]
+    selected = [
+        *(f"{_cast(one, value)} AS {_quote(one.column)}" for one, value in texts.items()),
+        f"o._event_id, {_version(projector, texts)}, o._place",
+        *lists,
     ]
-    conditions = [WHERE, projector.condition(source)]
-    if whole and (source.each or projector.keeps_first):
-        # Without an object there is no list, or no key in it, and so nothing that is refused.
-        conditions.append(_demand(["jsonb_typeof(e.payload -> 'object') = 'object'"]))
-    conditions += [f"{values[column]} IS NOT NULL" for column in sorted(projector.unless_unset)]
-    if whole:
-        checks = _checks(shapes, record.objects())
-        checks += [_checks_children(one, record.json(one.path)) for one in projector.children]
-        conditions += [_demand(checks)] if checks else []
-    return (
-        f"SELECT {', '.join(selected)}\nFROM pipeline.events AS e\n"
-        + "\n".join([*around, record.join()])
-        + "\nWHERE "
-        + "\nAND ".join(conditions)
-    )
+    # Without an object nothing is unset either: that is refused.
+    conditions = [
+        f"(o.{_quote(column)} IS NOT NULL OR NOT o._is_object)"
+        for column in sorted(projector.unless_unset)
+    ]
+    if check:
+        checks = _checks(texts, [f"o.{_quote('_in_' + path)}" for path in _objects(fields)])
+        checks += map(_check_children, projector.children, lists)
+        conditions.append(_demand(["o._is_object", *checks]))
+    return f"SELECT {', '.join(selected)}\nFROM {_fenced(members)} AS o" + _where(conditions)
 
 
-def _elements(source: Source) -> tuple[list[str], str, str]:
-    """Joins that lead to a row's object, its SQL, and its place in the list."""
-    if source.each is None:
-        return [], "e.payload -> 'object'", "0"
-    around = _around(source.each, source.inherit)
-    elements = (
-        f"CROSS JOIN LATERAL jsonb_array_elements({around.json(source.each)}) "
-        "WITH ORDINALITY AS i(item, place)"
-    )
-    return [around.join(), elements], "i.item", "i.place"
-
-
-def _around(each: str, inherit: Mapping[str, str]) -> _Record:
-    """The object around a list's elements."""
-    return _Record("p", "e.payload -> 'object'", texts=inherit.values(), jsons=[each])
-
-
-def _version(projector: Declared, values: dict[str, str]) -> list[str]:
-    created = f"coalesce(e.created_at, {NO_TIME})"
-    time = NO_TIME
+def _version(projector: Declared, texts: Mapping[Field, str]) -> str:
+    time, rank = NO_TIME, "0"
     if projector.clock:
-        clock = projector.clock.kind.cast.format(values[projector.clock.column])
-        time = f"coalesce({clock}, e.created_at, {NO_TIME})"
-    rank = "0"
+        time = f"coalesce({_cast(projector.clock, texts[projector.clock])}, o._version_created)"
     if projector.status:
         states = " ".join(f"WHEN {_literal(name)} THEN {at}" for name, at in projector.status.ranks)
-        value = values[projector.status.column]
-        rank = f"CASE {value} {states} ELSE {projector.status.unknown_rank} END"
-    return [
-        f"{time} AS _version_time",
-        f"CAST({rank} AS smallint) AS _version_rank",
-        f"{created} AS _version_created",
-        "e.topic AS _topic",
-        'e."partition" AS _partition',
-        'e."offset" AS _offset',
-    ]
+        rank = f"CASE {texts[projector.status]} {states} ELSE {projector.status.unknown_rank} END"
+    return (
+        f"{time} AS _version_time, CAST({rank} AS smallint) AS _version_rank, "
+        "o._version_created, o._topic, o._partition, o._offset"
+    )
 
 
 # ----------------------------------------------------------------------------------- the statements
@@ -349,8 +349,25 @@ def _upsert(projector: Declared, schema: str) -> str:
     )
 
 
-def _winners(projector: Declared, schema: str, number: int) -> str:
-    """Parents that carry coordinates of this range, each with its list."""
+def _replace_children(projector: Declared, schema: str) -> str:
+    """One statement for all child tables, so that the range is read once for them.
+
+    Its snapshot is that of a moment at which the parents are locked: nobody else has touched their
+    children since.
+    """
+    parts = [f"winners AS MATERIALIZED (\n{_winners(projector, schema)}\n)"]
+    for at, child in enumerate(projector.children):
+        parts.append(f"gone_{at} AS (\n{_delete_children(projector, schema, child)}\n)")
+    inserts = [
+        _insert_children(projector, schema, child, at)
+        for at, child in enumerate(projector.children)
+    ]
+    parts += [f"new_{at} AS (\n{insert}\n)" for at, insert in enumerate(inserts[:-1])]
+    return "WITH " + ",\n".join(parts) + f"\n{inserts[-1]}"
+
+
+def _winners(projector: Declared, schema: str) -> str:
+    """Parents that carry coordinates of this range, each with its lists."""
     rows = _rows(projector, whole=False)
     key = _names(projector.key)
     same = " AND ".join(f"t.{_quote(name)} = s.{_quote(name)}" for name in (*key, *COORDINATES))
@@ -358,40 +375,40 @@ def _winners(projector: Declared, schema: str, number: int) -> str:
         [*(f"s.{_quote(name)}" for name in key)]
         + [f"s.{_quote(name)} DESC" for name in VERSION_COLUMNS]
     )
+    lists = ", ".join(f"s._list_{at}" for at in range(len(projector.children)))
     return (
-        f"SELECT DISTINCT ON ({_columns(key, 's.')}) {_columns(key, 's.')}, "
-        f"s._list_{number} AS _list\nFROM (\n{rows}\n) AS s\n"
+        f"SELECT DISTINCT ON ({_columns(key, 's.')}) {_columns(key, 's.')}, {lists}\n"
+        f"FROM (\n{rows}\n) AS s\n"
         f"JOIN {_table(schema, projector.name)} AS t ON {same}\n"
         f"ORDER BY {order}, s._place DESC"
     )
 
 
-def _delete_children(projector: Declared, schema: str, child: Children, winners: str) -> str:
+def _delete_children(projector: Declared, schema: str, child: Children) -> str:
     key = _names(projector.key)
     same = " AND ".join(f"c.{_quote(name)} = w.{_quote(name)}" for name in key)
     table = _table(schema, child.table)
-    return f"DELETE FROM {table} AS c USING (\n{winners}\n) AS w\nWHERE {same}"  # noqa: S608 - names
+    return f"DELETE FROM {table} AS c USING winners AS w WHERE {same} RETURNING 1"  # noqa: S608 - names
 
 
-def _insert_children(projector: Declared, schema: str, child: Children, winners: str) -> str:
+def _insert_children(projector: Declared, schema: str, child: Children, at: int) -> str:
     key = _names(projector.key)
     place = [] if child.key else ["position"]
     columns = [*key, *place, *_names(child.fields)]
     told_apart = [*key, *(child.key or place)]
-    record = _reader("o", "i.item", child.fields)
-    values = [(one, _value(one, record)) for one in child.fields]
     selected = [
         *(f"w.{_quote(name)}" for name in key),
         *(["CAST(i.place AS integer) AS position"] if place else []),
-        *(f"{one.kind.cast.format(value)} AS {_quote(one.column)}" for one, value in values),
+        *(f"{_cast(one, _value(one, 'i.item'))} AS {_quote(one.column)}" for one in child.fields),
         "i.place AS _place",
     ]
+    # Counted first, so that all that is to go has gone before anything comes.
     return (
-        f"INSERT INTO {_table(schema, child.table)} ({_columns(columns)})\n"
+        f"INSERT INTO {_table(schema, child.table)} ({_columns(columns)})\n"  # noqa: S608 - names
         f"SELECT DISTINCT ON ({_columns(told_apart)}) {_columns(columns)} FROM (\n"
-        f"SELECT {', '.join(selected)}\nFROM (\n{winners}\n) AS w\n"
-        "CROSS JOIN LATERAL jsonb_array_elements(w._list) WITH ORDINALITY AS i(item, place)\n"
-        f"{record.join()}\n) AS s\n"
+        f"SELECT {', '.join(selected)}\nFROM winners AS w\n"
+        f"CROSS JOIN LATERAL jsonb_array_elements(w._list_{at}) WITH ORDINALITY AS i(item, place)\n"
+        f"WHERE w._list_{at} <> '[]' AND (SELECT count(*) FROM gone_{at}) >= 0\n) AS s\n"
         f"ORDER BY {_columns(told_apart)}, _place"
     )
 

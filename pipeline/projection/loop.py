@@ -5,7 +5,7 @@
    those further behind are brought up to them first
 3. nothing to do: wait for a hint (NOTIFY), and at most the poll interval, for hints may be lost
 
-Several workers may run at once: the checkpoint's row is the lock.
+Several workers may run at once: they share the partitions, and the checkpoint's row is the lock.
 """
 
 import random
@@ -30,6 +30,7 @@ from pipeline.projection import checkpoints
 from pipeline.projection.checkpoints import Standing
 from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
+from pipeline.projection.sharing import Crew
 from pipeline.projection.turn import Result, project
 
 log = structlog.get_logger(__name__)
@@ -129,6 +130,7 @@ class _Loop:
     ) -> None:
         self._engine = engine
         self._projectors = {one.name: one for one in projectors}
+        self._crew = Crew(engine, self._projectors)
         self._limits = limits
         self._stop = stop
         self._observe = observe
@@ -145,6 +147,7 @@ class _Loop:
                 with _Hints.of(self._engine) as hints:
                     self._register()
                     self._follow(hints)
+                    self._crew.leave()
                     return
             except (TransientError, ConfigurationError) as error:
                 self._wait_for_server(error)
@@ -167,11 +170,12 @@ class _Loop:
 
     def _follow(self, hints: "_Hints") -> None:
         while not self._stop.is_set():
+            self._crew.check_in()
             with transaction(self._engine) as db:
-                standings = checkpoints.standings(db, list(self._projectors))
+                standings = checkpoints.standings(db, self._projectors, only_behind=True)
             if self._until_end and self._has_arrived(standings):
                 return
-            moved = self._round(standings)
+            moved = self._round(self._crew.share(standings))
             self._server_is_back()
             self._observe(Progress(self._taken, _furthest_behind(standings)))
             self._tell(standings)
@@ -188,12 +192,13 @@ class _Loop:
         )
 
     def _round(self, standings: Sequence[Standing]) -> bool:
-        """Every partition one range further, for each place where projectors stand in it."""
+        """Each partition one range further, for each place where projectors stand in it."""
         moved = False
         arrived: Work | None = None
         for work in plan(standings, self._limits.batch_offsets_max):
             if self._stop.is_set():
                 break
+            self._crew.check_in()
             # Those who have just come here go on together with those who stood here.
             joined = work.joined_by(arrived)
             done = self._pass(joined)

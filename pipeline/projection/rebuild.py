@@ -1,7 +1,8 @@
 """Rebuild: compute a read model anew beside the live one, then make the live one equal to it.
 
-1. tables beside the live ones, filled in chunks, each with its progress in one transaction, so a
-   killed rebuild goes on where it was
+1. tables beside the live ones, filled from a work list of ranges of the log by one or several
+   connections, each range struck off in the transaction that takes it, so a killed rebuild goes on
+   where it was; the newest version of a row wins, so their order does not matter
 2. one last transaction: stop the live projector, not the readers; bring both to the same place;
    delete, change and insert what differs; count it
 
@@ -10,20 +11,34 @@ table until the last transaction commits.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple, Self, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine, Table, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Date,
+    DateTime,
+    Engine,
+    Integer,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
 
 from pipeline import dead_letters, failpoints
 from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
 from pipeline.errors import ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.positions import NextOffset, OffsetRange, Partition, lag
-from pipeline.projection import checkpoints
+from pipeline.projection import checkpoints, ranges
 from pipeline.projection.batch import Batch
-from pipeline.projection.checkpoints import REBUILD, Standing
+from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.loop import Limits, Progress, run_projection
@@ -34,7 +49,7 @@ log = structlog.get_logger(__name__)
 SHADOW_SCHEMA = "pipeline_shadow"
 
 CHUNK_OFFSETS = 50_000
-"""Offsets of one transaction of a rebuild; fewer than these may be left to the last one."""
+"""Most offsets of one range; fewer than these may be left to the last transaction."""
 SWAP_ATTEMPTS_MAX = 20
 """How often the live table's lock is asked for; each time for LOCK_WAIT."""
 TRUNCATIONS_MAX = 3
@@ -44,6 +59,9 @@ TRUNCATIONS_MAX = 3
 LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
 # What a crash takes is computed again: its progress is lost together with it.
 COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
+# For a row that another range holds too, however long that takes.
+WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
+DEADLOCK = "40P01"
 ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 TAKE = text("SELECT pg_try_advisory_lock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
 LEAVE = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
@@ -113,6 +131,7 @@ def rebuild(
     *,
     guilty_max: int = 1000,
     chunk_offsets: int = CHUNK_OFFSETS,
+    jobs: int = 1,
     stop: threading.Event | None = None,
     observe: Observe = lambda _: None,
 ) -> Difference:
@@ -124,9 +143,10 @@ def rebuild(
         engine: The database, with the schema of this program.
         projector: Which read model.
         guilty_max: Most events that may be refused in one chunk.
-        chunk_offsets: Offsets of one transaction while nobody waits for it.
-        stop: Set it to end after the chunk in hand.
-        observe: Called after each chunk.
+        chunk_offsets: Most offsets of one transaction while nobody waits for it.
+        jobs: How many connections fill the tables at once.
+        stop: Set it to end after the ranges in hand.
+        observe: Called after each range, by one thread at a time.
 
     Returns:
         What differed, now repaired.
@@ -138,8 +158,8 @@ def rebuild(
         TransientError: The server went away, or the tables were not to be had; call again.
     """
     with _Shadow.alone(engine, projector, guilty_max, chunk_offsets) as shadow:
-        shadow.prepare()
-        shadow.advance(stop or threading.Event(), observe)
+        _insist(shadow.prepare, projector)
+        shadow.advance(engine, jobs, stop or threading.Event(), observe)
         difference = _insist(shadow.reconcile, projector)
     log.info("rebuilt", **difference._asdict(), differing=difference.differing)
     return difference
@@ -151,6 +171,7 @@ def check(
     *,
     guilty_max: int = 1000,
     chunk_offsets: int = CHUNK_OFFSETS,
+    jobs: int = 1,
     stop: threading.Event | None = None,
     observe: Observe = lambda _: None,
 ) -> Difference:
@@ -160,8 +181,8 @@ def check(
     """
     with _Shadow.alone(engine, projector, guilty_max, chunk_offsets) as shadow:
         for _ in range(TRUNCATIONS_MAX):
-            shadow.prepare()
-            shadow.advance(stop or threading.Event(), observe, beyond_live=False)
+            _insist(shadow.prepare, projector)
+            shadow.advance(engine, jobs, stop or threading.Event(), observe, beyond_live=False)
             difference = shadow.compare()
             shadow.drop()
             if difference is not None:
@@ -205,7 +226,7 @@ _T = TypeVar("_T")
 
 
 def _insist(attempt: Callable[[], _T], projector: Projector) -> _T:
-    """Ask for the live table's lock again and again, each time for a little while."""
+    """Ask for a lock again and again, each time for a little while."""
     for number in range(1, SWAP_ATTEMPTS_MAX):
         try:
             return attempt()
@@ -214,11 +235,25 @@ def _insist(attempt: Callable[[], _T], projector: Projector) -> _T:
     return attempt()
 
 
+class _Teller:
+    """Tells how far a rebuild is, one thread after the other."""
+
+    def __init__(self, observe: Observe, total: int) -> None:
+        self._observe = observe
+        self._total = total
+        self._one_at_a_time = threading.Lock()
+
+    def tell(self, left: int) -> None:
+        with self._one_at_a_time:
+            self._observe(RebuildProgress(max(0, self._total - left), self._total))
+
+
 class _Shadow:
     """The tables beside the live ones, with their own checkpoints and dead letters.
 
-    One connection does it all: it holds the advisory lock that keeps a second rebuild out, so with
-    the lock goes the ability to write.
+    One connection holds the advisory lock that keeps a second rebuild out. Others may help it to
+    fill the tables; should it lose the lock, they may do so until somebody else takes the rebuild
+    up, and no further.
     """
 
     def __init__(
@@ -260,12 +295,13 @@ class _Shadow:
             built = checkpoints.fingerprints(self._db).get(self._name)
             if built == fingerprint(self._projector) and self._tables_exist():
                 log.info("rebuild_resumed", projector=self._projector.name)
-                return
-            self._drop()
-            for table in self._projector.tables:
-                self._db.execute(MAKE, {"table": table.name})
-            checkpoints.register(self._db, [self._projector.name, self._name])
-            checkpoints.note_built(self._db, self._name, fingerprint(self._projector))
+            else:
+                self._drop()
+                for table in self._projector.tables:
+                    self._db.execute(MAKE, {"table": table.name})
+                checkpoints.register(self._db, [self._projector.name, self._name])
+            code = fingerprint(self._projector)
+            self._since = checkpoints.note_built(self._db, self._name, code)
 
     def drop(self) -> None:
         """Leave nothing behind."""
@@ -276,6 +312,7 @@ class _Shadow:
         for table in self._projector.tables:
             self._db.execute(DROP, {"table": table.name})
         dead_letters.forget(self._db, self._name)
+        ranges.forget(self._db, self._name)
         checkpoints.forget(self._db, self._name)
 
     def _tables_exist(self) -> bool:
@@ -286,59 +323,116 @@ class _Shadow:
 
     # ------------------------------------------------------------------------------ filling them
 
-    def advance(self, stop: threading.Event, observe: Observe, *, beyond_live: bool = True) -> None:
-        """Fill the tables up to where the log ends while the last chunk is being taken.
+    def advance(
+        self,
+        engine: Engine,
+        jobs: int,
+        stop: threading.Event,
+        observe: Observe,
+        *,
+        beyond_live: bool = True,
+    ) -> None:
+        """Fill the tables up to where the log ends while the last ranges are being taken.
 
         Args:
-            stop: Set to end after the chunk in hand.
-            observe: Called after each chunk.
+            engine: Where those who help have their connections from.
+            jobs: How many connections work at once, this one among them.
+            stop: Set to end after the ranges in hand.
+            observe: Called after each range.
             beyond_live: Go to the log's end; else never further than the live projector is.
         """
-        nearly_done = False
-        while not nearly_done:
-            standings = self._standings(beyond_live=beyond_live)
-            left = sum(one.lag for one in standings)
-            nearly_done = left < self._chunk_offsets
-            for one in sorted(standings, key=lambda one: one.lag, reverse=True):
-                if stop.is_set():
-                    name = self._projector.name
-                    raise StoppedError(f"{name}: stopped; the same command goes on with it")
+        planned = self._chunk_offsets
+        while planned >= self._chunk_offsets:
+            planned, total = _insist(lambda: self._plan(beyond_live=beyond_live), self._projector)
+            self._work_off(engine, jobs, stop, _Teller(observe, total))
+            if stop.is_set() and self._left():
+                name = self._projector.name
+                raise StoppedError(f"{name}: stopped; the same command goes on with it")
+
+    def _plan(self, *, beyond_live: bool) -> tuple[int, int]:
+        """Put on the list what the log has more than the rebuild has heard of.
+
+        Returns:
+            Offsets on the list, and offsets of the log in all.
+        """
+        db, name = self._db, self._name
+        with translated(), db.begin():
+            # A rewind that is under way puts the checkpoints back first.
+            checkpoints.hold_all(db, name)
+            standings = checkpoints.standings(db, [name])
+            if not beyond_live:
+                live = checkpoints.places(db, self._projector.name)
+                standings = [
+                    one._replace(log_end=live.get(one.partition, NextOffset(0)))
+                    for one in standings
+                ]
+            for one in standings:
                 if one.lag:
-                    self._take_chunk(one)
-                if not nearly_done:
-                    break
-            total = sum(lag(one.log_first, one.log_end) for one in standings)
-            left = sum(one.lag for one in self._standings(beyond_live=beyond_live))
-            observe(RebuildProgress(max(0, total - left), total))
+                    new = OffsetRange(max(one.next_offset, one.log_first), one.log_end)
+                    ranges.put(db, name, one.partition, new, span_max=self._chunk_offsets)
+                    moved = OffsetRange(one.next_offset, one.log_end)
+                    checkpoints.move(db, name, one.partition, moved)
+            return ranges.left(db, name), sum(lag(one.log_first, one.log_end) for one in standings)
 
-    def _standings(self, *, beyond_live: bool) -> Sequence[Standing]:
+    def _left(self) -> int:
         with translated(), self._db.begin():
-            standings = checkpoints.standings(self._db, [self._name])
-            if beyond_live:
-                return standings
-            live = checkpoints.places(self._db, self._projector.name)
-            return [
-                one._replace(log_end=live.get(one.partition, NextOffset(0))) for one in standings
-            ]
+            return ranges.left(self._db, self._name)
 
-    def _take_chunk(self, standing: Standing) -> None:
-        with translated(), self._db.begin():
-            self._db.execute(COMMIT_LAZILY)
-            pin(self._db)
-            held = checkpoints.hold(self._db, self._name, standing.partition)
-            if held != standing.next_offset:
-                # A rewind has filled the log below, or is about to: look again.
-                return
-            offsets = standing.next_range(self._chunk_offsets)
-            self._take(SHADOW_SCHEMA, self._name, standing.partition, offsets)
-            failpoints.reach("mid_rebuild", connection_fd=descriptor(self._db))
+    def _work_off(
+        self, engine: Engine, jobs: int, stop: threading.Event, teller: "_Teller"
+    ) -> None:
+        """Have several connections take what is on the list; the first error ends them all."""
+        over = threading.Event()
 
-    def _take(self, schema: str, name: str, partition: Partition, offsets: OffsetRange) -> None:
-        """Bring a range into the tables of a schema, with its dead letters and checkpoint."""
+        def work(db: Connection) -> None:
+            try:
+                while not (stop.is_set() or over.is_set()) and self._take_range(db, teller):
+                    pass
+            except BaseException:
+                over.set()
+                raise
+
+        def help_with_it() -> None:
+            with translated(), engine.connect() as db:
+                work(db)
+
+        with ThreadPoolExecutor(jobs) as crew:
+            at_work = [crew.submit(work, self._db)]
+            at_work += [crew.submit(help_with_it) for _ in range(jobs - 1)]
+        for one in at_work:
+            one.result()
+
+    def _take_range(self, db: Connection, teller: "_Teller") -> bool:
+        """Bring a range of the list into the tables; False if there is none to be had."""
+        try:
+            with translated(), db.begin():
+                db.execute(COMMIT_LAZILY)
+                db.execute(WAIT_FOR_OTHERS)
+                pin(db)
+                if not checkpoints.is_building(db, self._name, self._since):
+                    raise RebuildRunsError(self._projector.name)
+                taken = ranges.take(db, self._name)
+                if taken is None:
+                    return False
+                self._fill(db, SHADOW_SCHEMA, self._name, taken.partition, taken.offsets)
+                failpoints.reach("mid_rebuild", connection_fd=descriptor(db))
+                ranges.strike_off(db, self._name, taken)
+        except TransientError as error:
+            # Ranges with dead letters write some rows twice, so not in the order of their keys.
+            if error.sqlstate != DEADLOCK:
+                raise
+            return True
+        with translated(), db.begin():
+            teller.tell(ranges.left(db, self._name))
+        return True
+
+    def _fill(
+        self, db: Connection, schema: str, name: str, partition: Partition, offsets: OffsetRange
+    ) -> None:
+        """Bring a range into the tables of a schema, with its dead letters."""
         batch = Batch(partition, offsets, self._projector.condition())
-        faults = fill(self._db, self._projector, schema, batch, guilty_max=self._guilty_max)
-        dead_letters.put_aside(self._db, name, partition, faults)
-        checkpoints.move(self._db, name, partition, offsets)
+        faults = fill(db, self._projector, schema, batch, guilty_max=self._guilty_max)
+        dead_letters.put_aside(db, name, partition, faults)
 
     def _bring(
         self,
@@ -353,7 +447,8 @@ class _Shadow:
                 begin = NextOffset(0)
                 checkpoints.place(self._db, name, {partition: begin})
             if begin < end:
-                self._take(schema, name, partition, OffsetRange(begin, end))
+                self._fill(self._db, schema, name, partition, OffsetRange(begin, end))
+                checkpoints.move(self._db, name, partition, OffsetRange(begin, end))
 
     # --------------------------------------------------------------------------------- comparing
 
@@ -434,13 +529,28 @@ def _same_key(table: Table) -> str:
     return " AND ".join(f"t.{name} = s.{name}" for name in _key(table))
 
 
+# Of these, equal values are written alike; 1.0 and 1.00 are not.
+_WRITTEN_ALIKE = (BigInteger, Boolean, Date, DateTime, Integer, SmallInteger, Text, Uuid)
+
+
+def _differs(table: Table) -> str:
+    """Whether two rows are not the same to the last byte: cheaper than by their images."""
+    values = []
+    for column in table.columns:
+        name = f'"{column.name}"'
+        as_written = "" if isinstance(column.type, _WRITTEN_ALIKE) else "::text"
+        values.append(f"t.{name}{as_written} IS DISTINCT FROM s.{name}{as_written}")
+    return f"({' OR '.join(values)})"
+
+
 def _compare(table: Table) -> str:
     key = _key(table)[0]
     return (
         f"SELECT count(s.{key}) AS rows, "  # noqa: S608 - declared names
         f"count(*) FILTER (WHERE t.{key} IS NULL) AS missing, "
         f"count(*) FILTER (WHERE s.{key} IS NULL) AS surplus, "
-        f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL AND t *<> s) "
+        f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL "
+        f"AND {_differs(table)}) "
         f"AS changed FROM {_in(READ_SCHEMA, table)} AS t "
         f"FULL JOIN {_in(SHADOW_SCHEMA, table)} AS s ON {_same_key(table)}"
     )
@@ -458,7 +568,7 @@ def _change(table: Table) -> str:
     changes = ", ".join(f"{name} = s.{name}" for name in columns)
     return (
         f"UPDATE {_in(READ_SCHEMA, table)} AS t SET {changes} "  # noqa: S608 - declared names
-        f"FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)} AND t *<> s"
+        f"FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
     )
 
 

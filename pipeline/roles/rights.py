@@ -87,6 +87,8 @@ _PROJECTION = {
     "consumer_offsets": ("SELECT",),
     "projectors": ("SELECT", *_WRITE),
     "projection_checkpoints": ("SELECT", *_WRITE),
+    "projection_workers": ("SELECT", *_WRITE),
+    "rebuild_ranges": ("SELECT", *_WRITE),
     "dead_letters": ("SELECT", *_WRITE),
 }
 _READ_MODEL = ("SELECT", *_WRITE, "TRUNCATE")

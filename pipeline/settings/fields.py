@@ -93,7 +93,8 @@ class Settings(BaseSettings):
     )
     group_instance_id: Annotated[str | None, BeforeValidator(values.group_name)] = Field(
         default=None,
-        max_length=249,
+        # Kafka takes 249; with --workers each puts its number behind it.
+        max_length=246,
         description="This worker's own name, so that its restart moves no partition",
     )
     topics: Annotated[tuple[str, ...], NoDecode, BeforeValidator(values.topics)] = Field(

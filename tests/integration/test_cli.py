@@ -12,10 +12,12 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.embedded.postgres import free_port
+from pipeline.errors import ExitCode
+from pipeline.projectors import discover
 from pipeline.simulator import Chaos, Simulation
 from pipeline.simulator.producer import Producer
 from tests.commands import SCRIPT, Commands, InProcess, on_mock, wait
-from tests.given import order_event
+from tests.given import order_event, sample_events
 
 TOPIC = "Notifications"
 CANARY = "c4n4ry"
@@ -185,6 +187,47 @@ def test_a_missing_topic_ends_with_78_and_names_what_is_there(commands):
     assert TOPIC in result.log[-1]["reason"]
 
 
+@pytest.mark.parametrize("command", ["run", "ingest", "project"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_rows": "0"}, "PIPELINE_BATCH_ROWS (environment) must be a whole number"),
+        ({"database_url": ""}, "PIPELINE_DATABASE_URL is missing"),
+    ],
+)
+def test_several_workers_complain_of_a_wrong_setting_once(commands, command, wrong, said):
+    result = commands.with_(**wrong).run(command, "--workers", "3")
+
+    assert result.code == 78
+    assert result.err.count("\n") == 1
+    assert said in result.err
+
+
+@pytest.mark.parametrize("workers", ["0", "65", "two"])
+def test_a_number_of_workers_that_cannot_be_is_wrong_usage(commands, workers):
+    result = commands.run("run", "--workers", workers)
+
+    assert (result.code, result.out) == (2, "")
+    assert "--workers" in result.err
+
+
+def test_several_workers_read_their_settings_from_the_file_that_is_named(
+    commands, broker, tmp_path
+):
+    produce(broker)
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'topics = ["{TOPIC}"]\n')
+
+    result = commands.with_(topics="").run(
+        "--config", str(settings), "run", "--until-end", "--workers", "2"
+    )
+
+    assert result.code == 0, result.err
+    assert {line["worker"] for line in result.log if line["event"] == "started"} == {1, 2}
+    events = [line["event"] for line in result.log if "worker" not in line]
+    assert events == ["workers_started", "workers_ended"]
+
+
 def test_stale_read_models_are_rebuilt_beside_the_running_job(commands, broker, given):
     produce(broker)
     commands.run("run", "--until-end")
@@ -278,7 +321,7 @@ def test_a_rebuild_that_is_stopped_ends_with_0_and_leaves_the_rest(commands, giv
     pipeline(commands, "project", "--until-end")
     slow = commands.with_(enable_failpoints="1", failpoint="before_swap:sleep:3")
 
-    with slow.started("rebuild", "orders", "users", "--json") as rebuild:
+    with slow.started("rebuild", "orders", "users", "--jobs", "1", "--json") as rebuild:
         wait(lambda: count(given.database, _SWAPPING))
         rebuild.tell(signal.SIGTERM)
         code = rebuild.wait()
@@ -292,6 +335,37 @@ _SWAPPING = (
     "pg_locks WHERE relation = 'upvest.orders'::regclass AND mode = 'ShareRowExclusiveLock' "
     "AND granted"
 )
+
+
+def test_all_read_models_are_rebuilt_several_at_once(commands, given, pipeline):
+    given(sample_events())
+    pipeline(commands, "project", "--until-end")
+    given.execute("DELETE FROM upvest.orders")
+    given.execute("DELETE FROM upvest.execution_taxes")
+    gone = {"orders", "executions"}
+
+    mended = pipeline(commands, "rebuild", "--all", "--jobs", "3", "--json")
+    clean = pipeline(commands, "rebuild", "--all", "--check", "-j", "5", "--json")
+
+    assert mended.code == 0
+    assert [one["projector"] for one in mended.json] == [one.name for one in discover()]
+    assert {one["projector"] for one in mended.json if one["differing"]} == gone
+    assert clean.code == 0
+    assert {one["differing"] for one in clean.json} == {0}
+
+
+def test_a_rebuild_that_fails_beside_others_gives_the_exit_code(commands, given, pipeline):
+    given(sample_events())
+    pipeline(commands, "project", "--until-end")
+
+    with given.database.connect() as db:
+        db.execute("SELECT pg_advisory_lock(hashtextextended('pipeline.rebuild orders', 0))")
+        result = pipeline(commands, "rebuild", "orders", "users", "--jobs", "2", "--json")
+
+    assert result.code == ExitCode.FENCED
+    assert "orders: another rebuild" in result.err
+    assert {one["projector"] for one in result.json} <= {"users"}
+    assert pipeline(commands, "rebuild", "orders", "users", "--check").code == 0
 
 
 def test_rebuild_in_place_refills(commands, given, pipeline):
@@ -518,7 +592,8 @@ def test_python_dash_m_is_the_same_command():
 # --------------------------------------------------------------------------------------- examples
 
 _ENDLESS = {
-    *("pipeline run", "pipeline ingest", "pipeline project", "pipeline status --watch"),
+    *("pipeline run", "pipeline run --workers 4", "pipeline ingest", "pipeline project"),
+    "pipeline status --watch",
     *("pipeline events --follow --json", "pipeline simulate --rate 200 --chaos"),
     "pipeline demo",  # has tests of its own
 }

@@ -16,6 +16,7 @@ from pipeline.db import READ_SCHEMA, metadata, transaction
 from pipeline.errors import ExitCode
 from pipeline.projection import Children, Custom, Notice, Snapshot, integer, uuid
 from pipeline.projection import text as text_field
+from pipeline.projection.compiler import USUAL, USUAL_DATE, USUAL_DIGITS
 from pipeline.projection.loop import Limits
 from pipeline.projection.rebuild import rebuild
 from pipeline.projection.turn import BrokenProjectorError, retry
@@ -415,6 +416,34 @@ def test_any_value_lands_by_the_rules_or_is_named(given: Given, pg_version):
                 assert not exists(value), value
 
     agree()
+
+
+def test_no_moment_that_is_misspelt_is_taken_for_one_as_usual(given: Given):
+    """The quick look at a row's moments lets nothing through that the rule would not."""
+    usual = "2026-01-12T10:00:00.12Z"
+    misspelt = {usual}
+    for _ in range(2):
+        misspelt |= {
+            one[:at] + instead + one[at + skipped :]
+            for one in [usual, "2026-01-12T10:00:00Z", "2026-01-12", *sorted(misspelt)[::40]]
+            for at in range(len(one) + 1)
+            for skipped in (0, 1, 2)
+            for instead in ["", *"-T:.Z+ 5", "Z5", ".5Z", "5Z5", "-05", ":5"]
+        }
+
+    taken = given.query(
+        "SELECT value FROM unnest(CAST(:misspelt AS text[])) AS value "
+        "WHERE (value LIKE :usual || 'Z' OR value LIKE :usual || '.%' OR value LIKE :usual_date) "
+        "AND value || 'x' ~ :digits",
+        misspelt=sorted(misspelt),
+        usual=USUAL,
+        usual_date=USUAL_DATE,
+        digits=USUAL_DIGITS,
+    )
+
+    assert len(misspelt) > 40_000
+    assert len(taken) > 10
+    assert [value for (value,) in taken if not may_be_moment(value)] == []
 
 
 def exists(moment: str) -> bool:

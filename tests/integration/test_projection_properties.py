@@ -15,6 +15,7 @@ from sqlalchemy import Row
 
 from pipeline.positions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import Limits, run_projection
+from pipeline.projection.rebuild import rebuild
 from pipeline.projection.turn import Result, project
 from pipeline.projectors import discover
 from tests.given import TOPIC, Event, Given, contents, event, some_id
@@ -127,6 +128,27 @@ def test_one_log_gives_one_set_of_tables_however_it_is_projected(harder: Given, 
         run_projection(harder.engine, PROJECTORS, Limits(batch_offsets_max=batch), until_end=True)
 
         assert contents(harder.engine, PROJECTORS) == expected
+        assert letters(harder) == guilty
+
+    same_tables()
+
+
+@pytest.mark.both_postgres
+def test_a_rebuild_by_several_is_that_by_one(harder: Given, pg_version):
+    """Ranges of one partition at once, in any order, with the same keys and parents in many."""
+    run_projection(harder.engine, PROJECTORS, until_end=True)
+    guilty = letters(harder)
+
+    @settings(THOROUGH, max_examples=40 if pg_version == 18 else 10)
+    @over(
+        projector=st.sampled_from(PROJECTORS),
+        jobs=st.integers(min_value=2, max_value=4),
+        chunk=st.integers(min_value=5, max_value=200),
+    )
+    def same_tables(projector, jobs, chunk) -> None:
+        difference = rebuild(harder.engine, projector, chunk_offsets=chunk, jobs=jobs)
+
+        assert difference.differing == 0
         assert letters(harder) == guilty
 
     same_tables()

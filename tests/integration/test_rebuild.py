@@ -23,6 +23,7 @@ from pipeline.projection.rebuild import (
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from tests.given import Given, contents, order_event, sample_events
+from tests.waiting import until
 
 BOTH = (executions, orders)
 
@@ -168,18 +169,84 @@ def test_an_interrupted_rebuild_goes_on_where_it_was(projected: Given):
     assert nothing_is_left_behind(projected)
 
 
-@pytest.mark.parametrize("place", ["mid_rebuild", "before_swap", "after_swap"])
-def test_a_rebuild_that_dies_anywhere_is_gone_on_with(projected: Given, place: str, armed):
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("place", ["mid_rebuild@2", "before_swap", "after_swap"])
+def test_a_rebuild_that_dies_anywhere_is_gone_on_with(projected: Given, place, armed, jobs):
     projected.execute("DELETE FROM upvest.orders WHERE side = 'SELL'")
     before = contents(projected.engine, BOTH)
     armed(f"{place}:raise:57P01")
 
-    with pytest.raises(TransientError, match=place):
-        rebuild_once(projected)
+    with pytest.raises(TransientError, match=place.partition("@")[0]):
+        rebuild(projected.engine, orders, chunk_offsets=50, jobs=jobs)
 
     assert contents(projected.engine, BOTH) == before
-    difference = rebuild(projected.engine, orders, chunk_offsets=50)
+    difference = rebuild(projected.engine, orders, chunk_offsets=50, jobs=jobs)
     assert difference.missing > 0
+    assert check(projected.engine, orders).differing == 0
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_connection_that_breaks_ends_all_that_work_and_costs_nothing(projected: Given, armed):
+    armed("mid_rebuild@3:disconnect")
+
+    with pytest.raises(TransientError):
+        rebuild(projected.engine, executions, chunk_offsets=20, jobs=3)
+
+    assert rebuild(projected.engine, executions, chunk_offsets=20, jobs=3).differing == 0
+    assert nothing_is_left_behind(projected)
+
+
+def test_a_range_that_ends_a_deadlock_is_taken_again(projected: Given, armed):
+    armed("mid_rebuild@2:raise:40P01")
+
+    assert rebuild(projected.engine, executions, chunk_offsets=50, jobs=2).differing == 0
+
+
+def test_each_range_is_told_until_there_is_nothing_left(projected: Given):
+    seen: list[RebuildProgress] = []
+
+    rebuild(projected.engine, orders, chunk_offsets=20, jobs=3, observe=seen.append)
+
+    assert len(seen) > 20
+    assert max(seen) == (seen[0].total, seen[0].total)
+
+
+def test_whoever_helped_a_rebuild_that_another_has_taken_up_writes_nothing_more(projected: Given):
+    """As one that was stopped for long, while its main connection was given up."""
+    taken = 0
+
+    def take_up(_progress: RebuildProgress) -> None:
+        nonlocal taken
+        taken += 1
+        projected.execute(
+            "UPDATE pipeline.projectors SET built_at = now() WHERE projector = 'orders@rebuild'"
+        )
+
+    with pytest.raises(RebuildRunsError):
+        rebuild(projected.engine, orders, chunk_offsets=50, observe=take_up)
+
+    assert taken == 1
+    assert rebuild(projected.engine, orders).differing == 0
+
+
+def test_a_rebuild_waits_for_who_worked_for_a_dead_one(projected: Given):
+    """Its process is gone, but PostgreSQL has not noticed: a statement of it is under way."""
+    begin_and_stop_half_way(projected)
+    before = projected.scalar("SELECT count(*) FROM pipeline.rebuild_ranges")
+    with projected.database.connect(autocommit=False) as dead:
+        dead.execute("SELECT FROM pipeline.projectors WHERE projector LIKE '%@rebuild' FOR SHARE")
+        dead.execute("SELECT FROM pipeline.rebuild_ranges LIMIT 1 FOR UPDATE")
+        rebuilding = threading.Thread(target=rebuild, args=(projected.engine, orders))
+        rebuilding.start()
+        waits = (
+            "SELECT count(*) > 0 FROM pg_stat_activity "
+            "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        until(lambda: projected.scalar(waits), "it waits", seconds_max=30)
+        assert projected.scalar("SELECT count(*) FROM pipeline.rebuild_ranges") == before
+        dead.rollback()
+    rebuilding.join()
+
     assert check(projected.engine, orders).differing == 0
     assert nothing_is_left_behind(projected)
 
@@ -273,8 +340,12 @@ def test_rebuilds_beside_live_traffic_find_nothing_to_repair(given: Given):
     for thread in threads:
         thread.start()
     try:
-        found = [rebuild(given.engine, one) for one in (*BOTH, *BOTH, *BOTH)]
-        found += [check(given.engine, one) for one in BOTH]
+        found = [
+            rebuild(given.engine, one, chunk_offsets=500, jobs=jobs)
+            for jobs in (1, 2, 3)
+            for one in BOTH
+        ]
+        found += [check(given.engine, one, jobs=2) for one in BOTH]
     finally:
         stop.set()
         for thread in threads:
@@ -311,10 +382,6 @@ def begin_and_stop_half_way(given: Given) -> None:
     stop = threading.Event()
     with pytest.raises(StoppedError):
         rebuild(given.engine, orders, chunk_offsets=50, stop=stop, observe=observe)
-
-
-def rebuild_once(given: Given) -> None:
-    rebuild(given.engine, orders, chunk_offsets=50)
 
 
 @pytest.fixture
@@ -367,4 +434,5 @@ def nothing_is_left_behind(given: Given) -> bool:
     names = given.scalar(
         "SELECT count(*) FROM pipeline.projection_checkpoints WHERE projector LIKE '%@rebuild'"
     )
-    return (tables, names) == (0, 0)
+    ranges = given.scalar("SELECT count(*) FROM pipeline.rebuild_ranges")
+    return (tables, names, ranges) == (0, 0, 0)

@@ -229,6 +229,44 @@ def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log)
     assert not found.ok
 
 
+def _worker(given, number, *, lives_for="10 s"):
+    given.execute(
+        "INSERT INTO pipeline.projection_workers (worker, host, pid, projectors, since, expires_at)"
+        " VALUES (gen_random_uuid(), :host, :number, '{orders,users}',"
+        " now() + :number * interval '1 ms', now() + CAST(:lives_for AS interval))",
+        host=f"host-{number}",
+        number=number,
+        lives_for=lives_for,
+    )
+
+
+def test_who_projects_what_is_told_of_those_that_live(log):
+    for partition in range(1, 4):
+        log([order_event("NEW", at=1, order=f"order {partition}")], partition=partition)
+    _worker(log, 1)
+    _worker(log, 2, lives_for="-1 s")
+    _worker(log, 3)
+
+    workers = seen(log).workers
+
+    told = [(one.host, one.pid, [it.number for it in one.partitions]) for one in workers]
+    assert told == [("host-1", 1, [0, 2]), ("host-3", 3, [1, 3])]
+
+
+def test_read_models_that_nobody_projects_are_told_so(log):
+    log.project(orders)
+    _age_log(log, "20 seconds")
+    log([order_event("NEW", at=1, order="one more")])
+    _age_log(log, "20 seconds")
+    unattended = [one.remedy for one in seen(log).troubles if one.subject == "orders"]
+
+    _worker(log, 1)
+    attended = [one.remedy for one in seen(log).troubles if one.subject == "orders"]
+
+    assert unattended == ["nobody projects: start `pipeline run` or `pipeline project`"]
+    assert attended == ["wait"]
+
+
 def test_dead_letters_are_counted_and_are_a_warning(log):
     log([order_event("NEW", at=1, order="bad", cash_amount="12,5")]).project(orders)
 

@@ -93,8 +93,8 @@ def _program() -> Path:
 rival = Reader(
     name="faucet-stream",
     version=VERSION,
-    settings="`delivery: exactly_once`, pages of 1,000 records, a statement each (more or less was "
-    "slower); a table made beforehand, of coordinates, key and payload, with the primary key "
+    settings="`delivery: exactly_once`, pages of 1,000 records, a statement each (more or less "
+    "was slower); a table made beforehand, of coordinates, key and payload, with the primary key "
     "alone.",
     lacks="No fence: its watermark belongs to one process; one bad record stops it or is dropped; "
     "records that retention deleted are passed over with a warning.",

@@ -116,14 +116,28 @@ def test_the_same_definition_has_the_same_fingerprint():
         {"newest_by": None},
         {"fields": [time("changed_at", "changed", "When it changed.")]},
         {"fields": [date("changed_at", "updated_at", "Another type.")], "newest_by": None},
+        {"fields": [money("price", "updated_at", "Another shape.")], "newest_by": None},
         {"unless_unset": ["price"]},
+        {"sources": [Source("KITE.*", each="kites")]},
+        {"sources": [Source("KITE.*", each="kites", inherit={"price": "id"})]},
         {"key": [uuid("kite_id", "id", "Id."), text("colour", "colour", "Colour.")]},
         {"children": [Children("tails", "Tails.", "tails", [text("colour", "colour", "Colour.")])]},
     ],
-    ids=lambda changes: ", ".join(changes),
+    ids=range(11),
 )
 def test_another_definition_has_another_fingerprint(changes):
     assert prints(**changes) != prints()
+
+
+def test_a_compiler_that_says_the_same_otherwise_changes_no_fingerprint(monkeypatch):
+    """Else every installation would have to rebuild; what means something else is counted."""
+    before = prints()
+
+    monkeypatch.setattr("pipeline.projection.compiler.USUAL", "____")
+    assert prints() == before
+
+    monkeypatch.setattr("pipeline.projection.fingerprint.MEANING", 0)
+    assert prints() != before
 
 
 def test_a_custom_projector_counts_its_versions():

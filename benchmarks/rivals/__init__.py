@@ -62,7 +62,8 @@ def measure_rebuild(stage: Stage, events: int, pairs: int) -> Section:
 
     Args:
         stage: The servers.
-        events: How many events of orders the log holds, and no others.
+        events: How many events of orders the log holds, and no others; several times as many as a
+            rival takes in one transaction, which is what its progress shows.
         pairs: How often each runs.
     """
     missing = absent(PROJECTING)

@@ -169,6 +169,10 @@ class Worker:
         """What it has asked for, used or not; now, or most so far."""
         return self._kib("VmPeak" if most else "VmSize")
 
+    def data_kib(self) -> int:
+        """What of that it may write to: an arena that was reserved counts as far as it is used."""
+        return self._kib("VmData")
+
     def _kib(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(next(line for line in status.splitlines() if name in line).split()[1])

@@ -16,7 +16,7 @@ LARGE_BYTES = 900_000
 LARGE = 200
 ROOM_MIB = 220
 """Above what a worker takes before it has read anything."""
-LITTLE_ROOM_MIB = 24
+LITTLE_ROOM_KIB = 1024
 BATCH_ROWS = str(Settings.model_fields["batch_rows"].default)
 
 
@@ -57,11 +57,13 @@ def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
 
 @pytest.mark.timeout(180)
 def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
-    sent = send_large_records(bench)
-
     worker = bench.worker(batch_rows=BATCH_ROWS)
-    worker.wait_until_said("partition_claimed")
-    limit_memory(worker, LITTLE_ROOM_MIB)
+    bench.wait_until_owner_of_all(worker)
+    # Of the address space much is reserved already, so that a limit on it would come too late.
+    limit = (worker.data_kib() + LITTLE_ROOM_KIB) * 1024
+    resource.prlimit(worker.pid, resource.RLIMIT_DATA, (limit, limit))
+
+    sent = send_large_records(bench)
     assert worker.wait() != 0, worker.tail()
     assert bench.logged() < LARGE
     bench.worker(batch_rows=BATCH_ROWS)

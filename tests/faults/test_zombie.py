@@ -67,9 +67,9 @@ def test_a_worker_that_wakes_before_its_heir_has_written_is_refused_by_its_epoch
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_owner_of_all(zombie)
         zombie.wait_until_stopped()
-        heir = bench.worker(fail="after_poll@5:stop", linger_ms="5000", batch_rows="100000")
+        heir = bench.worker(fail="after_begin:stop")
         bench.wait_until_owner_of_all(heir)
-        heir.pause()
+        heir.wait_until_stopped()
         zombie.resume()
         zombie.wait_until_said("fenced", "fenced_by_group")
         heir.resume()

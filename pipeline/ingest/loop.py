@@ -42,7 +42,7 @@ from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Place
 from pipeline.patience import Patience
-from pipeline.positions import NextOffset, Partition
+from pipeline.positions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
 
@@ -144,6 +144,7 @@ class Ingest:
         )
         self._windows: dict[Partition, RepeatWindow] = {}
         self._refusals: dict[Partition, RefusedError] = {}
+        self._unreleased: dict[Partition, Epoch] = {}
         self._topic_ids: dict[str, str] = {}
         self._absent: frozenset[str] = frozenset()
         self._goal: Mapping[Partition, int] | None = None
@@ -340,8 +341,15 @@ class Ingest:
             self._refusals.pop(partition, None)
         if held:
             log.info(event, partitions=sorted(map(str, held)), records_dropped=dropped)
-        if held and not was_troubled:
-            self._try_out(lambda db: ownership.release(db, held.items()))
+        self._unreleased |= held
+        if not was_troubled:
+            self._release()
+
+    def _release(self) -> None:
+        """Say in the database what we no longer own; while it fails, that waits."""
+        if gone := self._unreleased:
+            self._unreleased = {}
+            self._try_out(lambda db: ownership.release(db, gone.items()))
 
     # ----------------------------------------------------------------------------- to the database
 
@@ -427,6 +435,7 @@ class Ingest:
         gc.collect()
         if self._machine.is_troubled:
             return
+        self._release()
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()

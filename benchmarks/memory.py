@@ -3,7 +3,7 @@
 from benchmarks.report import Section
 from benchmarks.stage import Stage
 
-WANTED_BYTES = 300_000_000
+WANTED_BYTES = 250_000_000
 
 
 def measure(stage: Stage, events: int) -> Section:

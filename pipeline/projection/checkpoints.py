@@ -133,7 +133,6 @@ _this = (
     projection_checkpoints.c.topic == bindparam("of_topic"),
     projection_checkpoints.c.partition == bindparam("of_number"),
 )
-HOLD = select(projection_checkpoints.c.next_offset).where(*_this).with_for_update(skip_locked=True)
 PLACES = (
     select(
         projection_checkpoints.c.topic,
@@ -270,16 +269,6 @@ def standings(
         # A partition that came into being just now has its turn next time.
         if row.next_offset is not None
     ]
-
-
-def hold(db: Connection, projector: str, partition: Partition) -> NextOffset | None:
-    """Take the projector's turn in a partition until the transaction ends.
-
-    Returns:
-        Where it stands, or None if somebody else has the turn or nothing has begun.
-    """
-    place: int | None = db.execute(HOLD, _of(projector, partition)).scalar_one_or_none()
-    return None if place is None else NextOffset(place)
 
 
 def hold_all(db: Connection, projector: str) -> dict[Partition, NextOffset]:

@@ -5,7 +5,8 @@ events looked for: one screening query names them with their columns; whatever i
 found by halving the range. They are put aside, the others land.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 
 import structlog
@@ -121,26 +122,29 @@ def project(
             for one in ours:
                 checkpoints.note_build_begun(db, one.name, fingerprint(one))
         idle = _idle(db, ours, partition, offsets)
-        if idle:
-            checkpoints.move_together(db, idle, partition, offsets)
         for one in sorted(ours, key=lambda projector: projector.name):
             if one.name in idle:
                 results[one.name] = Result.DONE
             else:
                 batch = Batch(partition, offsets, one.condition())
                 results[one.name] = _take_turn(db, one, batch, guilty_max)
+        done = [name for name, result in results.items() if result is Result.DONE]
+        if done:
+            checkpoints.move_together(db, done, partition, offsets)
         failpoints.reach("after_projection", connection_fd=descriptor(db))
     return results
 
 
 def _take_turn(db: Connection, projector: Projector, batch: Batch, guilty_max: int) -> Result:
+    """Bring a batch into the live tables of a projector whose checkpoint is ours."""
     try:
-        with translated(), db.begin_nested():
-            if not _hold(db, projector, batch):
-                return Result.LEFT_OUT
+        with _tables_there(db, projector), translated(), db.begin_nested():
+            # Not waited for: a TRUNCATE that has them waits for our checkpoint, to put it back.
+            lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
             faults = fill(db, projector, READ_SCHEMA, batch, guilty_max=guilty_max)
             dead_letters.put_aside(db, projector.name, batch.partition, faults)
-            checkpoints.move(db, projector.name, batch.partition, batch.offsets)
+    except LockHeldError:
+        return Result.LEFT_OUT
     except BrokenProjectorError as broken:
         checkpoints.note_broken(db, projector.name, str(broken))
         log.error(  # noqa: TRY400 - the reason says it all
@@ -167,23 +171,18 @@ def lock_tables(db: Connection, projector: Projector, mode: str) -> None:
     db.execute(text(f"LOCK TABLE {names} IN {mode}"))
 
 
-def _hold(db: Connection, projector: Projector, batch: Batch) -> bool:
-    """Whether the projector's tables and its checkpoint are ours until the transaction ends."""
+@contextmanager
+def _tables_there(db: Connection, projector: Projector) -> Iterator[None]:
+    """Tell a table that somebody has dropped, which breaks one projector, from a wrong schema."""
     try:
-        with translated(), db.begin_nested():
-            lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
-    except LockHeldError:
-        return False
+        yield
     except ConfigurationError:
         missing = db.execute(MISSING, {"tables": [one.fullname for one in projector.tables]})
         if names := missing.scalars().all():
-            # Somebody has dropped it; the other read models have theirs.
             raise BrokenProjectorError(
                 f"{', '.join(names)} is missing: restore it from a copy, whatever its rows"
             ) from None
         raise
-    # After the lock: a TRUNCATE that came first has put the checkpoint back by now.
-    return checkpoints.hold(db, projector.name, batch.partition) == batch.offsets.first
 
 
 def fill(

@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 LOG_SCHEMA = "pipeline"
 READ_SCHEMA = "upvest"
+SHADOW_SCHEMA = "pipeline_shadow"
 
 SILENCE_S = 5.0
 """How long the server may say nothing to a statement before we ask whether it lives."""

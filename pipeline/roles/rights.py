@@ -11,12 +11,11 @@ from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, SHADOW_SCHEMA
 from pipeline.projection import Projector
 from pipeline.projection.declaration import personal_columns
 from pipeline.roles.masks import masked_name
 
-SHADOW_SCHEMA = "pipeline_shadow"
 SCHEMAS = (LOG_SCHEMA, "pipeline_segments", SHADOW_SCHEMA, READ_SCHEMA)
 
 OWNER, INGEST, PROJECT = "owner", "ingest", "project"

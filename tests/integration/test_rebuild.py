@@ -16,11 +16,11 @@ from pipeline.projection.rebuild import (
     RebuildProgress,
     RebuildRunsError,
     StoppedError,
-    _Shadow,
     check,
     rebuild,
     rebuild_in_place,
 )
+from pipeline.projection.shadow import Shadow
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from tests.given import Given, contents, order_event, sample_events
@@ -119,8 +119,8 @@ def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
 
 
 def test_a_table_that_is_never_to_be_had_ends_the_rebuild(projected: Given, monkeypatch):
-    monkeypatch.setattr("pipeline.projection.rebuild.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.projection.rebuild.SWAP_ATTEMPTS_MAX", 2)
+    monkeypatch.setattr("pipeline.projection.shadow.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.projection.shadow.SWAP_ATTEMPTS_MAX", 2)
     with projected.database.connect(autocommit=False) as somebody:
         somebody.execute("LOCK TABLE upvest.orders IN ROW EXCLUSIVE MODE")
 
@@ -266,7 +266,7 @@ def test_a_rebuild_by_another_definition_begins_anew(projected: Given):
 
 
 def test_a_second_rebuild_at_the_same_time_is_refused(projected: Given):
-    with _Shadow.alone(projected.engine, orders), pytest.raises(RebuildRunsError) as refused:
+    with Shadow.alone(projected.engine, orders), pytest.raises(RebuildRunsError) as refused:
         rebuild(projected.engine, orders)
 
     assert refused.value.exit_code is ExitCode.FENCED
@@ -307,8 +307,8 @@ def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monk
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait(30)
-    monkeypatch.setattr("pipeline.projection.rebuild.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.projection.rebuild.log", LetGo("rebuild_waits_for_tables", asked))
+    monkeypatch.setattr("pipeline.projection.shadow.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.projection.shadow.log", LetGo("rebuild_waits_for_tables", asked))
 
     difference = rebuild(projected.engine, orders)
 

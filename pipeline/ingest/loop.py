@@ -1,11 +1,12 @@
 """The ingest loop: asks Kafka, does what the state machine says, tells it what came of it.
 
 1. on assignment: claim each partition in the database, check that Kafka is what it was, and
-   read on where the log ends
+   read on where the log ends (``assignment``)
 2. poll records, read each once into a row, mark repeats
 3. append the batch and move the next offsets, in one transaction, in the writer's thread
 4. tell Kafka's tools how far we are
 5. on revocation: finish the batch, then let go; on loss: drop everything
+6. every few seconds: look for what none of this tells (``lookout``)
 """
 
 import gc
@@ -19,30 +20,23 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import (
-    ConfigurationError,
-    DeletedTopicError,
-    GroupFencedError,
-    RefusedError,
-    SharedGroupError,
-    TransientError,
-)
+from pipeline.errors import ConfigurationError, GroupFencedError, SharedGroupError, TransientError
 from pipeline.events import read
 from pipeline.ingest import machine as decisions
 from pipeline.ingest import writer as writing
+from pipeline.ingest.assignment import RETRY_S, Assignment, tell_fenced
+from pipeline.ingest.lookout import Lookout
 from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
-from pipeline.ingest.repeats import RepeatWindow
-from pipeline.ingest.takeover import Taken, Takeover
+from pipeline.ingest.takeover import Takeover
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Place
 from pipeline.patience import Patience
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
 
@@ -62,10 +56,6 @@ LOOK_S = 5.0
 """How often watermarks, topic ids and partitions that stand still are looked at."""
 TELL_S = 10.0
 """How often the log tells how it goes."""
-ASSIGN_S_MAX = 240.0
-"""How long an assignment may wait for the database; below Kafka's max.poll.interval.ms."""
-RETRY_S = 1.0
-"""Wait before asking again a server that is away."""
 
 
 class Progress(NamedTuple):
@@ -142,24 +132,35 @@ class Ingest:
                 batch_bytes_max=self._settings.batch_bytes,
             )
         )
-        self._windows: dict[Partition, RepeatWindow] = {}
-        self._refusals: dict[Partition, RefusedError] = {}
-        self._unreleased: dict[Partition, Epoch] = {}
-        self._topic_ids: dict[str, str] = {}
-        self._absent: frozenset[str] = frozenset()
         self._goal: Mapping[Partition, int] | None = None
         self._assigned = False
         self._source = KafkaSource(self._settings)
         try:
             self._takeover = Takeover(self._engine, self._source, self._settings)
+            self._assignment = Assignment(
+                self._engine,
+                self._machine,
+                self._source,
+                self._takeover,
+                self._patience,
+                self._stop,
+            )
+            self._lookout = Lookout(
+                self._engine,
+                self._machine,
+                self._source.brokers,
+                self._takeover,
+                self._assignment,
+                self._settings.topics,
+            )
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
             self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost), begun)
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
-            refusals = [*self._refusals.values(), *map(_deleted, sorted(self._absent))]
-            self._let_go(self._machine.owned, "partitions_released")
+            refusals = [*self._assignment.refusals.values(), *self._lookout.refusals]
+            self._assignment.let_go(self._machine.owned, "partitions_released")
         except BaseException:
             self._writer.settle()
             self._machine.abandon()
@@ -170,7 +171,7 @@ class Ingest:
             raise refusals[0]
 
     def _is_done(self) -> bool:
-        has_all = self._assigned or self._absent.issuperset(self._settings.topics)
+        has_all = self._assigned or self._lookout.absent.issuperset(self._settings.topics)
         return (
             self._until_end and has_all and self._machine.is_caught_up and self._others_are_done()
         )
@@ -184,13 +185,13 @@ class Ingest:
         if now < self._ask_others_at:
             return False
         self._ask_others_at = now + RETRY_S
-        ours = self._machine.owned.keys() | self._refusals.keys()
+        ours = self._machine.owned.keys() | self._assignment.refusals.keys()
         if self._goal is None:
             brokers = self._source.brokers
             there = {
                 Partition(topic, number)
                 for topic in self._settings.topics
-                if topic not in self._absent
+                if topic not in self._lookout.absent
                 for number in range(brokers.partition_count(topic))
             }
             self._goal = {one: brokers.watermarks(one).high for one in there - ours}
@@ -234,7 +235,7 @@ class Ingest:
                 continue
             if records[0].offset < first:
                 records = [record for record in records if record.offset >= first]
-            mark = self._windows[partition].mark
+            mark = self._assignment.window(partition).mark
             self._machine.received(
                 partition, [encode(mark(read(record, keep_raw=keep_raw))) for record in records]
             )
@@ -244,83 +245,26 @@ class Ingest:
                     self._machine.reached_end(partition, offset)
                 case OutOfRange(partition) if partition in self._machine.owned:
                     # The watermarks tell what happened; taking it over again looks at them.
-                    self._retake([partition])
+                    self._assignment.retake([partition])
                 case OutOfRange():
                     pass
 
     def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         failpoints.reach("in_on_assign")
         self._assigned = True
-        begin = self._take(partitions)
+        begin = self._assignment.take(partitions)
         for partition in partitions:
-            if isinstance(refusal := self._refusals.get(partition), SharedGroupError):
+            if isinstance(refusal := self._assignment.refusals.get(partition), SharedGroupError):
                 # As long as we stay, the database that the group feeds gets nothing of them.
                 raise refusal
         return begin
-
-    def _take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
-        """Take partitions over; where those that may go on begin."""
-        begin: dict[Partition, NextOffset] = {}
-        for partition, outcome in self._take_patiently(partitions).items():
-            match outcome:
-                case Taken(held, first, end, topic_id, window):
-                    self._machine.claimed(partition, held, first, end)
-                    if topic_id is not None:
-                        self._topic_ids[partition.topic] = topic_id
-                    self._windows[partition] = window
-                    self._refusals.pop(partition, None)
-                    begin[partition] = first
-                case RefusedError() as refusal:
-                    self._refuse(partition, refusal)
-        return begin
-
-    def _take_patiently(
-        self, partitions: Collection[Partition]
-    ) -> Mapping[Partition, Taken | RefusedError]:
-        """Wait for servers that are away: without the database there is no place to begin at."""
-        if not partitions:
-            return {}
-        deadline = time.monotonic() + ASSIGN_S_MAX
-        while True:
-            try:
-                taken = self._takeover.take(partitions)
-            except (TransientError, ConfigurationError) as error:
-                if self._stop.is_set():
-                    return {}
-                if time.monotonic() > deadline:
-                    raise
-                self._patience.bear(error)
-                self._stop.wait(RETRY_S)
-            else:
-                self._patience.recovered()
-                return taken
-
-    def _retake(self, partitions: Collection[Partition]) -> None:
-        """Claim partitions again that are assigned to us, and read on where the log ends."""
-        for partition, begin in self._take(partitions).items():
-            self._source.seek(partition, begin)
-            self._source.let_flow([partition])
-
-    def _refuse(self, partition: Partition, refusal: RefusedError) -> None:
-        self._machine.released([partition])
-        self._windows.pop(partition, None)
-        self._source.hold([partition])
-        known = self._refusals.get(partition)
-        self._refusals[partition] = refusal
-        if str(known) != str(refusal):
-            log.error(
-                "partition_stands_still",
-                topic=partition.topic,
-                partition=partition.number,
-                reason=str(refusal),
-            )
 
     def _on_revoke(self, partitions: Collection[Partition]) -> None:
         failpoints.reach("in_on_revoke")
         self._drain(partitions)
         stored = {p: n for p, n in self._machine.stored.items() if p in partitions}
         self._source.commit(stored, self._takeover.installation)
-        self._let_go(partitions, "partitions_revoked")
+        self._assignment.let_go(partitions, "partitions_revoked")
 
     def _on_lost(self, partitions: Collection[Partition]) -> None:
         failpoints.reach("in_on_lost")
@@ -330,26 +274,7 @@ class Ingest:
             reason="Kafka has given them to another member, for this process was silent for too "
             "long; or their topic is gone",
         )
-        self._let_go(partitions, "partitions_lost")
-
-    def _let_go(self, partitions: Collection[Partition], event: str) -> None:
-        held = {p: epoch for p, epoch in self._machine.owned.items() if p in partitions}
-        was_troubled = self._machine.is_troubled
-        dropped = self._machine.released(partitions)
-        for partition in partitions:
-            self._windows.pop(partition, None)
-            self._refusals.pop(partition, None)
-        if held:
-            log.info(event, partitions=sorted(map(str, held)), records_dropped=dropped)
-        self._unreleased |= held
-        if not was_troubled:
-            self._release()
-
-    def _release(self) -> None:
-        """Say in the database what we no longer own; while it fails, that waits."""
-        if gone := self._unreleased:
-            self._unreleased = {}
-            self._try_out(lambda db: ownership.release(db, gone.items()))
+        self._assignment.let_go(partitions, "partitions_lost")
 
     # ----------------------------------------------------------------------------- to the database
 
@@ -368,7 +293,7 @@ class Ingest:
                 case Resolve():
                     self._writer.do(step)
                 case Reclaim(partition):
-                    self._retake([partition])
+                    self._assignment.retake([partition])
                 case Stolen(partition):
                     raise GroupFencedError(
                         f"{partition}: another process keeps claiming it. Is a second pipeline "
@@ -388,7 +313,7 @@ class Ingest:
             case Replaced(topics):
                 # Its other partitions are written once these are let go.
                 self._machine.fenced(now)
-                self._retake_topics(topics)
+                self._assignment.retake_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
                 self._patience.bear(error)
@@ -397,7 +322,8 @@ class Ingest:
 
     def _ask_for_replaced(self, topics: Collection[str]) -> writing.Replacement:
         """Ask Kafka for the topics' ids; the result tells which are not those of their records."""
-        expected = {topic: self._topic_ids[topic] for topic in topics if topic in self._topic_ids}
+        ids = self._assignment.topic_ids
+        expected = {topic: ids[topic] for topic in topics if topic in ids}
         if not expected:
             return tuple
         wait = self._source.brokers.ask_topic_ids(expected)
@@ -412,7 +338,7 @@ class Ingest:
         if not self._machine.is_troubled:
             self._patience.recovered()
         self._written += outcome.records
-        _tell_fenced(outcome.foreign)
+        tell_fenced(outcome.foreign)
         failpoints.reach("after_commit")
         self._source.commit(outcome.moved, self._takeover.installation)
         failpoints.reach("after_kafka_commit")
@@ -435,122 +361,14 @@ class Ingest:
         gc.collect()
         if self._machine.is_troubled:
             return
-        self._release()
+        self._assignment.release()
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
-        # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
-        if self._see_absent_topics():
-            self._see_watermarks()
-            self._see_topic_ids()
-            self._see_other_databases()
-        self._see_decisions()
-        self._see_places()
+        self._lookout.look()
         if now >= self._tell_at and self._written > self._told_written:
             log.info("ingested", written=self._written, behind=self._machine.behind)
             self._tell_at, self._told_written = now + TELL_S, self._written
-
-    def _see_watermarks(self) -> None:
-        seen = []
-        owned = self._machine.owned
-        for partition, high in self._source.brokers.ends(owned).items():
-            self._machine.saw_end(partition, high)
-            seen.append((partition, owned[partition], high))
-        self._try_out(lambda db: ownership.see_watermarks(db, seen))
-
-    def _see_absent_topics(self) -> bool:
-        """A topic that is deleted is taken from us without a word of why; it may come back.
-
-        Returns:
-            Whether Kafka answers.
-        """
-        try:
-            there = self._source.brokers.topics_there()
-        except TransientError as error:
-            log.debug("topics_not_seen", reason=str(error))
-            return False
-        absent = frozenset(self._settings.topics) - there.keys()
-        for topic in sorted(absent - self._absent):
-            log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
-        self._absent = absent
-        self._retake_topics(absent)
-        for topic in sorted(absent):
-            self._miss(topic)
-        self._retake(
-            [
-                partition
-                for partition, refusal in self._refusals.items()
-                if isinstance(refusal, DeletedTopicError) and partition.topic in there
-            ]
-        )
-        return True
-
-    def _miss(self, topic: str) -> None:
-        try:
-            self._takeover.miss(topic)
-        except (TransientError, ConfigurationError) as error:
-            log.info("database_not_asked", reason=str(error))
-
-    def _see_topic_ids(self) -> None:
-        """A topic made anew is noticed by each batch; this is for one that is silent."""
-        now_there = self._source.brokers.topic_ids(
-            {partition.topic for partition in self._machine.owned}
-        )
-        self._retake_topics(
-            [topic for topic, seen in now_there.items() if seen != self._topic_ids.get(topic, seen)]
-        )
-
-    def _retake_topics(self, topics: Collection[str]) -> None:
-        self._retake([partition for partition in self._machine.owned if partition.topic in topics])
-
-    def _see_other_databases(self) -> None:
-        """Another database in our group says so only once it has committed there."""
-        try:
-            others = self._takeover.other_databases({p.topic for p in self._machine.owned})
-        except TransientError as error:
-            log.debug("group_not_seen", reason=str(error))
-            return
-        self._retake([p for p in self._machine.owned if p.topic in others])
-
-    def _see_decisions(self) -> None:
-        """Partitions that stand still go on when an operator has said so."""
-        if not self._refusals:
-            return
-        freed: list[Partition] = []
-        self._try_out(lambda db: freed.extend(ownership.freed(db, self._refusals)))
-        if freed:
-            self._retake(freed)
-
-    def _see_places(self) -> None:
-        """A database that was put back to a backup is noticed before the next record comes."""
-        if self._machine.is_with_database:
-            return
-        places: dict[Partition, Place] = {}
-        self._try_out(lambda db: places.update(ownership.look(db, self._machine.owned)))
-        _tell_fenced(self._machine.looked(places, time.monotonic()))
-
-    def _try_out(self, work: Callable[[Connection], None]) -> None:
-        """Record or look at what nothing hangs on; a failure is only logged."""
-        try:
-            with transaction(self._engine) as db:
-                work(db)
-        except (TransientError, ConfigurationError) as error:
-            log.info("database_not_asked", reason=str(error))
-
-
-def _deleted(topic: str) -> DeletedTopicError:
-    return DeletedTopicError(Partition(topic, 0))
-
-
-def _tell_fenced(partitions: Collection[Partition]) -> None:
-    for partition in partitions:
-        log.warning(
-            "fenced",
-            topic=partition.topic,
-            partition=partition.number,
-            reason="another process has claimed it, or its next offset was moved; "
-            "nothing of ours was written",
-        )
 
 
 @contextmanager

@@ -1,0 +1,188 @@
+"""The partitions that the group has given us, from one assignment to the next revocation.
+
+Each is claimed and looked at (``takeover``). One that may go on is the machine's from then on; one
+that must not stands still, and is refused with a reason until an operator or Kafka changes it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from pipeline.db import transaction
+from pipeline.errors import ConfigurationError, RefusedError, TransientError
+from pipeline.ingest.machine import Machine
+from pipeline.ingest.repeats import RepeatWindow
+from pipeline.ingest.takeover import Taken, Takeover
+from pipeline.log import ownership
+from pipeline.patience import Patience
+from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.source import KafkaSource
+
+log = structlog.get_logger(__name__)
+
+ASSIGN_S_MAX = 240.0
+"""How long an assignment may wait for the database; below Kafka's max.poll.interval.ms."""
+RETRY_S = 1.0
+"""Wait before asking again a server that is away."""
+
+
+class Assignment:
+    """What one membership in the group has been given.
+
+    Args:
+        engine: The database.
+        machine: It is told which partitions are ours.
+        source: Kafka, as this membership reads it.
+        takeover: Claims partitions for this membership.
+        patience: With servers that are away when a partition is to be taken.
+        stop: When it is set, nothing is waited for any more.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        machine: Machine,
+        source: KafkaSource,
+        takeover: Takeover,
+        patience: Patience,
+        stop: threading.Event,
+    ) -> None:
+        self._engine = engine
+        self._machine = machine
+        self._source = source
+        self._takeover = takeover
+        self._patience = patience
+        self._stop = stop
+        self._windows: dict[Partition, RepeatWindow] = {}
+        self._refusals: dict[Partition, RefusedError] = {}
+        self._unreleased: dict[Partition, Epoch] = {}
+        self._topic_ids: dict[str, str] = {}
+
+    @property
+    def refusals(self) -> Mapping[Partition, RefusedError]:
+        """The partitions that stand still, with the reason of each."""
+        return self._refusals
+
+    @property
+    def topic_ids(self) -> Mapping[str, str]:
+        """The id that each topic had when it was taken over, where Kafka tells ids."""
+        return self._topic_ids
+
+    def window(self, partition: Partition) -> RepeatWindow:
+        """What tells the repeats of a partition that is ours."""
+        return self._windows[partition]
+
+    def take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+        """Take partitions over; where those that may go on begin.
+
+        Raises:
+            TransientError: A server stayed away for ``ASSIGN_S_MAX``, or longer than our patience.
+            ConfigurationError: A login or a right is missing, and stays so.
+        """
+        begin: dict[Partition, NextOffset] = {}
+        for partition, outcome in self._take_patiently(partitions).items():
+            match outcome:
+                case Taken(held, first, end, topic_id, window):
+                    self._machine.claimed(partition, held, first, end)
+                    if topic_id is not None:
+                        self._topic_ids[partition.topic] = topic_id
+                    self._windows[partition] = window
+                    self._refusals.pop(partition, None)
+                    begin[partition] = first
+                case RefusedError() as refusal:
+                    self._refuse(partition, refusal)
+        return begin
+
+    def retake(self, partitions: Collection[Partition]) -> None:
+        """Claim partitions again that are assigned to us, and read on where the log ends."""
+        for partition, begin in self.take(partitions).items():
+            self._source.seek(partition, begin)
+            self._source.let_flow([partition])
+
+    def retake_topics(self, topics: Collection[str]) -> None:
+        """The same, for the partitions of these topics that are ours."""
+        self.retake([partition for partition in self._machine.owned if partition.topic in topics])
+
+    def let_go(self, partitions: Collection[Partition], event: str) -> None:
+        """Hold nothing of these partitions any more; what is not written of them is dropped.
+
+        Args:
+            partitions: Which; those of them that are not ours do not matter.
+            event: How the log tells it.
+        """
+        held = {p: epoch for p, epoch in self._machine.owned.items() if p in partitions}
+        was_troubled = self._machine.is_troubled
+        dropped = self._machine.released(partitions)
+        for partition in partitions:
+            self._windows.pop(partition, None)
+            self._refusals.pop(partition, None)
+        if held:
+            log.info(event, partitions=sorted(map(str, held)), records_dropped=dropped)
+        self._unreleased |= held
+        if not was_troubled:
+            self.release()
+
+    def release(self) -> None:
+        """Say in the database what we no longer own; while it fails, that waits."""
+        if gone := self._unreleased:
+            self._unreleased = {}
+            try_out(self._engine, lambda db: ownership.release(db, gone.items()))
+
+    def _take_patiently(
+        self, partitions: Collection[Partition]
+    ) -> Mapping[Partition, Taken | RefusedError]:
+        """Wait for servers that are away: without the database there is no place to begin at."""
+        if not partitions:
+            return {}
+        deadline = time.monotonic() + ASSIGN_S_MAX
+        while True:
+            try:
+                taken = self._takeover.take(partitions)
+            except (TransientError, ConfigurationError) as error:
+                if self._stop.is_set():
+                    return {}
+                if time.monotonic() > deadline:
+                    raise
+                self._patience.bear(error)
+                self._stop.wait(RETRY_S)
+            else:
+                self._patience.recovered()
+                return taken
+
+    def _refuse(self, partition: Partition, refusal: RefusedError) -> None:
+        self._machine.released([partition])
+        self._windows.pop(partition, None)
+        self._source.hold([partition])
+        known = self._refusals.get(partition)
+        self._refusals[partition] = refusal
+        if str(known) != str(refusal):
+            log.error(
+                "partition_stands_still",
+                topic=partition.topic,
+                partition=partition.number,
+                reason=str(refusal),
+            )
+
+
+def try_out(engine: Engine, work: Callable[[Connection], None]) -> None:
+    """Record or look at what nothing hangs on; a failure is only logged."""
+    try:
+        with transaction(engine) as db:
+            work(db)
+    except (TransientError, ConfigurationError) as error:
+        log.info("database_not_asked", reason=str(error))
+
+
+def tell_fenced(partitions: Collection[Partition]) -> None:
+    """Tell of partitions that turned out to be no longer ours, or not where we left them."""
+    for partition in partitions:
+        log.warning(
+            "fenced",
+            topic=partition.topic,
+            partition=partition.number,
+            reason="another process has claimed it, or its next offset was moved; "
+            "nothing of ours was written",
+        )

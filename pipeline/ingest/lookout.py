@@ -1,0 +1,160 @@
+"""What an ingest looks at now and then, for no record and no commit tells it.
+
+Kafka's ends, topics that are gone or made anew, another database in our group; what an operator has
+decided, and a database that was put back to a backup. Whatever is not as it was when a partition
+was taken over has it taken over again, which looks closely.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+
+import structlog
+from sqlalchemy import Engine
+
+from pipeline.errors import ConfigurationError, DeletedTopicError, TransientError
+from pipeline.ingest.assignment import Assignment, tell_fenced, try_out
+from pipeline.ingest.machine import Machine
+from pipeline.ingest.takeover import Takeover
+from pipeline.log import ownership
+from pipeline.log.ownership import Place
+from pipeline.positions import Partition
+from pipeline.source import Brokers
+
+log = structlog.get_logger(__name__)
+
+
+class Lookout:
+    """Looks around for one membership in the group.
+
+    Args:
+        engine: The database.
+        machine: Is told the ends, and where partitions stand.
+        brokers: Kafka.
+        takeover: Knows who else is in the group, and records that a topic is gone.
+        assignment: Takes partitions over again.
+        topics: Those that are configured.
+
+    Attributes:
+        absent: Configured topics that Kafka had not, when last looked at.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        machine: Machine,
+        brokers: Brokers,
+        takeover: Takeover,
+        assignment: Assignment,
+        topics: Collection[str],
+    ) -> None:
+        self._engine = engine
+        self._machine = machine
+        self._brokers = brokers
+        self._takeover = takeover
+        self._assignment = assignment
+        self._topics = topics
+        self.absent: frozenset[str] = frozenset()
+
+    def look(self) -> None:
+        """Look at everything once.
+
+        Raises:
+            TransientError: Kafka fell silent in the midst of it, or a partition could not be taken.
+            ConfigurationError: A login or a right is missing, and stays so.
+        """
+        # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
+        if self._see_absent_topics():
+            self._see_watermarks()
+            self._see_topic_ids()
+            self._see_other_databases()
+        self._see_decisions()
+        self._see_places()
+
+    @property
+    def refusals(self) -> Sequence[DeletedTopicError]:
+        """Why an ingest of the absent topics is not complete."""
+        return [_deleted(topic) for topic in sorted(self.absent)]
+
+    def _see_watermarks(self) -> None:
+        seen = []
+        owned = self._machine.owned
+        for partition, high in self._brokers.ends(owned).items():
+            self._machine.saw_end(partition, high)
+            seen.append((partition, owned[partition], high))
+        try_out(self._engine, lambda db: ownership.see_watermarks(db, seen))
+
+    def _see_absent_topics(self) -> bool:
+        """A topic that is deleted is taken from us without a word of why; it may come back.
+
+        Returns:
+            Whether Kafka answers.
+        """
+        try:
+            there = self._brokers.topics_there()
+        except TransientError as error:
+            log.debug("topics_not_seen", reason=str(error))
+            return False
+        absent = frozenset(self._topics) - there.keys()
+        for topic in sorted(absent - self.absent):
+            log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
+        self.absent = absent
+        self._assignment.retake_topics(absent)
+        for topic in sorted(absent):
+            self._miss(topic)
+        self._assignment.retake(
+            [
+                partition
+                for partition, refusal in self._assignment.refusals.items()
+                if isinstance(refusal, DeletedTopicError) and partition.topic in there
+            ]
+        )
+        return True
+
+    def _miss(self, topic: str) -> None:
+        try:
+            self._takeover.miss(topic)
+        except (TransientError, ConfigurationError) as error:
+            log.info("database_not_asked", reason=str(error))
+
+    def _see_topic_ids(self) -> None:
+        """A topic made anew is noticed by each batch; this is for one that is silent."""
+        now_there = self._brokers.topic_ids({partition.topic for partition in self._machine.owned})
+        self._assignment.retake_topics(
+            [
+                topic
+                for topic, seen in now_there.items()
+                if seen != self._assignment.topic_ids.get(topic, seen)
+            ]
+        )
+
+    def _see_other_databases(self) -> None:
+        """Another database in our group says so only once it has committed there."""
+        try:
+            others = self._takeover.other_databases({p.topic for p in self._machine.owned})
+        except TransientError as error:
+            log.debug("group_not_seen", reason=str(error))
+            return
+        self._assignment.retake([p for p in self._machine.owned if p.topic in others])
+
+    def _see_decisions(self) -> None:
+        """Partitions that stand still go on when an operator has said so."""
+        if not self._assignment.refusals:
+            return
+        freed: list[Partition] = []
+        try_out(
+            self._engine, lambda db: freed.extend(ownership.freed(db, self._assignment.refusals))
+        )
+        if freed:
+            self._assignment.retake(freed)
+
+    def _see_places(self) -> None:
+        """A database that was put back to a backup is noticed before the next record comes."""
+        if self._machine.is_with_database:
+            return
+        places: dict[Partition, Place] = {}
+        try_out(self._engine, lambda db: places.update(ownership.look(db, self._machine.owned)))
+        tell_fenced(self._machine.looked(places, time.monotonic()))
+
+
+def _deleted(topic: str) -> DeletedTopicError:
+    return DeletedTopicError(Partition(topic, 0))

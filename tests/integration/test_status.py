@@ -11,7 +11,8 @@ from pipeline.log.search import first_since
 from pipeline.positions import Partition
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
-from pipeline.status import RECENT_OFFSETS_MAX, look
+from pipeline.status import look
+from pipeline.status.gathering import RECENT_OFFSETS_MAX
 from tests.commands import Commands, InProcess, wait
 from tests.given import TOPIC, event, order_event
 

@@ -1,21 +1,11 @@
-"""How things stand: lag, freshness, owners, problems. SQL only, so Kafka need not answer.
+"""A look at how everything stands: what is asked of the database, and what the answers make.
 
-Shared by `pipeline status`, the web page and the metrics. Whatever the size of the log, a look
-costs a few index searches per partition, and a bounded number of the newest rows.
-
-The state of a partition, in Burrow's words:
-
-- ``OK``: read, and not behind, or not for long
-- ``WARN``: read and moving, but more than a minute behind
-- ``STALL``: read, behind, and has not moved for a minute
-- ``STOP``: nobody reads it, or its reader has been silent for a minute
-- ``ERR``: stands still until an operator decides, to protect data
+Whatever the size of the log, a look costs a few index searches per partition, and a bounded number
+of the newest rows.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
 
 from sqlalchemy import Connection, Engine, Row, text
 
@@ -26,6 +16,17 @@ from pipeline.projection import Projector
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.sharing import living, shared_out
+from pipeline.status import troubles
+from pipeline.status.report import (
+    Owner,
+    PartitionState,
+    PartitionStatus,
+    ProjectingWorker,
+    ProjectorState,
+    ProjectorStatus,
+    Recent,
+    Status,
+)
 
 BEHIND_S_MAX = 60.0
 """Longer behind than this is worth a warning."""
@@ -41,146 +42,6 @@ CATCHING_UP_S = 10.0
 """A read model that is further behind than this is catching up, not live."""
 
 _Row = Row[tuple[object, ...]]
-PartitionState = Literal["OK", "WARN", "STALL", "STOP", "ERR"]
-ProjectorState = Literal[
-    "live", "catching up", "rebuilding", "stale", "broken", "never run", "not in this program"
-]
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who reads a partition."""
-
-    group: str | None
-    member: str | None
-    host: str | None
-    pid: int | None
-    since: datetime | None
-
-
-@dataclass(frozen=True)
-class PartitionStatus:
-    """One partition of the log.
-
-    Attributes:
-        end: Kafka's end when last seen; None if it never was.
-        seen_at: When that was.
-        lag: Offsets between the two; None if ``end`` is.
-        lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
-            record that is missing is older. 0 without lag, None where nothing was read yet.
-        rate: Records a second, over the last minute.
-        problem: Why it stands still, with what to do.
-    """
-
-    topic: str
-    partition: int
-    state: PartitionState
-    next_offset: int
-    end: int | None
-    seen_at: datetime | None
-    lag: int | None
-    lag_s: float | None
-    rate: float
-    committed_at: datetime | None
-    owner: Owner | None
-    problem: str | None
-    problem_at: datetime | None
-
-
-@dataclass(frozen=True)
-class ProjectorStatus:
-    """One read model.
-
-    Attributes:
-        lag: Offsets of the log that it has not taken yet.
-        lag_s: How long the oldest of them has been in the log.
-        dead_letters: Events that it could not take.
-        moved_at: When it last moved on.
-        built_at: When it was last built from the log's beginning.
-        problem: Why it is broken.
-    """
-
-    projector: str
-    state: ProjectorState
-    lag: int
-    lag_s: float
-    dead_letters: int
-    moved_at: datetime | None
-    built_at: datetime | None
-    problem: str | None
-
-
-@dataclass(frozen=True)
-class ProjectingWorker:
-    """A process that projects.
-
-    Attributes:
-        since: When it started.
-        partitions: Those whose events it brings into read models of this program.
-    """
-
-    host: str
-    pid: int
-    since: datetime
-    partitions: Sequence[Partition]
-
-
-@dataclass(frozen=True)
-class Recent:
-    """What came lately: within the last hour, and at most 10,000 offsets of each partition.
-
-    Attributes:
-        records: How many records were looked at.
-        repeats: How many of them repeat another one.
-        bad: How many could not be read, or not as an event, by topic and reason.
-        unknown_types: How many are of a type that no projector takes, by type.
-    """
-
-    records: int
-    repeats: int
-    bad: Mapping[str, Mapping[str, int]]
-    unknown_types: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """What is not as it should be.
-
-    Attributes:
-        severity: ``wrong`` needs a human; ``warning`` may pass, or is worth knowing.
-        subject: A partition or a read model.
-        text: What it is.
-        remedy: What to do.
-    """
-
-    severity: Literal["wrong", "warning"]
-    subject: str
-    text: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """Everything at one moment.
-
-    Attributes:
-        offsets: Offsets in the log, over all partitions; a few may be unused.
-        lag, lag_s: The log behind Kafka: the sum, and the longest time.
-        rate: Records a second into the log, over the last minute.
-    """
-
-    looked_at: datetime
-    ok: bool
-    offsets: int
-    lag: int
-    lag_s: float | None
-    rate: float
-    partitions: Sequence[PartitionStatus]
-    projectors: Sequence[ProjectorStatus]
-    workers: Sequence[ProjectingWorker]
-    recent: Recent
-    troubles: Sequence[Trouble]
-
 
 ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 NOW = text("SELECT now()")
@@ -255,13 +116,13 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         recent = _recent(db, rows, lately, projectors)
         models = _models(db, projectors)
         workers = _workers(db, {_place(row) for row in rows}, projectors)
-    troubles = [
-        *_partition_troubles(partitions),
-        *_projector_troubles(models, is_projected=bool(workers)),
+    found = [
+        *troubles.of_partitions(partitions),
+        *troubles.of_projectors(models, is_projected=bool(workers)),
     ]
     return Status(
         looked_at=looked_at,
-        ok=not any(trouble.severity == "wrong" for trouble in troubles),
+        ok=not any(trouble.severity == "wrong" for trouble in found),
         offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
         lag=sum(one.lag or 0 for one in partitions),
         lag_s=max((one.lag_s for one in partitions if one.lag_s is not None), default=None),
@@ -270,7 +131,7 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         projectors=models,
         workers=workers,
         recent=recent,
-        troubles=troubles,
+        troubles=found,
     )
 
 
@@ -336,41 +197,6 @@ def _seconds(begin: datetime | None, end: datetime) -> float | None:
     return None if begin is None else max(0.0, (end - begin).total_seconds())
 
 
-def _partition_troubles(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
-    for one in partitions:
-        name = str(Partition(one.topic, one.partition))
-        match one.state:
-            case "ERR":
-                why = (one.problem or "").removeprefix(f"{name}: ")
-                yield Trouble("wrong", name, f"stands still: {why}", "decide as the text says")
-            case "STOP" if one.owner is not None:
-                yield Trouble(
-                    "wrong",
-                    name,
-                    f"its reader, {one.owner.host}:{one.owner.pid}, has been silent for more than "
-                    "a minute",
-                    "look at that process and its log; start `pipeline run` anew",
-                )
-            case "STOP":
-                yield Trouble("warning", name, "nobody reads it", "start `pipeline run`")
-            case "STALL":
-                yield Trouble(
-                    "warning",
-                    name,
-                    f"{one.lag:,} records behind, and has not moved for a minute",
-                    "look at the log of its reader",
-                )
-            case "WARN":
-                yield Trouble(
-                    "warning",
-                    name,
-                    f"{one.lag:,} records and {one.lag_s:,.0f} s behind",
-                    "wait, or start another `pipeline ingest`",
-                )
-            case "OK":
-                pass
-
-
 # -------------------------------------------------------------------------------- of read models
 
 
@@ -423,52 +249,6 @@ def _workers(
         )
         for member in members
     ]
-
-
-def _projector_troubles(
-    models: Iterable[ProjectorStatus], *, is_projected: bool
-) -> Iterable[Trouble]:
-    for one in models:
-        match one.state:
-            case "broken":
-                yield Trouble(
-                    "wrong",
-                    one.projector,
-                    f"broken, stands still: {one.problem}",
-                    f"mend the projector, then `pipeline rebuild {one.projector}`",
-                )
-            case "stale":
-                yield Trouble(
-                    "warning",
-                    one.projector,
-                    "its definition has changed since the table was built",
-                    f"`pipeline rebuild {one.projector}`",
-                )
-            case "rebuilding":
-                yield Trouble(
-                    "warning",
-                    one.projector,
-                    "a rebuild is running, or was interrupted",
-                    f"wait, or go on with `pipeline rebuild {one.projector}`",
-                )
-            case "catching up":
-                yield Trouble(
-                    "warning",
-                    one.projector,
-                    f"{one.lag:,} records behind; the oldest came {one.lag_s:,.0f} s ago",
-                    "wait"
-                    if is_projected
-                    else "nobody projects: start `pipeline run` or `pipeline project`",
-                )
-            case _:
-                pass
-        if one.dead_letters:
-            yield Trouble(
-                "warning",
-                one.projector,
-                f"{one.dead_letters:,} dead letters",
-                f"`pipeline dead-letters list {one.projector}`",
-            )
 
 
 # -------------------------------------------------------------------------------- of late

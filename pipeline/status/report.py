@@ -1,0 +1,157 @@
+"""What a look tells, and what the words in it mean.
+
+The state of a partition, in Burrow's words:
+
+- ``OK``: read, and not behind, or not for long
+- ``WARN``: read and moving, but more than a minute behind
+- ``STALL``: read, behind, and has not moved for a minute
+- ``STOP``: nobody reads it, or its reader has been silent for a minute
+- ``ERR``: stands still until an operator decides, to protect data
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from pipeline.positions import Partition
+
+PartitionState = Literal["OK", "WARN", "STALL", "STOP", "ERR"]
+ProjectorState = Literal[
+    "live", "catching up", "rebuilding", "stale", "broken", "never run", "not in this program"
+]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who reads a partition."""
+
+    group: str | None
+    member: str | None
+    host: str | None
+    pid: int | None
+    since: datetime | None
+
+
+@dataclass(frozen=True)
+class PartitionStatus:
+    """One partition of the log.
+
+    Attributes:
+        end: Kafka's end when last seen; None if it never was.
+        seen_at: When that was.
+        lag: Offsets between the two; None if ``end`` is.
+        lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
+            record that is missing is older. 0 without lag, None where nothing was read yet.
+        rate: Records a second, over the last minute.
+        problem: Why it stands still, with what to do.
+    """
+
+    topic: str
+    partition: int
+    state: PartitionState
+    next_offset: int
+    end: int | None
+    seen_at: datetime | None
+    lag: int | None
+    lag_s: float | None
+    rate: float
+    committed_at: datetime | None
+    owner: Owner | None
+    problem: str | None
+    problem_at: datetime | None
+
+
+@dataclass(frozen=True)
+class ProjectorStatus:
+    """One read model.
+
+    Attributes:
+        lag: Offsets of the log that it has not taken yet.
+        lag_s: How long the oldest of them has been in the log.
+        dead_letters: Events that it could not take.
+        moved_at: When it last moved on.
+        built_at: When it was last built from the log's beginning.
+        problem: Why it is broken.
+    """
+
+    projector: str
+    state: ProjectorState
+    lag: int
+    lag_s: float
+    dead_letters: int
+    moved_at: datetime | None
+    built_at: datetime | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class ProjectingWorker:
+    """A process that projects.
+
+    Attributes:
+        since: When it started.
+        partitions: Those whose events it brings into read models of this program.
+    """
+
+    host: str
+    pid: int
+    since: datetime
+    partitions: Sequence[Partition]
+
+
+@dataclass(frozen=True)
+class Recent:
+    """What came lately: within the last hour, and at most 10,000 offsets of each partition.
+
+    Attributes:
+        records: How many records were looked at.
+        repeats: How many of them repeat another one.
+        bad: How many could not be read, or not as an event, by topic and reason.
+        unknown_types: How many are of a type that no projector takes, by type.
+    """
+
+    records: int
+    repeats: int
+    bad: Mapping[str, Mapping[str, int]]
+    unknown_types: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is not as it should be.
+
+    Attributes:
+        severity: ``wrong`` needs a human; ``warning`` may pass, or is worth knowing.
+        subject: A partition or a read model.
+        text: What it is.
+        remedy: What to do.
+    """
+
+    severity: Literal["wrong", "warning"]
+    subject: str
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Everything at one moment.
+
+    Attributes:
+        offsets: Offsets in the log, over all partitions; a few may be unused.
+        lag, lag_s: The log behind Kafka: the sum, and the longest time.
+        rate: Records a second into the log, over the last minute.
+    """
+
+    looked_at: datetime
+    ok: bool
+    offsets: int
+    lag: int
+    lag_s: float | None
+    rate: float
+    partitions: Sequence[PartitionStatus]
+    projectors: Sequence[ProjectorStatus]
+    workers: Sequence[ProjectingWorker]
+    recent: Recent
+    troubles: Sequence[Trouble]

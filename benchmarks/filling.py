@@ -36,13 +36,13 @@ def fill(
     """
     before = stage.server_cpu_s()
     finished = work()
-    after = stage.server_cpu_s()
+    server_us = stage.server_us(before, rows)
     assert one_row(database, f"SELECT count(*) FROM {table}") == (rows,)
     steady_rows, seconds = one_row(database, STEADY.format(table=table))
     return Run(
         rate=float(steady_rows) / float(seconds),
         client_us=finished.cpu_s / rows * 1e6,
-        server_us=None if before is None or after is None else (after - before) / rows * 1e6,
+        server_us=server_us,
         whole_rate=rows / finished.seconds,
     )
 

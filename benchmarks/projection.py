@@ -133,10 +133,9 @@ def _measure_all(stage: Stage, events: int, pairs: int) -> tuple[Pairs, str]:
     with stage.database() as database, database.connect() as connection:
         stage.ingest(stage.load(events), database)
         connection.execute("VACUUM ANALYZE")
-        tables = ", ".join(table.fullname for one in discover() for table in one.tables)
         engine = open_engine(database.url, application="benchmark")
         for _ in range(pairs):
-            connection.execute(f"TRUNCATE {tables}".encode())
+            empty_all(connection)
             live.append(_timed(stage, events, lambda: _project(engine, *discover())))
             by_two.theirs.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=1)))
             by_two.ours.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=2)))
@@ -161,6 +160,12 @@ def log_of_orders(stage: Stage, events: int) -> Iterator[tuple[Database, Engine]
         engine.dispose()
 
 
+def empty_all(connection: psycopg.Connection) -> None:
+    """Truncate all read models, which are then projected from the log's beginning."""
+    tables = ", ".join(table.fullname for one in discover() for table in one.tables)
+    connection.execute(f"TRUNCATE {tables}".encode())
+
+
 def timed_rebuild(stage: Stage, engine: Engine, events: int) -> Run:
     """Our rebuild of ``orders``; it must find the table as it was."""
     return _timed(stage, events, lambda: _rebuild(engine))
@@ -170,11 +175,8 @@ def _timed(stage: Stage, events: int, work: Callable[[], object]) -> Run:
     stage.settle()
     before, begun = stage.server_cpu_s(), time.monotonic()
     work()
-    seconds, after = time.monotonic() - begun, stage.server_cpu_s()
-    return Run(
-        rate=events / seconds,
-        server_us=None if before is None or after is None else (after - before) / events * 1e6,
-    )
+    seconds = time.monotonic() - begun
+    return Run(rate=events / seconds, server_us=stage.server_us(before, events))
 
 
 def _project(engine: Engine, *projectors: Projector) -> None:

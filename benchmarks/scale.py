@@ -152,7 +152,7 @@ def _ingested(stage: Stage, database: Database, topic: str, step: int, *, before
     begun = time.time()
     cpu_before = stage.server_cpu_s()
     finished = stage.ingest(topic, database)
-    cpu_after = stage.server_cpu_s()
+    server_us = stage.server_us(cpu_before, step)
     with database.connect() as connection:
         [(steady, seconds)] = connection.execute(STEADY, [begun]).fetchall()
         [(on_disk,)] = connection.execute(DISK).fetchall()
@@ -161,9 +161,7 @@ def _ingested(stage: Stage, database: Database, topic: str, step: int, *, before
     return Step(
         before=before,
         rate=float(steady) / float(seconds),
-        server_us=None
-        if cpu_before is None or cpu_after is None
-        else (cpu_after - cpu_before) / step * 1e6,
+        server_us=server_us,
         client_us=finished.cpu_s / step * 1e6,
         bytes_a_row=float(on_disk) / rows,
         looks_ms=_looked(database, topic),

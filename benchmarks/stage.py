@@ -30,6 +30,7 @@ from tests.servers.kafka import class_path
 
 SEED = 7
 PARTITIONS = 6
+"""Of a topic, where nothing else is said."""
 SAMPLE_S = 0.05
 """How often a process's memory is looked at."""
 PATIENCE_S = 900.0
@@ -42,6 +43,7 @@ SERVER_SETTINGS = {
     "shared_buffers": "512MB",
     "track_commit_timestamp": "on",
 }
+_PIPELINE = (sys.executable, "-m", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Finished:
 
     Attributes:
         seconds: From its start to its end, or until it had done what was to be measured.
-        cpu_s: User and system time.
-        peak_bytes: Most memory that was resident at a time, where it was looked at.
+        cpu_s: User and system time, of the processes that it has started and waited for too.
+        peak_bytes: Most memory that was resident at a time, of the process alone, where it was
+            looked at.
     """
 
     seconds: float
@@ -86,20 +89,22 @@ class Stage:
         about: bytes = b"",
         size: int | None = None,
         topic: str | None = None,
+        partitions: int = PARTITIONS,
     ) -> str:
-        """A topic with so many simulated events, in partitions; its name.
+        """A topic with so many simulated events; its name.
 
         Args:
             events: How many.
             about: Only those that hold this text, e.g. a part of their type.
             size: Bytes of each value, see ``sized``; None for the sizes that they have.
             topic: Put them behind what this one has; None for a new one.
+            partitions: How many the topic has.
         """
         if topic is None:
             topic = f"benchmark-{events}-{secrets.token_hex(3)}"
-            self.kafka.create_topic(topic, PARTITIONS)
+            self.kafka.create_topic(topic, partitions)
         simulated = Simulation(
-            seed=SEED, events=None, topic=topic, partitions=PARTITIONS, keep_books=False
+            seed=SEED, events=None, topic=topic, partitions=partitions, keep_books=False
         )
         about_it = (record for record in simulated if about in (record.value or b""))
         wanted = about_it if size is None else sized(about_it, size)
@@ -114,18 +119,27 @@ class Stage:
             {"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "benchmark"}
         )
         ends = {}
-        for number in range(PARTITIONS):
+        for number in asking.list_topics(topic, 10).topics[topic].partitions:
             _low, high = asking.get_watermark_offsets(TopicPartition(topic, number), 10)
             if high:
                 ends[number] = high
         asking.close()
         return ends
 
-    def ingest(self, topic: str, database: Database) -> Finished:
-        """``pipeline ingest --until-end`` of a topic, with default settings."""
+    def ingest(
+        self, topic: str, database: Database, *, workers: int = 1, kafka_options: str = ""
+    ) -> Finished:
+        """``pipeline ingest --until-end`` of a topic, all else with default settings."""
         return run_process(
-            [sys.executable, "-m", "pipeline", "ingest", "--until-end"],
-            self.environment(topic, database),
+            [*_PIPELINE, "ingest", "--until-end", "--workers", str(workers)],
+            {**self.environment(topic, database), "PIPELINE_KAFKA_OPTIONS": kafka_options},
+        )
+
+    def project(self, database: Database, *, workers: int = 1) -> Finished:
+        """``pipeline project --until-end``, all read models, with default settings."""
+        return run_process(
+            [*_PIPELINE, "project", "--until-end", "--workers", str(workers)],
+            {"PIPELINE_DATABASE_URL": database.dsn},
         )
 
     def environment(self, topic: str, database: Database) -> dict[str, str]:
@@ -143,6 +157,11 @@ class Stage:
         if not isinstance(self.postgres, PostgresServer) or sys.platform != "linux":
             return None
         return _cpu_with_children(self.postgres.pid)
+
+    def server_us(self, since: float | None, rows: int) -> float | None:
+        """CPU of PostgreSQL since a reading of ``server_cpu_s``, microseconds a row."""
+        now = self.server_cpu_s()
+        return None if since is None or now is None else (now - since) / rows * 1e6
 
     def kafka_version(self) -> str:
         """The version of the broker, where it is one of our own."""

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale
+from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale, workers
 from benchmarks.report import PLOTS, Section, heading
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
 RESULTS = Path(__file__).parent / "results.md"
-PARTS = ("ingest", "rivals", "projection", "latency", "recovery", "scale", "memory")
+PARTS = ("ingest", "rivals", "projection", "workers", "latency", "recovery", "scale", "memory")
 
 
 def main() -> int:
@@ -47,6 +47,8 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
         yield rivals.measure_rebuild(stage, rows // 15, pairs)
     if "projection" in arguments.only:
         yield projection.measure(stage, rows // 3, pairs)
+    if "workers" in arguments.only:
+        yield workers.measure(stage, pairs, quick=arguments.quick)
     if "latency" in arguments.only:
         yield latency.measure(stage, quick=arguments.quick)
     if "recovery" in arguments.only:

@@ -66,10 +66,13 @@ class Pairs:
                 f"| {name} | {_rates(runs)} | {_cpu(runs)} |"
                 for name, runs in [*sides, (other, self.theirs)]
             ),
-            f"| **{one} / {other}** (wanted: {self.target:g} or more) | "
-            f"**{statistics.median(self.ratios):.2f}** "
-            f"of {', '.join(f'{ratio:.2f}' for ratio in self.ratios)} | |",
+            f"| **{one} / {other}** (wanted: {self.target:g} or more) | {_told(self.ratios)} | |",
         ]
+
+
+def _told(ratios: Sequence[float]) -> str:
+    all_of_them = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"**{statistics.median(ratios):.2f}** of {all_of_them}"
 
 
 def _rates(runs: Sequence[Run]) -> str:
@@ -185,6 +188,27 @@ def table(pairs: Sequence[Pairs]) -> list[str]:
         lines += pair.lines(with_ours=id(pair.ours) not in shown)
         shown.append(id(pair.ours))
     return lines
+
+
+Ways = Mapping[str, Sequence[Run]]
+"""Several ways of doing the same, by name, each measured as often as the first, by turns."""
+
+
+def ways_table(ways: Ways) -> list[str]:
+    """Ways as one Markdown table, each with its ratio to the first, turn by turn."""
+    first, *_ = ways
+    lines = [f"| | median (spread) | CPU a row | / {first} |", "|---|---|---|---|"]
+    for name, runs in ways.items():
+        ratios = [run.rate / base.rate for run, base in zip(runs, ways[first], strict=True)]
+        ratio = "" if name == first else _told(ratios)
+        lines.append(f"| {name} | {_rates(runs)} | {_cpu(runs)} | {ratio} |")
+    return lines
+
+
+def ways_bars(name: str, title: str, ways: Ways, unit: str = "rows/s") -> Bars:
+    """The median rates of ways, in their order."""
+    values = {way: statistics.median(run.rate for run in runs) for way, runs in ways.items()}
+    return Bars(name, title, unit, values)
 
 
 def heading(postgres: str, kafka: str) -> str:

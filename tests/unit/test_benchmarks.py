@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from benchmarks import rivals
-from benchmarks.report import Pairs, Run, table
+from benchmarks.report import Pairs, Run, table, ways_table
 from benchmarks.rivals import faucet
 from benchmarks.stage import sized
 from pipeline.simulator import Simulation
@@ -90,6 +90,15 @@ def test_runs_that_are_compared_with_several_stand_in_the_table_once():
         "| ours | 200/s (100 to 300) |  |"
     ]
     assert "(wanted: 4 or more) | **5.00** of 4.00, 6.00" in lines[-1]
+
+
+def test_ways_are_compared_with_the_first_of_them_turn_by_turn():
+    lines = ways_table({"one": [Run(100), Run(200)], "two": [Run(150), Run(200, 1.5, 2.5)]})
+
+    assert lines[2:] == [
+        "| one | 150/s (100 to 200) |  |  |",
+        "| two | 175/s (150 to 200) | client 1.5 µs, PostgreSQL 2.5 µs | **1.25** of 1.50, 1.00 |",
+    ]
 
 
 def test_the_command_tells_its_options():

@@ -56,7 +56,7 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
     if "scale" in arguments.only:
         yield scale.measure(stage, quick=arguments.quick)
     if "memory" in arguments.only:
-        yield memory.measure(stage, backlog)
+        yield memory.measure(stage, backlog, quick=arguments.quick)
 
 
 def _arguments() -> argparse.Namespace:

@@ -46,7 +46,7 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
         yield rivals.measure(stage, rows, pairs)
         yield rivals.measure_rebuild(stage, rows // 15, pairs)
     if "projection" in arguments.only:
-        yield projection.measure(stage, rows // 3, pairs)
+        yield projection.measure(stage, rows, pairs)
     if "workers" in arguments.only:
         yield workers.measure(stage, pairs, quick=arguments.quick)
     if "latency" in arguments.only:

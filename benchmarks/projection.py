@@ -26,8 +26,6 @@ from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from tests.servers.databases import Database
 
-EVENTS_MIN = 60_000
-"""With fewer, what is done once for a rebuild would decide."""
 MAKE_TWIN = """
 CREATE SCHEMA benchmark;
 CREATE TABLE benchmark.orders (LIKE upvest.orders INCLUDING ALL);
@@ -93,7 +91,6 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
         events: How many events each log holds, at least: of orders alone, and of everything.
         pairs: How often each way is gone.
     """
-    events = max(events, EVENTS_MIN)
     of_one, rows = _measure_orders(stage, events, pairs)
     of_all, live = _measure_all(stage, events, pairs)
     models = discover()

@@ -1,8 +1,9 @@
 """Whether a row costs the same at tens of millions of rows as at the first million.
 
-One topic grows. At each size a step of real events is ingested and measured. In between the log is
-filled inside PostgreSQL, with rows like those of the first step but ids of their own, at offsets
-that as many small records take up in Kafka.
+One topic grows. At each size two steps of real events are ingested and measured: one right behind a
+checkpoint, when the first change of each page of an index writes the page whole to the WAL, and one
+behind that. In between the log is filled inside PostgreSQL, with rows like those of the first step
+but ids of their own, at offsets that as many small records take up in Kafka.
 """
 
 import statistics
@@ -73,6 +74,7 @@ class Step:
 
     Attributes:
         before: Rows that the log held.
+        is_behind_checkpoint: Whether one had just been made.
         rate: Events a second.
         server_us: CPU of PostgreSQL, microseconds an event; None where it cannot be told.
         client_us: CPU of the whole command, microseconds an event.
@@ -81,6 +83,7 @@ class Step:
     """
 
     before: int
+    is_behind_checkpoint: bool
     rate: float
     server_us: float | None
     client_us: float
@@ -92,7 +95,8 @@ class Step:
         server = "" if self.server_us is None else f"{self.server_us:.1f} µs"
         looks = " | ".join(f"{ms:.1f} ms" for ms in self.looks_ms)
         return (
-            f"| {self.before:,} | {self.rate:,.0f} | {server} | {self.client_us:.1f} µs "
+            f"| {self.before:,}{', checkpoint' if self.is_behind_checkpoint else ''} "
+            f"| {self.rate:,.0f} | {server} | {self.client_us:.1f} µs "
             f"| {self.bytes_a_row:,.0f} | {looks} |"
         )
 
@@ -102,30 +106,43 @@ def measure(stage: Stage, *, quick: bool) -> Section:
     sizes, step = (QUICK_SIZES, QUICK_STEP) if quick else (SIZES, STEP)
     topic = stage.load(step)
     with stage.database() as database:
-        steps = [_ingested(stage, database, topic, step, before=0)]
+        _ingested(stage, database, topic, step, before=0, behind_checkpoint=True)
         model = _ends(database, topic)
+        steps = []
         rows = step
         for size in sizes:
             for _ in range((size - rows) // step):
                 _fill(stage, database, topic, model)
                 rows += step
-            stage.load(step, topic=topic)
-            steps.append(_ingested(stage, database, topic, step, before=rows))
-            rows += step
-    first, last = steps[1], steps[-1]
+            for behind_checkpoint in (True, False):
+                stage.load(step, topic=topic)
+                steps.append(
+                    _ingested(
+                        stage,
+                        database,
+                        topic,
+                        step,
+                        before=rows,
+                        behind_checkpoint=behind_checkpoint,
+                    )
+                )
+                rows += step
+    behind_checkpoints, others = steps[::2], steps[1::2]
     return Section(
         "Scale",
-        f"One topic of {PARTITIONS} partitions. At each size {step:,} events more were ingested by "
-        "`pipeline ingest --until-end`; rate by PostgreSQL's clock, CPU with start and end. The "
-        f"queries: median of {LOOKS}, warm.",
+        f"One topic of {PARTITIONS} partitions. At each size twice {step:,} events more were "
+        "ingested by `pipeline ingest --until-end`: right behind a checkpoint, when the first "
+        "change of each page of an index writes the whole page to the WAL, and once more. Rate by "
+        f"PostgreSQL's clock, CPU with start and end. The queries: median of {LOOKS}, warm.",
         [
             "| rows before | events/s | CPU of PostgreSQL a row | of the client | bytes a row "
             f"| {' | '.join(QUERIES)} |",
             "|" + "---|" * (5 + len(QUERIES)),
             *(one.line() for one in steps),
             "",
-            f"{last.before:,} rows against {first.before:,} (wanted: {WANTED:g} at most): time a "
-            f"row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}.",
+            f"{others[-1].before:,} rows against {others[0].before:,} (wanted: {WANTED:g} at "
+            f"most): {_compared(others[0], others[-1])}; right behind a checkpoint: "
+            f"{_compared(behind_checkpoints[0], behind_checkpoints[-1])}.",
         ],
         [
             Lines(
@@ -133,10 +150,21 @@ def measure(stage: Stage, *, quick: bool) -> Section:
                 "Time a row, by how many the log holds already",
                 "million rows",
                 "µs",
-                {"pipeline ingest": [(one.before / 1e6, 1e6 / one.rate) for one in steps]},
+                {
+                    "pipeline ingest": _by_size(others),
+                    "pipeline ingest, right behind a checkpoint": _by_size(behind_checkpoints),
+                },
             )
         ],
     )
+
+
+def _by_size(steps: Sequence[Step]) -> Sequence[tuple[float, float]]:
+    return [(one.before / 1e6, 1e6 / one.rate) for one in steps]
+
+
+def _compared(first: Step, last: Step) -> str:
+    return f"time a row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}"
 
 
 def _cpu_ratio(first: Step, last: Step) -> str:
@@ -145,10 +173,19 @@ def _cpu_ratio(first: Step, last: Step) -> str:
     return f", PostgreSQL's CPU a row **{last.server_us / first.server_us:.2f}**"
 
 
-def _ingested(stage: Stage, database: Database, topic: str, step: int, *, before: int) -> Step:
-    with database.connect() as connection:
-        connection.execute("VACUUM (ANALYZE) pipeline.events")
-    stage.settle()
+def _ingested(
+    stage: Stage,
+    database: Database,
+    topic: str,
+    step: int,
+    *,
+    before: int,
+    behind_checkpoint: bool,
+) -> Step:
+    if behind_checkpoint:
+        with database.connect() as connection:
+            connection.execute("VACUUM (ANALYZE) pipeline.events")
+        stage.settle()
     begun = time.time()
     cpu_before = stage.server_cpu_s()
     finished = stage.ingest(topic, database)
@@ -160,6 +197,7 @@ def _ingested(stage: Stage, database: Database, topic: str, step: int, *, before
     assert rows == before + step
     return Step(
         before=before,
+        is_behind_checkpoint=behind_checkpoint,
         rate=float(steady) / float(seconds),
         server_us=server_us,
         client_us=finished.cpu_s / step * 1e6,

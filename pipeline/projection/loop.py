@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 CHANNEL = "pipeline_events"
 BACK_OFF_S_MIN = 0.1
 BACK_OFF_S_MAX = 10.0
+GATHER_S_MAX = 0.1
+"""Longest pause between rounds while events trickle; it is as long as the last round took."""
 LISTEN_SLICE_S = 0.2
 """How often a wait looks whether it should stop."""
 
@@ -175,12 +177,20 @@ class _Loop:
                 standings = checkpoints.standings(db, self._projectors, only_behind=True)
             if self._until_end and self._has_arrived(standings):
                 return
+            begun = time.monotonic()
             moved = self._round(self._crew.share(standings))
             self._server_is_back()
             self._observe(Progress(self._taken, _furthest_behind(standings)))
             self._tell(standings)
             if not moved:
                 hints.wait(self._limits.poll_interval, self._stop)
+            elif not self._until_end and self._takes_all(standings):
+                # Small passes cost nearly as much as large ones: let more come meanwhile.
+                self._stop.wait(min(GATHER_S_MAX, time.monotonic() - begun))
+
+    def _takes_all(self, standings: Iterable[Standing]) -> bool:
+        """Whether one pass a partition reaches the end of the log."""
+        return all(one.lag <= self._limits.batch_offsets_max for one in standings)
 
     def _has_arrived(self, standings: Iterable[Standing]) -> bool:
         if self._goal is None:

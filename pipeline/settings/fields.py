@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         description="Most bytes of records in one transaction; a larger record goes alone",
     )
     linger_ms: int = Field(
-        default=5,
+        default=2,
         ge=0,
         le=5000,
         description="How long a record waits for others to share its transaction, in milliseconds",

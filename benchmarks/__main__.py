@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale, workers
-from benchmarks.report import PLOTS, Section, heading
+from benchmarks.report import PLOTS, Section, heading, this_run, with_new
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
@@ -26,13 +27,16 @@ def main() -> int:
         head = heading(stage.postgres_version(), stage.kafka_version())
         print(head, flush=True)
         sections = []
+        run = this_run()
         for section in _sections(stage, arguments):
-            sections.append(section)
-            print(section, flush=True)
+            sections.append(replace(section, run=run))
+            print(sections[-1], flush=True)
+            run = this_run()
     if arguments.write:
         from benchmarks.drawing import draw  # needs what only `make bench` installs
 
-        RESULTS.write_text("\n".join([head, *map(str, sections)]))
+        before = RESULTS.read_text() if RESULTS.exists() else ""
+        RESULTS.write_text(with_new(before, head, sections))
         draw((plot for one in sections for plot in one.plots), RESULTS.parent / PLOTS)
     return 0
 
@@ -70,7 +74,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--postgres", type=int, default=18, help="major version: 15, 18 (18)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some parts only")
     parser.add_argument(
-        "--write", action="store_true", help=f"also into {RESULTS.name}, with plots"
+        "--write",
+        action="store_true",
+        help=f"also into {RESULTS.name}, with plots, in place of what these parts gave there",
     )
     arguments = parser.parse_args()
     # Rivals are installed on first use, one of them by compiling for half an hour.

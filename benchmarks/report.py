@@ -5,7 +5,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -156,17 +156,19 @@ class Section:
         text: What was done, and how.
         lines: The figures, as Markdown.
         plots: Some of them as pictures.
+        run: When it was measured and by which command, see ``this_run``.
     """
 
     title: str
     text: str
     lines: Sequence[str]
     plots: Sequence[Plot] = ()
+    run: str = ""
 
     def __str__(self) -> str:
         """The section in Markdown."""
         pictures = [f"![{plot.title}]({PLOTS}/{plot.file})" for plot in self.plots]
-        parts = [f"## {self.title}", "", self.text, "", *self.lines, ""]
+        parts = [f"## {self.title}", "", self.text, "", self.run, "", *self.lines, ""]
         return "\n".join([*parts, *pictures, ""] if pictures else parts)
 
 
@@ -212,13 +214,9 @@ def ways_bars(name: str, title: str, ways: Ways, unit: str = "rows/s") -> Bars:
 
 
 def heading(postgres: str, kafka: str) -> str:
-    """Machine, versions and command."""
-    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+    """Machine and versions."""
     facts = {
-        "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "load before": load,
         "PostgreSQL": postgres,
         "Apache Kafka": kafka,
         "clients": f"Python {platform.python_version()}, psycopg {version('psycopg')}, "
@@ -226,6 +224,24 @@ def heading(postgres: str, kafka: str) -> str:
     }
     lines = [f"- {name}: {value.strip()}" for name, value in facts.items()]
     return "\n".join(["# Benchmarks", "", *lines, ""])
+
+
+def this_run() -> str:
+    """The time, the command and the load of the machine, before anything is measured."""
+    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    return f"Begun {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by `{command}`; load before: {load}."
+
+
+def with_new(report: str, heading: str, sections: Iterable[Section]) -> str:
+    """A report with sections in place of those with their titles, or behind the others.
+
+    What stands below another heading, so of another machine or other versions, is left out.
+    """
+    stands_below, *old = re.split("^(?=## )", report, flags=re.MULTILINE)
+    by_title = {one.splitlines()[0]: one for one in old if stands_below.strip() == heading.strip()}
+    by_title |= {f"## {one.title}": str(one) for one in sections}
+    return "\n".join([heading, *(one.rstrip() + "\n" for one in by_title.values())])
 
 
 def _processor() -> str:

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from benchmarks import rivals
-from benchmarks.report import Pairs, Run, table, ways_table
+from benchmarks.report import Pairs, Run, Section, table, ways_table, with_new
 from benchmarks.rivals import faucet
 from benchmarks.stage import sized
 from pipeline.simulator import Simulation
@@ -99,6 +99,26 @@ def test_ways_are_compared_with_the_first_of_them_turn_by_turn():
         "| one | 150/s (100 to 200) |  |  |",
         "| two | 175/s (150 to 200) | client 1.5 µs, PostgreSQL 2.5 µs | **1.25** of 1.50, 1.00 |",
     ]
+
+
+def test_a_part_that_is_measured_again_takes_its_place_in_the_report():
+    one, two, new = (
+        Section("One", "a", ["1"]),
+        Section("Two", "b", ["2"]),
+        Section("One", "c", []),
+    )
+    report = with_new("", "# Here\n", [one, two])
+
+    again = with_new(report, "# Here\n", [new])
+    elsewhere = with_new(report, "# There\n", [new])
+
+    assert [line for line in again.splitlines() if line] == [
+        "# Here",
+        *("## One", "c"),
+        *("## Two", "b", "2"),
+    ]
+    assert [line for line in elsewhere.splitlines() if line] == ["# There", "## One", "c"]
+    assert with_new(again, "# Here\n", []) == again
 
 
 def test_the_command_tells_its_options():

@@ -129,10 +129,10 @@ class Settings(BaseSettings):
         description="How many offsets back the first copy of an event is looked for",
     )
     segment_offsets: int = Field(
-        default=10_000_000,
+        default=1_000_000,
         ge=1000,
         le=10_000_000_000,
-        description="How many offsets one segment of the log spans; few and large is best",
+        description="How many offsets of each partition one segment of the log spans",
     )
     keep_raw: bool = Field(
         default=False,

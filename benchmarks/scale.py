@@ -17,6 +17,7 @@ from confluent_kafka import Producer
 
 from benchmarks.report import Lines, Section
 from benchmarks.stage import PARTITIONS, Stage
+from pipeline.settings import Settings
 from tests.servers.databases import Database
 
 SIZES = (1_000_000, 10_000_000, 20_000_000, 30_000_000)
@@ -29,9 +30,14 @@ FILLER = b"-"
 FILLER_DIGEST = blake2b(FILLER, digest_size=16).digest()
 """Of the filled rows: what is in Kafka at the log's end must be what the log holds there."""
 FILLERS_IN_FLIGHT = 100_000
+SPAN: int = Settings.model_fields["segment_offsets"].default
 
 ENDS = """
 SELECT "partition", next_offset FROM pipeline.consumer_offsets WHERE topic = %s
+"""
+MAKE_SEGMENTS = """
+SELECT pipeline.make_segment(%(topic)s, least(at, %(end)s - 1), %(span)s)
+FROM generate_series(%(first)s, %(end)s + %(span)s - 1, %(span)s) AS at
 """
 FILL = """
 INSERT INTO pipeline.events (topic, "partition", "offset", event_id, event_type, created_at,
@@ -217,7 +223,9 @@ def _fill(stage: Stage, database: Database, topic: str, model: Mapping[int, int]
     for partition, rows in model.items():
         further = _ends(database, topic)[partition]
         place = {"topic": topic, "partition": partition}
+        covered = {"topic": topic, "first": further, "end": further + rows, "span": SPAN}
         with database.connect() as connection, connection.transaction():
+            connection.execute(MAKE_SEGMENTS, covered)
             connection.execute(
                 FILL, {**place, "further": further, "model": rows, "digest": FILLER_DIGEST}
             )

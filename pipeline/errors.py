@@ -185,6 +185,10 @@ POISON_SQLSTATES = frozenset({"23502", "23503", "23514", "54000", "54001"})
 """Besides class 22 (data exception), the only codes for which a record itself is to blame."""
 
 
+DEADLOCK = "40P01"
+"""SQLSTATE of a transaction that was ended, so that others it waited for crosswise go on."""
+
+
 def is_poison(sqlstate: str) -> bool:
     """Whether the data is at fault, so that repeating the statement cannot help."""
     return sqlstate.startswith("22") or sqlstate in POISON_SQLSTATES

@@ -1,7 +1,7 @@
 """The database's schema, and rights on it: bring it up to date, refuse to work on another one."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints, roles
 from pipeline.db import LOG_SCHEMA, open_engine, transaction, translated
-from pipeline.errors import ConfigurationError
+from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.settings import load_settings
 
 _IN_WHEEL = Path(__file__).parent / "_migrations"
 _IN_CHECKOUT = Path(__file__).parent.parent / "migrations"
+
+DEADLOCKS_MAX = 5
+"""How often a migration may find its locks crossed with a worker's."""
 
 # Two who migrate at once: the second waits, then finds nothing to do.
 _TAKE_TURN = text("SELECT pg_advisory_lock(hashtextextended('pipeline.migrate', 0))")
@@ -84,7 +87,7 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
                 roles.act_as_owner(db, found)
                 db.commit()
             _refuse_newer(db)
-            command.upgrade(_config(connection=db, on_version_apply=note), "head")
+            _upgrade(db, note)
             grants = []
             if with_roles:
                 found = found or role_prefix or roles.PREFIX_DEFAULT
@@ -116,6 +119,21 @@ def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
             return Migrated([], [*statements, *_grants(db, found)], found)
     finally:
         engine.dispose()
+
+
+def _upgrade(db: Connection, note: Callable[..., None]) -> None:
+    """Run the migrations that are missing; one that crossed a worker's locks is run once more."""
+    for _ in range(DEADLOCKS_MAX):
+        try:
+            with translated():
+                command.upgrade(_config(connection=db, on_version_apply=note), "head")
+        except TransientError as error:
+            if error.sqlstate != DEADLOCK:
+                raise
+            db.rollback()
+        else:
+            return
+    raise TransientError(f"workers' locks crossed the migration {DEADLOCKS_MAX} times; repeat")
 
 
 @contextmanager

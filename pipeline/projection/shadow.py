@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline import dead_letters, failpoints
 from pipeline.db import READ_SCHEMA, SHADOW_SCHEMA, descriptor, translated
-from pipeline.errors import ExitCode, LockHeldError, PipelineError, TransientError
+from pipeline.errors import DEADLOCK, ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.positions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints, ranges
 from pipeline.projection.batch import Batch
@@ -38,7 +38,6 @@ LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
 COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
 # For a row that another range holds too, however long that takes.
 WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
-DEADLOCK = "40P01"
 ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 TAKE = text("SELECT pg_try_advisory_lock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
 LEAVE = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.rebuild ' || :projector, 0))")

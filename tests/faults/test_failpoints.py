@@ -179,7 +179,8 @@ def test_a_loop_that_is_stuck_loses_its_partitions_and_comes_back(bench: Bench):
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(1)
         heir = bench.worker(kafka_options=options)
-        stuck.wait_until_said("fenced_by_group")
+        # By the group, or at its word, if that had been given before the loop stood still for long.
+        stuck.wait_until_said("fenced_by_group", "partitions_revoked")
         until(lambda: set(bench.owners().values()) == {stuck.pid, heir.pid}, "both own some")
 
     bench.finish(feed.ledger)

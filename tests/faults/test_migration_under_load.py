@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import PROJECT, Bench
+from tests.waiting import until
 
 PER_SECOND = 500
 LATER = '''"""A later schema. Locks: the tables, for a moment. Safe while running: yes."""
@@ -72,6 +74,33 @@ def test_a_migration_under_load_or_its_death_costs_no_record(bench: Bench, later
     bench.execute(f"UPDATE pipeline.alembic_version SET version_num = '{head}'")
     bench.judge_read_models(feed.books)
     assert worker.exit_code == 0
+
+
+def test_a_migration_whose_locks_cross_those_of_a_worker_is_run_once_more(
+    bench: Bench, later: Path
+):
+    with (
+        bench.database.connect(autocommit=False) as worker,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        # Whoever looks for the deadlock while there is one is ended: the migration shall be.
+        worker.execute("SET deadlock_timeout = '1min'")
+        bench.execute(f"ALTER DATABASE {worker.info.dbname} SET deadlock_timeout = '3s'")
+        worker.execute("LOCK TABLE pipeline.consumer_offsets IN ROW EXCLUSIVE MODE")
+        migration = aside.submit(migrate, bench, later)
+        until(
+            lambda: bench.query(
+                "SELECT FROM pg_locks WHERE NOT granted "
+                "AND relation = 'pipeline.consumer_offsets'::regclass"
+            ),
+            "the migration waits for the worker",
+            seconds_max=30,
+        )
+        worker.execute("SELECT FROM pipeline.events")
+        worker.commit()
+        done = migration.result()
+
+    assert done.stdout.split() == ["9999"], done.stderr
 
 
 def migrate(bench: Bench, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

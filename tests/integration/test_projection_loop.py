@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from pipeline import failpoints
-from pipeline.db import transaction
+from pipeline.db import open_engine, transaction
 from pipeline.embedded.postgres import PostgresServer
 from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.migrate import migrate
@@ -268,16 +268,15 @@ def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
 
 
 @pytest.mark.faults
-def test_a_server_that_restarts_is_waited_for(monkeypatch):
+def test_a_server_that_restarts_is_waited_for():
     """The same loop goes on by itself, as often as it takes."""
     with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
         migrate(database.url)
         given = Given(database)
         given(sample_events()[:100])
+        engine = open_engine(database.url, application="pipeline test")
         stop = threading.Event()
-        worker = threading.Thread(
-            target=run_projection, args=(given.engine, ALL), kwargs={"stop": stop}
-        )
+        worker = threading.Thread(target=run_projection, args=(engine, ALL), kwargs={"stop": stop})
         worker.start()
         try:
             for turn in range(3):
@@ -289,6 +288,7 @@ def test_a_server_that_restarts_is_waited_for(monkeypatch):
         finally:
             stop.set()
             worker.join()
+            engine.dispose()
             given.close()
 
 

@@ -236,13 +236,15 @@ def revision(message: str, url: str) -> None:
     """
     migrate(url)
     engine = open_engine(url, application="pipeline migrate")
-    with engine.connect() as db:
-        number = len(list(_scripts().walk_revisions())) + 1
-        config = _config(connection=db)
-        for option, value in _FORMATTED.items():
-            config.set_section_option("post_write_hooks", option, value)
-        command.revision(config, message=message, autogenerate=True, rev_id=f"{number:04}")
-    engine.dispose()
+    try:
+        with engine.connect() as db:
+            number = len(list(_scripts().walk_revisions())) + 1
+            config = _config(connection=db)
+            for option, value in _FORMATTED.items():
+                config.set_section_option("post_write_hooks", option, value)
+            command.revision(config, message=message, autogenerate=True, rev_id=f"{number:04}")
+    finally:
+        engine.dispose()
 
 
 _FORMATTED = {

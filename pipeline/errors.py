@@ -86,9 +86,17 @@ class FencedError(PipelineError):
 
 
 class GroupFencedError(PipelineError):
-    """Another process has this member's place in the group, or keeps claiming what is ours."""
+    """Another process keeps taking this member's place in the group, or what is ours."""
 
     exit_code = ExitCode.FENCED
+
+
+class MemberReplacedError(GroupFencedError):
+    """Kafka has given this member's place to another one of the same ``GROUP_INSTANCE_ID``.
+
+    That other one may be ourselves: after a pause of the brokers the client asks twice, or with a
+    request of before (seen with librdkafka 2.16, a group of one member, Apache Kafka 4.4).
+    """
 
 
 class RefusedError(PipelineError):

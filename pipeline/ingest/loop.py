@@ -24,7 +24,13 @@ from sqlalchemy import Engine
 
 from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import ConfigurationError, GroupFencedError, SharedGroupError, TransientError
+from pipeline.errors import (
+    ConfigurationError,
+    GroupFencedError,
+    MemberReplacedError,
+    SharedGroupError,
+    TransientError,
+)
 from pipeline.events import read
 from pipeline.ingest import machine as decisions
 from pipeline.ingest import writer as writing
@@ -42,8 +48,9 @@ from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEn
 
 log = structlog.get_logger(__name__)
 
-POLL_RECORDS_MAX = 1000
-"""Most records taken at a time: in between, the database gets its next batch without delay."""
+POLL_RECORDS_MAX = 100
+"""Most records taken at a time: so few still lie in the processor's cache when they are read, and
+in between, the database gets its next batch without delay."""
 IDLE_WAIT_S = 0.05
 """How long to wait for a record before anything else is looked at."""
 BUSY_WAIT_S = 0.002
@@ -56,6 +63,10 @@ LOOK_S = 5.0
 """How often watermarks, topic ids and partitions that stand still are looked at."""
 TELL_S = 10.0
 """How often the log tells how it goes."""
+REPLACED_MAX = 3
+"""How often another member may take our place in the group within ``REPLACED_S``."""
+REPLACED_S = 60.0
+"""See ``REPLACED_MAX``."""
 
 
 class Progress(NamedTuple):
@@ -100,6 +111,7 @@ class Ingest:
         self._patience = Patience(for_ever=not until_end)
         self._look_at = self._tell_at = self._ask_others_at = 0.0
         self._told_written = 0
+        self._replaced_at: list[float] = []
 
     def run(self) -> None:
         """Ingest until stopped, or until caught up.
@@ -107,7 +119,8 @@ class Ingest:
         Raises:
             RefusedError: Caught up, but a partition stands still to protect data; or the group
                 feeds another database.
-            GroupFencedError: Another process keeps claiming our partitions.
+            GroupFencedError: Another process keeps claiming our partitions, or taking our place in
+                the group.
             ConfigurationError: A topic, a login or a right is missing, and stays so.
             TransientError: A one-shot run waited long enough for a server.
             InvariantError: What must be impossible has happened.
@@ -119,8 +132,21 @@ class Ingest:
                 except (TransientError, ConfigurationError) as error:
                     self._patience.bear(error)
                     self._stop.wait(RETRY_S)
+                except MemberReplacedError as error:
+                    self._bear_replacement(error)
                 else:
                     break
+
+    def _bear_replacement(self, error: MemberReplacedError) -> None:
+        """Let the loop join anew, unless somebody else wants our place for good."""
+        now = time.monotonic()
+        self._replaced_at = [at for at in self._replaced_at if now - at < REPLACED_S] + [now]
+        if len(self._replaced_at) >= REPLACED_MAX:
+            raise GroupFencedError(
+                f"{error}. Is another process running with the same PIPELINE_GROUP_INSTANCE_ID, "
+                f"{self._settings.group_instance_id!r}?"
+            ) from None
+        log.warning("member_replaced", reason=str(error), effect="joining the group again")
 
     # ------------------------------------------------------------------------------ one membership
 

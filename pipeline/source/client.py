@@ -20,8 +20,8 @@ from confluent_kafka import (
 
 from pipeline.errors import (
     ConfigurationError,
-    GroupFencedError,
     InvariantError,
+    MemberReplacedError,
     PipelineError,
     TransientError,
 )
@@ -196,8 +196,8 @@ def asked(ask: Callable[[], _Answer]) -> _Answer:
         raise translated(error.args[0]) from None
 
 
-def _is_fenced(error: KafkaError) -> bool:
-    """Whether another process took this member's place.
+def _is_replaced(error: KafkaError) -> bool:
+    """Whether Kafka knows another member in this one's place.
 
     Given as an event of the queue, a fatal error has a code of its own, and only its text tells.
     """
@@ -210,8 +210,8 @@ def _is_fenced(error: KafkaError) -> bool:
 def translated(error: KafkaError) -> PipelineError:
     """The branch of our tree that an error of the client belongs to."""
     text = f"Kafka: {error.name()}: {error.str()}"
-    if _is_fenced(error):
-        return GroupFencedError(f"{text}. Another process uses the same PIPELINE_GROUP_INSTANCE_ID")
+    if _is_replaced(error):
+        return MemberReplacedError(text)
     if error.fatal():
         return InvariantError(text)
     return TransientError(text)

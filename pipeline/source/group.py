@@ -82,7 +82,7 @@ class KafkaSource:
 
     Raises (any method):
         TransientError: The brokers did not answer in time.
-        GroupFencedError: Another process uses the same ``GROUP_INSTANCE_ID``.
+        MemberReplacedError: Kafka knows another member in our place; join anew.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from confluent_kafka import Consumer
 
 from pipeline.errors import ExitCode
 from tests.faults.harness import Bench, until
@@ -23,6 +24,40 @@ def test_a_member_id_that_is_used_twice_ends_the_older_worker_with_75(bench: Ben
 
     bench.finish(feed.ledger)
     assert newer.exit_code == 0
+
+
+def test_a_member_whose_place_was_taken_for_a_moment_joins_again(bench: Bench):
+    """A client may be that other one itself: after a pause of the brokers librdkafka asks twice."""
+    worker = bench.worker(group_instance_id="one")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_owner_of_all(worker)
+        take_the_place_of("one", bench)
+        worker.wait_until_said("member_replaced")
+        bench.wait_until_logged(bench.logged() + PER_SECOND)
+
+    bench.finish(feed.ledger)
+    assert worker.exit_code == 0
+
+
+def take_the_place_of(instance: str, bench: Bench) -> None:
+    """Join under a member's instance id, and be gone without a word, as static members are."""
+    other = Consumer(
+        {
+            "bootstrap.servers": bench.kafka.bootstrap_servers,
+            "group.id": bench.group,
+            "group.instance.id": instance,
+            "partition.assignment.strategy": "cooperative-sticky",
+        }
+    )
+    other.subscribe([bench.topic])
+
+    def has_its_place() -> bool:
+        other.poll(0.1)
+        return bool(other.assignment())
+
+    until(has_its_place, "the group has another member in its place")
+    other.close()
 
 
 @pytest.mark.skipif(not CAN_DROP, reason="packets are dropped with a socket filter of Linux")

@@ -9,6 +9,7 @@ from pipeline.errors import (
     GroupFencedError,
     InvariantError,
     LockHeldError,
+    MemberReplacedError,
     PipelineError,
     PoisonRecordError,
     RecreatedTopicError,
@@ -116,7 +117,7 @@ def test_a_refusal_names_the_place_what_was_expected_and_found_and_what_to_do(er
     ("kind", "code"),
     [
         (PipelineError, 70), (InvariantError, 70), (TransientError, 69), (ConfigurationError, 78),
-        (RefusedError, 65), (FencedError, 75), (GroupFencedError, 75),
+        (RefusedError, 65), (FencedError, 75), (GroupFencedError, 75), (MemberReplacedError, 75),
     ],
 )  # fmt: skip
 def test_exit_codes_are_those_of_the_manual(kind, code):

@@ -63,6 +63,7 @@ def measure(stage: Stage, rows: int, pairs: int) -> Section:
 
 def _of_size(stage: Stage, size: int, rows: int, pairs: int) -> list[Pairs]:
     topic = stage.load(rows, size=size)
+    stage.warm_up(topic)
     ours = f"pipeline ingest, {size:,} bytes"
     limit = Pairs(f"{ours} / bare COPY BINARY", target=0.8)
     simplest = Pairs(f"{ours} / {loop.name}", target=loop.wanted, ours=limit.ours)

@@ -135,6 +135,11 @@ class Stage:
             {**self.environment(topic, database), "PIPELINE_KAFKA_OPTIONS": kafka_options},
         )
 
+    def warm_up(self, topic: str) -> None:
+        """Read a topic once: a broker that has just started is slow, whoever comes first."""
+        with self.database() as database:
+            self.ingest(topic, database)
+
     def project(self, database: Database, *, workers: int = 1) -> Finished:
         """``pipeline project --until-end``, all read models, with default settings."""
         return run_process(

@@ -71,6 +71,7 @@ def _ingesting(
 ) -> Ways:
     counts = {partitions for partitions, _ in to_measure}
     topics = {partitions: stage.load(events, partitions=partitions) for partitions in counts}
+    stage.warm_up(topics[to_measure[0][0]])
     ways: dict[str, list[Run]] = {}
     for _ in range(turns):
         for partitions, workers in to_measure:

@@ -32,6 +32,7 @@ def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READ
     """
     missing = absent(rivals)
     topic = stage.load(rows, size=SIZE)
+    stage.warm_up(topic)
     ours: list[Run] = []
     measured = {
         rival: Pairs(f"pipeline ingest / {rival.name}", target=rival.wanted, ours=ours)

@@ -49,7 +49,7 @@ def measure(stage: Stage, rows: int, pairs: int) -> Section:
     """
     measured = []
     for size in SIZES:
-        measured += _of_size(stage, size, rows if size < LARGE else rows // 3, pairs)
+        measured += _of_size(stage, size, rows_of(size, rows), pairs)
     return Section(
         "Ingest",
         f"{rows:,} simulated events a topic, {rows // 3:,} of those of {SIZES[-1]:,} bytes, in 6 "
@@ -59,6 +59,11 @@ def measure(stage: Stage, rows: int, pairs: int) -> Section:
         table(measured),
         [bars("ingest", "Ingest, rows a second", measured)],
     )
+
+
+def rows_of(size: int, rows: int) -> int:
+    """How many events of a size a topic gets, where one of small events gets ``rows``."""
+    return rows if size < LARGE else rows // 3
 
 
 def _of_size(stage: Stage, size: int, rows: int, pairs: int) -> list[Pairs]:

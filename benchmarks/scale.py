@@ -8,8 +8,9 @@ but ids of their own, at offsets that as many small records take up in Kafka.
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import LiteralString
 
@@ -17,7 +18,10 @@ from confluent_kafka import Producer
 
 from benchmarks.report import Lines, Section
 from benchmarks.stage import PARTITIONS, Stage
+from pipeline.db import open_engine
+from pipeline.projectors import discover
 from pipeline.settings import Settings
+from pipeline.status import look
 from tests.servers.databases import Database
 
 SIZES = (1_000_000, 10_000_000, 20_000_000, 30_000_000)
@@ -62,11 +66,17 @@ SELECT sum(rows) - (SELECT rows FROM batches ORDER BY ingested_at DESC LIMIT 1),
 FROM batches
 """
 DISK = "SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('pipeline.events')"
-SOME = "SELECT event_id, entity_id FROM pipeline.events WHERE entity_id IS NOT NULL LIMIT 1"
+SOME = """
+SELECT event_id, entity_id FROM pipeline.events
+WHERE entity_id IS NOT NULL AND starts_with(event_type, 'ORDER.') LIMIT 1
+"""
 QUERIES: Mapping[str, LiteralString] = {
     "`pipeline.lag`": "SELECT * FROM pipeline.lag",
     "events of an entity": "SELECT * FROM pipeline.events WHERE entity_id = %(entity)s",
     "event by id": "SELECT * FROM pipeline.events WHERE event_id = %(event)s",
+    "an order in `order_status_history`": """
+        SELECT * FROM upvest.order_status_history WHERE order_id = %(entity)s
+    """,
     "last 100 of a partition": """
         SELECT * FROM pipeline.events WHERE topic = %(topic)s AND "partition" = 0
         ORDER BY "offset" DESC LIMIT 100
@@ -85,7 +95,7 @@ class Step:
         server_us: CPU of PostgreSQL, microseconds an event; None where it cannot be told.
         client_us: CPU of the whole command, microseconds an event.
         bytes_a_row: The log on disk, with its indexes.
-        looks_ms: Milliseconds of each of ``QUERIES``.
+        looks_ms: Milliseconds of each of ``QUERIES``, and of what `pipeline status` reads.
     """
 
     before: int
@@ -142,8 +152,8 @@ def measure(stage: Stage, *, quick: bool) -> Section:
         f"PostgreSQL's clock, CPU with start and end. The queries: median of {LOOKS}, warm.",
         [
             "| rows before | events/s | CPU of PostgreSQL a row | of the client | bytes a row "
-            f"| {' | '.join(QUERIES)} |",
-            "|" + "---|" * (5 + len(QUERIES)),
+            f"| {' | '.join(QUERIES)} | `pipeline status` |",
+            "|" + "---|" * (6 + len(QUERIES)),
             *(one.line() for one in steps),
             "",
             f"{others[-1].before:,} rows against {others[0].before:,} (wanted: {WANTED:g} at "
@@ -238,16 +248,23 @@ def _fill(stage: Stage, database: Database, topic: str, model: Mapping[int, int]
 
 
 def _looked(database: Database, topic: str) -> list[float]:
-    """Milliseconds of each query."""
-    taken = []
+    """Milliseconds of each query, and of what `pipeline status` reads."""
+    engine = open_engine(database.url, application="benchmark")
     with database.connect() as connection:
         [(event, entity)] = connection.execute(SOME).fetchall()
         given = {"topic": topic, "event": event, "entity": entity}
-        for query in QUERIES.values():
-            times = []
-            for _ in range(LOOKS):
-                begun = time.monotonic()
-                connection.execute(query, given).fetchall()
-                times.append((time.monotonic() - begun) * 1000)
-            taken.append(statistics.median(times))
+        taken = [
+            _median_ms(partial(connection.execute, query, given)) for query in QUERIES.values()
+        ]
+        taken.append(_median_ms(partial(look, engine, discover())))
+    engine.dispose()
     return taken
+
+
+def _median_ms(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(LOOKS):
+        begun = time.monotonic()
+        work()
+        times.append((time.monotonic() - begun) * 1000)
+    return statistics.median(times)

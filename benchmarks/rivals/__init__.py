@@ -7,37 +7,66 @@ settings that we found, and with a table that asks less of PostgreSQL than ours.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
-from benchmarks import projection
+from benchmarks import ingest, projection
 from benchmarks.filling import fill, one_row
 from benchmarks.report import Pairs, Run, Section, bars, table
 from benchmarks.rivals import debezium, emmett, eventsourcing, faucet, quix, redpanda_connect
 from benchmarks.rivals.rival import CannotRunError, Reader, Rival
 from benchmarks.stage import Stage
 
-SIZE = 700
-"""Bytes of a value."""
 READERS = (quix.rival, debezium.rival, faucet.rival, redpanda_connect.rival)
 PROJECTING = (eventsourcing.rival, emmett.rival)
 
+_Rival = TypeVar("_Rival", bound=Rival)
+
 
 def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READERS) -> Section:
-    """Let ours and the rivals read the same topic, in turn.
+    """Let ours and the rivals read the same topics, of events of several sizes, in turn.
 
     Args:
         stage: The servers.
-        rows: How many events the topic holds.
+        rows: How many events a topic holds.
         pairs: How often each runs.
         rivals: Whom to compare with.
     """
     missing = absent(rivals)
-    topic = stage.load(rows, size=SIZE)
+    present = [rival for rival in rivals if rival not in missing]
+    measured = []
+    for size in ingest.SIZES:
+        measured += _of_size(stage, size, ingest.rows_of(size, rows), pairs, present, missing)
+    large = ingest.SIZES[-1]
+    return Section(
+        "Ingest: what users would pick instead",
+        f"{rows:,} simulated events a topic, {ingest.rows_of(large, rows):,} of those of "
+        f"{large:,} bytes, in 6 partitions. Rate: rows a second from the "
+        "beginning of the first transaction to that of the last, by PostgreSQL's clock; then from "
+        "the start of the command until all rows are there. CPU is that of the whole command.",
+        [*table(measured), "", *_what_they_are(rivals, missing)],
+        [bars("rivals-ingest", "Ingest, rows a second", measured)],
+    )
+
+
+def _of_size(
+    stage: Stage,
+    size: int,
+    rows: int,
+    pairs: int,
+    rivals: Iterable[Reader],
+    missing: dict[Reader, str],
+) -> list[Pairs]:
+    """Those that failed get into ``missing``, with the reason."""
+    topic = stage.load(rows, size=size)
     stage.warm_up(topic)
     ours: list[Run] = []
     measured = {
-        rival: Pairs(f"pipeline ingest / {rival.name}", target=rival.wanted, ours=ours)
+        rival: Pairs(
+            f"pipeline ingest, {size:,} bytes / {rival.name}, {size:,} bytes",
+            target=rival.wanted,
+            ours=ours,
+        )
         for rival in rivals
-        if rival not in missing
     }
     for _ in range(pairs):
         with stage.database() as database:
@@ -46,16 +75,10 @@ def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READ
             try:
                 pair.theirs.append(rival.run(stage, topic, rows))
             except RuntimeError as failed:
-                missing[rival] = f"it failed: {str(failed).splitlines()[-1]}"
+                last_line = str(failed).splitlines()[-1]
+                missing[rival] = f"it failed with events of {size:,} bytes: {last_line}"
                 del measured[rival]
-    return Section(
-        "Ingest: what users would pick instead",
-        f"{rows:,} simulated events of {SIZE} bytes in 6 partitions. Rate: rows a second from the "
-        "beginning of the first transaction to that of the last, by PostgreSQL's clock; then from "
-        "the start of the command until all rows are there. CPU is that of the whole command.",
-        [*table(list(measured.values())), "", *_what_they_are(rivals, missing)],
-        [bars("rivals-ingest", "Ingest, rows a second", list(measured.values()))],
-    )
+    return list(measured.values())
 
 
 def measure_rebuild(stage: Stage, events: int, pairs: int) -> Section:
@@ -89,7 +112,7 @@ def measure_rebuild(stage: Stage, events: int, pairs: int) -> Section:
     )
 
 
-def absent(rivals: Iterable[Rival]) -> dict[Rival, str]:
+def absent(rivals: Iterable[_Rival]) -> dict[_Rival, str]:
     """Install the rivals; of those that cannot be had here, why."""
     why = {}
     for rival in rivals:
@@ -100,7 +123,7 @@ def absent(rivals: Iterable[Rival]) -> dict[Rival, str]:
     return why
 
 
-def _what_they_are(rivals: Iterable[Rival], missing: Mapping[Rival, str]) -> list[str]:
+def _what_they_are(rivals: Iterable[_Rival], missing: Mapping[_Rival, str]) -> list[str]:
     lines = ["| | version | settings | does not promise |", "|---|---|---|---|"]
     for rival in rivals:
         how = f"**not measured**: {missing[rival]}" if rival in missing else rival.settings

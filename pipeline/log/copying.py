@@ -32,8 +32,6 @@ _smallint = struct.Struct("!ih").pack
 _bigint = struct.Struct("!iq").pack
 _jsonb = struct.Struct("!ib").pack
 _JSONB_VERSION = 1
-_SIXTEEN = _length(16)
-"""Before a UUID or a digest."""
 
 
 class Encoded(NamedTuple):
@@ -61,15 +59,15 @@ def encode(row: Row) -> Encoded:
     fields = (
         _place(topic, partition),
         _bigint(8, offset),
-        _NULL if event_id is None else _SIXTEEN + event_id,
+        _NULL if event_id is None else _length(len(event_id)) + event_id,
         _NULL if event_type is None else _text(event_type),
         _NULL if created_at is None else _bigint(8, created_at - _MICROS_TO_2000),
-        _NULL if entity_id is None else _SIXTEEN + entity_id,
+        _NULL if entity_id is None else _length(len(entity_id)) + entity_id,
         _NULL if repeat_of is None else _bigint(8, repeat_of),
         _NULL if payload is None else _jsonb(1 + len(payload), _JSONB_VERSION),
         payload or b"",
         _NULL if raw is None else _length(len(raw)) + raw,
-        _NULL if digest is None else _SIXTEEN + digest,
+        _NULL if digest is None else _length(len(digest)) + digest,
         _NULL if problem is None else _text(problem),
         _NULL if key is None else _length(len(key)) + key,
         _NULL if headers is None else _jsonb(1 + len(headers), _JSONB_VERSION) + headers,

@@ -184,6 +184,8 @@ TOPICS_OWN = frozenset(
 )
 """One of the topics is gone or hidden; the others flow."""
 PARTITION_END = KafkaError._PARTITION_EOF  # noqa: SLF001 - public
+POLLED_TOO_LATE = KafkaError._MAX_POLL_EXCEEDED  # noqa: SLF001 - public
+"""The client gives its partitions up, as it tells by ``on_lost``, and joins again by itself."""
 
 _Answer = TypeVar("_Answer")
 

@@ -20,6 +20,7 @@ from pipeline.source.client import (
     LOGIN_REFUSED,
     OUT_OF_RANGE,
     PARTITION_END,
+    POLLED_TOO_LATE,
     TOPICS_OWN,
     Config,
     GoodMessage,
@@ -286,7 +287,7 @@ class KafkaSource:
     def _happening(self, message: Message, error: KafkaError) -> Happening | None:
         topic, number, offset = message.topic(), message.partition(), message.offset()
         code = error.code()
-        if code in TOPICS_OWN:
+        if code in TOPICS_OWN or code == POLLED_TOO_LATE:
             report(error)
             return None
         if topic is None or number is None or offset is None:

@@ -271,12 +271,14 @@ def test_a_schema_that_becomes_newer_stops_those_who_start_and_not_those_who_run
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
-        bench.execute(
-            "ALTER TABLE pipeline.events ADD COLUMN later text;"
-            "ALTER TABLE pipeline.consumer_offsets ADD COLUMN later text DEFAULT 'x';"
-            "ALTER TABLE upvest.orders ADD COLUMN later text DEFAULT 'x';"
-            "UPDATE pipeline.alembic_version SET version_num = '9999'"
-        )
+        # One by one: together, their locks could cross those of the worker.
+        for change in (
+            "ALTER TABLE pipeline.events ADD COLUMN later text",
+            "ALTER TABLE pipeline.consumer_offsets ADD COLUMN later text DEFAULT 'x'",
+            "ALTER TABLE upvest.orders ADD COLUMN later text DEFAULT 'x'",
+            "UPDATE pipeline.alembic_version SET version_num = '9999'",
+        ):
+            bench.execute(change)
         newcomer = bench.worker("run")
         assert newcomer.wait() == ExitCode.CONFIGURATION, newcomer.tail()
         assert "migrated by a newer one" in newcomer.said("stopped")[0]["reason"]

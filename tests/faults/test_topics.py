@@ -12,8 +12,11 @@ from tests.integration.ingesting import Ledger, logged
 from tests.servers import Kafka, KafkaServer
 from tests.servers.databases import Database
 
+# A Kafka that comes back too late for a session may wait for members that are gone for as long as
+# they may be silent: 5 minutes by default.
 QUICK = (
-    "session.timeout.ms=6000,heartbeat.interval.ms=200,fetch.wait.max.ms=50,"
+    "session.timeout.ms=6000,max.poll.interval.ms=10000,heartbeat.interval.ms=200,"
+    "fetch.wait.max.ms=50,"
     "reconnect.backoff.max.ms=500,topic.metadata.refresh.interval.ms=500"
 )
 

@@ -33,7 +33,8 @@ def test_a_table_that_is_restored_from_an_older_copy_is_found_and_repaired_besid
         kept = len(bench.query("SELECT FROM audit.older"))
         until(lambda: len(bench.query("SELECT FROM upvest.orders")) >= kept + 20, "there are more")
         bench.execute(
-            "BEGIN; DELETE FROM upvest.orders; "
+            "BEGIN; LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE; "
+            "DELETE FROM upvest.orders; "
             "INSERT INTO upvest.orders SELECT * FROM audit.older; COMMIT"
         )
         code, told = rebuild(bench, "orders", "--check")

@@ -13,7 +13,7 @@ from pipeline.errors import TransientError
 from pipeline.ingest import Ingest, Progress, loop
 from pipeline.settings import Settings
 from tests.faults import ledger as sent
-from tests.faults.harness import Bench, until
+from tests.faults.harness import QUICK_TO_NOTICE, Bench, until
 from tests.integration.ingesting import Ledger, logged
 from tests.servers import KafkaServer
 from tests.servers.databases import Database
@@ -111,7 +111,8 @@ def test_a_worker_goes_on_by_itself_after_its_only_broker_was_killed_under_load(
 ):
     bench = Bench(private_kafka, database, "killed", 2, tmp_path)
     private_kafka.create_topic("killed", 2)
-    worker = bench.worker()
+    # So long a Kafka that comes back may wait for members that are gone: 5 minutes by default.
+    worker = bench.worker(kafka_options=f"{QUICK_TO_NOTICE},max.poll.interval.ms=20000")
     with bench.feed(rate=200) as feed:
         bench.wait_until_logged(200)
         private_kafka.kill()

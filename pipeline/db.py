@@ -1,10 +1,8 @@
-"""PostgreSQL: the engine, one transaction at a time, and its errors in our words.
+"""PostgreSQL: the engine, and one transaction at a time.
 
-Driver exceptions stop here. PostgreSQL's messages, DETAIL and CONTEXT may quote the row that was
-refused, so none of them goes on: an error names the condition and the SQLSTATE only.
+Driver exceptions stop here: ``translated`` turns them into the program's own.
 """
 
-import re
 import socket
 import time
 from collections.abc import Generator, Iterator
@@ -19,14 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from pipeline.errors import (
-    ConfigurationError,
-    InvariantError,
-    MissingSegmentError,
-    PipelineError,
-    TransientError,
-    from_sqlstate,
-)
+from pipeline.postgres_errors import SilentServerError, translate
 
 log = structlog.get_logger(__name__)
 
@@ -139,10 +130,6 @@ Result = TypeVar("Result")
 _SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 
 
-class SilentServerError(psycopg.OperationalError):
-    """The connection stands and nothing comes from it; we have closed it."""
-
-
 class _Session(psycopg.Connection[Any]):
     """A connection that does not wait for ever.
 
@@ -246,48 +233,7 @@ def translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
-            raise _translate(error.orig) from None
+            raise translate(error.orig) from None
         raise
     except psycopg.Error as error:
-        raise _translate(error) from None
-
-
-def _translate(error: psycopg.Error) -> PipelineError:
-    sqlstate = error.sqlstate
-    if sqlstate is None:
-        return _without_sqlstate(error)
-    condition = type(error).__name__
-    table = error.diag.table_name
-    message = f"PostgreSQL: {condition} ({sqlstate})" + (f" in {table}" if table else "")
-    # Only a missing segment has no constraint to name: a CHECK names itself.
-    if sqlstate == "23514" and error.diag.constraint_name is None:
-        return MissingSegmentError(message)
-    return from_sqlstate(sqlstate, message, column=error.diag.column_name)
-
-
-# libpq gives no SQLSTATE when connecting fails; these texts are the server's own, in English or
-# not, and the wrong guess only means that we go on trying.
-_OPERATORS_BUSINESS = re.compile(
-    r"authentication failed|no password supplied|does not exist|permission denied|"
-    r"no pg_hba\.conf entry|certificate|root\.crt"
-)
-_REASONS = {
-    "it takes no more connections": re.compile(r"too many (clients|connections)|connection slots"),
-    "it is read-only": re.compile(r"read-only|in hot standby mode"),
-    "it is starting or stopping": re.compile(r"is (starting up|shutting down)|recovery"),
-    "timed out": re.compile("timeout"),
-}
-
-
-def _without_sqlstate(error: psycopg.Error) -> PipelineError:
-    if not isinstance(error, psycopg.OperationalError):
-        return InvariantError(f"psycopg: {type(error).__name__}")
-    text = str(error)
-    if isinstance(error, SilentServerError):
-        return TransientError(f"PostgreSQL hangs: {text}")
-    if match := _OPERATORS_BUSINESS.search(text):
-        return ConfigurationError(f"PostgreSQL refused the connection: {match[0]}")
-    for reason, told in _REASONS.items():
-        if told.search(text):
-            return TransientError(f"PostgreSQL is away: {reason}")
-    return TransientError("PostgreSQL is away: the connection broke or could not be made")
+        raise translate(error) from None

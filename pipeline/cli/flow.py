@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest
 from pipeline.ingest import Progress as Ingested
 from pipeline.migrate import check_schema
-from pipeline.patience import Patience
+from pipeline.outages import OutagePolicy
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
@@ -239,15 +239,15 @@ def _tell_of_too_many(settings: Settings, workers: int) -> None:
 
 def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) -> None:
     """Check the schema as soon as the database is there, or return when told to stop."""
-    patience = Patience(for_ever=not until_end)
+    outages = OutagePolicy(waits_forever=not until_end)
     while not stop.is_set():
         try:
             check_schema(engine)
         except TransientError as error:
-            patience.bear(error)
+            outages.on_error(error)
             stop.wait(DATABASE_RETRY_S)
         else:
-            patience.recovered()
+            outages.on_success()
             return
 
 

@@ -17,7 +17,7 @@ from pipeline.ingest.machine import Machine
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import Taken, Takeover
 from pipeline.log import ownership
-from pipeline.patience import Patience
+from pipeline.outages import OutagePolicy
 from pipeline.positions import Epoch, NextOffset, Partition
 from pipeline.source import KafkaSource
 
@@ -37,7 +37,7 @@ class Assignment:
         machine: It is told which partitions are ours.
         source: Kafka, as this membership reads it.
         takeover: Claims partitions for this membership.
-        patience: With servers that are away when a partition is to be taken.
+        outages: How long to wait for servers that are unavailable when a partition is taken.
         stop: When it is set, nothing is waited for any more.
     """
 
@@ -47,14 +47,14 @@ class Assignment:
         machine: Machine,
         source: KafkaSource,
         takeover: Takeover,
-        patience: Patience,
+        outages: OutagePolicy,
         stop: threading.Event,
     ) -> None:
         self._engine = engine
         self._machine = machine
         self._source = source
         self._takeover = takeover
-        self._patience = patience
+        self._outages = outages
         self._stop = stop
         self._windows: dict[Partition, RepeatWindow] = {}
         self._refusals: dict[Partition, RefusedError] = {}
@@ -79,7 +79,7 @@ class Assignment:
         """Take partitions over; where those that may go on begin.
 
         Raises:
-            TransientError: A server stayed away for ``ASSIGN_S_MAX``, or longer than our patience.
+            TransientError: A server was unavailable for too long.
             ConfigurationError: A login or a right is missing, and stays so.
         """
         begin: dict[Partition, NextOffset] = {}
@@ -146,10 +146,10 @@ class Assignment:
                     return {}
                 if time.monotonic() > deadline:
                     raise
-                self._patience.bear(error)
+                self._outages.on_error(error)
                 self._stop.wait(RETRY_S)
             else:
-                self._patience.recovered()
+                self._outages.on_success()
                 return taken
 
     def _refuse(self, partition: Partition, refusal: RefusedError) -> None:

@@ -41,7 +41,7 @@ from pipeline.ingest.takeover import Takeover
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.copying import encode
-from pipeline.patience import Patience
+from pipeline.outages import OutagePolicy
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
@@ -108,7 +108,7 @@ class Ingest:
         self._observe = observe
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
-        self._patience = Patience(for_ever=not until_end)
+        self._outages = OutagePolicy(waits_forever=not until_end)
         self._look_at = self._tell_at = self._ask_others_at = 0.0
         self._told_written = 0
         self._replaced_at: list[float] = []
@@ -130,7 +130,7 @@ class Ingest:
                 try:
                     self._serve_membership()
                 except (TransientError, ConfigurationError) as error:
-                    self._patience.bear(error)
+                    self._outages.on_error(error)
                     self._stop.wait(RETRY_S)
                 except MemberReplacedError as error:
                     self._bear_replacement(error)
@@ -168,7 +168,7 @@ class Ingest:
                 self._machine,
                 self._source,
                 self._takeover,
-                self._patience,
+                self._outages,
                 self._stop,
             )
             self._lookout = Lookout(
@@ -342,7 +342,7 @@ class Ingest:
                 self._assignment.retake_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
-                self._patience.bear(error)
+                self._outages.on_error(error)
             case Broken(error):
                 raise error
 
@@ -362,7 +362,7 @@ class Ingest:
 
     def _settled(self, outcome: decisions.Outcome) -> None:
         if not self._machine.is_troubled:
-            self._patience.recovered()
+            self._outages.on_success()
         self._written += outcome.records
         tell_fenced(outcome.foreign)
         failpoints.reach("after_commit")

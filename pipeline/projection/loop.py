@@ -24,7 +24,7 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.patience import Patience
+from pipeline.outages import OutagePolicy
 from pipeline.positions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection.checkpoints import Standing
@@ -139,7 +139,7 @@ class _Loop:
         self._until_end = until_end
         self._goal: dict[Partition, NextOffset] | None = None
         self._taken = 0
-        self._patience = Patience(for_ever=not until_end)
+        self._outages = OutagePolicy(waits_forever=not until_end)
         self._failures = 0
         self._was_behind = True
 
@@ -248,14 +248,14 @@ class _Loop:
         self._was_behind = behind
 
     def _wait_for_server(self, error: TransientError | ConfigurationError) -> None:
-        self._patience.bear(error)
+        self._outages.on_error(error)
         pause = min(BACK_OFF_S_MAX, BACK_OFF_S_MIN * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         # So that many workers do not come back in the same moment.
         self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret hangs on it
 
     def _server_is_back(self) -> None:
-        self._patience.recovered()
+        self._outages.on_success()
         self._failures = 0
 
 

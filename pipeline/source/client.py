@@ -259,7 +259,7 @@ def report(error: KafkaError) -> None:
     """Log a complaint of the client, which goes on by itself."""
     if times := _complaints.times_due(error.name()):
         level = log.error if error.code() in _OPERATORS_BUSINESS else log.warning
-        level("kafka_trouble", error=error.name(), reason=error.str(), times_since=times)
+        level("kafka_client_error", error=error.name(), reason=error.str(), times_since=times)
 
 
 def log_commit_failure(error: KafkaError) -> None:

@@ -86,10 +86,10 @@ def test_the_same_process_goes_on_after_trouble_at_any_step(bench: Bench, troubl
     worker = bench.worker(fail=trouble)
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
-    assert worker.said("server_away"), "the trouble came, and was borne"
+    assert worker.said("server_unavailable"), "the trouble came, and was borne"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_session_ended_by_an_operator_is_no_end(bench: Bench, trouble: str):
     worker = bench.worker(fail=trouble)
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
 
@@ -152,7 +152,7 @@ def test_trouble_in_the_loop_itself_is_borne_by_joining_the_group_anew(bench: Be
     worker = bench.worker(fail=f"{step}:raise:57P01")
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
 
@@ -199,7 +199,7 @@ def test_the_same_projection_goes_on_after_trouble_before_its_commit(bench: Benc
                 "its pass was rolled back",
             )
             worker.resume()
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)

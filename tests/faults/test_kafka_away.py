@@ -24,7 +24,7 @@ RECORDS = 20_000
 def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
     database: Database, mock_broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 1.0)
     monkeypatch.setattr(loop, "LOOK_S", 0.5)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)
@@ -93,7 +93,7 @@ def test_a_batch_in_hand_waits_for_kafkas_word_that_its_topic_is_the_same(
         until(lambda: bench.waits_for_lock(worker), "it tries again")
 
     def has_missed_kafka() -> bool:
-        return any("Kafka: " in line["reason"] for line in worker.said("server_away"))
+        return any("Kafka: " in line["reason"] for line in worker.said("server_unavailable"))
 
     until(has_missed_kafka, "it says what it waits for")
     assert bench.logged() == 0

@@ -50,7 +50,7 @@ def test_a_commit_or_its_answer_that_is_lost_costs_nothing(bench: Bench, proxy: 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_back")
+    assert worker.said("server_available")
 
 
 def test_a_commit_still_in_flight_is_waited_for_before_the_batch_is_judged(
@@ -82,7 +82,7 @@ def test_a_connection_that_is_silently_gone_is_given_up_in_less_than_a_minute(
         bench.wait_until_logged(PER_SECOND)
         proxy.black_hole()
         began = time.monotonic()
-        worker.wait_until_said("server_back", seconds_max=60)
+        worker.wait_until_said("server_available", seconds_max=60)
         print(f"back after {time.monotonic() - began:.0f} s")
 
     bench.finish(feed.ledger)

@@ -29,7 +29,7 @@ def test_a_long_backlog_is_worked_off_in_bounded_memory(bench: Bench):
     with bench.database.connect(autocommit=False) as blocker:
         blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
         worker = bench.worker(batch_rows=BATCH_ROWS)
-        worker.wait_until_said("server_away")
+        worker.wait_until_said("server_unavailable")
     bench.wait_until_drained(sent, seconds_max=200)
     peak = worker.peak_memory_kib() // 1024
 
@@ -48,7 +48,7 @@ def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
         worker.wait_until_said("partition_claimed")
         before = worker.address_space_kib() // 1024
         limit_memory(worker, ROOM_MIB)
-        worker.wait_until_said("server_away")
+        worker.wait_until_said("server_unavailable")
     bench.wait_until_drained(sent)
 
     print(f"took {worker.address_space_kib(most=True) // 1024 - before} MiB")

@@ -29,7 +29,7 @@ def test_the_same_process_goes_on_after_five_crashes_of_postgresql(
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_back")
+    assert worker.said("server_available")
 
 
 def test_a_worker_waits_for_a_postgresql_that_is_not_there_yet(
@@ -42,7 +42,7 @@ def test_a_worker_waits_for_a_postgresql_that_is_not_there_yet(
     private_postgres.stop()
 
     worker = bench.worker()
-    worker.wait_until_said("server_away")
+    worker.wait_until_said("server_unavailable")
     private_postgres.start()
 
     bench.finish(sent)
@@ -55,7 +55,7 @@ def test_a_worker_that_waits_for_postgresql_can_be_stopped(
     private_postgres.stop()
 
     worker = shaky_postgres.worker("run")
-    worker.wait_until_said("server_away")
+    worker.wait_until_said("server_unavailable")
 
     assert worker.stop() == 0
 
@@ -71,7 +71,7 @@ def test_sessions_ended_over_and_over_cost_nothing(bench: Bench):
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_back")
+    assert worker.said("server_available")
 
 
 @pytest.mark.parametrize("command", ["ingest", "run"])
@@ -83,7 +83,9 @@ def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, comman
         bench.set_password(worker.role, "rotated")
         bench.end_sessions(of=worker)
         until(
-            lambda: any("authentication" in line["reason"] for line in worker.said("server_away")),
+            lambda: any(
+                "authentication" in line["reason"] for line in worker.said("server_unavailable")
+            ),
             "it says that the login was refused",
         )
         bench.set_password(worker.role, bench.password)
@@ -105,7 +107,7 @@ def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, right
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
         bench.revoke(rights)
-        worker.wait_until_said("server_away")
+        worker.wait_until_said("server_unavailable")
         bench.grant()
 
     bench.finish(feed.ledger)
@@ -127,7 +129,7 @@ def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench
             bench.wait_until_sent(feed.ledger, len(feed.ledger) + 8 * PER_SECOND)
             assert bench.logged() == standing
         bench.wait_until_logged(standing + PER_SECOND)
-        left = worker.said("fenced_by_group", "partitions_revoked", "server_away")
+        left = worker.said("fenced_by_group", "partitions_revoked", "server_unavailable")
 
     bench.finish(feed.ledger)
     assert not left, "it stayed in the group and did not complain"

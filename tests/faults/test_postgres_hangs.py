@@ -71,8 +71,8 @@ def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period
             assert leaves.wait(seconds_max=GRACE_S) == 0, leaves.tail()
             assert status.wait() == ExitCode.UNAVAILABLE, status.tail()
             assert rebuild.wait() == ExitCode.UNAVAILABLE, rebuild.tail()
-            stays.wait_until_said("server_away")
-        stays.wait_until_said("server_back")
+            stays.wait_until_said("server_unavailable")
+        stays.wait_until_said("server_available")
         assert bench.worker("rebuild", "orders", through=bench.as_owner).wait() == 0
 
     bench.wait_until_projected(feed.ledger)
@@ -93,7 +93,7 @@ def test_a_session_that_hangs_alone_is_given_up(bench: Bench):
                 lambda: any("no answer to a statement" in reason for reason in worker.reasons()),
                 "it has given the session up",
             )
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
 

@@ -51,7 +51,7 @@ def test_a_postgresql_that_is_made_read_only_is_waited_for(shaky_postgres: Bench
         bench.wait_until_sent(feed.ledger, len(feed.ledger) + PER_SECOND)
         assert bench.logged() == standing
         set_read_only(bench, "off")
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -116,7 +116,7 @@ def test_a_disk_without_room_for_the_wal_crashes_postgresql_and_costs_nothing(
         bench.wait_until_projected(feed.ledger)
         bench.finish(feed.ledger)
         bench.judge_read_models(feed.books)
-        assert worker.said("server_back")
+        assert worker.said("server_available")
 
 
 def leave_tablespace(bench: Bench, name: str) -> None:
@@ -197,7 +197,7 @@ def test_a_role_that_may_make_no_more_connections_is_waited_for(bench: Bench):
         until(lambda: not bench.end_sessions(of=worker), "none of its sessions is left")
         wait_until_told(worker, "it takes no more connections")
         bench.alter_role(worker.role, "CONNECTION LIMIT -1")
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -213,7 +213,7 @@ def test_a_statement_that_an_operator_cancels_is_repeated(bench: Bench):
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             bench.cancel_statements(worker)
             wait_until_told(worker, "QueryCanceled (57014)")
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
 
@@ -233,7 +233,7 @@ def test_a_worker_that_is_picked_to_end_a_deadlock_repeats_its_batch(bench: Benc
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             blocker.execute("SELECT FROM pipeline.consumer_offsets FOR UPDATE")
         wait_until_told(worker, "DeadlockDetected (40P01)")
-        worker.wait_until_said("server_back")
+        worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
 
@@ -259,7 +259,7 @@ def test_timeouts_that_are_set_for_the_role_end_nothing_of_ours(bench: Bench):
 
     bench.wait_until_projected(sent)
     bench.finish(sent)
-    assert not worker.said("server_away", "database_not_asked"), worker.tail()
+    assert not worker.said("server_unavailable", "database_not_asked"), worker.tail()
 
 
 # -------------------------------------------------------------------------------------- the schema

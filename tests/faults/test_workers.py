@@ -138,7 +138,7 @@ def test_one_that_is_to_end_waits_for_what_others_have_not_written_yet(bench: Be
     bench.end_sessions(of=slow)
     with bench.feed(rate=2000) as feed:
         bench.wait_until_sent(feed.ledger, 2000)
-    slow.wait_until_said("server_away")
+    slow.wait_until_said("server_unavailable")
 
     to_end = bench.worker("ingest", "--until-end")
     until(lambda: to_end.pid in bench.owners().values(), "it owns some")

@@ -334,7 +334,7 @@ NEEDS_DATABASE = sorted(set(RUNS) - {"demo", "simulate"})
 @pytest.fixture
 def impatient(monkeypatch):
     """One-shot commands give servers up that are away after a moment, not after a minute."""
-    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 0.1)
+    monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
     monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
 
@@ -357,7 +357,7 @@ def test_no_command_shows_the_password_of_a_database_that_refuses_it(
 @pytest.mark.parametrize("command", ["check", "ingest", "simulate"])
 def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypatch, command):
     # A login takes the client a second or two, so questions get some more.
-    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 0.1)
+    monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
     monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 6.0)
     monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 6.0)
     # What another test has heard already is told again.

@@ -483,7 +483,7 @@ def test_the_main_job_waits_for_a_database_that_is_away_and_can_be_stopped(broke
     )
 
     with away.started(command) as waiting:
-        waiting.until("server_away")
+        waiting.until("server_unavailable")
         waiting.tell(signal.SIGTERM)
         code = waiting.wait()
 

@@ -325,7 +325,7 @@ def rollbacks(db: psycopg.Connection) -> int:
 
 
 def test_a_right_that_stays_missing_ends_the_loop(given: Given, monkeypatch):
-    monkeypatch.setattr("pipeline.patience.GRACE_S", 0.1)
+    monkeypatch.setattr("pipeline.outages.GRACE_S", 0.1)
     given([order_event("NEW", at=0)])
 
     def take_away(_progress: Progress) -> None:
@@ -344,7 +344,7 @@ def test_a_right_that_was_never_there_ends_the_loop_at_once(given: Given):
 
 @pytest.mark.faults
 def test_a_one_shot_run_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr("pipeline.patience.AWAY_S_MAX", 0.2)
+    monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.2)
     with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
         migrate(database.url)
         given = Given(database)

@@ -277,7 +277,7 @@ def test_one_read_model_alone_may_be_verified(pipeline):
     assert json.loads(result.out)["ok"] is True
 
 
-def test_no_kafka_is_a_server_away(database):
+def test_no_kafka_is_a_server_unavailable(database):
     commands = Commands(
         database_url=database.dsn,
         kafka_bootstrap_servers="127.0.0.1:1",

@@ -27,9 +27,22 @@ from tests.servers import (
     why_no_kafka_of_our_own,
     why_no_postgres,
 )
+from tests.servers.certificates import why_no_certificates
 from tests.servers.databases import Database, fresh_database
+from tests.servers.secured import (
+    SecuredKafka,
+    SecuredPostgres,
+)
+from tests.servers.secured import (
+    secured_kafka as start_secured_kafka,
+)
+from tests.servers.secured import (
+    secured_postgres as start_secured_postgres,
+)
 
 NEWEST, OLDEST = 18, 15
+
+SERVERS_15 = {"postgres_server_15", "secured_postgres"}
 
 NOT_RUN = pytest.StashKey[dict[str, list[str]]]()
 """Tests that were left out, by the reason."""
@@ -148,6 +161,21 @@ def topic(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Callable[...
         kafka.admin.delete_topics(made)
 
 
+@pytest.fixture(scope="session")
+def secured_kafka(_servers: ExitStack) -> SecuredKafka:
+    """A Kafka with TLS, logins and ACLs, shared by the session; leave it running.
+
+    Every test makes users, topics and groups of its own.
+    """
+    return _servers.enter_context(start_secured_kafka())
+
+
+@pytest.fixture(scope="session")
+def secured_postgres(_servers: ExitStack) -> SecuredPostgres:
+    """A PostgreSQL with TLS, shared by the session; restore its rules and certificate."""
+    return _servers.enter_context(start_secured_postgres(FAST_AND_UNSAFE))
+
+
 @pytest.fixture
 def mock_broker() -> Iterator[MockBroker]:
     """librdkafka's mock cluster, this test's own, to take down and trim at will."""
@@ -174,7 +202,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     fixtures = _fixtures(item)
     if fixtures & {"kafka", "private_kafka", "topic"}:
         item.add_marker("kafka")
-    if fixtures & {"postgres_server", "postgres_server_18", "postgres_server_15"}:
+    if "secured_kafka" in fixtures:
+        item.add_marker(pytest.mark.kafka(own=True))
+    if fixtures & {"postgres_server", "postgres_server_18", *SERVERS_15}:
         item.add_marker("postgres")
 
 
@@ -225,6 +255,8 @@ def _missing(item: pytest.Item) -> str | None:
     why = _no_postgres_for(item)
     if why and os.environ.get(OLDEST_POSTGRES_REQUIRED) != "1":
         return why
+    if {"secured_kafka", "secured_postgres"} & _fixtures(item):
+        return why_no_certificates()
     return None
 
 
@@ -239,7 +271,7 @@ def _no_kafka_for(item: pytest.Item) -> str | None:
 def _no_postgres_for(item: pytest.Item) -> str | None:
     callspec = getattr(item, "callspec", None)
     version = callspec.params.get("pg_version") if callspec else None
-    if version != OLDEST and "postgres_server_15" not in _fixtures(item):
+    if version != OLDEST and not SERVERS_15 & _fixtures(item):
         return None
     return why_no_postgres(OLDEST)
 

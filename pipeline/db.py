@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
+from pipeline import session
 from pipeline.postgres_errors import SilentServerError, translate
 
 log = structlog.get_logger(__name__)
@@ -60,62 +61,84 @@ class SessionLimits(BaseModel):
 
 
 def open_engine(
-    url: str, *, application: str, limits: SessionLimits | None = None, pool_size: int = 4
+    url: str,
+    *,
+    application: str,
+    limits: SessionLimits | None = None,
+    pool_size: int = 4,
+    read_only: bool = False,
 ) -> Engine:
-    """An engine whose sessions read times as UTC and are given up by the server when we vanish.
+    """An engine whose sessions have our settings, and are given up by the server when we vanish.
 
     Nothing is connected yet. Half-open connections end after about 30 seconds on both sides
     (keepalive and ``tcp_user_timeout``), instead of the two hours of an ordinary socket. A server
     that hangs is given up in 15 seconds, whatever it was asked.
 
     Args:
-        url: ``postgresql+psycopg://…``; it may hold a password, so it is never shown.
+        url: ``postgresql://…`` as libpq takes it; it may hold a password, so it is never shown.
         application: Shown as ``application_name``, e.g. ``pipeline ingest``.
         limits: How long a session may hold up others.
         pool_size: Most connections open at a time.
+        read_only: A standby will do, and nothing can be written; else only a primary.
     """
     limits = limits or SessionLimits()
-    pinned = {
-        "timezone": "UTC",
-        "datestyle": "ISO,YMD",
-        "idle_in_transaction_session_timeout": _milliseconds(limits.idle_in_transaction),
-        "lock_timeout": _milliseconds(limits.lock_wait),
-        # One that was set for the role or the database would end each repetition of a batch or of
-        # a rebuild at the same place, and what was idle for long.
-        "statement_timeout": 0,
-        "idle_session_timeout": 0,
-        "tcp_keepalives_idle": 10,
-        "tcp_keepalives_interval": 5,
-        "tcp_keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
-    }
+    ours = session.Ours(
+        idle_in_transaction_ms=_milliseconds(limits.idle_in_transaction),
+        lock_wait_ms=_milliseconds(limits.lock_wait),
+        read_only=read_only,
+    )
+    given = session.parameters_of(url)
+    parameters = {**_TRANSPORT, **given, "application_name": application, "client_encoding": "UTF8"}
+    parameters["target_session_attrs"] = "any" if read_only else "primary"
     engine = create_engine(
-        url,
-        pool_size=pool_size,
-        max_overflow=0,
-        hide_parameters=True,
-        connect_args={
-            "application_name": application,
-            "connect_timeout": 10,
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 30_000,
-            "target_session_attrs": "read-write",
-            "options": " ".join(f"-c {name}={value}" for name, value in pinned.items()),
-        },
+        "postgresql+psycopg://", pool_size=pool_size, max_overflow=0, hide_parameters=True
     )
 
     @event.listens_for(engine, "do_connect")
     def connect(
-        _dialect: object, _record: object, arguments: list[Any], options: dict[str, Any]
+        _dialect: object, _record: object, _arguments: list[Any], options: dict[str, Any]
     ) -> "_Session":
-        session = _Session.connect(*arguments, **options)
+        connection = _connect({**parameters, **options}, url)
+        connection.answer_s_max = session.PROBE_S_MAX
+        try:
+            session.begin(connection, ours, lambda: _probe(connection, parameters))
+        except BaseException:
+            connection.close()
+            raise
+        connection.answer_s_max = None
         if limits.answer is not None:
-            session.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
-        return session
+            connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
+        return connection
 
     return engine
+
+
+# What a URL may say otherwise.
+_TRANSPORT = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+
+def _connect(parameters: dict[str, Any], url: str) -> "_Session":
+    try:
+        return _Session.connect(**parameters)
+    except psycopg.OperationalError as error:
+        refused = session.login_refused(error, session.address_of(url))
+        if refused is None:
+            raise
+    raise refused
+
+
+def _probe(first: "_Session", parameters: dict[str, Any]) -> "_Session":
+    """One more connection to the server that the first one has reached."""
+    there = {"host": first.info.host, "hostaddr": first.info.hostaddr, "port": first.info.port}
+    probe = _Session.connect(**{**parameters, **there})
+    probe.answer_s_max = session.PROBE_S_MAX
+    return probe
 
 
 def _milliseconds(duration: timedelta) -> int:

@@ -139,9 +139,8 @@ def _upgrade(db: Connection, note: Callable[..., None]) -> None:
 @contextmanager
 def _alone(db: Connection) -> Iterator[None]:
     # Waiting for another migration is no fault, so this one lock is waited for.
-    db.execute(text("SET lock_timeout = 0"))
+    db.execute(text("SET LOCAL lock_timeout = 0"))
     db.execute(_TAKE_TURN)
-    db.execute(text("RESET lock_timeout"))
     db.commit()
     try:
         yield
@@ -260,6 +259,7 @@ def declare_tables() -> None:
     import pipeline.dead_letters
     import pipeline.log.tables
     import pipeline.projection.checkpoints
+    import pipeline.projection.ranges
     import pipeline.projection.sharing  # noqa: F401
     from pipeline.projectors import discover
 

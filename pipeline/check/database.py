@@ -16,9 +16,8 @@ from pipeline.migrate import check_schema
 from pipeline.projection import Projector
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.fingerprint import fingerprint
-
-SERVER_MIN, SERVER_MAX = 15, 18
-"""Major versions of PostgreSQL that the tests run on, and all between."""
+from pipeline.session import NEWEST
+from pipeline.session_settings import is_sorted
 
 
 def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterator[Finding]:
@@ -41,41 +40,36 @@ def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterato
 SERVER = text("""
 SELECT current_setting('server_version_num')::int / 10000 AS major,
        current_setting('server_version') AS version, current_database() AS name,
-       current_user AS role, current_setting('server_encoding') AS encoding,
-       pg_is_in_recovery() AS is_replica,
+       current_user AS role, pg_is_in_recovery() AS is_replica,
        current_setting('fsync') AS fsync,
        current_setting('full_page_writes') AS full_page_writes,
        current_setting('synchronous_commit') AS synchronous_commit,
        current_setting('data_checksums') AS data_checksums,
        current_setting('password_encryption') AS password_encryption,
        current_setting('log_min_messages') AS log_min_messages,
-       current_setting('TimeZone') AS zone,
-       current_setting('idle_in_transaction_session_timeout') AS idle_timeout,
        (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()) AS tls
+""")
+
+
+OWN_SETTINGS = text("""
+SELECT name FROM pg_settings
+WHERE context IN ('user', 'superuser', 'backend', 'superuser-backend') ORDER BY 1
 """)
 
 
 def _server(engine: Engine) -> Iterator[Finding]:
     with transaction(engine) as db:
         server = db.execute(SERVER).one()
+        names = db.execute(OWN_SETTINGS).scalars().all()
         driver = db.connection.driver_connection
         if not isinstance(driver, psycopg.Connection):
             raise ConfigurationError("the database is reached through psycopg only")
         host, parameters = driver.info.host, driver.info.get_parameters()
     found = f"PostgreSQL {server.version} at {host}, database {server.name}, as {server.role}"
-    if SERVER_MIN <= server.major <= SERVER_MAX:
+    if server.major <= NEWEST:
         yield ok("database", found)
-    elif server.major < SERVER_MIN:
-        yield wrong("database", found, f"use PostgreSQL {SERVER_MIN} to {SERVER_MAX}")
     else:
         yield warning("database", f"{found}: newer than tested", "run the tests on it first")
-    if server.encoding != "UTF8":
-        yield wrong(
-            "database",
-            f"encoding is {server.encoding}",
-            "create it with ENCODING 'UTF8'",
-            Promise.FAITHFUL_LOG,
-        )
     if server.is_replica:
         yield wrong(
             "database",
@@ -85,7 +79,7 @@ def _server(engine: Engine) -> Iterator[Finding]:
             Promise.ONE_WRITER,
         )
     yield from _durability(server)
-    yield _session(server)
+    yield _session(names)
     yield database_tls(
         host,
         server.tls,
@@ -129,20 +123,18 @@ def _durability(server: Row[Any]) -> Iterator[Finding]:
         yield ok("database", "data checksums are on", Promise.FAITHFUL_LOG)
 
 
-def _session(server: Row[Any]) -> Finding:
-    """Whether our sessions are what we asked for: some poolers drop it."""
-    if server.zone == "UTC" and server.idle_timeout != "0":
-        return ok(
+def _session(names: Sequence[str]) -> Finding:
+    """Whether each setting that a session may have of its own is one that we have looked at."""
+    if unsorted := [name for name in names if not is_sorted(name)]:
+        return warning(
             "database",
-            "sessions are as asked for: UTC, ended when they fall silent in a transaction",
-            Promise.ONE_WRITER,
+            f"this PostgreSQL has settings that this program does not know: {', '.join(unsorted)}",
+            "leave them at their defaults, or use a newer version of this program",
             Promise.CONVERGENCE,
         )
-    return wrong(
+    return ok(
         "database",
-        f"settings of a session are not taken: TimeZone is {server.zone}, "
-        f"idle_in_transaction_session_timeout is {server.idle_timeout}",
-        "connect without a pooler, or with session pooling that passes startup options on",
+        "each session has our settings, whatever environment, URL, role and database specify",
         Promise.ONE_WRITER,
         Promise.CONVERGENCE,
     )

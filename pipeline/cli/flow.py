@@ -18,7 +18,7 @@ from typing import Annotated
 
 import structlog
 import typer
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from pipeline import failpoints
 from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
@@ -37,6 +37,7 @@ from pipeline.projection.loop import Progress as Projected
 from pipeline.projection.loop import run_projection
 from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
+from pipeline.session import address_of
 from pipeline.settings import Settings
 from pipeline.source import Brokers
 
@@ -253,12 +254,10 @@ def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) 
 
 def _who(settings: Settings) -> dict[str, object]:
     """Where this process stands and what it works on; no secrets."""
-    url = make_url(settings.database())
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "database": f"{url.host or os.environ.get('PGHOST', 'local')}:{url.port or 5432}"
-        f"/{url.database or os.environ.get('PGDATABASE', '')}",
+        "database": address_of(settings.database()),
         "kafka": settings.kafka_bootstrap_servers,
         "group": settings.group_id,
         "topics": list(settings.topics),

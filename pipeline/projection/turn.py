@@ -34,11 +34,10 @@ log = structlog.get_logger(__name__)
 MATCHING_MIN = 100
 """Half of the events guilty breaks a projector, but only if there are at least so many."""
 
-# What the values mean hangs on the first two. The plan must know the range, or it would touch every
-# segment; a batch is sorted in memory, and is too short to be worth compiling.
+# The plan must know the range, or it would touch every segment; a batch is sorted in memory, and is
+# too short to be worth compiling.
 PIN = text("""
-SELECT set_config('timezone', 'UTC', true), set_config('datestyle', 'ISO, YMD', true),
-       set_config('plan_cache_mode', 'force_custom_plan', true), set_config('jit', 'off', true),
+SELECT set_config('plan_cache_mode', 'force_custom_plan', true), set_config('jit', 'off', true),
        set_config('work_mem', '64MB', true)
 """)
 TYPES = text("""
@@ -69,7 +68,7 @@ class Result(Enum):
 
 
 def pin(db: Connection) -> None:
-    """Fix the settings on which the meaning of a value hangs, until the transaction ends."""
+    """Have PostgreSQL plan for one range of the log, until the transaction ends."""
     db.execute(PIN)
 
 

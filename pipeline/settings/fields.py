@@ -238,7 +238,7 @@ class Settings(BaseSettings):
         return self.kafka_security_protocol.startswith("SASL_")
 
     def database(self) -> str:
-        """The URL of the database for SQLAlchemy. It holds the password: never show it.
+        """The URL of the database, as libpq takes it. It holds the password: never show it.
 
         Without ``DATABASE_URL``, libpq's own environment (PGHOST, PGSERVICE …) decides.
 
@@ -248,7 +248,7 @@ class Settings(BaseSettings):
         if self.database_url:
             return self.database_url.get_secret_value()
         if any(os.environ.get(name) for name in _LIBPQ):
-            return "postgresql+psycopg://"
+            return "postgresql://"
         raise ConfigurationError(
             f"{missing('database_url')}. Or set one of libpq's {', '.join(_LIBPQ)}"
         )

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
 from pydantic import SecretStr
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 _NO_FOREIGN_CODE = "foreign code is never loaded"
 _OLD_PROTOCOL = "older protocols have neither headers nor transactions"
@@ -152,22 +153,46 @@ def start(value: object) -> object:
 
 
 def database_url(value: object) -> object:
-    """A PostgreSQL URL in SQLAlchemy's spelling, which is a secret."""
+    """A URL of PostgreSQL, in any form that libpq takes; it is a secret."""
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     if text is None:
         return None
-    if isinstance(text, str):
-        try:
-            url = make_url(text.strip())
-        except (ArgumentError, ValueError):
-            url = None
-        if url and url.drivername in {"postgresql", "postgres", "postgresql+psycopg"}:
-            ours = url.set(drivername="postgresql+psycopg")
-            return SecretStr(ours.render_as_string(hide_password=False))
+    if isinstance(text, str) and (found := _DATABASE.match(text.strip())):
+        url = f"postgresql://{text.strip()[found.end() :]}"
+        if unknown := _unknown_parameter(url):
+            raise ValueError(f"may not hold {unknown}: libpq has no such parameter")
+        if _is_understood(url):
+            return SecretStr(url)
     raise ValueError(
         "must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
         "special characters in USER and PASSWORD as %XX"
     )
+
+
+_DATABASE = re.compile(r"postgres(ql(\+psycopg)?)?://")
+_PORTS = re.compile(r"(\d{1,5})?(,(\d{1,5})?)*")
+# A session that is for replication understands hardly any SQL.
+_NOT_OURS = {"replication"}
+
+
+def _unknown_parameter(url: str) -> str | None:
+    """The name of a parameter that libpq does not have, unless it may be a part of a password."""
+    _, _, query = url.partition("?")
+    if "@" in query:
+        return None
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()} | {"ssl"}
+    names = [pair.partition("=")[0] for pair in query.split("&") if pair]
+    return next((name for name in names if name not in known or name in _NOT_OURS), None)
+
+
+def _is_understood(url: str) -> bool:
+    try:
+        given = conninfo_to_dict(url)
+    except ProgrammingError:
+        return False
+    hosts, ports = (str(given.get(name, "")) for name in ("host", "port"))
+    counts = {1, hosts.count(",") + 1}
+    return bool(_PORTS.fullmatch(ports)) and ports.count(",") + 1 in counts
 
 
 def options(value: object) -> object:

@@ -11,10 +11,9 @@ from pathlib import Path
 import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
-from sqlalchemy import create_engine
 
 from pipeline.check import Promise, Standing, examine, worth
-from pipeline.check.database import _server, is_loopback, look_at_database
+from pipeline.check.database import _server, _session, is_loopback, look_at_database
 from pipeline.check.kafka import kafka_tls
 from pipeline.check.promises import ANYWHERE
 from pipeline.db import open_engine
@@ -386,15 +385,11 @@ def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, sai
     assert is_said(worth_here.reasons, said)
 
 
-def test_sessions_whose_settings_a_pooler_drops_are_wrong(database):
-    plain = create_engine(database.url)
+def test_a_setting_that_this_program_does_not_know_is_a_warning():
+    finding = _session(["work_mem", "auto_explain.log_analyze", "brand_new"])
 
-    findings = list(_server(plain))
-
-    plain.dispose()
-    [wrong] = [one for one in findings if one.level == "wrong"]
-    assert "idle_in_transaction_session_timeout is 0" in wrong.text
-    assert worth_of(findings, Promise.ONE_WRITER).standing is Standing.BROKEN
+    assert finding.level == "warning"
+    assert "does not know: brand_new" in finding.text
 
 
 def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):

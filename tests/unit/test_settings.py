@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigurationError
+from pipeline.session import address_of
 from pipeline.settings import Settings, load_settings
 
 CANARY = "c4n4ry-hunter2"
@@ -66,7 +67,7 @@ def test_five_settings_are_enough_for_upvest(environment):
 
     settings = load_settings()
 
-    assert settings.database() == "postgresql+psycopg://pipeline:secret@db.example.com/upvest"
+    assert settings.database() == "postgresql://pipeline:secret@db.example.com/upvest"
     assert settings.kafka_client() == {
         "bootstrap.servers": "kafka.example.com:9094",
         "security.protocol": "SASL_SSL",
@@ -316,12 +317,39 @@ def test_settings_cannot_be_changed():
 def test_every_spelling_of_postgresql_is_understood(scheme):
     settings = load_settings(database_url=f"{scheme}://u:p%40ss@h:5433/d?sslmode=verify-full")
 
-    assert settings.database() == "postgresql+psycopg://u:p%40ss@h:5433/d?sslmode=verify-full"
+    assert settings.database() == "postgresql://u:p%40ss@h:5433/d?sslmode=verify-full"
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("postgresql://u:p@h/d", "h:5432/d"),
+        ("postgres://h:1,h2:2/d?target_session_attrs=any", "h:1,h2:2/d"),
+        ("postgresql://u:p%2Fw@h1,h2:5433/d", "h1:5432,h2:5433/d"),
+        ("postgresql:///d?host=/run/postgresql&port=5433", "/run/postgresql:5433/d"),
+        ("postgresql://%2Frun%2Fpostgresql/d", "/run/postgresql:5432/d"),
+        ("postgresql://u:p@[::1]:5433/d", "::1:5433/d"),
+        ("postgresql:///?service=upvest", "service upvest"),
+        ("postgresql://h/d?options=-c%20geqo%3Doff&sslmode=require", "h:5432/d"),
+    ],
+)
+def test_whatever_libpq_takes_is_taken_and_shown_by_its_hosts(url, address):
+    settings = load_settings(database_url=url)
+
+    assert address_of(settings.database()) == address
+
+
+@pytest.mark.parametrize("name", ["sslmod", "pool_size", "replication"])
+def test_a_parameter_that_libpq_does_not_have_is_named(name):
+    with pytest.raises(ConfigurationError, match=f"may not hold {name}"):
+        load_settings(database_url=f"postgresql://u:p@h/d?sslmode=require&{name}=x")
 
 
 @pytest.mark.parametrize(
     "url",
     [
+        f"postgresql://h/d?{CANARY}@h",
+        f"postgresql://u:{CANARY}@h:99999999/d",
         f"mysql://u:{CANARY}@h/d",
         f"postgresql+asyncpg://u:{CANARY}@h/d",
         f"host=h password={CANARY}",
@@ -343,7 +371,7 @@ def test_a_wrong_url_is_refused_without_repeating_any_of_it(environment, url):
 def test_without_a_url_libpq_decides_if_it_knows_any_database(environment, variable):
     environment(**{variable: "x"})
 
-    assert load_settings().database() == "postgresql+psycopg://"
+    assert load_settings().database() == "postgresql://"
 
 
 def test_without_any_database_the_missing_setting_is_named():

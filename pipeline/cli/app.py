@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +23,10 @@ from pipeline.db import SessionLimits, open_engine
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.projection.loop import Limits
 from pipeline.settings import Settings, load_settings
+from pipeline.signals import open_standard_streams, raised_by_signals, tell
 from pipeline.source import client_version
 
 log = structlog.get_logger("pipeline.cli")
-
-INTERRUPTED = 130
-"""128 + SIGINT: what shells expect of a one-shot command that Ctrl-C has ended."""
-
 
 _ORDER = (
     *("demo", "migrate", "check", "run", "ingest", "project", "status", "events"),
@@ -46,9 +44,17 @@ class _Root(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's own type
         """Run the command; typer would call Ctrl-C a failure, with our code for a finding."""
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
+            with raised_by_signals():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interrupted:
+            number = signal.Signals(*interrupted.args or [signal.SIGINT])
+            if number != signal.SIGINT:
+                tell(f"pipeline: ended by {number.name} before it was done.")
+            raise typer.Exit(128 + number) from None
+        except BrokenPipeError:
+            # Whoever read our output has what was wanted, as in `pipeline events | head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 app = typer.Typer(
@@ -63,6 +69,7 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and end with the exit code that tells what happened."""
+    open_standard_streams()
     logs.configure()
     try:
         app(arguments)

@@ -1,13 +1,11 @@
 """The commands that move events: run, ingest, project. They run until stopped, or to the end.
 
-SIGTERM and SIGINT are taken by a thread of their own, for a signal handler may not even set an
-event safely. The first finishes the batch in hand; the second ends the process at once, which
-costs nothing but the batch that is then read again. With several workers the second is the
-parent's affair.
+The first signal finishes the batch in hand; the second ends the process at once, which costs
+nothing but the batch that is then read again. With several workers the second is the parent's
+affair.
 """
 
 import os
-import signal
 import socket
 import threading
 import time
@@ -20,8 +18,8 @@ import structlog
 import typer
 from sqlalchemy import Engine
 
-from pipeline import failpoints
 from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
+from pipeline.cli.tally import Tally
 from pipeline.cli.terminal import Gauge
 from pipeline.cli.workers import WORKERS_MAX, become_worker
 from pipeline.db import transaction
@@ -39,6 +37,7 @@ from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
 from pipeline.session import address_of
 from pipeline.settings import Settings
+from pipeline.signals import Stop, stopped_by_signals
 from pipeline.source import Brokers
 
 log = structlog.get_logger("pipeline.cli")
@@ -49,7 +48,6 @@ DATABASE_RETRY_S = 1.0
 """Wait before asking again a database that is away at the start."""
 LAST_PASS_S_MAX = 10.0
 """Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _UntilEnd = Annotated[
     bool,
@@ -69,7 +67,9 @@ _Workers = Annotated[
 ]
 
 _CODES = (
-    "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 65 (with --until-end) a "
+    "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 128 + its number when "
+    "stopped by another signal, 129 for SIGHUP, so that a supervisor starts it again; 65 (with "
+    "--until-end) a "
     "partition stands still to protect data; 70 an invariant broke; 75 another process has our "
     "partitions; 78 a setting, a right or the schema is wrong. A server that is away is waited "
     "for; with --until-end 69 after a minute. Of several workers 65, 75 and 78 end all (65 with "
@@ -83,12 +83,14 @@ class Job:
 
     Attributes:
         worker: Which of several workers this process is; None if it is the only one.
+        tally: Counts what is done, for the log.
     """
 
     settings: Settings
     engine: Engine
-    stop: threading.Event
+    stop: Stop
     worker: int | None
+    tally: Tally
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -145,7 +147,7 @@ def ingest(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers =
         if until_end:
             _ingest_to_the_end(job)
         else:
-            Ingest(job.settings, job.engine, stop=job.stop).run()
+            _ingest(job)
 
 
 @app.command(epilog=_CODES)
@@ -160,7 +162,7 @@ def project(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers 
         if until_end:
             _project_to_the_end(job)
         else:
-            _project(job.engine, job.settings, job.stop)
+            _project(job, job.stop)
 
 
 # ------------------------------------------------------------------------------------- the frame
@@ -183,12 +185,12 @@ def _flow(ctx: typer.Context, command: str, workers: int, *, until_end: bool) ->
         stopped_by_signals(second_ends=worker is None) as stop,
     ):
         log.info("started", command=command, **_who(settings), **versions())
-        begun = time.monotonic()
+        begun, tally = time.monotonic(), Tally()
         try:
             _wait_for_schema(engine, stop, until_end=until_end)
             if worker == 1 and command != "project":
                 _tell_of_too_many(settings, workers)
-            yield Job(settings, engine, stop, worker)
+            yield Job(settings, engine, stop, worker, tally)
         except PipelineError as error:
             log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
                 "stopped",
@@ -203,8 +205,11 @@ def _flow(ctx: typer.Context, command: str, workers: int, *, until_end: bool) ->
             command=command,
             reason="asked to" if stop.is_set() else "reached the end",
             after_s=round(time.monotonic() - begun, 1),
-            exit_code=0,
+            **tally.totals,
+            exit_code=stop.exit_code,
         )
+        if stop.exit_code:
+            raise typer.Exit(stop.exit_code)
 
 
 def _check_once(settings: Settings, command: str) -> None:
@@ -264,59 +269,39 @@ def _who(settings: Settings) -> dict[str, object]:
     }
 
 
-@contextmanager
-def stopped_by_signals(*, second_ends: bool = True) -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets.
-
-    Args:
-        second_ends: The second ends the process at once; else it changes nothing.
-    """
-    stop, over = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while True:
-            number = signal.sigwait(_SIGNALS)
-            if over.is_set():
-                return
-            if stop.is_set() and second_ends:
-                os._exit(128 + number)
-            if stop.is_set():
-                continue
-            log.info("stopping", signal=signal.Signals(number).name, effect="after this batch")
-            stop.set()
-            failpoints.reach("on_sigterm")
-
-    # Blocked before any other thread exists: threads inherit this, so only the watcher hears them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    watcher = threading.Thread(target=watch, name="signals", daemon=True)
-    watcher.start()
-    try:
-        yield stop
-    finally:
-        over.set()
-        if watcher.is_alive() and watcher.ident is not None:
-            signal.pthread_kill(watcher.ident, signal.SIGTERM)
-            watcher.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # ----------------------------------------------------------------------------------- the two halves
 
 
-def _project(engine: Engine, settings: Settings, stop: threading.Event) -> None:
-    run_projection(engine, discover(), projection_limits(settings), stop=stop)
+def _ingest(job: Job) -> None:
+    Ingest(job.settings, job.engine, stop=job.stop, observe=job.tally.of_ingest()).run()
+
+
+def _project(job: Job, stop: threading.Event) -> None:
+    run_projection(
+        job.engine,
+        discover(),
+        projection_limits(job.settings),
+        stop=stop,
+        observe=job.tally.of_projection(),
+    )
 
 
 def _project_to_the_end(job: Job) -> None:
     bar = job.worker is None
     with Gauge("projecting", unit="offsets", plain=False, bar=bar) as gauge:
+        count, show = job.tally.of_projection(), show_projection(gauge)
+
+        def observe(progress: Projected) -> None:
+            count(progress)
+            show(progress)
+
         run_projection(
             job.engine,
             discover(),
             projection_limits(job.settings),
             stop=job.stop,
             until_end=True,
-            observe=show_projection(gauge),
+            observe=observe,
         )
 
 
@@ -334,8 +319,10 @@ def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
 
 def _ingest_to_the_end(job: Job) -> None:
     with Gauge("ingesting", plain=False, bar=job.worker is None) as gauge:
+        count = job.tally.of_ingest()
 
         def observe(progress: Ingested) -> None:
+            count(progress)
             gauge.show(progress.written, progress.written + progress.behind)
 
         Ingest(job.settings, job.engine, stop=job.stop, until_end=True, observe=observe).run()
@@ -358,7 +345,7 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
             follow_no_more.set()
 
     def follow() -> None:
-        _project(job.engine, job.settings, follow_no_more)
+        _project(job, follow_no_more)
 
     # A daemon, for a PostgreSQL that hangs must not keep the process.
     projection = threading.Thread(target=half, args=[follow], name="projection", daemon=True)
@@ -366,7 +353,7 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
     if until_end:
         half(lambda: _ingest_to_the_end(job))
     else:
-        half(lambda: Ingest(job.settings, job.engine, stop=job.stop).run())
+        half(lambda: _ingest(job))
     follow_no_more.set()
     projection.join(LAST_PASS_S_MAX if job.stop.is_set() else None)
     if projection.is_alive():
@@ -390,6 +377,7 @@ def _rebuild_stale(job: Job) -> None:
 
 
 def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
+    logged = ""
     while not job.stop.is_set():
         try:
             with transaction(engine) as db:
@@ -402,7 +390,14 @@ def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
                     stop=job.stop,
                 )
         except TransientError as error:
-            log.warning("rebuild_waits", projector=projector.name, reason=str(error))
+            if str(error) != logged:
+                logged = str(error)
+                log.warning(
+                    "rebuild_waits",
+                    projector=projector.name,
+                    reason=logged,
+                    effect=f"tried again every {REBUILD_RETRY_S:.0f} s",
+                )
             job.stop.wait(REBUILD_RETRY_S)
         except PipelineError as error:
             log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects

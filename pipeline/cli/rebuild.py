@@ -10,7 +10,7 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline.cli.app import app, database_of, projection_limits, settings_of
-from pipeline.cli.flow import show_projection, stopped_by_signals
+from pipeline.cli.flow import show_projection
 from pipeline.cli.terminal import Gauge, emit, say, table
 from pipeline.errors import ExitCode
 from pipeline.migrate import check_schema
@@ -25,14 +25,17 @@ from pipeline.projection.rebuild import (
 from pipeline.projection.rebuild import rebuild as rebuild_beside
 from pipeline.projectors import discover
 from pipeline.settings import Settings
+from pipeline.signals import stopped_by_signals
 
 JOBS_MAX = 64
 
 
 @app.command(
-    epilog="Exit codes: 0 done, also when stopped: the same command goes on; 1 --check found rows "
-    "that differ; 2 wrong usage; 69 the database is away or the tables are in use; 75 another "
-    "rebuild of it runs; 78 a setting, a right or the schema is wrong."
+    epilog="Exit codes: 0 done, also when stopped by SIGTERM or Ctrl-C: the same command continues "
+    "from there; 128 + the signal's number when stopped by another signal, and when --check was "
+    "stopped before all was compared; 1 --check found rows that differ; 2 wrong usage; 69 the "
+    "database is away or the tables are in use; 75 another rebuild of it runs; 78 a setting, a "
+    "right or the schema is wrong."
 )
 def rebuild(
     ctx: typer.Context,
@@ -102,6 +105,10 @@ def rebuild(
                 _show_differences(found, repaired=not only_check, as_json=as_json)
     if only_check and any(one.differing for one in found):
         raise typer.Exit(ExitCode.FOUND)
+    if only_check and len(found) < len(chosen):
+        # What was not compared must not pass for equal.
+        raise typer.Exit(128 + stop.number)
+    raise typer.Exit(stop.exit_code)
 
 
 def _compute(

@@ -6,6 +6,7 @@ Whatever came from outside is printed without control characters, and never read
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -36,9 +37,10 @@ _UNBOUNDED_COLUMNS = 100_000
 
 
 def say(text: str) -> None:
-    """Words for a person, on stderr."""
-    for line in text.split("\n"):
-        typer.echo(printable(line), err=True)
+    """Words for a person, on stderr; lost where nobody reads it any more."""
+    with suppress(OSError):
+        for line in text.split("\n"):
+            typer.echo(printable(line), err=True)
 
 
 def emit(document: object) -> None:
@@ -169,7 +171,8 @@ class Gauge:
     def __enter__(self) -> Self:
         """Draw."""
         if self._bar:
-            self._bar.start()
+            with suppress(OSError):
+                self._bar.start()
         return self
 
     def __exit__(
@@ -180,7 +183,8 @@ class Gauge:
     ) -> None:
         """Leave the last state on the screen."""
         if self._bar:
-            self._bar.stop()
+            with suppress(OSError):  # the terminal is gone
+                self._bar.stop()
         elif self._has_told and kind is None:
             self._tell()
 
@@ -190,13 +194,14 @@ class Gauge:
         self._total = self._total if total is None else total
         self._what = self._what if what is None else what
         if self._bar:
-            self._bar.update(
-                self._task,
-                description=printable(self._what),
-                completed=done,
-                total=self._total,
-                rate=f"{self._rate:,.0f} {self._unit}/s",
-            )
+            with suppress(OSError):
+                self._bar.update(
+                    self._task,
+                    description=printable(self._what),
+                    completed=done,
+                    total=self._total,
+                    rate=f"{self._rate:,.0f} {self._unit}/s",
+                )
         elif self._plain and time.monotonic() - self._told >= PLAIN_LINE_S:
             self._tell()
 

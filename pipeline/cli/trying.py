@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.app import app, settings_of
-from pipeline.cli.flow import stopped_by_signals
 from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ConfigurationError
+from pipeline.signals import stopped_by_signals
 from pipeline.simulator import Chaos, Record, Simulation
 from pipeline.simulator.producer import Producer
 
@@ -16,7 +16,8 @@ _PARTITIONS = 6
 
 
 @app.command(
-    epilog="Exit codes: 0 everything was produced; 2 wrong usage; 69 the brokers are away; 78 a "
+    epilog="Exit codes: 0 everything was produced, or stopped by SIGTERM or Ctrl-C; 128 + its "
+    "number when stopped by another signal; 2 wrong usage; 69 the brokers are away; 78 a "
     "setting is wrong or a topic does not exist.",
 )
 def simulate(
@@ -95,16 +96,17 @@ def simulate(
     }
     if as_json:
         emit(report)
-        return
-    say(f"Produced {sent:,} records to {', '.join(topics)}.")
-    if chaos:
+    else:
+        say(f"Produced {sent:,} records to {', '.join(topics)}.")
+    if chaos and not as_json:
         what = (f"{count} {kind}" for kind, count in sorted(simulation.report.counts.items()))
         say(f"Chaos: {', '.join(what)}.")
+    raise typer.Exit(stop.exit_code)
 
 
 @app.command(
     epilog="Exit codes: 0 all that it claims was found true; 1 something was not; 78 a server "
-    "could not be started here; 130 Ctrl-C before the end."
+    "could not be started here; 130 Ctrl-C before the end, or 128 + the number of another signal."
 )
 def demo(
     events: Annotated[

@@ -17,6 +17,7 @@ import typer
 
 from pipeline import logs
 from pipeline.errors import ExitCode
+from pipeline.signals import IMPATIENT, ending, exit_code_of
 
 log = structlog.get_logger("pipeline.cli")
 
@@ -33,15 +34,14 @@ ORPHAN_S_MAX = 30.0
 
 # What a worker that is started again would only repeat: supervisors are told not to, too.
 _FOR_HUMANS = frozenset({ExitCode.REFUSED, ExitCode.FENCED, ExitCode.CONFIGURATION})
-_STOP = (signal.SIGTERM, signal.SIGINT)
 _PARENTS_OWN = (signal.SIGCHLD, signal.SIGALRM)
 
 
 def become_worker(count: int, *, until_end: bool) -> int:
     """Start the workers; returns in each of them, and in the parent never.
 
-    A worker hears SIGTERM and SIGINT as one request to end, however often they come: a terminal
-    or systemd may send them to parent and workers alike. Where the parent is gone, it ends too.
+    A worker takes all signals that end it as one request, however often they come: a terminal or
+    systemd may send them to parent and workers alike. Where the parent is gone, it ends too.
 
     Args:
         count: How many.
@@ -53,7 +53,7 @@ def become_worker(count: int, *, until_end: bool) -> int:
     Raises:
         typer.Exit: In the parent: all have ended; with the highest of their codes.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOP, *_PARENTS_OWN))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*ending(), *_PARENTS_OWN))
     # Where the default is to ignore it, a system may drop it although it is blocked.
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     parent = _Parent(count, until_end=until_end)
@@ -115,14 +115,17 @@ class _Parent:
         if self._due_at:
             pause = min(self._due_at.values()) - time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, max(pause, 0.001))
-        number = signal.sigwait((*_STOP, *_PARENTS_OWN))
+        number = signal.sigwait((*ending(), *_PARENTS_OWN))
         if number == signal.SIGCHLD:
             self._bury()
-        elif number in _STOP and self._is_stopping:
+        elif number == signal.SIGALRM:
+            return
+        elif self._is_stopping and number in IMPATIENT:
             self._tell(signal.SIGKILL)
             raise typer.Exit(128 + number)
-        elif number in _STOP:
+        elif not self._is_stopping:
             log.info("stopping", signal=signal.Signals(number).name, effect="all workers")
+            self._note(exit_code_of(number))
             self._stop()
 
     def _bury(self) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
 from sqlalchemy import Engine
@@ -21,12 +21,12 @@ from pipeline.embedded.guard import Guarded
 from pipeline.embedded.postgres import BinariesMissingError, PostgresServer, ServerStartError
 from pipeline.errors import ConfigurationError, ExitCode, PipelineError
 from pipeline.settings.fields import PREFIX
+from pipeline.signals import ending
 
 TOPIC = "Notifications"
 PARTITIONS = 6
 STOP_SECONDS_MAX = 10.0
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _T = TypeVar("_T")
 
 
@@ -80,17 +80,18 @@ class Worker:
 class Stage:
     """PostgreSQL, the broker and the workers, in one folder.
 
-    As a context manager: on exit everything stops and the folder goes. SIGTERM and SIGHUP end the
-    block as Ctrl-C does, and none of them can interrupt the end.
+    As a context manager: on exit everything stops and the folder goes. Every signal that
+    ends a command ends the block as Ctrl-C does, and none of them can interrupt the end.
     """
 
     def __init__(self) -> None:
         self._parts = ExitStack()
         self._workers: list[Worker] = []
+        self._signals = ending()
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            before = signal.signal(number, signal.default_int_handler)
+        for number in self._signals:
+            before = signal.signal(number, _interrupt)
             self._parts.callback(signal.signal, number, before)
         return self
 
@@ -100,7 +101,7 @@ class Stage:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        for number in _SIGNALS:
+        for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         # All at once, so that the end takes as long as the slowest.
         for worker in self._workers:
@@ -193,6 +194,10 @@ class Stage:
         for path in there:
             shutil.copyfile(path, folder / path.name)
         return folder
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _clearly(start: Callable[[], _T]) -> _T:

@@ -18,7 +18,7 @@ from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import Taken, Takeover
 from pipeline.log import ownership
 from pipeline.outages import OutagePolicy
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.positions import Epoch, NextOffset, Partition, lag
 from pipeline.source import KafkaSource
 
 log = structlog.get_logger(__name__)
@@ -60,6 +60,7 @@ class Assignment:
         self._refusals: dict[Partition, RefusedError] = {}
         self._unreleased: dict[Partition, Epoch] = {}
         self._topic_ids: dict[str, str] = {}
+        self._has_failed = False
 
     @property
     def refusals(self) -> Mapping[Partition, RefusedError]:
@@ -83,6 +84,7 @@ class Assignment:
             ConfigurationError: A login or a right is missing, and stays so.
         """
         begin: dict[Partition, NextOffset] = {}
+        behind = 0
         for partition, outcome in self._take_patiently(partitions).items():
             match outcome:
                 case Taken(held, first, end, topic_id, window):
@@ -92,8 +94,15 @@ class Assignment:
                     self._windows[partition] = window
                     self._refusals.pop(partition, None)
                     begin[partition] = first
+                    behind += lag(first, end)
                 case RefusedError() as refusal:
                     self._refuse(partition, refusal)
+        if begin:
+            log.info(
+                "partitions_claimed",
+                next_offsets={str(one): first for one, first in sorted(begin.items())},
+                lag=behind,
+            )
         return begin
 
     def retake(self, partitions: Collection[Partition]) -> None:
@@ -129,7 +138,38 @@ class Assignment:
         """Say in the database what we no longer own; while it fails, that waits."""
         if gone := self._unreleased:
             self._unreleased = {}
-            try_out(self._engine, lambda db: ownership.release(db, gone.items()))
+            try:
+                with transaction(self._engine) as db:
+                    ownership.release(db, gone.items())
+            except (TransientError, ConfigurationError) as error:
+                log.info(
+                    "partitions_not_released", partitions=sorted(map(str, gone)), reason=str(error)
+                )
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Record or look at what may also be done later; a failure is an outage like any other.
+
+        Raises:
+            PipelineError: It has lasted for longer than the policy allows.
+        """
+        try:
+            work()
+        except (TransientError, ConfigurationError) as error:
+            self._has_failed = True
+            self._outages.on_error(error)
+        else:
+            if self._has_failed:
+                self._has_failed = False
+                self._outages.on_success()
+
+    def query(self, work: Callable[[Connection], None]) -> None:
+        """The same, with a transaction of its own."""
+
+        def in_transaction() -> None:
+            with transaction(self._engine) as db:
+                work(db)
+
+        self.attempt(in_transaction)
 
     def _take_patiently(
         self, partitions: Collection[Partition]
@@ -167,22 +207,12 @@ class Assignment:
             )
 
 
-def try_out(engine: Engine, work: Callable[[Connection], None]) -> None:
-    """Record or look at what nothing hangs on; a failure is only logged."""
-    try:
-        with transaction(engine) as db:
-            work(db)
-    except (TransientError, ConfigurationError) as error:
-        log.info("database_not_asked", reason=str(error))
-
-
 def tell_fenced(partitions: Collection[Partition]) -> None:
-    """Tell of partitions that turned out to be no longer ours, or not where we left them."""
-    for partition in partitions:
+    """Log which partitions turned out to be no longer ours, or not where we left them."""
+    if partitions:
         log.warning(
             "fenced",
-            topic=partition.topic,
-            partition=partition.number,
-            reason="another process has claimed it, or its next offset was moved; "
-            "nothing of ours was written",
+            partitions=sorted(map(str, partitions)),
+            reason="another process has claimed them, or their next offsets were moved",
+            effect="nothing of ours was written; they are claimed again if Kafka leaves them to us",
         )

@@ -7,12 +7,12 @@ was taken over has it taken over again, which looks closely.
 
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import structlog
-from sqlalchemy import Engine
 
-from pipeline.errors import ConfigurationError, DeletedTopicError, TransientError
-from pipeline.ingest.assignment import Assignment, tell_fenced, try_out
+from pipeline.errors import DeletedTopicError, TransientError
+from pipeline.ingest.assignment import Assignment, tell_fenced
 from pipeline.ingest.machine import Machine
 from pipeline.ingest.takeover import Takeover
 from pipeline.log import ownership
@@ -27,7 +27,6 @@ class Lookout:
     """Looks around for one membership in the group.
 
     Args:
-        engine: The database.
         machine: Is told the ends, and where partitions stand.
         brokers: Kafka.
         takeover: Knows who else is in the group, and records that a topic is gone.
@@ -40,14 +39,12 @@ class Lookout:
 
     def __init__(
         self,
-        engine: Engine,
         machine: Machine,
         brokers: Brokers,
         takeover: Takeover,
         assignment: Assignment,
         topics: Collection[str],
     ) -> None:
-        self._engine = engine
         self._machine = machine
         self._brokers = brokers
         self._takeover = takeover
@@ -81,7 +78,7 @@ class Lookout:
         for partition, high in self._brokers.ends(owned).items():
             self._machine.saw_end(partition, high)
             seen.append((partition, owned[partition], high))
-        try_out(self._engine, lambda db: ownership.see_watermarks(db, seen))
+        self._assignment.query(lambda db: ownership.see_watermarks(db, seen))
 
     def _see_absent_topics(self) -> bool:
         """A topic that is deleted is taken from us without a word of why; it may come back.
@@ -100,7 +97,7 @@ class Lookout:
         self.absent = absent
         self._assignment.retake_topics(absent)
         for topic in sorted(absent):
-            self._miss(topic)
+            self._assignment.attempt(partial(self._takeover.miss, topic))
         self._assignment.retake(
             [
                 partition
@@ -109,12 +106,6 @@ class Lookout:
             ]
         )
         return True
-
-    def _miss(self, topic: str) -> None:
-        try:
-            self._takeover.miss(topic)
-        except (TransientError, ConfigurationError) as error:
-            log.info("database_not_asked", reason=str(error))
 
     def _see_topic_ids(self) -> None:
         """A topic made anew is noticed by each batch; this is for one that is silent."""
@@ -141,8 +132,8 @@ class Lookout:
         if not self._assignment.refusals:
             return
         freed: list[Partition] = []
-        try_out(
-            self._engine, lambda db: freed.extend(ownership.freed(db, self._assignment.refusals))
+        self._assignment.query(
+            lambda db: freed.extend(ownership.freed(db, self._assignment.refusals))
         )
         if freed:
             self._assignment.retake(freed)
@@ -152,7 +143,7 @@ class Lookout:
         if self._machine.is_with_database:
             return
         places: dict[Partition, Place] = {}
-        try_out(self._engine, lambda db: places.update(ownership.look(db, self._machine.owned)))
+        self._assignment.query(lambda db: places.update(ownership.look(db, self._machine.owned)))
         tell_fenced(self._machine.looked(places, time.monotonic()))
 
 

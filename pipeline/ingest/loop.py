@@ -61,8 +61,6 @@ FULL_WAIT_S = 1.0
 """How long to wait for the database with a full batch before Kafka is told to hold."""
 LOOK_S = 5.0
 """How often watermarks, topic ids and partitions that stand still are looked at."""
-TELL_S = 10.0
-"""How often the log tells how it goes."""
 REPLACED_MAX = 3
 """How often another member may take our place in the group within ``REPLACED_S``."""
 REPLACED_S = 60.0
@@ -109,8 +107,7 @@ class Ingest:
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
         self._outages = OutagePolicy(waits_forever=not until_end)
-        self._look_at = self._tell_at = self._ask_others_at = 0.0
-        self._told_written = 0
+        self._look_at = self._ask_others_at = 0.0
         self._replaced_at: list[float] = []
 
     def run(self) -> None:
@@ -172,7 +169,6 @@ class Ingest:
                 self._stop,
             )
             self._lookout = Lookout(
-                self._engine,
                 self._machine,
                 self._source.brokers,
                 self._takeover,
@@ -392,9 +388,6 @@ class Ingest:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
         self._lookout.look()
-        if now >= self._tell_at and self._written > self._told_written:
-            log.info("ingested", written=self._written, behind=self._machine.behind)
-            self._tell_at, self._told_written = now + TELL_S, self._written
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import ownership
 from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
-from pipeline.positions import Epoch, NextOffset, Partition, lag
+from pipeline.positions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
 from pipeline.source import Brokers, KafkaSource
 
@@ -188,14 +188,6 @@ class Takeover:
             ownership.describe(db, partition, claim.epoch, source)
             size = self._settings.repeat_window
             seen = ownership.recent(db, partition, claim.next_offset, size)
-        log.info(
-            "partition_claimed",
-            topic=partition.topic,
-            partition=partition.number,
-            epoch=claim.epoch,
-            next_offset=claim.next_offset,
-            lag=lag(claim.next_offset, high),
-        )
         known_id = now.topic_id or claim.topic_id
         return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
 

@@ -40,6 +40,8 @@ BACK_OFF_S_MIN = 0.1
 BACK_OFF_S_MAX = 10.0
 GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
+CAUGHT_UP_S_MIN = 60.0
+"""How often, at most, the log says that a backlog is worked off."""
 LISTEN_SLICE_S = 0.2
 """How often a wait looks whether it should stop."""
 
@@ -141,7 +143,7 @@ class _Loop:
         self._taken = 0
         self._outages = OutagePolicy(waits_forever=not until_end)
         self._failures = 0
-        self._was_behind = True
+        self._caught_up = CaughtUp(limits.batch_offsets_max)
 
     def run(self) -> None:
         while not self._stop.is_set():
@@ -181,7 +183,7 @@ class _Loop:
             moved = self._round(self._crew.share(standings))
             self._server_is_back()
             self._observe(Progress(self._taken, _furthest_behind(standings)))
-            self._tell(standings)
+            self._caught_up.saw(max((one.lag for one in standings), default=0), time.monotonic())
             if not moved:
                 hints.wait(self._limits.poll_interval, self._stop)
             elif not self._until_end and self._takes_all(standings):
@@ -241,12 +243,6 @@ class _Loop:
         )
         return done
 
-    def _tell(self, standings: Sequence[Standing]) -> None:
-        behind = any(one.lag for one in standings)
-        if behind != self._was_behind and not behind:
-            log.info("projection_caught_up", taken=self._taken)
-        self._was_behind = behind
-
     def _wait_for_server(self, error: TransientError | ConfigurationError) -> None:
         self._outages.on_error(error)
         pause = min(BACK_OFF_S_MAX, BACK_OFF_S_MIN * 2**self._failures)
@@ -257,6 +253,27 @@ class _Loop:
     def _server_is_back(self) -> None:
         self._outages.on_success()
         self._failures = 0
+
+
+class CaughtUp:
+    """Logs that a backlog is worked off; events that come and go leave no line.
+
+    Args:
+        offsets_max: A lag of more than this, what one pass takes, is a backlog.
+    """
+
+    def __init__(self, offsets_max: int) -> None:
+        self._offsets_max = offsets_max
+        self._since: float | None = None
+        self._told_at = float("-inf")
+
+    def saw(self, lag: int, now: float) -> None:
+        """Note the largest lag of any partition, before a round."""
+        if lag > self._offsets_max:
+            self._since = self._since or now
+        elif self._since is not None and now - self._told_at > CAUGHT_UP_S_MIN:
+            log.info("projection_caught_up", after_s=round(now - self._since))
+            self._since, self._told_at = None, now
 
 
 def plan(standings: Sequence[Standing], offsets_max: int) -> list[Work]:

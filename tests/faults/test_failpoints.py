@@ -141,7 +141,7 @@ def test_a_process_that_was_stopped_where_no_transaction_is_open_gives_way(bench
         bench.wait_until_owner_of_all(heir)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
         overslept.resume()
-        overslept.wait_until_said("fenced", "fenced_by_group", "partition_claimed")
+        overslept.wait_until_said("fenced", "fenced_by_group", "partitions_claimed")
 
     bench.finish(feed.ledger)
 

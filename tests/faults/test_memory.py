@@ -45,7 +45,7 @@ def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
     with bench.database.connect(autocommit=False) as blocker:
         blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
         worker = bench.worker(batch_rows=BATCH_ROWS)
-        worker.wait_until_said("partition_claimed")
+        worker.wait_until_said("partitions_claimed")
         before = worker.address_space_kib() // 1024
         limit_memory(worker, ROOM_MIB)
         worker.wait_until_said("server_unavailable")

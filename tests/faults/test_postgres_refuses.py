@@ -259,7 +259,7 @@ def test_timeouts_that_are_set_for_the_role_end_nothing_of_ours(bench: Bench):
 
     bench.wait_until_projected(sent)
     bench.finish(sent)
-    assert not worker.said("server_unavailable", "database_not_asked"), worker.tail()
+    assert not worker.said("server_unavailable", "partitions_not_released"), worker.tail()
 
 
 # -------------------------------------------------------------------------------------- the schema

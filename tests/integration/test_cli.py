@@ -107,7 +107,7 @@ def test_a_signal_ends_run_with_0_after_the_batch_in_hand(commands, broker, data
     sent = produce(broker)
 
     with commands.started("run") as run:
-        run.until("partition_claimed")
+        run.until("partitions_claimed")
         run.tell(stopping)
         code = run.wait()
 
@@ -165,7 +165,7 @@ def test_a_stop_may_be_slow_and_still_ends_with_0(commands, broker):
     slow = commands.with_(enable_failpoints="1", failpoint="on_sigterm:sleep:0.2")
 
     with slow.started("run") as run:
-        run.until("partition_claimed")
+        run.until("partitions_claimed")
         run.tell(signal.SIGTERM)
 
         assert run.wait() == 0

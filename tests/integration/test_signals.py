@@ -4,7 +4,7 @@ import os
 import pty
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import cycle
 
@@ -119,31 +119,32 @@ def test_systemd_may_send_sighup_after_sigterm(commands):
 
 
 @pytest.fixture
-def busy(commands: Commands, given) -> Iterator[Commands]:
-    """A log with an event, whose read model somebody has locked."""
+def busy(commands: Commands, given) -> Iterator[tuple[Commands, Callable[[], None]]]:
+    """A log with an event, and what releases the lock that somebody has on it."""
     given([order_event("NEW", at=1)])
     done = commands.run("project", "--until-end")
     assert done.code == 0, done.err
     with given.database.connect(autocommit=False) as blocker:
         blocker.execute("LOCK TABLE upvest.orders, pipeline.consumer_offsets")
-        yield commands.with_(lock_timeout_ms="60000")
-        blocker.rollback()
+        yield commands.with_(lock_timeout_ms="60000"), blocker.rollback
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_command_that_is_ended_before_it_is_done_says_so_and_never_exits_with_0(
     busy, given, number
 ):
+    waiting, release = busy
     with (
-        busy.started("verify", "--only", "log") as verify,
-        busy.started("rebuild", "orders", "--check") as check,
-        busy.started("status") as status,
+        waiting.started("verify", "--only", "log") as verify,
+        waiting.started("rebuild", "orders", "users", "--check", "--jobs", "1") as check,
+        waiting.started("status") as status,
     ):
         wait(lambda: given.scalar(SESSIONS_THAT_WAIT) == 3)
         for process in (verify, check, status):
             process.tell(number)
-        given.execute("SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted")
-        codes = [process.wait() for process in (verify, check, status)]
+        codes = [verify.wait(), status.wait()]
+        release()
+        codes.append(check.wait())
 
     said = [*verify.err, *check.err, *status.err]
     assert codes == [128 + number] * 3, said

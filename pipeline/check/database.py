@@ -8,6 +8,7 @@ import psycopg
 from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.check.findings import Finding, ok, warning, wrong
+from pipeline.check.keying import look_at_keying
 from pipeline.check.promises import Promise
 from pipeline.check.rights import look_at_rights
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
@@ -32,6 +33,7 @@ def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterato
     with transaction(engine) as db:
         yield from look_at_rights(db)
         yield from _log(db)
+        yield from look_at_keying(db)
         yield from _read_models(db, projectors)
 
 

@@ -9,7 +9,7 @@ from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ConfigurationError
 from pipeline.signals import stopped_by_signals
-from pipeline.simulator import Chaos, Record, Simulation
+from pipeline.simulator import Chaos, Keying, Record, Simulation
 from pipeline.simulator.producer import Producer
 
 _PARTITIONS = 6
@@ -51,6 +51,13 @@ def simulate(
     partitions: Annotated[
         int, typer.Option(min=1, max=1000, help="Partitions of topics that are created.")
     ] = _PARTITIONS,
+    key_by: Annotated[
+        Keying,
+        typer.Option(
+            help="How Upvest keys the topic: by tenant, all events are in one partition; by user "
+            "or by entity, they spread."
+        ),
+    ] = Keying.USER,
     as_json: Annotated[
         bool, typer.Option("--json", help="At the end one JSON document, for programs.")
     ] = False,
@@ -63,6 +70,7 @@ def simulate(
     \b
     $ pipeline simulate --events 10000 --create-topics
     $ pipeline simulate --rate 200 --chaos
+    $ pipeline simulate --key-by tenant      # one partition gets everything
     """
     settings = settings_of(ctx)
     topic = topic or settings.topics[0]
@@ -78,6 +86,7 @@ def simulate(
             prices_topic=prices_topic,
             chaos=Chaos() if chaos else None,
             keep_books=False,
+            keying=key_by,
         )
 
         def observed() -> Iterator[Record]:

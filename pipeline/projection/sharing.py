@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import groupby
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -136,7 +137,16 @@ def shared_out(
     able = [member.worker for member in members if projector in member.projectors]
     if not able:
         return {}
-    return {one: able[turn % len(able)] for turn, one in enumerate(sorted(partitions))}
+    shares: dict[Partition, UUID] = {}
+    shift = 0
+    for turn, (_topic, same) in enumerate(groupby(sorted(partitions), lambda one: one.topic)):
+        # Keyed by tenant, the busy partition has one number in each topic. Where all shares are
+        # equal so far, the next topic may begin with another worker.
+        if turn and len(shares) % len(able) == 0:
+            shift += 1
+        begin = len(shares) + shift
+        shares |= {one: able[(begin + place) % len(able)] for place, one in enumerate(same)}
+    return shares
 
 
 class Crew:

@@ -2,7 +2,7 @@
 
 from pipeline.simulator.books import Books, Break
 from pipeline.simulator.chaos import Chaos, ChaosReport
-from pipeline.simulator.records import Record
+from pipeline.simulator.records import Keying, Record
 from pipeline.simulator.simulation import Simulation
 
-__all__ = ["Books", "Break", "Chaos", "ChaosReport", "Record", "Simulation"]
+__all__ = ["Books", "Break", "Chaos", "ChaosReport", "Keying", "Record", "Simulation"]

@@ -5,7 +5,7 @@ None of it changes the books: a reader that keeps its promises ends with the sam
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -93,12 +93,12 @@ class Disturber:
     Args:
         chaos: The rates.
         seed: Its own source of chance, so that the broker's events stay the same without it.
-        partitions: Of the topic whose records pass.
+        partitions: Those of the topic that get records.
         report: Where it counts what it does.
     """
 
     def __init__(
-        self, chaos: Chaos, seed: int | str, *, partitions: int, report: ChaosReport
+        self, chaos: Chaos, seed: int | str, *, partitions: Sequence[int], report: ChaosReport
     ) -> None:
         self._chaos = chaos
         self._random = Random(f"chaos {seed}")
@@ -135,7 +135,7 @@ class Disturber:
         return happens
 
     def _any_partition(self) -> int:
-        return int(self._random.random() * self._partitions)
+        return self._partitions[int(self._random.random() * len(self._partitions))]
 
     def _hold(self, record: Record) -> None:
         due = self._passed + 1 + int(self._random.random() ** 2 * _DELAY_MAX)
@@ -143,10 +143,10 @@ class Disturber:
         heapq.heappush(self._held, (due, self._holds, record))
 
     def _repeat(self, record: Record) -> None:
-        if self._random.random() < 0.25 and self._partitions > 1:
+        if self._random.random() < 0.25 and len(self._partitions) > 1:
             self._report.counts["repeat_elsewhere"] += 1
-            step = 1 + int(self._random.random() * (self._partitions - 1))
-            elsewhere = ((record.partition or 0) + step) % self._partitions
+            step = 1 + int(self._random.random() * (len(self._partitions) - 1))
+            elsewhere = ((record.partition or 0) + step) % len(self._partitions)
             self._hold(record._replace(partition=elsewhere))
         else:
             self._report.counts["repeat"] += 1

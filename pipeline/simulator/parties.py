@@ -147,8 +147,8 @@ class Group:
 
     @property
     def key(self) -> bytes:
-        """What the producer partitions by."""
-        return self.id.encode()
+        """What the producer partitions by: its holder's, so that a user's events stay in order."""
+        return self.holder.key
 
     @property
     def user_id(self) -> str | None:

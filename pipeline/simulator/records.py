@@ -1,11 +1,12 @@
 """Events become Kafka records, as a producer at Upvest might write them.
 
-Upvest's public documentation says one JSON event per record, in UTF-8; it does not say how records
-are keyed or partitioned. Here the key is the account group's, user's or instrument's id, and the
-partition is what the default partitioner of Kafka's own client makes of it.
+Upvest's public documentation says one JSON event per record, in UTF-8, in a topic of 6 partitions,
+keyed by tenant, by user or by entity (``Keying``). The partition is what the default partitioner of
+Kafka's own client makes of the key.
 """
 
 from collections.abc import Sequence
+from enum import StrEnum
 from functools import lru_cache
 from random import Random
 from typing import Final, NamedTuple
@@ -14,6 +15,24 @@ import orjson
 
 from pipeline.simulator.market import Instrument
 from pipeline.simulator.timeline import SimulatedEvent
+
+
+class Keying(StrEnum):
+    """By what a topic's records are partitioned; Upvest states it per topic.
+
+    Within one key events are in order; two keys may share a partition.
+    """
+
+    TENANT = "tenant"
+    """All events of a client: one partition has everything, the others stay empty."""
+    USER = "user"
+    """The user or business that an event is about, instruments by themselves."""
+    ENTITY = "entity"
+    """The order, execution, account … itself."""
+
+
+TENANT: Final = b"0d4c8a1e-7f3b-4b52-9a6e-2c1f5e8d7b90"
+"""The key of all records of the one tenant that is simulated."""
 
 Headers = Sequence[tuple[str, bytes | None]]
 
@@ -76,11 +95,19 @@ class Recorder:
         topic: Where events go.
         partitions: Of that topic.
         prices_topic: Where price ticks go.
+        keying: By what records are partitioned.
     """
 
     def __init__(
-        self, seed: int | str, *, topic: str, partitions: int, prices_topic: str | None
+        self,
+        seed: int | str,
+        *,
+        topic: str,
+        partitions: int,
+        prices_topic: str | None,
+        keying: Keying = Keying.USER,
     ) -> None:
+        self._keying = keying
         self._random = Random(f"records {seed}")
         self._topic = topic
         self._partitions = partitions
@@ -95,14 +122,26 @@ class Recorder:
             headers = (("content-type", b"application/json"), ("trace-id", trace))
             if dice < 0.01:  # names may repeat, values may be missing or no text
                 headers = (*headers, ("trace-id", None), ("binary", b"\x00\xff\xfe"))
+        key = self._key(told)
         return Record(
             self._topic,
-            partition_of(told.key, self._partitions),
-            told.key,
+            partition_of(key, self._partitions),
+            key,
             encode(told.event),
             headers,
             told.occurred_ns // 1_000_000,
         )
+
+    def _key(self, told: SimulatedEvent) -> bytes:
+        match self._keying:
+            case Keying.TENANT:
+                return TENANT
+            case Keying.USER:
+                return told.key
+            case Keying.ENTITY:
+                identity = told.event["object"].get("id")
+                # Balances and positions have no id of their own: those of what they belong to.
+                return str(identity).encode() if identity else told.key
 
     def price(self, instruments: Sequence[Instrument], timestamp_ms: int) -> Record | None:
         """Now and then a tick of some instrument's price: JSON, but no event.
@@ -118,6 +157,5 @@ class Recorder:
             "currency": instrument.currency,
             "time": timestamp_ms,
         }
-        return Record(
-            self._prices_topic, None, instrument.isin.encode(), encode(tick), (), timestamp_ms
-        )
+        key = TENANT if self._keying is Keying.TENANT else instrument.isin.encode()
+        return Record(self._prices_topic, None, key, encode(tick), (), timestamp_ms)

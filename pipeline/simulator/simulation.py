@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pipeline.simulator.books import Books
 from pipeline.simulator.broker import Broker
 from pipeline.simulator.chaos import Chaos, ChaosReport, Disturber
-from pipeline.simulator.records import Record, Recorder
+from pipeline.simulator.records import TENANT, Keying, Record, Recorder, partition_of
 
 
 class Simulation:
@@ -25,6 +25,7 @@ class Simulation:
         keep_books: Keep the books; they grow with the run, everything else is bounded.
         customers: Account groups at which onboarding stops.
         start: The simulation's first day, YYYY-MM-DD.
+        keying: By what the records are partitioned; by tenant, all are in one partition.
 
     Attributes:
         report: What chaos has done so far.
@@ -42,14 +43,16 @@ class Simulation:
         keep_books: bool = True,
         customers: int = 400,
         start: str = "2026-01-05",
+        keying: Keying = Keying.USER,
     ) -> None:
         self.report = ChaosReport()
         self._broker = Broker(seed, customers=customers, start=start)
         self._recorder = Recorder(
-            seed, topic=topic, partitions=partitions, prices_topic=prices_topic
+            seed, topic=topic, partitions=partitions, prices_topic=prices_topic, keying=keying
         )
+        used = [partition_of(TENANT, partitions)] if keying is Keying.TENANT else range(partitions)
         self._disturber = (
-            Disturber(chaos, seed, partitions=partitions, report=self.report) if chaos else None
+            Disturber(chaos, seed, partitions=used, report=self.report) if chaos else None
         )
         self._books = Books() if keep_books else None
         self._records = self._run(events)

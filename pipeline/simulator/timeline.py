@@ -31,7 +31,7 @@ class SimulatedEvent(NamedTuple):
     """One event of the broker, before anybody has put it into bytes.
 
     Attributes:
-        key: What a producer would partition by: the account group's, user's or instrument's id.
+        key: Whose it is: the id of the user, business or instrument.
         event: The envelope with the object in it.
         occurred_ns: Nanoseconds since 1970; every event has a later one than the event before.
     """

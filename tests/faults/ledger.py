@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from pipeline.positions import Partition
-from pipeline.simulator import Books, Chaos, Record, Simulation
+from pipeline.simulator import Books, Chaos, Keying, Record, Simulation
 from pipeline.simulator.chaos import ChaosReport
 from pipeline.simulator.producer import Producer
 
@@ -198,6 +198,7 @@ class Feed:
         seed: Printed, for a failure to be repeated.
         keep_books: They cost 400 bytes an event; like ``keep_values`` if None.
         into: The ledger to go on with; a new one if None.
+        keying: By what the records are partitioned.
     """
 
     def __init__(
@@ -213,6 +214,7 @@ class Feed:
         keep_values: bool = True,
         keep_books: bool | None = None,
         into: Ledger | None = None,
+        keying: Keying = Keying.USER,
     ) -> None:
         print(f"simulated with seed={seed}")
         self.ledger = Ledger(keep_values=keep_values) if into is None else into
@@ -223,6 +225,7 @@ class Feed:
             partitions=partitions,
             chaos=chaos,
             keep_books=keep_values if keep_books is None else keep_books,
+            keying=keying,
         )
         self._options = {"bootstrap.servers": bootstrap_servers}
         self._rate = rate

@@ -13,7 +13,6 @@ import pytest
 import structlog
 
 import pipeline
-from pipeline.cli import tally
 from pipeline.cli.tally import Tally
 from pipeline.ingest import Progress as Ingested
 from pipeline.projection.loop import CAUGHT_UP_S_MIN, CaughtUp
@@ -110,7 +109,7 @@ class Quiet:
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(tally.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.cli.tally.time.monotonic", lambda: now[0])
     return now
 
 

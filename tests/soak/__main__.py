@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipeline.simulator import Keying
 from tests.soak.run import soak
 
 
@@ -18,7 +19,7 @@ def main() -> int:
     """
     arguments = _arguments()
     folder = Path(tempfile.mkdtemp(prefix="pipeline-soak-"))
-    report = soak(arguments.seed, arguments.minutes, folder)
+    report = soak(arguments.seed, arguments.minutes, folder, keying=arguments.key_by)
     print(report)
     if not report.has_passed:
         print(f"logs and the list of faults: {folder}", file=sys.stderr)
@@ -31,6 +32,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5, help="how long faults come (5)")
     parser.add_argument("--seed", type=int, default=None, help="drawn and printed if left out")
+    parser.add_argument(
+        "--key-by",
+        type=Keying,
+        choices=list(Keying),
+        default=None,
+        help="how the topic is keyed; drawn from the seed if left out",
+    )
     arguments = parser.parse_args()
     if arguments.seed is None:
         arguments.seed = random.randrange(10**6)

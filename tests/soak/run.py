@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.simulator import Keying
 from tests.soak import judge as judging
 from tests.soak.analyst import Analyst
 from tests.soak.availability import Availability
@@ -36,6 +37,7 @@ class Report:
 
     seed: int
     protocol: str = "?"
+    keying: str = "?"
     seconds: float = 0.0
     events: int = 0
     storms: int = 0
@@ -64,7 +66,7 @@ class Report:
     def __str__(self) -> str:
         done = self.judgement
         lines = [
-            ("seed", f"{self.seed}, group protocol {self.protocol}"),
+            ("seed", f"{self.seed}, group protocol {self.protocol}, keyed by {self.keying}"),
             ("minutes", f"{self.seconds / 60:.1f}, {self.storms} storms"),
             ("events", f"{self.events:,} at {PER_SECOND} a second"),
             ("log", f"{done.records:,} records as Kafka holds them and the producer sent them"),
@@ -96,21 +98,26 @@ class Report:
         return "\n".join(f"{name:<17} {value}" for name, value in lines)
 
 
-def soak(seed: int, minutes: float, folder: Path) -> Report:
+def soak(seed: int, minutes: float, folder: Path, *, keying: Keying | None = None) -> Report:
     """Run everything at once under faults drawn from the seed, and judge what is left.
 
     Args:
-        seed: Of the producer's events, the faults, and the group's protocol.
+        seed: Of the producer's events, the faults, the group's protocol and the topic's keying.
         minutes: How long records and faults come; start and judgement take another one or two.
         folder: For the logs of the workers and the list of faults.
+        keying: By what the records are partitioned; drawn from the seed if None.
     """
     report = Report(seed)
     journal = Journal(folder)
     used = _cpu_seconds()
-    with _library_log(folder / "producer.log"), World.made(seed, journal, folder) as world:
-        report.protocol = world.protocol
+    with _library_log(folder / "producer.log"), World.made(seed, journal, folder, keying) as world:
+        report.protocol, report.keying = world.protocol, world.keying
         journal.began = time.monotonic()
-        _say(journal, f"seed {seed}, group protocol {world.protocol}, {minutes:g} minutes")
+        _say(
+            journal,
+            f"seed {seed}, group protocol {world.protocol}, keyed by {world.keying}, "
+            f"{minutes:g} minutes",
+        )
         with (
             Availability(world.bench.database, world.ends, journal) as availability,
             Analyst(world.bench.database, journal) as analyst,

@@ -15,7 +15,7 @@ from pipeline.embedded.postgres import PostgresServer
 from pipeline.migrate import migrate
 from pipeline.positions import Partition
 from pipeline.projectors import discover
-from pipeline.simulator import Chaos
+from pipeline.simulator import Chaos, Keying
 from tests import waiting
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, Worker
 from tests.faults.ledger import Feed, LeanLedger
@@ -105,6 +105,7 @@ class World:
 
     Attributes:
         protocol: How the workers' group divides the partitions, drawn from the seed.
+        keying: By what the records are partitioned; by tenant, one partition of six has all.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class World:
         kafka: KafkaServer,
         database: Database,
         folder: Path,
+        keying: Keying | None,
     ) -> None:
         chance = random.Random(f"{seed} world")
         self.seed = seed
@@ -122,6 +124,8 @@ class World:
         self.postgres = postgres
         self.kafka = kafka
         self.protocol = chance.choice(sorted(PROTOCOLS))
+        # Of its own chance, so that the seeds of before give the same faults.
+        self.keying = keying or random.Random(f"{seed} keying").choice(list(Keying))
         self.bench = Bench(kafka, database, TOPIC, PARTITIONS, folder)
         self.ledger = LeanLedger()
         self.feed: Feed = self.bench.feed(
@@ -131,6 +135,7 @@ class World:
             keep_values=False,
             keep_books=True,
             into=self.ledger,
+            keying=self.keying,
         )
         self.slots: dict[str, Slot] = {}
         self._chance = chance
@@ -139,7 +144,9 @@ class World:
 
     @classmethod
     @contextmanager
-    def made(cls, seed: int, journal: Journal, folder: Path) -> Iterator["World"]:
+    def made(
+        cls, seed: int, journal: Journal, folder: Path, keying: Keying | None
+    ) -> Iterator["World"]:
         """Servers, topic, database, proxies and two workers, for the length of the block."""
         with ExitStack() as kept:
             # Everything that makes a commit last is at its default, for it is crashed.
@@ -148,7 +155,7 @@ class World:
             kafka.create_topic(TOPIC, PARTITIONS)
             database = kept.enter_context(fresh_database(postgres))
             migrate(database.url)
-            world = cls(seed, journal, postgres, kafka, database, folder)
+            world = cls(seed, journal, postgres, kafka, database, folder, keying)
             kept.callback(world._end)
             for name in SLOTS:
                 proxy = kept.enter_context(Proxy.before(database.url))

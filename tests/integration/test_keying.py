@@ -1,0 +1,132 @@
+"""One partition does all the work, or all share it: the three ways in which Upvest keys a topic."""
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+import pytest
+
+from pipeline.check.keying import Seen, finding, keying_of, look_at_keying
+from pipeline.db import transaction
+from pipeline.log.search import ranges
+from pipeline.positions import Partition
+from pipeline.projection.sharing import Member, shared_out
+from pipeline.simulator import Chaos, Keying, Simulation
+from pipeline.simulator.producer import Producer
+from tests.commands import on_mock
+
+TOPIC = "Notifications"
+PARTITIONS = 6
+EVENTS = 3_000
+NOW = datetime(2026, 1, 5, tzinfo=UTC)
+
+
+def simulated(keying: Keying, **options) -> Simulation:
+    return Simulation(
+        7, events=EVENTS, topic=TOPIC, partitions=PARTITIONS, keying=keying, **options
+    )
+
+
+@pytest.mark.parametrize("chaos", [None, Chaos()], ids=["calm", "chaos"])
+def test_by_tenant_one_partition_has_everything_and_otherwise_all_have_some(chaos):
+    used = {
+        keying: {record.partition for record in simulated(keying, chaos=chaos)} for keying in Keying
+    }
+
+    assert len(used[Keying.TENANT]) == 1
+    assert used[Keying.USER] == used[Keying.ENTITY] == set(range(PARTITIONS))
+
+
+def test_the_keying_changes_no_event():
+    values = [[record.value for record in simulated(keying)] for keying in Keying]
+
+    assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("keying", Keying)
+def test_check_sees_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
+    keying, given, mock_broker
+):
+    """All else that the log, its segments and read models promise holds too."""
+    mock_broker.create_topic(TOPIC, PARTITIONS)
+    commands = on_mock(given.database, mock_broker).with_(segment_offsets="1000")
+    records = list(simulated(keying))
+    with Producer({"bootstrap.servers": mock_broker.bootstrap_servers}) as producer:
+        producer.produce(records)
+
+    ingested = commands.run("run", "--until-end")
+    checked = commands.run("rebuild", "--all", "--check", "--jobs", "3")
+    verified = commands.run("verify", "--only", "log")
+    status = commands.run("status", "--json")
+
+    assert [ingested.code, checked.code, verified.code] == [0, 0, 0], ingested.err + checked.err
+    with transaction(given.engine) as db:
+        [found] = list(look_at_keying(db))
+        held = {place: of.end for place, of in ranges(db).items()}
+    assert f"is keyed by {keying}" in found.text, found
+    sent = Counter(record.partition for record in records)
+    assert {place.number: end for place, end in held.items()} == {
+        number: sent[number] for number in range(PARTITIONS)
+    }
+    assert status.json["lag"] == 0
+    spans = given.scalar("SELECT count(*) FROM pipeline.segments WHERE topic = 'Notifications'")
+    # Each offset that is used has a segment, and at most one is made ahead.
+    assert max(sent.values()) <= spans * 1000 <= max(sent.values()) + 2000
+
+
+def seen(**changed) -> Seen:
+    well = Seen(TOPIC, 6, 5000, 6, 0, users=100, stray_users=0, entities=900, stray_entities=0)
+    return well._replace(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "keying", "says"),
+    [
+        ({}, "user", "Up to 6 workers share"),
+        ({"stray_users": 5}, "user", "Up to 6"),
+        ({"stray_users": 60}, "entity", "keyed by entity"),
+        ({"stray_users": 60, "stray_entities": 300}, "mixed", "neither by tenant nor by user"),
+        ({"used": 1, "busiest": 4}, "tenant", "partition 4 of 6. One worker ingests"),
+        ({"partitions": 1, "used": 1}, "one partition", "more workers bring nothing"),
+        ({"records": 99, "used": 1}, "too little", "99 recent records are too few"),
+        ({"users": 3, "entities": 3}, "too little", "too few"),
+        ({"records": 0, "used": 0, "busiest": None}, "too little", "0 recent records"),
+    ],
+)
+def test_what_the_log_shows_is_told_with_what_more_workers_bring(changed, keying, says):
+    found = finding(seen(**changed))
+
+    assert keying_of(seen(**changed)) == keying
+    assert says in found.text
+    assert found.exit_code == 0
+
+
+# --------------------------------------------------------------------------------- sharing the work
+
+
+def shares(workers_: int, topics: Mapping[str, int]) -> dict[Partition, UUID]:
+    members = [Member(uuid4(), "host", number, NOW, ["orders"]) for number in range(workers_)]
+    partitions = [Partition(topic, n) for topic, count in topics.items() for n in range(count)]
+    return dict(shared_out(members, "orders", partitions))
+
+
+@pytest.mark.parametrize("workers_", range(1, 13))
+@pytest.mark.parametrize(
+    "topics", [{"a": 6, "b": 6}, {"a": 6, "b": 6, "c": 6}, {"a": 50}, {"a": 1, "b": 7, "c": 3}]
+)
+def test_shares_differ_by_one_at_most_whatever_the_topics(workers_, topics):
+    dealt = Counter(shares(workers_, topics).values())
+    counts = [*dealt.values(), *[0] * (workers_ - len(dealt))]
+
+    assert sum(counts) == sum(topics.values())
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("workers_", range(2, 13))
+def test_the_busy_partitions_of_two_topics_are_two_workers(workers_):
+    """Keyed by tenant, they have the same number."""
+    dealt = shares(workers_, {"Notifications": 6, "Prices": 6})
+
+    for number in range(6):
+        assert dealt[Partition("Notifications", number)] != dealt[Partition("Prices", number)]

@@ -139,9 +139,10 @@ class Recorder:
             case Keying.USER:
                 return told.key
             case Keying.ENTITY:
-                identity = told.event["object"].get("id")
-                # Balances and positions have no id of their own: those of what they belong to.
-                return str(identity).encode() if identity else told.key
+                # Balances and positions have no id of their own, but that of what they belong to.
+                thing = told.event["object"]
+                names = ("id", "account_id", "account_group_id", "user_id")
+                return next((str(thing[one]).encode() for one in names if one in thing), told.key)
 
     def price(self, instruments: Sequence[Instrument], timestamp_ms: int) -> Record | None:
         """Now and then a tick of some instrument's price: JSON, but no event.

@@ -6,13 +6,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import ingest, latency, memory, projection, recovery, rivals, scale, workers
+from benchmarks import ingest, keying, latency, memory, projection, recovery, rivals, scale, workers
 from benchmarks.report import PLOTS, Section, heading, this_run, with_new
 from benchmarks.stage import Stage, set_up
 from pipeline import logs
 
 RESULTS = Path(__file__).parent / "results.md"
-PARTS = ("ingest", "rivals", "projection", "workers", "latency", "recovery", "scale", "memory")
+PARTS = (
+    "ingest",
+    "rivals",
+    "projection",
+    "workers",
+    "keying",
+    "latency",
+    "recovery",
+    "scale",
+    "memory",
+)
 
 
 def main() -> int:
@@ -53,6 +63,8 @@ def _sections(stage: Stage, arguments: argparse.Namespace) -> Iterator[Section]:
         yield projection.measure(stage, rows, pairs)
     if "workers" in arguments.only:
         yield workers.measure(stage, pairs, quick=arguments.quick)
+    if "keying" in arguments.only:
+        yield keying.measure(stage, pairs, quick=arguments.quick)
     if "latency" in arguments.only:
         yield latency.measure(stage, quick=arguments.quick)
     if "recovery" in arguments.only:

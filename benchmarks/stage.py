@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.embedded.postgres import PostgresServer
 from pipeline.migrate import migrate
-from pipeline.simulator import Simulation
+from pipeline.simulator import Keying, Simulation
 from pipeline.simulator.producer import Producer
 from pipeline.simulator.records import Record
 from tests.servers import Kafka, KafkaServer, Postgres, find_kafka, find_postgres
@@ -90,6 +90,7 @@ class Stage:
         size: int | None = None,
         topic: str | None = None,
         partitions: int = PARTITIONS,
+        keying: Keying = Keying.USER,
     ) -> str:
         """A topic with so many simulated events; its name.
 
@@ -99,12 +100,18 @@ class Stage:
             size: Bytes of each value, see ``sized``; None for the sizes that they have.
             topic: Put them behind what this one has; None for a new one.
             partitions: How many the topic has.
+            keying: By what its records are partitioned; by tenant, one partition has them all.
         """
         if topic is None:
             topic = f"benchmark-{events}-{secrets.token_hex(3)}"
             self.kafka.create_topic(topic, partitions)
         simulated = Simulation(
-            seed=SEED, events=None, topic=topic, partitions=partitions, keep_books=False
+            seed=SEED,
+            events=None,
+            topic=topic,
+            partitions=partitions,
+            keep_books=False,
+            keying=keying,
         )
         about_it = (record for record in simulated if about in (record.value or b""))
         wanted = about_it if size is None else sized(about_it, size)

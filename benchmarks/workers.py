@@ -98,13 +98,14 @@ def _projecting(stage: Stage, events: int, turns: int, to_measure: Sequence[int]
             connection.execute("VACUUM ANALYZE")
         for _ in range(turns):
             for workers in to_measure:
-                run = _projected(stage, database, events, workers)
+                run = projected(stage, database, events, workers)
                 assert one_row(database, CONTENT) == wanted
                 ways.setdefault(f"pipeline project, {_workers(workers)}", []).append(run)
     return ways
 
 
-def _projected(stage: Stage, database: Database, events: int, workers: int) -> Run:
+def projected(stage: Stage, database: Database, events: int, workers: int) -> Run:
+    """Fill all read models again from the log of a database."""
     with database.connect() as connection:
         empty_all(connection)
     stage.settle()

@@ -161,6 +161,17 @@ class DeletedTopicError(RefusedError):
         )
 
 
+class ForbiddenTopicError(RefusedError):
+    """Kafka does not let this user see or read the topic; it continues once the right is there."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+    def __init__(self, partition: Partition, why: str) -> None:
+        super().__init__(
+            partition, f"{why}. Nothing is lost; reading continues when the right is there"
+        )
+
+
 class WrongClusterError(RefusedError):
     """The brokers belong to another Kafka cluster than the one whose records are in the log."""
 

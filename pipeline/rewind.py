@@ -19,7 +19,7 @@ from sqlalchemy import Engine, text
 
 from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import DeletedTopicError, RefusedError
+from pipeline.errors import RefusedError
 from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.takeover import another_topic
@@ -92,7 +92,7 @@ def plan(
     with brokers.probing():
         for partition in sorted(partitions):
             if partition.number >= counts.get(partition.topic, 0):
-                raise DeletedTopicError(partition)
+                raise brokers.why_gone(partition)
             with transaction(engine) as db:
                 claim = ownership.recorded(db)[partition]
                 last = ownership.last_record(db, partition, claim.next_offset)

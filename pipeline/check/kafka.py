@@ -1,7 +1,7 @@
 """Kafka's half: connection, topics, group, and whether it still is what the log was read from."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
@@ -15,7 +15,7 @@ from pipeline.errors import ExitCode, TransientError
 from pipeline.log import ownership
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
-from pipeline.source import Brokers
+from pipeline.source import Access, Brokers, right_to_ask_for, user_of, why_not_visible
 
 COORDINATOR_S_MAX = 15.0
 """Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
@@ -108,23 +108,57 @@ def _cluster(cluster: str, known: _Known) -> Iterator[Finding]:
 
 
 def _topics(brokers: Brokers, settings: Settings, there: Mapping[str, int]) -> Iterator[Finding]:
+    absent = [topic for topic in settings.topics if topic not in there]
+    access = brokers.access(absent) if absent else {}
     for topic in settings.topics:
         if topic not in there:
-            seen = ", ".join(sorted(name for name in there if name[:2] != "__")[:20])
-            yield wrong(
-                "kafka",
-                f"topic {topic} does not exist or is hidden from this user",
-                f"set PIPELINE_TOPICS; there are {seen or 'none'}",
-                Promise.NO_SILENT_LOSS,
-                Promise.BOUNDED_MEMORY,
-                code=ExitCode.CONFIGURATION,
-            )
+            why = why_not_visible(settings, topic, access.get(topic, Access.ABSENT))
+            yield missing_topic(settings, why, absent, there)
             continue
         yield ok("kafka", f"topic {topic}: {there[topic]} partitions")
+        yield may_read(brokers, settings, topic)
         told = brokers.topic_settings(topic)
         yield from retention(topic, told, timedelta(hours=settings.longest_outage_hours))
         yield from replication(topic, told, brokers.replicas(topic))
         yield record_size(topic, told, settings.batch_bytes)
+
+
+def missing_topic(
+    settings: Settings, why: str, absent: Sequence[str], there: Collection[str]
+) -> Finding:
+    """A topic of the default list may be missing; one that somebody configured may not."""
+    seen = ", ".join(sorted(name for name in there if name[:2] != "__")[:20])
+    touched = (Promise.NO_SILENT_LOSS, Promise.BOUNDED_MEMORY)
+    if "topics" not in settings.model_fields_set and len(absent) < len(settings.topics):
+        rest = ",".join(one for one in settings.topics if one not in absent)
+        return warning(
+            "kafka",
+            f"{why}; the other topics are read",
+            f"have Upvest provide it (Prices needs a contract of its own), or set "
+            f"PIPELINE_TOPICS={rest}",
+            *touched,
+        )
+    return wrong(
+        "kafka",
+        why,
+        f"or set PIPELINE_TOPICS; Kafka shows {seen or 'no topic'}",
+        *touched,
+        code=ExitCode.CONFIGURATION,
+    )
+
+
+def may_read(brokers: Brokers, settings: Settings, topic: str) -> Finding:
+    """Whether Kafka gives a record of a topic; it is asked for one."""
+    with brokers.probing():
+        if brokers.may_read(topic):
+            return ok("kafka", f"topic {topic}: {user_of(settings)} may read it")
+    return wrong(
+        "kafka",
+        f"topic {topic}: {user_of(settings)} may not read it (TOPIC_AUTHORIZATION_FAILED)",
+        f"ask for {right_to_ask_for(settings, 'READ', 'topic', topic)}",
+        Promise.NO_SILENT_LOSS,
+        code=ExitCode.CONFIGURATION,
+    )
 
 
 def retention(topic: str, told: Mapping[str, str], outage: timedelta) -> Iterator[Finding]:
@@ -256,19 +290,21 @@ def _group(
     partitions: Sequence[Partition],
     recorded: Recorded | None,
 ) -> Iterator[Finding]:
-    try:
-        feeds = _feeds(brokers, partitions)
-    except TransientError as error:
-        if "AUTHORIZATION" not in str(error):
-            raise
+    allowed = brokers.group_operations()
+    if allowed and not allowed & {"READ", "ALL"}:
         yield wrong(
             "kafka",
-            f"group {settings.group_id} is not to be read: {error}",
-            "ask for READ on the group, or set PIPELINE_GROUP_ID to one that you may use",
+            f"{user_of(settings)} may not join consumer group {settings.group_id} "
+            "(GROUP_AUTHORIZATION_FAILED)",
+            f"ask for {right_to_ask_for(settings, 'READ', 'group', settings.group_id)}; or set "
+            "PIPELINE_GROUP_ID to a group that you may use",
             Promise.NO_SILENT_LOSS,
             code=ExitCode.CONFIGURATION,
         )
         return
+    feeds = _feeds(brokers, partitions)
+    if not allowed:
+        yield unknown("kafka", f"whether {user_of(settings)} may join group {settings.group_id}")
     others = {str(one) for one in feeds.values() if recorded and one != recorded.installation}
     if others:
         yield wrong(

@@ -11,12 +11,18 @@ from functools import partial
 
 import structlog
 
-from pipeline.errors import DeletedTopicError, TransientError
+from pipeline.errors import (
+    DeletedTopicError,
+    ForbiddenTopicError,
+    RefusedError,
+    TransientError,
+)
 from pipeline.ingest.assignment import Assignment, tell_fenced
 from pipeline.ingest.machine import Machine
 from pipeline.ingest.takeover import Takeover
 from pipeline.log import ownership
 from pipeline.log.ownership import Place
+from pipeline.outages import GRACE_S
 from pipeline.positions import Partition
 from pipeline.source import Brokers
 
@@ -35,6 +41,8 @@ class Lookout:
 
     Attributes:
         absent: Configured topics that Kafka had not, when last looked at.
+        optional: Those of them that were never read, and need not be there.
+        arrived: Those that were optional, and are there now.
     """
 
     def __init__(
@@ -51,6 +59,9 @@ class Lookout:
         self._assignment = assignment
         self._topics = topics
         self.absent: frozenset[str] = frozenset()
+        self.optional: frozenset[str] = frozenset()
+        self.arrived: frozenset[str] = frozenset()
+        self._forbidden_since: float | None = None
 
     def look(self) -> None:
         """Look at everything once.
@@ -61,6 +72,7 @@ class Lookout:
         """
         # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
         if self._see_absent_topics():
+            self._see_rights()
             self._see_watermarks()
             self._see_topic_ids()
             self._see_other_databases()
@@ -68,9 +80,35 @@ class Lookout:
         self._see_places()
 
     @property
-    def refusals(self) -> Sequence[DeletedTopicError]:
+    def refusals(self) -> Sequence[RefusedError]:
         """Why an ingest of the absent topics is not complete."""
-        return [_deleted(topic) for topic in sorted(self.absent)]
+        return [self._why_gone(topic) for topic in sorted(self.absent - self.optional)]
+
+    def _why_gone(self, topic: str) -> RefusedError:
+        return self._brokers.why_gone(Partition(topic, 0))
+
+    def _see_rights(self) -> None:
+        """Topics that we were not allowed to read continue once we are.
+
+        Raises:
+            ForbiddenTopicError: None of them may be read, and this lasts.
+        """
+        forbidden = [
+            refusal
+            for refusal in self._assignment.refusals.values()
+            if isinstance(refusal, ForbiddenTopicError)
+        ]
+        topics = {refusal.partition.topic for refusal in forbidden} - self.absent
+        with self._brokers.probing():
+            readable = {topic for topic in topics if self._brokers.may_read(topic)}
+        self._assignment.retake([p for p in self._assignment.refusals if p.topic in readable])
+        if not forbidden or self._machine.owned:
+            self._forbidden_since = None
+            return
+        now = time.monotonic()
+        self._forbidden_since = self._forbidden_since or now
+        if now - self._forbidden_since > GRACE_S:
+            raise forbidden[0]
 
     def _see_watermarks(self) -> None:
         seen = []
@@ -92,11 +130,16 @@ class Lookout:
             log.debug("topics_not_seen", reason=str(error))
             return False
         absent = frozenset(self._topics) - there.keys()
-        for topic in sorted(absent - self.absent):
-            log.error("topic_gone", topic=topic, reason=str(_deleted(topic)))
+        self.arrived |= self.optional - absent
+        self.optional &= absent
+        for topic in sorted(absent - self.absent - self.optional):
+            why = self._why_gone(topic)
+            is_forbidden = isinstance(why, ForbiddenTopicError)
+            event = "topic_not_authorized" if is_forbidden else "topic_gone"
+            log.error(event, topic=topic, reason=str(why))
         self.absent = absent
         self._assignment.retake_topics(absent)
-        for topic in sorted(absent):
+        for topic in sorted(absent - self.optional):
             self._assignment.attempt(partial(self._takeover.miss, topic))
         self._assignment.retake(
             [
@@ -145,7 +188,3 @@ class Lookout:
         places: dict[Partition, Place] = {}
         self._assignment.query(lambda db: places.update(ownership.look(db, self._machine.owned)))
         tell_fenced(self._machine.looked(places, time.monotonic()))
-
-
-def _deleted(topic: str) -> DeletedTopicError:
-    return DeletedTopicError(Partition(topic, 0))

@@ -44,7 +44,7 @@ from pipeline.log.copying import encode
 from pipeline.outages import OutagePolicy
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
-from pipeline.source import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
+from pipeline.source import Access, KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
 
 log = structlog.get_logger(__name__)
 
@@ -177,7 +177,8 @@ class Ingest:
             )
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
-            self._source.join(Listener(self._on_assign, self._on_revoke, self._on_lost), begun)
+            listener = Listener(self._on_assign, self._on_revoke, self._on_lost)
+            self._lookout.optional = self._source.join(listener, begun)
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
@@ -290,12 +291,16 @@ class Ingest:
 
     def _on_lost(self, partitions: Collection[Partition]) -> None:
         failpoints.reach("in_on_lost")
-        log.warning(
-            "fenced_by_group",
-            partitions=sorted(map(str, partitions)),
-            reason="Kafka has given them to another member, for this process was silent for too "
-            "long; or their topic is gone",
-        )
+        # Of a topic that is gone or hidden the lookout reports what it is.
+        shown = self._source.brokers.access({partition.topic for partition in partitions})
+        fenced = [p for p in partitions if shown.get(p.topic, Access.VISIBLE) is Access.VISIBLE]
+        if fenced:
+            log.warning(
+                "fenced_by_group",
+                partitions=sorted(map(str, fenced)),
+                reason="Kafka has given them to another member: this process was silent for too "
+                "long",
+            )
         self._assignment.let_go(partitions, "partitions_lost")
 
     # ----------------------------------------------------------------------------- to the database
@@ -388,6 +393,10 @@ class Ingest:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
         self._lookout.look()
+        if arrived := self._lookout.arrived:
+            log.info("topic_available", topics=sorted(arrived))
+            self._lookout.arrived = frozenset()
+            self._source.subscribe(arrived)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
-    DeletedTopicError,
+    ForbiddenTopicError,
     RecreatedTopicError,
     RefusedError,
     RetentionGapError,
@@ -26,7 +26,7 @@ from pipeline.log import ownership
 from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
 from pipeline.positions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
-from pipeline.source import Brokers, KafkaSource
+from pipeline.source import Brokers, KafkaSource, why_not_readable
 
 log = structlog.get_logger(__name__)
 
@@ -85,10 +85,14 @@ class Takeover:
             taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
         others = self.other_databases(topics)
         with self._source.brokers.probing():
+            readable = {topic for topic in topics if self._source.brokers.may_read(topic)}
             for partition in sorted(set(partitions) - taken.keys()):
-                if partition.topic in topics:
+                if partition.topic in readable:
                     now = Origin(cluster_id, topic_ids.get(partition.topic))
                     taken[partition] = self._take(partition, now, others.get(partition.topic))
+                elif partition.topic in topics:
+                    why = why_not_readable(self._settings, partition.topic)
+                    taken[partition] = self._halt(partition, ForbiddenTopicError(partition, why))
                 else:
                     taken[partition] = self._miss(partition)
         return {partition: taken[partition] for partition in sorted(partitions)}
@@ -106,7 +110,9 @@ class Takeover:
             self._miss(partition)
 
     def _miss(self, partition: Partition) -> RefusedError:
-        refusal = DeletedTopicError(partition)
+        return self._halt(partition, self._source.brokers.why_gone(partition))
+
+    def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
         with transaction(self._engine) as db:
             if partition.number in ownership.known_partitions(db, partition.topic):
                 claim = ownership.claim(db, partition, self._owner)

@@ -22,6 +22,15 @@ _QUEUE_KBYTES_MAX: Final = 64 * 1024
 _WAIT_SECONDS: Final = 0.05
 _RECORDS_PER_POLL: Final = 100
 
+_NOT_ALLOWED: Final = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        # Kafka's answer where no topic at all may be written.
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+
 Delivered = Callable[[str, int, Offset, Record], None]
 """Called with topic, partition, offset and record, once the brokers have it for good."""
 
@@ -54,6 +63,8 @@ class Producer:
         self._on_delivery = on_delivery
         self._simulated_time = simulated_time
         self._failed: KafkaError | None = None
+        self._topic_failed: str | None = None
+        self._topic_last: str | None = None
         self._topics: dict[str, int] = {}
         try:
             self._client = KafkaProducer(
@@ -79,7 +90,7 @@ class Producer:
         if failure is not None:
             # What is still queued is given up, or leaving would wait for the brokers.
             self._client.purge()
-        self._client.flush(_ANSWER_SECONDS_MAX)
+        self._flush(_ANSWER_SECONDS_MAX)
 
     def create_topics(self, *topics: str, partitions: int) -> None:
         """Create the topics that do not exist, with the brokers' replication."""
@@ -93,6 +104,8 @@ class Producer:
                 error = refused.args[0]
                 if error.code() == KafkaError._TIMED_OUT:  # noqa: SLF001 - the client's public name
                     raise TransientError(f"topic {topic}: {error.str()}") from None
+                if error.code() in _NOT_ALLOWED:
+                    raise self._not_allowed("CREATE", topic, error) from None
                 if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     raise ConfigurationError(f"topic {topic}: {error.str()}") from None
 
@@ -106,7 +119,12 @@ class Producer:
                 raise TransientError(f"Kafka did not answer: {failed.args[0].str()}") from None
             self._topics = {name: len(one.partitions) for name, one in found.items()}
         if topic not in self._topics:
-            raise ConfigurationError(f"topic {topic} does not exist on these brokers")
+            user = self._options.get("sasl.username")
+            raise ConfigurationError(
+                f"Kafka shows no topic {topic}{f' to user {user}' if user else ''}: it does not "
+                "exist, or the right DESCRIBE (or WRITE) on it is missing. Make it with "
+                "--create-topics, or ask for WRITE on it"
+            )
         return self._topics[topic]
 
     def produce(self, records: Iterable[Record], *, rate: float | None = None) -> int:
@@ -132,11 +150,20 @@ class Producer:
 
     def flush(self) -> None:
         """Wait until the brokers have everything sent so far; librdkafka bounds how long."""
-        while self._client.flush(_WAIT_SECONDS):
+        while self._flush(_WAIT_SECONDS):
             self._check()
         self._check()
 
+    def _flush(self, seconds: float) -> int:
+        """Wait for confirmations; how many are missing. A fatal error of the client is kept."""
+        try:
+            return self._client.flush(seconds)
+        except KafkaException as failed:
+            self._failed = self._failed or failed.args[0]
+            return 0
+
     def _send(self, record: Record) -> None:
+        self._topic_last = record.topic
         if record.topic not in self._topics:
             self.partitions(record.topic)
         while True:
@@ -153,13 +180,16 @@ class Producer:
             except BufferError:
                 self._serve(_WAIT_SECONDS)
             except KafkaException as failed:
-                raise TransientError(f"not produced: {failed.args[0].str()}") from None
+                self._failed = self._failed or failed.args[0]
+                self._topic_failed = self._topic_failed or record.topic
+                self._check()
             else:
                 return
 
     def _delivered(self, record: Record, error: KafkaError | None, message: Message) -> None:
         if error is not None:
-            self._failed = self._failed or error
+            if self._failed is None:
+                self._failed, self._topic_failed = error, record.topic
             return
         topic, partition, offset = message.topic(), message.partition(), message.offset()
         if self._on_delivery is not None and topic is not None:
@@ -171,9 +201,26 @@ class Producer:
             self._serve(min(left, _WAIT_SECONDS))
 
     def _serve(self, seconds: float) -> None:
-        self._client.poll(seconds)
+        try:
+            self._client.poll(seconds)
+        except KafkaException as failed:
+            self._failed = self._failed or failed.args[0]
         self._check()
 
     def _check(self) -> None:
         if self._failed is not None:
+            # Given as a fatal error it has another code, and only its text tells.
+            if self._failed.code() in _NOT_ALLOWED or (
+                "authorization failed" in self._failed.str().lower()
+            ):
+                topic = self._topic_failed or self._topic_last or "?"
+                raise self._not_allowed("WRITE", topic, self._failed)
             raise TransientError(f"a record was not delivered: {self._failed.str()}")
+
+    def _not_allowed(self, operation: str, topic: str, error: KafkaError) -> ConfigurationError:
+        user = self._options.get("sasl.username", "NAME")
+        return ConfigurationError(
+            f"Kafka refused {operation} on topic {topic} to user {user} ({error.name()}). Ask for "
+            f"it: kafka-acls.sh --add --allow-principal User:{user} --operation {operation} "
+            f"--topic {topic}"
+        )

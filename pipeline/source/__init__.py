@@ -5,11 +5,19 @@ written for monitoring and never read to decide where to go on; ``auto.offset.re
 always.
 """
 
+from pipeline.source.access import (
+    Access,
+    right_to_ask_for,
+    user_of,
+    why_not_readable,
+    why_not_visible,
+)
 from pipeline.source.brokers import Brokers, Piece, Watermarks
 from pipeline.source.client import client_version
 from pipeline.source.group import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
 
 __all__ = [
+    "Access",
     "Brokers",
     "KafkaSource",
     "Listener",
@@ -19,4 +27,8 @@ __all__ = [
     "ReachedEnd",
     "Watermarks",
     "client_version",
+    "right_to_ask_for",
+    "user_of",
+    "why_not_readable",
+    "why_not_visible",
 ]

@@ -24,10 +24,17 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec
 
-from pipeline.errors import InvariantError, TransientError
+from pipeline.errors import (
+    DeletedTopicError,
+    ForbiddenTopicError,
+    InvariantError,
+    RefusedError,
+    TransientError,
+)
 from pipeline.events import Record
 from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.settings import Settings
+from pipeline.source.access import Access, why_not_readable, why_not_visible
 from pipeline.source.client import (
     DATABASE_NAMED,
     LIBRARY_LOG,
@@ -50,6 +57,9 @@ ASK_S_MAX = 10.0
 """Longest wait for the answer to one question to the brokers."""
 TOPIC_ID_S_MAX = 2.0
 """Longest wait for a topic's id; some brokers never answer, and a fingerprint does as well."""
+COORDINATOR_S_MAX = 15.0
+"""Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
+COORDINATOR_POLL_S = 0.2
 PROBE_S_MAX = 10.0
 """Longest wait for one record, when the last stored one is compared with Kafka's."""
 READ_S_MAX = 10.0
@@ -93,7 +103,10 @@ class Brokers:
         self._admin = opened(
             lambda: AdminClient({**settings.kafka_client(), **listening}), settings
         )
-        self._reader_group = f"{settings.group_id}-probe"
+        # Readers take assigned partitions and no membership: the rights on the group suffice, and
+        # its members do not notice.
+        self._config.pop("group.instance.id", None)
+        self._settings = settings
         self._tells_topic_ids: bool | None = None
         self._probe: Consumer | None = None
 
@@ -121,6 +134,76 @@ class Brokers:
         """Every topic that this user may see, with its number of partitions."""
         found = asked(lambda: self._admin.list_topics(timeout=ASK_S_MAX)).topics
         return {name: len(topic.partitions) for name, topic in found.items() if not topic.error}
+
+    def access(self, topics: Collection[str]) -> Mapping[str, Access]:
+        """What Kafka shows of topics, asked for by name; without those it tells nothing of.
+
+        Creates none.
+        """
+        found = {}
+        answers = self._admin.describe_topics(
+            TopicCollection(list(topics)), request_timeout=TOPIC_ID_S_MAX
+        )
+        for topic, answer in answers.items():
+            try:
+                answer.result()
+            except KafkaException as error:
+                match error.args[0].code():
+                    case KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                        found[topic] = Access.HIDDEN
+                    case KafkaError.UNKNOWN_TOPIC_OR_PART:
+                        found[topic] = Access.ABSENT
+                    case _:
+                        pass
+            else:
+                found[topic] = Access.VISIBLE
+        return found
+
+    def why_gone(self, partition: Partition) -> RefusedError:
+        """Why a partition cannot be read whose topic Kafka does not show."""
+        if self.access([partition.topic]).get(partition.topic) is Access.HIDDEN:
+            why = why_not_visible(self._settings, partition.topic, Access.HIDDEN)
+            return ForbiddenTopicError(partition, why)
+        return DeletedTopicError(partition)
+
+    def may_read(self, topic: str) -> bool:
+        """Whether Kafka lets this user fetch from a topic; tried with one record of it.
+
+        Only within ``probing``, whose client it asks.
+        """
+        low = self.watermarks(Partition(topic, 0)).low
+        try:
+            self.record_at(Partition(topic, 0), Offset(low))
+        except ForbiddenTopicError:
+            return False
+        return True
+
+    def group_operations(self) -> frozenset[str]:
+        """What this user may do with the consumer group, by Kafka's names; does not disturb it.
+
+        Empty where the broker does not tell; ``NONE`` where nothing is allowed. READ, which
+        allows joining, includes DESCRIBE, which is enough for this question.
+        """
+        deadline = time.monotonic() + COORDINATOR_S_MAX
+        while True:
+            answers = self._admin.describe_consumer_groups(
+                [self._settings.group_id],
+                include_authorized_operations=True,
+                request_timeout=ASK_S_MAX,
+            )
+            try:
+                described = answers[self._settings.group_id].result()
+            except KafkaException as error:
+                refusal = error.args[0]
+                if refusal.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                    return frozenset({"NONE"})
+                if refusal.code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001 - public
+                    return frozenset()
+                if "COORDINATOR" not in refusal.name() or time.monotonic() > deadline:
+                    raise translated(refusal) from None
+                time.sleep(COORDINATOR_POLL_S)
+            else:
+                return frozenset(one.name for one in described.authorized_operations or ())
 
     def replicas(self, topic: str) -> int:
         """How many brokers have a copy of each of the topic's partitions, at least."""
@@ -249,7 +332,9 @@ class Brokers:
         if self._probe is None:
             raise InvariantError("a record was asked for outside of probing()")
         self._probe.assign([TopicPartition(partition.topic, partition.number, offset)])
-        for message in self._probe.consume(1, PROBE_S_MAX):
+        deadline = time.monotonic() + PROBE_S_MAX
+        while messages := self._probe.consume(1, max(0.0, deadline - time.monotonic())):
+            [message] = messages
             trouble = message.error()
             if trouble is None:
                 return (
@@ -257,6 +342,12 @@ class Brokers:
                 )
             if trouble.code() in {PARTITION_END, *OUT_OF_RANGE}:
                 return None
+            if trouble.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                continue  # the client looks for a coordinator, which reading does not need
+            if trouble.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise ForbiddenTopicError(
+                    partition, why_not_readable(self._settings, partition.topic)
+                )
             raise translated(trouble)
         raise TransientError(f"Kafka: {partition}: no answer about the record at {offset}")
 
@@ -264,7 +355,6 @@ class Brokers:
     def probing(self) -> Iterator[None]:
         """A client for ``record_at``, for the length of the block."""
         probing: Config = {
-            "group.id": self._reader_group,
             "error_cb": report,
             "logger": LIBRARY_LOG,
             # One record is all that is wanted, however large, and an end is told at once.
@@ -289,7 +379,6 @@ class Brokers:
         reader = Consumer(
             {
                 **self._config,
-                "group.id": self._reader_group,
                 "error_cb": report,
                 "logger": LIBRARY_LOG,
             }
@@ -330,6 +419,12 @@ def _pieces(reader: Consumer, partition: Partition, offsets: OffsetRange) -> Ite
                 size += len(record.value or b"")
             elif trouble.code() == PARTITION_END:
                 end = NextOffset(min(offsets.end, _offset(message)))
+            elif trouble.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                continue  # reading does not need the group
+            elif trouble.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise ForbiddenTopicError(
+                    partition, f"Kafka does not let us read topic {partition.topic} (READ)"
+                )
             elif trouble.code() in OUT_OF_RANGE:
                 if records:
                     yield Piece(OffsetRange(NextOffset(begin), _behind(records)), records)

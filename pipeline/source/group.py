@@ -12,6 +12,7 @@ from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.events import Record
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
+from pipeline.source.access import Access, why_not_visible
 from pipeline.source.brokers import ASK_S_MAX, Brokers
 from pipeline.source.client import (
     CLOSE_S_MAX,
@@ -45,7 +46,7 @@ class ReachedEnd(NamedTuple):
 
 
 class OutOfRange(NamedTuple):
-    """Kafka's records at the offset that we asked for are gone; taking over again tells why."""
+    """Kafka does not give the records that we asked for; taking over again tells why."""
 
     partition: Partition
 
@@ -88,7 +89,9 @@ class KafkaSource:
 
     def __init__(self, settings: Settings) -> None:
         config = consumer_config(settings)
+        self._settings = settings
         self._topics = settings.topics
+        self._subscribed: set[str] = set()
         listening: Config = {
             "error_cb": self._heard_of,
             "logger": LIBRARY_LOG,
@@ -106,12 +109,18 @@ class KafkaSource:
 
     # -------------------------------------------------------------------------------- membership
 
-    def join(self, listener: Listener, begun: Collection[str] = ()) -> None:
+    def join(self, listener: Listener, begun: Collection[str] = ()) -> frozenset[str]:
         """Join the group for the configured topics.
+
+        A topic of the default list that was never read may be missing: not every client of Upvest
+        has it. One that somebody configured must be there, or a typing error would pass.
 
         Args:
             listener: What to do when partitions come and go.
             begun: Topics that have been read before. One of them that is gone is waited for.
+
+        Returns:
+            Topics of the default list that Kafka does not show.
 
         Raises:
             ConfigurationError: A topic does not exist, or the brokers refuse the login.
@@ -129,13 +138,39 @@ class KafkaSource:
             raise
         absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
-            there = ", ".join(sorted(name for name in cluster.topics if name[:2] != "__")[:20])
-            raise ConfigurationError(
-                f"PIPELINE_TOPICS: no {', '.join(absent)}, or it is hidden from this user. "
-                f"The brokers show {there or 'no topic'}"
+            self._miss(absent, cluster.topics)
+        self.subscribe(set(self._topics) - set(absent))
+        return frozenset(absent)
+
+    def _miss(self, absent: Sequence[str], shown: Collection[str]) -> None:
+        """Refuse or warn of topics that were never read and that Kafka does not show."""
+        access = self.brokers.access(absent)
+        reasons = "; ".join(
+            why_not_visible(self._settings, topic, access.get(topic, Access.ABSENT))
+            for topic in absent
+        )
+        is_default = "topics" not in self._settings.model_fields_set
+        if is_default and len(absent) < len(self._topics):
+            rest = ",".join(topic for topic in self._topics if topic not in absent)
+            log.warning(
+                "topic_not_available",
+                topics=absent,
+                reason=reasons,
+                effect=f"continuing with {rest}",
+                action="have Upvest provide the topic (Prices needs a contract of its own), or set "
+                f"PIPELINE_TOPICS={rest}",
             )
+            return
+        there = ", ".join(sorted(name for name in shown if name[:2] != "__")[:20])
+        raise ConfigurationError(
+            f"PIPELINE_TOPICS: {reasons}. The brokers show {there or 'no topic'}"
+        )
+
+    def subscribe(self, topics: Collection[str]) -> None:
+        """Read these topics too."""
+        self._subscribed |= set(topics)
         self._consumer.subscribe(
-            list(self._topics),
+            sorted(self._subscribed),
             on_assign=self._assigned,
             on_revoke=self._revoked,
             on_lost=self._lost,
@@ -287,6 +322,10 @@ class KafkaSource:
     def _happening(self, message: Message, error: KafkaError) -> Happening | None:
         topic, number, offset = message.topic(), message.partition(), message.offset()
         code = error.code()
+        if code == KafkaError.TOPIC_AUTHORIZATION_FAILED and topic and number is not None:
+            # Fetching was refused; a subscription that is refused names no partition.
+            report(error)
+            return OutOfRange(Partition(topic, number)) if number >= 0 else None
         if code in TOPICS_OWN or code == POLLED_TOO_LATE:
             report(error)
             return None

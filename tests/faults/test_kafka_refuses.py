@@ -104,10 +104,11 @@ def test_a_wrong_password_is_told_and_a_right_that_is_revoked_stops_its_topic_al
     bench.wait_until_logged(10)
     forbid(kafka, "may-vanish")
     ledger.send("may-vanish", TWOS).send("stays", TWOS).flush()
-    worker.wait_until_said("topic_gone")
+    worker.wait_until_said("topic_not_authorized")
     until(lambda: bench.next_offsets()[Partition("stays", 0)] == 10, "the other topic flows on")
     hidden = (
-        "SELECT FROM pipeline.consumer_offsets WHERE strpos(problem, 'hidden from this user') > 0"
+        "SELECT FROM pipeline.consumer_offsets "
+        "WHERE strpos(problem, 'TOPIC_AUTHORIZATION_FAILED') > 0"
     )
     until(lambda: len(bench.query(hidden)) == 1, "what is said of the topic that vanished")
     allow(kafka, read)

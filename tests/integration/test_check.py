@@ -243,7 +243,7 @@ def test_kafka_without_tls_over_the_network_is_a_warning(servers, protocol, leve
 def test_a_missing_topic_is_wrong_and_what_is_there_is_named(check):
     [one] = [one for one in check(topic="Nonsense") if one.level == "wrong"]
 
-    assert one.text == "topic Nonsense does not exist or is hidden from this user"
+    assert one.text == "Kafka has no topic Nonsense, or it is hidden from this client"
     assert TOPIC in one.remedy
     assert one.exit_code == 78
 

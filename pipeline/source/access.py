@@ -1,0 +1,55 @@
+"""What this user may do with a topic or a group, and the right to ask for where one is missing."""
+
+from enum import Enum
+
+from pipeline.settings import Settings
+
+
+class Access(Enum):
+    """What Kafka shows of a topic."""
+
+    VISIBLE = "visible"
+    HIDDEN = "hidden"
+    """Kafka refuses to describe it: the right is missing, and whether it exists is not known."""
+    ABSENT = "absent"
+    """It does not exist, or no answer tells more."""
+
+
+def user_of(settings: Settings) -> str:
+    """Whom Kafka knows us as, for messages."""
+    return f"user {settings.kafka_username}" if settings.kafka_username else "this client"
+
+
+def right_to_ask_for(settings: Settings, operation: str, kind: str, name: str) -> str:
+    """A right in the words that an administrator of Kafka can run.
+
+    Args:
+        settings: Who needs it.
+        operation: Kafka's name, such as READ.
+        kind: ``topic`` or ``group``.
+        name: The name of that topic or group.
+    """
+    user = settings.kafka_username or "NAME"
+    return (
+        f"{operation} on {kind} {name}: kafka-acls.sh --add --allow-principal User:{user} "
+        f"--operation {operation} --{kind} {name}"
+    )
+
+
+def why_not_readable(settings: Settings, topic: str) -> str:
+    """What it means that Kafka shows a topic and refuses to give its records."""
+    return (
+        f"Kafka does not let {user_of(settings)} read topic {topic} (TOPIC_AUTHORIZATION_FAILED). "
+        f"Ask for {right_to_ask_for(settings, 'READ', 'topic', topic)}"
+    )
+
+
+def why_not_visible(settings: Settings, topic: str, access: Access) -> str:
+    """What it means that a topic is not among those that Kafka shows."""
+    if access is Access.HIDDEN:
+        return (
+            f"Kafka does not show topic {topic} to {user_of(settings)} "
+            "(TOPIC_AUTHORIZATION_FAILED): the right DESCRIBE is missing, or the topic does not "
+            f"exist. Ask for {right_to_ask_for(settings, 'READ', 'topic', topic)}"
+        )
+    return f"Kafka has no topic {topic}, or it is hidden from {user_of(settings)}"

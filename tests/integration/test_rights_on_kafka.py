@@ -14,6 +14,8 @@ from tests.integration.ingesting import Ledger, logged, next_offsets
 from tests.servers.databases import Database
 from tests.servers.secured import SecuredKafka
 
+# Each test runs up to eight commands, which take ten times as long on a busy machine.
+pytestmark = pytest.mark.timeout(300)
 WAIT_S_MAX = 40.0
 GOOD = [b'{"n": %d}' % n for n in range(5)]
 

@@ -82,7 +82,7 @@ def test_the_rate_is_kept(broker):
 def test_a_topic_that_does_not_exist_is_named_and_not_created(broker):
     with Producer({"bootstrap.servers": broker.bootstrap_servers}) as kafka:
         for _ in range(2):
-            with pytest.raises(ConfigurationError, match="no topic Gone.*does not exist"):
+            with pytest.raises(ConfigurationError, match=r"no topic Gone.*does not exist"):
                 kafka.produce(Simulation(1, events=1, topic="Gone"))
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import session
+from pipeline.blockers import who_blocks
 from pipeline.postgres_errors import SilentServerError, translate
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,12 @@ LOG_SCHEMA = "pipeline"
 READ_SCHEMA = "upvest"
 SHADOW_SCHEMA = "pipeline_shadow"
 
+LOCK_LOOK_S = 2.0
+"""How long a statement may take before we look whether it waits for a lock, and for whose; again
+after as long as it has waited."""
+NOT_SEEN = "another session holds a lock"
+LOCK_LOOK_S_MAX = 300.0
+"""Longest time between two such looks."""
 SILENCE_S = 5.0
 """How long the server may say nothing to a statement before we ask whether it lives."""
 ALIVE_S_MAX = 10.0
@@ -163,16 +170,23 @@ class _Session(psycopg.Connection[Any]):
 
     answer_s_max: float | None = None
     _given_up: SilentServerError | None = None
+    _blocked_by: str | None = None
 
     def wait(self, gen: PQGen[Result], *arguments: Any, **options: Any) -> Result:
         """All that psycopg waits for comes through here: statements, COPY, COMMIT."""
         if self._given_up is not None:
             raise self._given_up
-        return super().wait(self._watched(gen), *arguments, **options)
+        self._blocked_by = None
+        try:
+            return super().wait(self._watched(gen), *arguments, **options)
+        except psycopg.errors.LockNotAvailable as refused:
+            refused.add_note(self._blocked_by or NOT_SEEN)
+            raise
 
     def _watched(self, gen: PQGen[Result]) -> Generator[Any, Any, Result]:
         heard_at = time.monotonic()
         look_at = heard_at + SILENCE_S
+        lock_look_at = heard_at + LOCK_LOOK_S
         try:
             wanted = next(gen)
             while True:
@@ -180,15 +194,29 @@ class _Session(psycopg.Connection[Any]):
                 now = time.monotonic()
                 if ready:
                     heard_at, look_at = now, now + SILENCE_S
+                    lock_look_at = now + LOCK_LOOK_S
                 elif self.answer_s_max is not None and now - heard_at > self.answer_s_max:
                     self._give_up(f"no answer to a statement within {self.answer_s_max:.0f} s")
                 elif now > look_at:
                     self._look(now - heard_at)
                     look_at = time.monotonic() + SILENCE_S
+                elif now > lock_look_at:
+                    self._look_for_locks(now - heard_at)
+                    lock_look_at = time.monotonic() + min(now - heard_at, LOCK_LOOK_S_MAX)
                 wanted = gen.send(ready)
         except StopIteration as end:
             result: Result = end.value
             return result
+
+    def _look_for_locks(self, waited_s: float) -> None:
+        self._blocked_by = who_blocks(self)
+        if self._blocked_by:
+            log.warning(
+                "waiting_for_lock",
+                waited_s=round(waited_s),
+                reason=self._blocked_by,
+                effect="waits until the lock is free or the lock timeout ends it",
+            )
 
     def _look(self, silent_s: float) -> None:
         if not self._server_lives():

@@ -1,31 +1,42 @@
 """The database's schema, and rights on it: bring it up to date, refuse to work on another one."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
-from pipeline import failpoints, roles
+from pipeline import failpoints, locks, roles
 from pipeline.db import LOG_SCHEMA, open_engine, transaction, translated
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.settings import load_settings
+
+log = structlog.get_logger(__name__)
 
 _IN_WHEEL = Path(__file__).parent / "_migrations"
 _IN_CHECKOUT = Path(__file__).parent.parent / "migrations"
 
 DEADLOCKS_MAX = 5
 """How often a migration may find its locks crossed with a worker's."""
+FIRST_TRIES_MAX = 5
+"""How often several may begin with an empty database at once."""
 
-# Two who migrate at once: the second waits, then finds nothing to do.
-_TAKE_TURN = text("SELECT pg_advisory_lock(hashtextextended('pipeline.migrate', 0))")
-_END_TURN = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.migrate', 0))")
+ASK_AGAIN_S = 0.5
+"""How often a migration looks whether another one has ended."""
+LOG_WAIT_S = 30.0
+"""How often it logs that it waits."""
+HAS_LOCKS = text("SELECT to_regclass('pipeline.locks') IS NOT NULL")
+# Unique violation, duplicate schema, duplicate table: somebody was quicker.
+_MADE_BY_ANOTHER = frozenset({"23505", "42P06", "42P07"})
 # Rebuilds make and drop tables meanwhile: what should be granted and what is are seen at once.
 _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
@@ -81,20 +92,26 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
         applied.append(step.up_revision_id)
 
     try:
-        with translated(), engine.connect() as db, _alone(db):
+        with translated(), engine.connect() as db:
             found = _found_roles(db, role_prefix)
             if found is not None:
                 roles.act_as_owner(db, found)
-                db.commit()
-            _refuse_newer(db)
-            _upgrade(db, note)
-            grants = []
-            if with_roles:
-                found = found or role_prefix or roles.PREFIX_DEFAULT
-                grants += _make_roles(db, found)
             db.commit()
-            grants += _follow_up(db, found)
-            return Migrated(applied, grants, found)
+            _make_lock_table(db)
+            with _alone(engine, found):
+                # The migration that was waited for may have made them.
+                found = _found_roles(db, role_prefix)
+                _owner(found)(db)
+                db.commit()
+                _refuse_newer(db)
+                _upgrade(db, note)
+                grants = []
+                if with_roles:
+                    found = found or role_prefix or roles.PREFIX_DEFAULT
+                    grants += _make_roles(db, found)
+                db.commit()
+                grants += _follow_up(db, found)
+                return Migrated(applied, grants, found)
     finally:
         engine.dispose()
 
@@ -137,18 +154,43 @@ def _upgrade(db: Connection, note: Callable[..., None]) -> None:
 
 
 @contextmanager
-def _alone(db: Connection) -> Iterator[None]:
-    # Waiting for another migration is no fault, so this one lock is waited for.
-    db.execute(text("SET LOCAL lock_timeout = 0"))
-    db.execute(_TAKE_TURN)
-    db.commit()
-    try:
+def _alone(engine: Engine, prefix: str | None) -> Iterator[None]:
+    """Keep other migrations out until the block ends; the second one waits for the first."""
+    waited_s = 0.0
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locks.held(engine, "migrate", become=_owner(prefix)))
+                break
+            except locks.LockTakenError as taken:
+                if waited_s % LOG_WAIT_S == 0:
+                    log.warning("waiting_for_lock", waited_s=waited_s, reason=str(taken))
+            time.sleep(ASK_AGAIN_S)
+            waited_s += ASK_AGAIN_S
         yield
-    finally:
-        if not db.invalidated:
-            db.rollback()
-            db.execute(_END_TURN)
+
+
+def _owner(prefix: str | None) -> Callable[[Connection], None]:
+    return lambda db: roles.act_as_owner(db, prefix) if prefix else None
+
+
+def _make_lock_table(db: Connection) -> None:
+    """Have the table of locks before any migration. Others may make it at the same time."""
+    for _ in range(FIRST_TRIES_MAX):
+        try:
+            if not db.execute(HAS_LOCKS).scalar_one():
+                db.execute(text(f"CREATE SCHEMA IF NOT EXISTS {LOG_SCHEMA}"))
+                locks.make_table(db)
             db.commit()
+        except DBAPIError as refused:
+            db.rollback()
+            if getattr(refused.orig, "sqlstate", None) not in _MADE_BY_ANOTHER:
+                raise
+        else:
+            return
+    raise TransientError(
+        f"other sessions began to make schema {LOG_SCHEMA} {FIRST_TRIES_MAX} times; repeat"
+    )
 
 
 def _found_roles(db: Connection, wanted: str | None) -> str | None:
@@ -257,6 +299,7 @@ _FORMATTED = {
 def declare_tables() -> None:
     """Import every module that declares a table, so that the metadata is whole."""
     import pipeline.dead_letters
+    import pipeline.locks
     import pipeline.log.tables
     import pipeline.projection.checkpoints
     import pipeline.projection.ranges

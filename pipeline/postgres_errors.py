@@ -30,6 +30,8 @@ def translate(error: psycopg.Error) -> PipelineError:
     condition = type(error).__name__
     table = error.diag.table_name
     message = f"PostgreSQL: {condition} ({sqlstate})" + (f" in {table}" if table else "")
+    # Who holds the lock that we waited for, as `db` found out meanwhile.
+    message += "".join(f": {note}" for note in getattr(error, "__notes__", ()))
     # Only a missing segment has no constraint to name: a CHECK names itself.
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)

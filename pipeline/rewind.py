@@ -172,8 +172,7 @@ def _rewind(
 ) -> Comparison:
     partition, offsets = step.partition, step.offsets
     for _ in range(RETENTION_RACES_MAX):
-        with Staging.of(engine, partition) as staging:
-            staging.hold()
+        with Staging.alone(engine, partition) as staging:
             begins = compare(engine, brokers, settings, staging, offsets, keep=True, told=told)
             if begins != offsets.first:
                 # Retention took the beginning while it was read. The log must have no hole.

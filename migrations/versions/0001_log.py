@@ -34,7 +34,9 @@ BEGIN
         RAISE EXCEPTION 'segment of % offsets at % is not possible', span, at_offset
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtextextended('pipeline.segment ' || of_topic, 0));
+    -- One at a time, as they would wait at ATTACH anyway. Readers and other writers go on, and no
+    -- role but the owner may take this lock.
+    LOCK TABLE pipeline.segments IN SHARE ROW EXCLUSIVE MODE;
     -- The span may have been another one when the neighbours were made.
     FOR neighbour IN SELECT s.first_offset, s.end_offset
                        FROM pipeline.segments s WHERE s.topic = of_topic LOOP

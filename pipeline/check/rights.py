@@ -7,7 +7,7 @@ from sqlalchemy import Connection, text
 from pipeline import roles
 from pipeline.check.findings import Finding, ok, warning, wrong
 from pipeline.check.promises import Promise
-from pipeline.db import READ_SCHEMA
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA
 
 # By the catalogue's own ids: a name is not to be looked up without rights on its schema.
 HELD = text("""
@@ -62,8 +62,12 @@ def look_at_rights(db: Connection) -> Iterator[Finding]:
     is_for_nothing = True
     for purpose in roles.Purpose:
         held, missing = _divided(db, list(roles.needed_by(purpose, models)))
-        # Looking alone tells nothing: those who ingest look at what projection does, and so on.
-        if not any(one.privilege not in ("SELECT", "USAGE") for one in held):
+        # Reading tells nothing: those who ingest read what projection writes, and so on. Locks are
+        # taken by both.
+        if not any(
+            one.privilege not in ("SELECT", "USAGE") and one.name != f"{LOG_SCHEMA}.locks"
+            for one in held
+        ):
             continue
         is_for_nothing = False
         remedy = f"GRANT {prefix}{purpose.value}" if prefix else "grant it"

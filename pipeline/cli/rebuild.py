@@ -85,7 +85,8 @@ def rebuild(
     settings = settings_of(ctx)
     done: dict[str, Difference] = {}
     with (
-        database_of(settings, "rebuild", pool_size=jobs + 1) as engine,
+        # Each read model that is rebuilt has one connection more, for its lock.
+        database_of(settings, "rebuild", pool_size=2 * jobs + 1) as engine,
         stopped_by_signals() as stop,
     ):
         check_schema(engine)

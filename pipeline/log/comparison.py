@@ -6,12 +6,13 @@ log made of it; ``repeat_of`` and ``problem`` are words about it, and left out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
 from sqlalchemy import Connection, Engine, text
 
+from pipeline import locks
 from pipeline.db import translated
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.log import ownership
@@ -26,10 +27,6 @@ _PREPARE = (
     text("CREATE TEMP TABLE staged (LIKE pipeline.events INCLUDING DEFAULTS)"),
     text("CREATE TEMP TABLE kept (LIKE pipeline.events INCLUDING DEFAULTS)"),
 )
-_TAKE = text(
-    "SELECT pg_try_advisory_lock(hashtextextended('pipeline.rewind ' || :of_partition, 0))"
-)
-_LET_GO = text("SELECT pg_advisory_unlock_all()")
 _CLEAR = text("TRUNCATE pg_temp.staged")
 _COPY = f"COPY pg_temp.staged ({COLUMNS}) FROM STDIN (FORMAT binary)"
 # Bytes are compared where both sides kept them: keep_raw may have been set in between. A payload
@@ -78,8 +75,9 @@ class RewindRunsError(PipelineError):
 
     exit_code = ExitCode.FENCED
 
-    def __init__(self, partition: Partition) -> None:
-        super().__init__(f"{partition}: another rewind of it is running")
+    def __init__(self, partition: Partition, holder: locks.Holder | None) -> None:
+        detail = f": {holder}" if holder else ""
+        super().__init__(f"{partition}: another rewind of it is running{detail}")
 
 
 @dataclass
@@ -134,8 +132,11 @@ class Staging:
         comparison: What was found so far.
     """
 
-    def __init__(self, db: Connection, partition: Partition) -> None:
+    def __init__(
+        self, db: Connection, partition: Partition, held: locks.Held | None = None
+    ) -> None:
         self._db = db
+        self._held = held
         self.partition = partition
         self.comparison = Comparison()
         self._places = 0
@@ -143,7 +144,24 @@ class Staging:
 
     @classmethod
     @contextmanager
-    def of(cls, engine: Engine, partition: Partition) -> Iterator[Self]:
+    def alone(cls, engine: Engine, partition: Partition) -> Iterator[Self]:
+        """The same, and other rewinds of the partition are kept out until the block ends.
+
+        Raises:
+            RewindRunsError: Another one is running.
+        """
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(locks.held(engine, f"rewind {partition}"))
+            except locks.LockTakenError as taken:
+                raise RewindRunsError(partition, taken.holder) from None
+            yield stack.enter_context(cls.of(engine, partition, held))
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls, engine: Engine, partition: Partition, held: locks.Held | None = None
+    ) -> Iterator[Self]:
         """Temporary tables for the length of the block, on a connection of their own.
 
         Raises:
@@ -156,12 +174,9 @@ class Staging:
             with translated(), connection.begin():
                 for statement in _PREPARE:
                     connection.execute(statement)
-            yield cls(connection, partition)
-            # A session's end lets go as well, a moment after whoever ended it has gone on.
-            with translated(), connection.begin():
-                connection.execute(_LET_GO)
+            yield cls(connection, partition, held)
         finally:
-            # Closed for good: in the pool its tables and its lock would live on.
+            # Closed for good: in the pool its tables would live on.
             connection.invalidate()
             connection.close()
 
@@ -199,16 +214,6 @@ class Staging:
             self._last = (kind, here)
         self._places += rank
 
-    def hold(self) -> None:
-        """Keep other rewinds of the partition out until the block ends.
-
-        Raises:
-            RewindRunsError: Another one is running.
-        """
-        with translated(), self._db.begin():
-            if not self._db.execute(_TAKE, {"of_partition": str(self.partition)}).scalar_one():
-                raise RewindRunsError(self.partition)
-
     @contextmanager
     def fill(self, begins: NextOffset, *, segment_span: int) -> Iterator[Connection]:
         """Put what is missing into the log; the caller's block is in the same transaction.
@@ -220,10 +225,12 @@ class Staging:
             segment_span: How many offsets a segment spans that is made for it.
 
         Raises:
+            RewindRunsError: Our lock was lost, and another rewind has taken it.
             InvariantError: A row came into the log meanwhile, which nobody but us may write.
         """
         self._make_segments(segment_span)
         with translated(), self._db.begin():
+            self._confirm()
             self._db.execute(_FILL)
             self._db.execute(
                 _BEGIN_EARLIER,
@@ -234,6 +241,13 @@ class Staging:
                 },
             )
             yield self._db
+
+    def _confirm(self) -> None:
+        try:
+            if self._held:
+                self._held.confirm(self._db)
+        except locks.LockTakenError as taken:
+            raise RewindRunsError(self.partition, taken.holder) from None
 
     def _make_segments(self, span: int) -> None:
         begin: int | None = 0

@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from pipeline import locks
 from pipeline.errors import InvariantError, RetentionGapError
 from pipeline.log.tables import consumer_offsets, events, gaps, installation
 from pipeline.positions import Epoch, NextOffset, Offset, Partition
@@ -111,9 +112,6 @@ RECORDED = select(
     consumer_offsets.c.cluster_id,
     consumer_offsets.c.topic_id,
 ).order_by(consumer_offsets.c.topic, consumer_offsets.c.partition)
-BEGIN_ALONE = text(
-    "SELECT pg_advisory_xact_lock(hashtextextended('pipeline.begin ' || :of_topic, 0))"
-)
 BEGIN_PARTITION = insert(consumer_offsets)
 # Waits for a commit of the former owner that is still open, so what it returns is final.
 CLAIM = (
@@ -250,7 +248,7 @@ def known_partitions(db: Connection, topic: str) -> dict[int, Origin]:
     Until the transaction ends no other process may begin one, so that the first to come decides
     for the whole topic.
     """
-    db.execute(BEGIN_ALONE, {"of_topic": topic})
+    locks.lock(db, f"begin {topic}")
     return {
         number: Origin(cluster_id, topic_id)
         for number, cluster_id, topic_id in db.execute(KNOWN, {"of_topic": topic})

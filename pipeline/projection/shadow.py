@@ -7,13 +7,13 @@ behind it, so whoever takes up a killed rebuild finds what it had done.
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Self, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine, text
 
-from pipeline import dead_letters, failpoints
+from pipeline import dead_letters, failpoints, locks
 from pipeline.db import READ_SCHEMA, SHADOW_SCHEMA, descriptor, translated
 from pipeline.errors import DEADLOCK, ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.positions import NextOffset, OffsetRange, Partition, lag
@@ -39,8 +39,6 @@ COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
 # For a row that another range holds too, however long that takes.
 WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
 ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-TAKE = text("SELECT pg_try_advisory_lock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
-LEAVE = text("SELECT pg_advisory_unlock(hashtextextended('pipeline.rebuild ' || :projector, 0))")
 EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
 # Through functions of the owner's, so that any login may go on where another one was killed.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
@@ -52,8 +50,9 @@ class RebuildRunsError(PipelineError):
 
     exit_code = ExitCode.FENCED
 
-    def __init__(self, projector: str) -> None:
-        super().__init__(f"{projector}: another rebuild or check of it is running")
+    def __init__(self, projector: str, holder: locks.Holder | None = None) -> None:
+        detail = f": {holder}" if holder else ""
+        super().__init__(f"{projector}: another rebuild or check of it is running{detail}")
         self.projector = projector
 
 
@@ -104,15 +103,21 @@ class _Teller:
 class Shadow:
     """The tables beside the live ones, with their own checkpoints and dead letters.
 
-    One connection holds the advisory lock that keeps a second rebuild out. Others may help it to
-    fill the tables; should it lose the lock, they may do so until somebody else takes the rebuild
+    One connection holds the lock that keeps a second rebuild out, one works, others may help it to
+    fill the tables; should the lock be lost, they may do so until somebody else takes the rebuild
     up, and no further.
     """
 
     def __init__(
-        self, db: Connection, projector: Projector, guilty_max: int, chunk_offsets: int
+        self,
+        db: Connection,
+        held: locks.Held,
+        projector: Projector,
+        guilty_max: int,
+        chunk_offsets: int,
     ) -> None:
         self._db = db
+        self._held = held
         self._chunk_offsets = chunk_offsets
         self._projector = projector
         self._guilty_max = guilty_max
@@ -138,24 +143,19 @@ class Shadow:
         Raises:
             RebuildRunsError: Somebody else rebuilds the same read model.
         """
-        with translated(), engine.connect() as db:
-            taken = db.execute(TAKE, {"projector": projector.name}).scalar_one()
-            db.commit()
-            if not taken:
-                raise RebuildRunsError(projector.name)
+        with translated(), ExitStack() as stack:
             try:
-                yield cls(db, projector, guilty_max, chunk_offsets)
-            finally:
-                if not db.invalidated:
-                    db.rollback()
-                    db.execute(LEAVE, {"projector": projector.name})
-                    db.commit()
+                held = stack.enter_context(locks.held(engine, f"rebuild {projector.name}"))
+            except locks.LockTakenError as taken:
+                raise RebuildRunsError(projector.name, taken.holder) from None
+            db = stack.enter_context(engine.connect())
+            yield cls(db, held, projector, guilty_max, chunk_offsets)
 
     # ------------------------------------------------------------------------------- the tables
 
     def prepare(self) -> None:
         """Have tables and progress of this very definition: an interrupted rebuild's, or new."""
-        with translated(), self._db.begin():
+        with translated(), self._alone():
             built = checkpoints.fingerprints(self._db).get(self._name)
             if built == fingerprint(self._projector) and self._tables_exist():
                 log.info("rebuild_resumed", projector=self._projector.name)
@@ -169,8 +169,21 @@ class Shadow:
 
     def drop(self) -> None:
         """Leave nothing behind."""
-        with translated(), self._db.begin():
+        with translated(), self._alone():
             self._drop()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A transaction of the working connection, in which the rebuild is ours."""
+        with self._db.begin():
+            self._confirm()
+            yield
+
+    def _confirm(self) -> None:
+        try:
+            self._held.confirm(self._db)
+        except locks.LockTakenError as taken:
+            raise RebuildRunsError(self._projector.name, taken.holder) from None
 
     def _drop(self) -> None:
         for table in self._projector.tables:
@@ -220,7 +233,7 @@ class Shadow:
             Offsets on the list, and offsets of the log in all.
         """
         db, name = self._db, self._name
-        with translated(), db.begin():
+        with translated(), self._alone():
             # A rewind that is under way puts the checkpoints back first.
             checkpoints.hold_all(db, name)
             standings = checkpoints.standings(db, [name])
@@ -323,6 +336,7 @@ class Shadow:
             db.execute(ONE_SNAPSHOT)
             # Before the snapshot, which would not see a TRUNCATE that comes in between.
             lock_tables(db, self._projector, "ACCESS SHARE MODE")
+            self._confirm()
             pin(db)
             live = checkpoints.places(db, name)
             beside = checkpoints.hold_all(db, self._name)
@@ -334,7 +348,7 @@ class Shadow:
     def reconcile(self) -> Difference:
         """Make the live tables equal, and end the rebuild; the live projector waits meanwhile."""
         db, name = self._db, self._projector.name
-        with translated(), db.begin():
+        with translated(), self._alone():
             db.execute(LOCK_WAIT)
             lock_tables(db, self._projector, "SHARE ROW EXCLUSIVE MODE")
             pin(db)

@@ -79,6 +79,7 @@ _LOG = {
     "consumer_offsets": ("SELECT", "INSERT", "UPDATE"),
     "gaps": ("SELECT", "INSERT"),
     "installation": ("SELECT",),
+    "locks": ("SELECT", "INSERT", "UPDATE"),
 }
 _GAP_COLUMN = "end_offset"
 _PROJECTION = {
@@ -89,6 +90,7 @@ _PROJECTION = {
     "projection_workers": ("SELECT", *_WRITE),
     "rebuild_ranges": ("SELECT", *_WRITE),
     "dead_letters": ("SELECT", *_WRITE),
+    "locks": ("SELECT", "INSERT", "UPDATE"),
 }
 _READ_MODEL = ("SELECT", *_WRITE, "TRUNCATE")
 _SHADOW = ("SELECT", *_WRITE)

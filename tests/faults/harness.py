@@ -607,11 +607,11 @@ class Bench:
             self._roles,
         )
         found += [f"session {pid} of {name}, {state}" for pid, name, state in sessions]
-        locks = self.query(
-            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database = "
-            "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        held = self.query(
+            "SELECT l.name, l.session_pid FROM pipeline.locks l JOIN pg_locks k "
+            "ON k.pid = l.session_pid AND k.virtualxid = l.virtual_transaction"
         )
-        return found + [f"advisory lock of session {pid}" for (pid,) in locks]
+        return found + [f"lock {name!r} of session {pid}" for name, pid in held]
 
     # -------------------------------------------------------------------------------------- within
 

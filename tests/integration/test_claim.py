@@ -265,7 +265,8 @@ def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, datab
             until(
                 lambda: (
                     watcher.execute(
-                        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+                        "AND datname = current_database()"
                     ).fetchone()
                     == (2,)
                 ),

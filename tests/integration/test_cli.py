@@ -11,6 +11,7 @@ import sys
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from pipeline import locks
 from pipeline.embedded.postgres import free_port
 from pipeline.errors import ExitCode
 from pipeline.projectors import discover
@@ -358,8 +359,7 @@ def test_a_rebuild_that_fails_beside_others_gives_the_exit_code(commands, given,
     given(sample_events())
     pipeline(commands, "project", "--until-end")
 
-    with given.database.connect() as db:
-        db.execute("SELECT pg_advisory_lock(hashtextextended('pipeline.rebuild orders', 0))")
+    with locks.held(given.engine, "rebuild orders"):
         result = pipeline(commands, "rebuild", "orders", "users", "--jobs", "2", "--json")
 
     assert result.code == ExitCode.FENCED

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from pipeline import locks
 from pipeline.db import open_engine
 from pipeline.errors import ExitCode
 from pipeline.log.comparison import Comparison
@@ -373,15 +374,13 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
     ledger.send(name, numbered(10)).flush()
     ingest_until_end(settings(name))
 
-    with database.connect() as other:
-        other.execute(
-            "SELECT pg_advisory_lock(hashtextextended('pipeline.rewind ' || %s, 0))",
-            [str(Partition(name, 0))],
-        )
+    engine = open_engine(database.url, application="another rewind")
+    with locks.held(engine, f"rewind {Partition(name, 0)}"):
         result = pipeline("rewind", name, "--to", "earliest", "--execute")
+    engine.dispose()
 
     assert result.code == ExitCode.FENCED
-    assert "another rewind of it is running" in result.err
+    assert "another rewind of it is running: 'another rewind', process" in result.err
 
 
 @pytest.mark.parametrize(

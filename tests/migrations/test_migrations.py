@@ -253,8 +253,8 @@ def test_a_migration_that_fails_half_way_leaves_the_step_before(empty_database):
         assert db.execute("SELECT version_num FROM pipeline.alembic_version").fetchall() == [
             ("0001",)
         ]
-        waiting = db.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
-        assert waiting.fetchone() == (0,)
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '^pipeline'"
+        assert db.execute(sessions).fetchone() == (0,)
 
 
 # ---------------------------------------------------------------------------------------- refusals

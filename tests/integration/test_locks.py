@@ -1,0 +1,153 @@
+"""Locks: only our roles can take them, and they end with their session."""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pipeline import locks
+from pipeline.db import SessionLimits, open_engine, transaction
+from pipeline.errors import LockHeldError
+from pipeline.locks import LockTakenError
+from pipeline.migrate import migrate
+from pipeline.projection.rebuild import rebuild
+from pipeline.projectors.orders import orders
+from tests.given import order_event
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = (
+    "ACCESS SHARE",
+    "ROW SHARE",
+    "ROW EXCLUSIVE",
+    "SHARE UPDATE EXCLUSIVE",
+    "SHARE",
+    "SHARE ROW EXCLUSIVE",
+    "EXCLUSIVE",
+    "ACCESS EXCLUSIVE",
+)
+STRENGTHS = ("UPDATE", "NO KEY UPDATE", "SHARE", "KEY SHARE")
+RELATIONS = """
+SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname IN ('pipeline', 'pipeline_segments', 'pipeline_shadow', 'upvest')
+  AND c.relkind IN ('r', 'p', 'v')
+"""
+
+
+@pytest.fixture
+def analyst(given):
+    """A login that may read everything and write nothing."""
+    name = f"reader_{given.database.name}"
+    with given.database.connect() as db:
+        db.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'".encode())
+        place = given.database.dsn.rpartition("@")[2]
+        with psycopg.connect(f"postgresql://{name}:x@{place}") as connection:
+            yield connection
+        db.execute(f"DROP OWNED BY {name}".encode())
+        db.execute(f"DROP ROLE {name}".encode())
+
+
+def test_no_advisory_lock_is_left_in_the_product():
+    files = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("migrations/**/*.py")]
+
+    found = [file.name for file in files if re.search(r"pg_\w*advisory", file.read_text())]
+
+    assert files
+    assert found == []
+
+
+def test_whatever_a_reader_can_lock_stops_no_command(given, analyst):
+    """It tries each mode on each relation, each row lock, and advisory locks of all keys we had."""
+    given([order_event("NEW", at=1)]).project(orders)
+    rebuild(given.engine, orders)
+    with given.database.connect() as db:
+        for schema in ("pipeline", "pipeline_segments", "pipeline_shadow", "upvest"):
+            to = f"SCHEMA {schema} TO {analyst.info.user}"
+            db.execute(f"GRANT USAGE ON {to}".encode())
+            db.execute(f"GRANT SELECT ON ALL TABLES IN {to}".encode())
+        names = [name for (name,) in db.execute(RELATIONS)]
+    taken = set()
+    attempts = [
+        (f"{mode} on {name}", f"LOCK TABLE {name} IN {mode} MODE NOWAIT")
+        for name in names
+        for mode in MODES
+    ]
+    attempts += [
+        (f"{one} of {name}", f"SELECT FROM {name} FOR {one} NOWAIT")
+        for name in names
+        for one in STRENGTHS
+    ]
+    attempts += [("advisory", "SELECT pg_advisory_lock(hashtextextended('pipeline.migrate', 0))")]
+    for what, statement in attempts:
+        try:
+            with analyst.transaction():
+                analyst.execute(statement.encode())
+            taken.add(what.partition(" on ")[0].partition(" of ")[0])
+        except psycopg.Error:
+            continue
+    # All that it can have at once, and keeps.
+    analyst.execute(f"LOCK TABLE {', '.join(names)} IN ACCESS SHARE MODE".encode())
+
+    assert migrate(given.database.url) == []
+    assert rebuild(given.engine, orders).differing == 0
+    with transaction(given.engine) as db:
+        locks.lock(db, "begin somewhere")
+    given([order_event("NEW", at=2)]).project(orders)
+    with given.database.connect() as db:
+        db.execute("SELECT pipeline.make_segment('another', 0, 1000)")
+    assert taken <= {"ACCESS SHARE", "advisory"}
+
+
+def test_a_lock_is_held_over_many_transactions_and_holds_back_no_vacuum(given):
+    with locks.held(given.engine, "something") as ours:
+        with (
+            pytest.raises(LockTakenError, match=r"process \d+ on host .*PostgreSQL session"),
+            locks.held(given.engine, "something"),
+        ):
+            pass
+        keeper = given.scalar(
+            "SELECT backend_xid IS NULL AND backend_xmin IS NULL AND state = 'idle in transaction' "
+            "FROM pg_stat_activity WHERE pid = :pid",
+            pid=ours.session_pid,
+        )
+        with transaction(given.engine) as db:
+            ours.confirm(db)
+    with locks.held(given.engine, "something"):
+        pass
+
+    assert keeper is True
+
+
+def test_a_lock_whose_session_is_ended_can_be_taken_and_is_no_longer_confirmed(given):
+    with locks.held(given.engine, "something") as lost:
+        with given.database.connect() as db:
+            db.execute("SELECT pg_terminate_backend(%s)", [lost.session_pid])
+            gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+            until(
+                lambda: db.execute(gone, [lost.session_pid]).fetchone() == (0,),
+                "the session is gone",
+                seconds_max=10,
+            )
+        with (
+            locks.held(given.engine, "something"),
+            pytest.raises(LockTakenError),
+            transaction(given.engine) as db,
+        ):
+            lost.confirm(db)
+
+
+def test_who_waits_for_a_lock_reports_who_holds_it(given, capsys):
+    impatient = SessionLimits(lock_wait=timedelta(seconds=3))
+    engine = open_engine(given.database.url, application="test", limits=impatient)
+    with given.database.connect(autocommit=False) as holder:
+        holder.execute("SET application_name = 'a report'")
+        holder.execute("LOCK TABLE upvest.orders IN ACCESS SHARE MODE")
+        pid, user = holder.info.backend_pid, holder.info.user
+        with pytest.raises(LockHeldError) as refused, transaction(engine) as db:
+            db.exec_driver_sql("LOCK TABLE upvest.orders IN ACCESS EXCLUSIVE MODE")
+    engine.dispose()
+
+    said = f"upvest.orders is locked by session {pid} (role {user}, application "
+    assert f"{said}'a report', in a transaction since 20" in str(refused.value)

@@ -39,7 +39,8 @@ def leave_masked_views_out(
     ) and operation.schema == READ_SCHEMA
     if not is_in_the_way:
         return [operation]
-    drop = f"DROP VIEW IF EXISTS {READ_SCHEMA}.{masked_name(operation.table_name)}"
+    view = masked_name(operation.table_name).replace("_", "\\_")
+    drop = f"SELECT pipeline.drop_own_views('{view}')"
     return [ops.ExecuteSQLOp(drop), operation]
 
 

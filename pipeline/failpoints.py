@@ -38,6 +38,7 @@ Place = Literal[
     "before_fill",
     "mid_fill",
     "after_fill",
+    "after_closing",
     "mid_migration",
     "on_sigterm",
 ]

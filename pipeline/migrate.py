@@ -87,7 +87,8 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
     engine = open_engine(url, application="pipeline migrate")
     applied: list[str] = []
 
-    def note(*, step: Any, **_rest: Any) -> None:  # noqa: ANN401 - Alembic's own types
+    def note(*, ctx: Any, step: Any, **_rest: Any) -> None:  # noqa: ANN401 - Alembic's own types
+        _close_what_is_open(ctx.connection, roles.found_prefix(ctx.connection))
         failpoints.reach("mid_migration")
         applied.append(step.up_revision_id)
 
@@ -104,6 +105,7 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
                 _owner(found)(db)
                 db.commit()
                 _refuse_newer(db)
+                _close_personal_columns(db, found)
                 _upgrade(db, note)
                 grants = []
                 if with_roles:
@@ -138,11 +140,26 @@ def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
         engine.dispose()
 
 
+def _close_personal_columns(db: Connection, prefix: str | None) -> None:
+    """Committed before anything that can fail; again in each migration, for what that one makes."""
+    db.rollback()
+    with db.begin():
+        _close_what_is_open(db, prefix)
+    failpoints.reach("after_closing")
+
+
+def _close_what_is_open(db: Connection, prefix: str | None) -> None:
+    from pipeline.projectors import discover
+
+    if closed := roles.close_personal_columns(db, prefix, discover()):
+        log.warning("personal_data_closed", statements=closed)
+
+
 def _upgrade(db: Connection, note: Callable[..., None]) -> None:
     """Run the migrations that are missing; one that crossed a worker's locks is run once more."""
     for _ in range(DEADLOCKS_MAX):
         try:
-            with translated():
+            with translated(), _dependents_named():
                 command.upgrade(_config(connection=db, on_version_apply=note), "head")
         except TransientError as error:
             if error.sqlstate != DEADLOCK:
@@ -151,6 +168,29 @@ def _upgrade(db: Connection, note: Callable[..., None]) -> None:
         else:
             return
     raise TransientError(f"workers' locks crossed the migration {DEADLOCKS_MAX} times; repeat")
+
+
+# Dependent objects exist; a column that a view reads cannot change its type.
+_BLOCKED = frozenset({"2BP01", "0A000"})
+
+
+@contextmanager
+def _dependents_named() -> Iterator[None]:
+    """Name what others made on our tables where it is in the way of a migration.
+
+    PostgreSQL's message and DETAIL hold names of objects only, in these two cases.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        diagnostics = getattr(error.orig, "diag", None)
+        if diagnostics is None or diagnostics.sqlstate not in _BLOCKED:
+            raise
+        raise ConfigurationError(
+            f"a migration is blocked, nothing of it was done: {diagnostics.message_primary}: "
+            f"{diagnostics.message_detail}. Have its owner drop or change that object (psql's "
+            "\\dv and \\dm show owners), then repeat"
+        ) from None
 
 
 @contextmanager

@@ -52,6 +52,10 @@ BEGIN
     -- The hash keeps two long topic names apart that begin alike.
     name := left(regexp_replace(lower(of_topic), '[^a-z0-9]+', '_', 'g'), 24)
         || '_' || left(md5(of_topic), 6) || '_' || low;
+    -- A segment that was detached, or what somebody else made, keeps its name.
+    WHILE to_regclass(format('pipeline_segments.%I', name)) IS NOT NULL LOOP
+        name := name || 'x';
+    END LOOP;
     EXECUTE format('CREATE TABLE pipeline_segments.%I (LIKE pipeline.events INCLUDING DEFAULTS '
                    'INCLUDING STORAGE INCLUDING COMMENTS) '
                    'WITH (autovacuum_vacuum_insert_scale_factor = 0.05, '

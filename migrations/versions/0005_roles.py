@@ -33,6 +33,14 @@ REVOKE ALL ON FUNCTION pipeline.make_shadow(text) FROM PUBLIC;
 CREATE FUNCTION pipeline.drop_shadow(read_model text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    -- The schema's owner may drop what is in it, whoever made that.
+    IF EXISTS (SELECT FROM pg_class c
+                WHERE c.oid = to_regclass(format('pipeline_shadow.%I', read_model))
+                  AND (c.relkind <> 'r' OR pg_get_userbyid(c.relowner) <> current_user)) THEN
+        RAISE EXCEPTION 'pipeline_shadow.% is not a table of a rebuild', read_model
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'Somebody else made it. Rename or move it, then repeat.';
+    END IF;
     EXECUTE format('DROP TABLE IF EXISTS pipeline_shadow.%I', read_model);
 END $$;
 COMMENT ON FUNCTION pipeline.drop_shadow(text) IS
@@ -86,19 +94,6 @@ DROP FUNCTION pipeline.drop_shadow(text);
 DROP FUNCTION pipeline.make_shadow(text);
 """
 
-# Made by `pipeline migrate` beside the migrations; in the way of whoever goes further back.
-DROP_MASKED_VIEWS = r"""
-DO $$
-DECLARE
-    masked regclass;
-BEGIN
-    FOR masked IN SELECT oid FROM pg_class WHERE relnamespace = 'upvest'::regnamespace
-                     AND relkind = 'v' AND relname LIKE '%\_masked' LOOP
-        EXECUTE format('DROP VIEW %s', masked);
-    END LOOP;
-END $$;
-"""
-
 COMMENTS = {
     "account_groups.securities_account_number": (
         "Official depot number, nine digits, leading zeros count.",
@@ -124,5 +119,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     for column, (comment, _) in COMMENTS.items():
         op.execute(f"COMMENT ON COLUMN upvest.{column} IS '{comment}'")
-    op.execute(DROP_MASKED_VIEWS)
     op.execute(BACK)

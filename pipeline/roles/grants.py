@@ -14,7 +14,17 @@ from sqlalchemy.dialects import postgresql
 from pipeline.db import LOG_SCHEMA, translated
 from pipeline.errors import ConfigurationError
 from pipeline.projection import Projector
-from pipeline.roles.rights import MEMBERSHIPS, OWNER, ROLES, SCHEMAS, Right, on_database, wanted
+from pipeline.projection.declaration import personal_columns
+from pipeline.roles.rights import (
+    MEMBERSHIPS,
+    OWNER,
+    PERSONAL,
+    ROLES,
+    SCHEMAS,
+    Right,
+    on_database,
+    wanted,
+)
 
 PREFIX_DEFAULT = "pipeline_"
 _PREFIX = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -48,20 +58,26 @@ WHERE g.rolname = ANY (CAST(:names AS text[])) AND m.rolname = ANY (CAST(:names 
 INHERITS = text("SELECT pg_has_role(current_user, CAST(:owner AS name), 'USAGE')")
 NOT_OWNED = text("""
 WITH owner AS (SELECT CAST(:owner AS text) AS name, to_regrole(CAST(:owner AS text))::oid AS oid),
+-- Who migrated so far. Alembic's table comes last, so an interrupted command still knows it.
+before AS (SELECT relowner AS oid FROM pg_class
+           WHERE oid = to_regclass('pipeline.alembic_version')),
 ours AS (SELECT oid, nspname, nspowner FROM pg_namespace
          WHERE nspname = ANY (CAST(:schemas AS text[])))
 SELECT 1 AS step, format('ALTER SCHEMA %I OWNER TO %I', n.nspname, owner.name) AS statement
-FROM ours n, owner WHERE n.nspowner IS DISTINCT FROM owner.oid
+FROM ours n, owner, before
+WHERE n.nspowner IS DISTINCT FROM owner.oid AND n.nspowner = before.oid
 UNION ALL
-SELECT 2, format('ALTER %s %I.%I OWNER TO %I', CASE c.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
+SELECT CASE c.relname WHEN 'alembic_version' THEN 4 ELSE 2 END,
+       format('ALTER %s %I.%I OWNER TO %I', CASE c.relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END,
                  n.nspname, c.relname, owner.name)
-FROM pg_class c JOIN ours n ON n.oid = c.relnamespace, owner
+FROM pg_class c JOIN ours n ON n.oid = c.relnamespace, owner, before
 WHERE c.relkind IN ('r', 'p', 'v') AND c.relowner IS DISTINCT FROM owner.oid
+  AND c.relowner = before.oid
 UNION ALL
 SELECT 3, format('ALTER FUNCTION %I.%I(%s) OWNER TO %I', n.nspname, p.proname,
                  pg_get_function_identity_arguments(p.oid), owner.name)
-FROM pg_proc p JOIN ours n ON n.oid = p.pronamespace, owner
-WHERE p.proowner IS DISTINCT FROM owner.oid
+FROM pg_proc p JOIN ours n ON n.oid = p.pronamespace, owner, before
+WHERE p.proowner IS DISTINCT FROM owner.oid AND p.proowner = before.oid
 ORDER BY 1, 2
 """)
 GRANTED = text("""
@@ -96,8 +112,42 @@ WHERE r.rolname = ANY (CAST(:roles AS text[]))
 SIGNATURES = text("""
 SELECT n.nspname || '.' || p.proname AS name,
        format('%I.%I(%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS full
-FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace AND n.nspowner = p.proowner
 WHERE n.nspname = ANY (CAST(:schemas AS text[]))
+""")
+READABLE = text("""
+SELECT c.oid::regclass::text AS relation, c.relkind = 'v' AS is_view, c.relname AS name,
+       a.attname::text AS "column", x.grantee, coalesce(quote_ident(r.rolname), 'PUBLIC') AS role
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspowner = c.relowner
+LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL
+CROSS JOIN LATERAL aclexplode(CASE WHEN :by_column THEN a.attacl ELSE c.relacl END) x
+LEFT JOIN pg_roles r ON r.oid = x.grantee
+WHERE c.oid = to_regclass(:relation) AND x.privilege_type = 'SELECT' AND x.grantee <> c.relowner
+  AND NOT coalesce(r.rolname = ANY (CAST(:may AS text[])), false)
+  AND NOT EXISTS (SELECT FROM aclexplode(c.relacl) w
+                  WHERE w.grantee = x.grantee AND w.privilege_type IN ('INSERT', 'UPDATE'))
+""")
+# Views of the owner's, wherever they are, that read a column, themselves or through others.
+EXPOSING = text("""
+WITH RECURSIVE exposing(oid) AS (
+    SELECT r.ev_class FROM pg_depend d
+    JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+    JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = to_regclass(:relation)
+      AND r.ev_class <> d.refobjid AND a.attname = ANY (CAST(:columns AS text[]))
+    UNION
+    SELECT r.ev_class FROM exposing e
+    JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = e.oid
+    JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+    WHERE r.ev_class <> d.refobjid
+)
+SELECT c.oid::regclass::text FROM exposing e JOIN pg_class c ON c.oid = e.oid
+WHERE c.relowner = (SELECT relowner FROM pg_class WHERE oid = to_regclass(:relation))
+""")
+COLUMNS = text("""
+SELECT attname::text FROM pg_attribute
+WHERE attrelid = to_regclass(:relation) AND attnum > 0 AND NOT attisdropped
 """)
 
 _quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
@@ -191,6 +241,55 @@ def grant_statements(db: Connection, prefix: str, projectors: Sequence[Projector
     return _difference(
         db, prefix, wanted(db, projectors), {"SCHEMA", "TABLE", "FUNCTION", "DEFAULT"}
     )
+
+
+def close_personal_columns(
+    db: Connection, prefix: str | None, projectors: Iterable[Projector]
+) -> list[str]:
+    """Take from everybody who may not have it the right to read personal data; nothing else.
+
+    Before anything that can fail: statements on rights alone, which wait for no reader. The owner,
+    who writes the table, and the role for personal data may read it. Others keep the other columns.
+
+    Args:
+        db: An open transaction of the owner.
+        prefix: Of the roles; None if there are none.
+        projectors: The read models of this program.
+
+    Returns:
+        The statements, executed.
+    """
+    may = [f"{prefix}{PERSONAL}"] if prefix else []
+    statements: list[str] = []
+    for table in (table for one in projectors for table in one.tables):
+        relation = f'"{table.schema}"."{table.name}"'
+        there = list(db.execute(COLUMNS, {"relation": relation}).scalars())
+        hidden = [name for name in there if name in personal_columns(table)]
+        if not hidden:
+            continue
+        rest = ", ".join(_quote(name) for name in there if name not in hidden)
+        take, give = "REVOKE SELECT {}ON {} FROM {} CASCADE", "GRANT SELECT ({}) ON {} TO {}"
+        for role in _readers(db, relation, may):
+            statements.append(take.format("", relation, role))
+            statements.append(give.format(rest, relation, role))
+        for role, column in _readers_of_columns(db, relation, may):
+            if column in hidden:
+                statements.append(take.format(f"({_quote(column)}) ", relation, role))
+        exposing = db.execute(EXPOSING, {"relation": relation, "columns": hidden}).scalars()
+        for view in exposing.all():
+            statements += [take.format("", view, role) for role in _readers(db, view, may)]
+    execute(db, statements)
+    return statements
+
+
+def _readers(db: Connection, relation: str, may: Sequence[str]) -> list[str]:
+    found = db.execute(READABLE, {"relation": relation, "may": may, "by_column": False})
+    return sorted({row.role for row in found})
+
+
+def _readers_of_columns(db: Connection, relation: str, may: Sequence[str]) -> list[tuple[str, str]]:
+    found = db.execute(READABLE, {"relation": relation, "may": may, "by_column": True})
+    return sorted({(row.role, row.column) for row in found})
 
 
 def missing_roles(db: Connection, prefix: str) -> list[str]:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, SHADOW_SCHEMA
 from pipeline.projection import Projector
 from pipeline.projection.declaration import personal_columns
-from pipeline.roles.masks import masked_name
+from pipeline.roles.masks import own_masked_views
 
 SCHEMAS = (LOG_SCHEMA, "pipeline_segments", SHADOW_SCHEMA, READ_SCHEMA)
 
@@ -206,7 +206,7 @@ def _of_analysts(
             for column in declared[name].columns:
                 if column.name not in personal_columns(declared[name]):
                     yield Right("TABLE", full, column.name, ANALYST, "SELECT")
-    harmless = {masked_name(name) for name in declared} | REVIEWED_VIEWS
+    harmless = set(own_masked_views(db)) | REVIEWED_VIEWS
     for view, reads in _views(db).items():
         is_open = view in harmless or not reads & guarded
         role = ANALYST if is_open else PERSONAL

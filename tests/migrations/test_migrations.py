@@ -180,7 +180,7 @@ def test_every_table_view_and_column_says_what_it_is(migrated):
 def test_a_generated_migration_takes_the_masked_view_out_of_the_way(migrated, tmp_path):
     """It hangs on the columns that it shows, and `migrate` makes it again."""
     migrated.execute(text("ALTER TABLE upvest.users ADD COLUMN surplus text"))
-    migrated.execute(text("SELECT pipeline.drop_own_views('users\\\\_masked')"))
+    migrated.execute(text("SELECT pipeline.drop_own_views('users\\_masked')"))
     migrated.execute(text("ALTER TABLE upvest.users ALTER fatca_confirmed_at TYPE text"))
     migrated.commit()
     generating = config(migrated)

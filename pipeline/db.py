@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import session
+from pipeline import session, stored_times
 from pipeline.blockers import who_blocks
 from pipeline.postgres_errors import SilentServerError, translate
 
@@ -113,6 +113,7 @@ def open_engine(
             connection.close()
             raise
         connection.answer_s_max = None
+        stored_times.register(connection)
         if limits.answer is not None:
             connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
         return connection

@@ -137,6 +137,10 @@ LIST = select(
     dead_letters.c.offset,
 )
 LOCK = select(dead_letters.c.offset).where(*_this).with_for_update()
+EVENT = text("""
+SELECT 1 FROM pipeline.events
+WHERE topic = :of_topic AND "partition" = :of_number AND "offset" = :at_offset
+""")
 TAKE_BACK = delete(dead_letters).where(*_this)
 FORGET = delete(dead_letters).where(dead_letters.c.projector == bindparam("of_projector"))
 HAND_OVER = (
@@ -186,6 +190,11 @@ def listed(db: Connection, projectors: Iterable[str] | None = None) -> Sequence[
 def lock(db: Connection, letter: DeadLetter) -> bool:
     """Hold the letter until the transaction ends; False if somebody took it back meanwhile."""
     return db.execute(LOCK, _of(letter)).one_or_none() is not None
+
+
+def has_event(db: Connection, letter: DeadLetter) -> bool:
+    """Whether the event is in the log; a segment that was detached takes its events along."""
+    return db.execute(EVENT, _of(letter)).one_or_none() is not None
 
 
 def take_back(db: Connection, letter: DeadLetter) -> None:

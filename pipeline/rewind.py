@@ -130,7 +130,9 @@ def _wanted(
         case "earliest":
             return there.low
         case datetime() as moment:
-            found = brokers.offset_at(partition, int(moment.timestamp() * 1000))
+            # Kafka takes negative numbers for its own words, "the end" among them.
+            milliseconds = max(0, int(moment.timestamp() * 1000))
+            found = brokers.offset_at(partition, milliseconds)
             return end if found is None else min(found, end)
         case offset:
             return min(offset, end)

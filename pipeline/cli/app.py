@@ -71,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and end with the exit code that tells what happened."""
     open_standard_streams()
     logs.configure()
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if not _is_text(argument):
+            say(f"pipeline: the argument {ascii(argument)} is not UTF-8")
+            sys.exit(ExitCode.USAGE)
     try:
         app(arguments)
     except PipelineError as error:
@@ -80,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         log.critical("crashed", exc_info=error)
         sys.exit(ExitCode.INVARIANT)
     sys.exit(ExitCode.DONE)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the bytes of an argument are UTF-8; Python keeps others as lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

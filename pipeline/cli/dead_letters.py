@@ -105,12 +105,17 @@ def show(
             say(f"pipeline: {place} is no dead letter")
             raise typer.Exit(ExitCode.FOUND)
         with transaction(engine) as db:
-            [event] = newest(db, wanted, limit=1, with_content=payload)
+            # A segment that was detached takes its events along.
+            event = next(iter(newest(db, wanted, limit=1, with_content=payload)), None)
     if as_json:
         refusals = [_document(one) for one in found]
-        emit({"event": document_of(event, with_content=payload), "refusals": refusals})
+        document = event and document_of(event, with_content=payload)
+        emit({"event": document, "refusals": refusals})
         return
-    print_event(event, with_content=payload)
+    if event is None:
+        typer.echo(printable(f"{place}: the event is no longer in pipeline.events"))
+    else:
+        print_event(event, with_content=payload)
     for one in found:
         why = f"{_WHY.get(one.sqlstate, 'refused')} ({one.sqlstate})"
         typer.echo(printable(f"    {one.projector}: column {one.column or 'unknown'}: {why}"))

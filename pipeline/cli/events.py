@@ -24,21 +24,24 @@ FOLLOW_S = 0.5
 """How often a log that is followed is looked at."""
 LOOK_BACK = timedelta(hours=24)
 """How far a search looks back that no index answers, unless told."""
+OFFSET_MAX = 2**63 - 1
+"""Kafka numbers records with 64 bits, as PostgreSQL stores them."""
 _CONTENT = ("payload", "raw", "key", "headers")
 
 
 def parse_time(value: str) -> datetime:
     """A moment, or a span before now: 15m, 2h, 7d."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
-    if unit and value[:-1].isdigit():
-        return datetime.now(UTC) - timedelta(seconds=int(value[:-1]) * unit)
     try:
+        if unit and value[:-1].isdecimal():
+            return datetime.now(UTC) - timedelta(seconds=int(value[:-1]) * unit)
         found = datetime.fromisoformat(value)
-    except ValueError:
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise typer.BadParameter(
-            "a time such as 2026-01-31T08:00:00Z, or a span before now such as 15m, 2h, 7d"
+            "a time such as 2026-01-31T08:00:00Z, or a span before now such as 15m, 2h, 7d, "
+            "between the years 1 and 9999"
         ) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def parse_place(value: str) -> Wanted:
@@ -51,6 +54,8 @@ def parse_place(value: str) -> Wanted:
         if not offsets:
             return place
         begin, end = Offset(int(first)), after(Offset(int(last or first)))
+        if not 0 <= begin < end <= OFFSET_MAX:
+            raise ValueError
     except ValueError:
         raise typer.BadParameter(
             "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
@@ -186,8 +191,7 @@ def print_event(found: Found, *, with_content: bool) -> None:
     if found.problem is not None:
         notes.append(found.problem)
     line = (
-        f"{when.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}"[:-3]
-        + f"  {found.event_type or NOTHING:<34}  {found.entity_id or NOTHING!s:<36}  "
+        f"{moment(when, milliseconds=True)}  {found.event_type or NOTHING:<34}  {found.entity_id or NOTHING!s:<36}  "
         f"{found.status or NOTHING:<12}  {found.topic}:{found.partition}:{found.offset}"
         f"  {'; '.join(notes)}"
     )
@@ -217,7 +221,7 @@ def document_of(found: Found, *, with_content: bool) -> dict[str, object]:
         document["payload"] = orjson.Fragment(found.payload) if found.payload else None
         document["raw_base64"] = _base64(found.raw)
         document["key_base64"] = _base64(found.key)
-        document["headers"] = found.headers
+        document["headers"] = orjson.Fragment(found.headers) if found.headers else None
     return document
 
 

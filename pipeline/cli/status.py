@@ -14,6 +14,7 @@ from pipeline.cli.terminal import (
     NOTHING,
     Cell,
     Mark,
+    age,
     duration,
     emit,
     moment,
@@ -159,7 +160,7 @@ def _projector_row(one: ProjectorStatus, now: datetime) -> list[Cell]:
         one.lag,
         _age(one.lag_s),
         one.dead_letters,
-        f"{duration(now - one.moved_at)} ago" if one.moved_at else NOTHING,
+        age(one.moved_at, now),
     ]
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Self
@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.logs import printable, printable_json
+from pipeline.stored_times import FarTime
 
 PLAIN_LINE_S = 5.0
 """How often progress is told where no bar can be drawn."""
@@ -45,7 +46,12 @@ def say(text: str) -> None:
 
 def emit(document: object) -> None:
     """One JSON document on stdout, on one line, with escapes for what would fool a terminal."""
-    sys.stdout.write(printable_json(orjson.dumps(document, default=_plain).decode()) + "\n")
+    try:
+        text = orjson.dumps(document, default=_plain)
+    except orjson.JSONEncodeError:
+        # It refuses whole numbers of more than 64 bits, a sum of offsets for example.
+        text = orjson.dumps(_with_large_numbers(document), default=_plain)
+    sys.stdout.write(printable_json(text.decode()) + "\n")
     sys.stdout.flush()
 
 
@@ -55,6 +61,18 @@ def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.hex()
     return str(value)
+
+
+def _with_large_numbers(value: object) -> object:
+    if isinstance(value, int) and value.bit_length() > 63:
+        return orjson.Fragment(str(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {it.name: _with_large_numbers(getattr(value, it.name)) for it in fields(value)}
+    if isinstance(value, dict):
+        return {name: _with_large_numbers(inner) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return [_with_large_numbers(inner) for inner in value]  # type: ignore[attr-defined]
+    return value
 
 
 @dataclass(frozen=True)
@@ -115,9 +133,26 @@ def _are_numbers(column: Sequence[str]) -> bool:
     return bool(values) and all(value.lstrip("-").isdigit() for value in values)
 
 
-def moment(time_: datetime) -> str:
-    """A time, in UTC, to the second."""
-    return time_.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+def moment(time_: datetime, *, milliseconds: bool = False) -> str:
+    """A time, in UTC, to the second or to the millisecond."""
+    if isinstance(time_, FarTime):
+        return str(time_)
+    time_ = time_.astimezone(UTC)
+    if milliseconds:
+        return time_.isoformat(" ", "milliseconds").removesuffix("+00:00")
+    return time_.isoformat(" ", "seconds").replace("+00:00", "Z")
+
+
+def age(of: datetime | None, now: datetime) -> str:
+    """How long ago a time was, for people: ``12 s ago``."""
+    if of is None:
+        return "never"
+    length = now - of
+    if length == timedelta.max or length == timedelta.min:
+        return str(of)
+    if length < -timedelta(seconds=1):
+        return f"in {duration(-length)}"
+    return f"{duration(max(length, timedelta(0)))} ago"
 
 
 def duration(length: timedelta) -> str:

@@ -67,7 +67,10 @@ class Wanted:
 
 
 class Found(NamedTuple):
-    """An event of the log. What may hold personal data is None unless it was asked for."""
+    """An event of the log. What may hold personal data is None unless it was asked for.
+
+    ``payload`` and ``headers`` are JSON as PostgreSQL writes it.
+    """
 
     topic: str
     partition: int
@@ -84,7 +87,7 @@ class Found(NamedTuple):
     payload: str | None = None
     raw: bytes | None = None
     key: bytes | None = None
-    headers: object = None
+    headers: str | None = None
 
 
 # Some twenty index searches for each partition and moment, however many records there are.
@@ -95,13 +98,13 @@ WITH RECURSIVE search AS (
   UNION ALL
     SELECT s.topic, s."partition", s.moment,
            CASE WHEN probe.is_older THEN probe.next_offset ELSE s.low END,
-           CASE WHEN probe.is_older THEN s.high ELSE (s.low + s.high) / 2 END
+           CASE WHEN probe.is_older THEN s.high ELSE s.low + (s.high - s.low) / 2 END
     FROM search s
     LEFT JOIN LATERAL (
         SELECT e."offset" + 1 AS next_offset, e.ingested_at < s.moment AS is_older
         FROM pipeline.events e
         WHERE e.topic = s.topic AND e."partition" = s."partition"
-          AND e."offset" >= (s.low + s.high) / 2 AND e."offset" < s.high
+          AND e."offset" >= s.low + (s.high - s.low) / 2 AND e."offset" < s.high
         ORDER BY e."offset" LIMIT 1) probe ON true
     WHERE s.low < s.high
 )
@@ -138,7 +141,8 @@ SEARCH_WITH_CONTENT = select(
     events.c.payload.op("#>>")(text("'{}'")).label("payload"),
     events.c.raw,
     events.c.key,
-    events.c.headers,
+    # As text, as the payload: a number in it could be rounded on its way.
+    events.c.headers.op("#>>")(text("'{}'")).label("headers"),
 )
 
 

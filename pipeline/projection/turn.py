@@ -318,6 +318,8 @@ def _retry_one(db: Connection, projector: Projector, letter: dead_letters.DeadLe
     lock_tables(db, projector, "ROW EXCLUSIVE MODE")
     if not dead_letters.lock(db, letter):
         return True
+    if not dead_letters.has_event(db, letter):
+        return False
     offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))
     batch = Batch(letter.partition, offsets, projector.condition())
     faults = fill(db, projector, READ_SCHEMA, batch)

@@ -47,7 +47,9 @@ ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 NOW = text("SELECT now()")
 
 PARTITIONS = text("""
-SELECT o.*, coalesce(newest.kafka_timestamp, newest.ingested_at) AS newest_at
+SELECT o.*,
+       -- A record is no newer than its arrival, whatever its producer's clock says.
+       least(newest.kafka_timestamp, newest.ingested_at) AS newest_at
 FROM pipeline.consumer_offsets o
 LEFT JOIN LATERAL (
     SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
@@ -68,8 +70,8 @@ GROUP BY 1, 2, 3, 4
 
 PROJECTORS = text("""
 SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
-       coalesce(sum(place.lag), 0)::bigint AS lag, max(c.moved_at) AS moved_at,
-       coalesce(extract(epoch FROM now() - min(unread.ingested_at)), 0)::float AS lag_s,
+       coalesce(sum(place.lag), 0) AS lag, max(c.moved_at) AS moved_at,
+       min(unread.ingested_at) AS unread_since,
        (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
            AS dead_letters
 FROM pipeline.projectors p
@@ -78,7 +80,8 @@ LEFT JOIN pipeline.projection_checkpoints c
        ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
 LEFT JOIN LATERAL (
     SELECT greatest(o.first_offset, coalesce(c.next_offset, 0)) AS next_offset,
-           greatest(0, o.next_offset - greatest(o.first_offset, coalesce(c.next_offset, 0)))
+           greatest(0, o.next_offset::numeric
+                       - greatest(o.first_offset, coalesce(c.next_offset, 0)))
                AS lag) place ON true
 LEFT JOIN LATERAL (
     SELECT e.ingested_at FROM pipeline.events e
@@ -114,7 +117,7 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
             _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
         }
         recent = _recent(db, rows, lately, projectors)
-        models = _models(db, projectors)
+        models = _models(db, projectors, looked_at)
         workers = _workers(db, {_place(row) for row in rows}, projectors)
     found = [
         *troubles.of_partitions(partitions),
@@ -200,21 +203,29 @@ def _seconds(begin: datetime | None, end: datetime) -> float | None:
 # -------------------------------------------------------------------------------- of read models
 
 
-def _models(db: Connection, projectors: Sequence[Projector]) -> list[ProjectorStatus]:
+def _models(
+    db: Connection, projectors: Sequence[Projector], looked_at: datetime
+) -> list[ProjectorStatus]:
     rows = {row.projector: row for row in db.execute(PROJECTORS)}
     ours = {one.name: one for one in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
     return [
-        _model(name, rows.get(name), ours.get(name), is_rebuilt=name + REBUILD in rows)
+        _model(name, rows.get(name), ours.get(name), looked_at, is_rebuilt=name + REBUILD in rows)
         for name in live
     ]
 
 
 def _model(
-    name: str, row: _Row | None, ours: Projector | None, *, is_rebuilt: bool
+    name: str,
+    row: _Row | None,
+    ours: Projector | None,
+    looked_at: datetime,
+    *,
+    is_rebuilt: bool,
 ) -> ProjectorStatus:
     if row is None:
         return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None)
+    lag_s = _seconds(row.unread_since, looked_at) or 0.0
     state: ProjectorState = "live"
     if row.state == "broken":
         state = "broken"
@@ -224,10 +235,17 @@ def _model(
         state = "rebuilding"
     elif row.fingerprint not in (None, fingerprint(ours)):
         state = "stale"
-    elif row.lag_s > CATCHING_UP_S:
+    elif lag_s > CATCHING_UP_S:
         state = "catching up"
     return ProjectorStatus(
-        name, state, row.lag, row.lag_s, row.dead_letters, row.moved_at, row.built_at, row.problem
+        name,
+        state,
+        int(row.lag),
+        lag_s,
+        row.dead_letters,
+        row.moved_at,
+        row.built_at,
+        row.problem,
     )
 
 

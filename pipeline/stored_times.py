@@ -18,6 +18,8 @@ from psycopg.adapt import Dumper
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_EARLIEST = datetime(1, 1, 1, tzinfo=UTC)
+_LATEST = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 # The Gregorian calendar repeats itself after this long.
 _CYCLE_YEARS = 400
 _CYCLE_MICROS = 146_097 * 86_400 * 1_000_000
@@ -51,7 +53,7 @@ class FarTime(datetime):
             ValueError: The text is no time.
         """
         micros = _micros_of(text)
-        nearest = datetime.max if micros > 0 else datetime.min
+        nearest = _LATEST if micros > 0 else _EARLIEST
         far = super().__new__(
             cls,
             nearest.year,
@@ -106,16 +108,16 @@ class FarTime(datetime):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, datetime) and self.micros == _micros(other)
 
-    def __lt__(self, other: datetime) -> bool:
+    def __lt__(self, other: datetime) -> bool:  # type: ignore[override]
         return self.micros < _micros(other)
 
-    def __le__(self, other: datetime) -> bool:
+    def __le__(self, other: datetime) -> bool:  # type: ignore[override]
         return self.micros <= _micros(other)
 
-    def __gt__(self, other: datetime) -> bool:
+    def __gt__(self, other: datetime) -> bool:  # type: ignore[override]
         return self.micros > _micros(other)
 
-    def __ge__(self, other: datetime) -> bool:
+    def __ge__(self, other: datetime) -> bool:  # type: ignore[override]
         return self.micros >= _micros(other)
 
     def __sub__(self, other: Any) -> Any:  # noqa: ANN401 - datetime's own has two meanings
@@ -179,7 +181,7 @@ def _usual(adapters: Any, name: str) -> type[Loader]:  # noqa: ANN401 - psycopg'
 def _stored_time(data: bytes) -> datetime:
     time_ = FarTime(data.decode())
     # In another time zone than UTC, the year 10000 may begin before it does in UTC.
-    if datetime.min.replace(tzinfo=UTC) <= time_ <= datetime.max.replace(tzinfo=UTC):
+    if _EARLIEST <= time_ <= _LATEST:
         return _EPOCH + int(time_.micros) * _MICROSECOND
     return time_
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logs.configure()
     for argument in sys.argv[1:] if arguments is None else arguments:
         if not _is_text(argument):
-            say(f"pipeline: the argument {ascii(argument)} is not UTF-8")
+            say(f"pipeline: the argument {argument!a} is not UTF-8")
             sys.exit(ExitCode.USAGE)
     try:
         app(arguments)

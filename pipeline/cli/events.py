@@ -26,6 +26,7 @@ LOOK_BACK = timedelta(hours=24)
 """How far a search looks back that no index answers, unless told."""
 OFFSET_MAX = 2**63 - 1
 """Kafka numbers records with 64 bits, as PostgreSQL stores them."""
+_PLACE = "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
 _CONTENT = ("payload", "raw", "key", "headers")
 
 
@@ -54,12 +55,10 @@ def parse_place(value: str) -> Wanted:
         if not offsets:
             return place
         begin, end = Offset(int(first)), after(Offset(int(last or first)))
-        if not 0 <= begin < end <= OFFSET_MAX:
-            raise ValueError
     except ValueError:
-        raise typer.BadParameter(
-            "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
-        ) from None
+        raise typer.BadParameter(_PLACE) from None
+    if not 0 <= begin < end <= OFFSET_MAX:
+        raise typer.BadParameter(_PLACE)
     return replace(place, offsets=OffsetRange(NextOffset(begin), end))
 
 
@@ -191,8 +190,9 @@ def print_event(found: Found, *, with_content: bool) -> None:
     if found.problem is not None:
         notes.append(found.problem)
     line = (
-        f"{moment(when, milliseconds=True)}  {found.event_type or NOTHING:<34}  {found.entity_id or NOTHING!s:<36}  "
-        f"{found.status or NOTHING:<12}  {found.topic}:{found.partition}:{found.offset}"
+        f"{moment(when, milliseconds=True)}  {found.event_type or NOTHING:<34}  "
+        f"{found.entity_id or NOTHING!s:<36}  {found.status or NOTHING:<12}  "
+        f"{found.topic}:{found.partition}:{found.offset}"
         f"  {'; '.join(notes)}"
     )
     typer.echo(printable(line.rstrip()))

@@ -47,7 +47,8 @@ class Evidence:
         claim: The sentence that was put to the proof.
         examined: How many records or rows were looked at.
         wrong: How many of them contradict it; 0 is the proof.
-        words: What contradicts it and what to do, or why less was looked at than there is.
+        words: What contradicts it and what to do, or why less was examined than there is.
+        complete: Whether all that the claim is about was examined.
         intervals: Offsets of what contradicts it, where it has any.
     """
 
@@ -58,6 +59,7 @@ class Evidence:
     wrong: int = 0
     words: str | None = None
     intervals: Sequence[OffsetRange] = ()
+    complete: bool = True
 
 
 # -------------------------------------------------------------------------------------------- log
@@ -155,7 +157,10 @@ def verify_log(engine: Engine, observe: Observe = lambda *_: None) -> Iterator[E
             for subject, examined, wrong, first, last in db.execute(statement):
                 intervals = [] if first is None else [OffsetRange(first, after(Offset(last)))]
                 yield Evidence("log", subject, claim, examined, wrong, None, intervals)
-        for partition, known in ownership.recorded(db).items():
+        recorded = ownership.recorded(db)
+        if not recorded:
+            yield Evidence("log", "log", _CLAIMS[0][0], 0, words="it is empty", complete=False)
+        for partition, known in recorded.items():
             yield _digests(db, partition, known, observe)
 
 
@@ -207,6 +212,9 @@ def verify_kafka(
             partition: ownership.last_record(db, partition, claim.next_offset)
             for partition, claim in known.items()
         }
+    if not known:
+        yield Evidence("kafka", "log", _FAITHFUL, 0, words="it is empty", complete=False)
+        return
     brokers = Brokers(settings)
     try:
         cluster_id, there = brokers.cluster_id(), brokers.topics_there()
@@ -218,8 +226,8 @@ def verify_kafka(
                     str(partition),
                     _FAITHFUL,
                     0,
-                    0,
-                    "Kafka has no such partition (any more)",
+                    words="Kafka has no such partition, or hides it from this login",
+                    complete=False,
                 )
                 continue
             topic_id = topic_ids.get(partition.topic)
@@ -264,8 +272,8 @@ def _against_kafka(
     is_compacted = "compact" in brokers.topic_settings(partition.topic).get("cleanup.policy", "")
     yield from _of_comparison(partition, found, is_compacted=is_compacted)
     if begin > claim.first_offset:
-        words = f"offsets {claim.first_offset} to {begin - 1} are no longer in Kafka: not compared"
-        yield Evidence("kafka", subject, _FAITHFUL, 0, 0, words)
+        words = f"offsets {claim.first_offset} to {begin - 1} are no longer in Kafka"
+        yield Evidence("kafka", subject, _FAITHFUL, 0, words=words, complete=False)
 
 
 def _of_comparison(
@@ -320,7 +328,7 @@ def verify_read_models(
         except TransientError:
             raise
         except PipelineError as error:
-            yield Evidence("read models", name, _REPLAYED, 0, 1, f"not compared: {error}")
+            yield Evidence("read models", name, _REPLAYED, 0, words=str(error), complete=False)
             continue
         words = None
         if found.differing:

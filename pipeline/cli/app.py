@@ -168,7 +168,12 @@ def settings_of(ctx: typer.Context, *, tells_all: bool = False) -> Settings:
 
 @contextmanager
 def database_of(
-    settings: Settings, command: str, *, pool_size: int = 4, answers_soon: bool = False
+    settings: Settings,
+    command: str,
+    *,
+    pool_size: int = 4,
+    answers_soon: bool = False,
+    read_only: bool = False,
 ) -> Iterator[Engine]:
     """The configured database, until the block ends. Nothing is connected yet.
 
@@ -177,6 +182,7 @@ def database_of(
         command: Who asks.
         pool_size: Most connections open at a time.
         answers_soon: No statement may take longer than ``ANSWER_TIMEOUT_MS``.
+        read_only: Nothing is written, so a standby will do.
     """
     engine = open_engine(
         settings.database(),
@@ -187,6 +193,7 @@ def database_of(
             answer=timedelta(milliseconds=settings.answer_timeout_ms) if answers_soon else None,
         ),
         pool_size=pool_size,
+        read_only=read_only,
     )
     try:
         yield engine

@@ -34,8 +34,9 @@ TYPES_MAX = 5
 _STYLES = {
     "OK": "green",
     "WARN": "yellow",
-    "STALL": "yellow",
-    "STOP": "yellow",
+    "STALL": "bold red",
+    "UNKNOWN": "bold red",
+    "STOP": "bold red",
     "ERR": "bold red",
     "live": "green",
     "broken": "bold red",
@@ -44,9 +45,10 @@ _STYLES = {
 
 
 @app.command(
-    epilog="Exit codes: 0 nothing needs a human (warnings may be listed); 1 something does: a "
-    "partition stands still, its reader fell silent, a read model is broken; 69 the database is "
-    "away; 78 a setting, a right or the schema is wrong."
+    epilog="Exit codes: 0 events get through (warnings may be listed); 1 they do not, or it is "
+    "unknown whether they do: no process reads a partition (also after a stop, --until-end, or a "
+    "fresh installation), its facts are too old, it is halted, a read model is broken; 69 the "
+    "database is away; 78 a setting, a right or the schema is wrong."
 )
 def status(
     ctx: typer.Context,
@@ -61,10 +63,11 @@ def status(
 ) -> None:
     """Lag, throughput, freshness, owners, problems.
 
-    Asks the database only, so Kafka may be away. `lag` counts offsets; `behind` is the age of the
-    newest record that we have, while there are newer ones. States of a partition: OK; WARN, more
-    than a minute behind; STALL, behind and not moving; STOP, nobody reads it; ERR, stands still
-    until an operator decides.
+    Reads the database only, also a standby. `lag` counts offsets; `behind` is the age of the
+    newest record that we have, while there are newer ones; `seen` is how long ago Kafka's end was
+    recorded. States of a partition: OK; WARN, more than a minute behind; STALL, behind and no
+    commit for a minute; UNKNOWN, Kafka's end was not recorded for 30 s, so lag and rate are not
+    shown; STOP, no process reads it; ERR, halted until an operator decides.
 
     \b
     $ pipeline status
@@ -73,7 +76,7 @@ def status(
     """
     settings = settings_of(ctx)
     show = emit if as_json else _show
-    with database_of(settings, "status") as engine:
+    with database_of(settings, "status", read_only=True) as engine:
         check_schema(engine)
         if not watch:
             seen = look(engine, discover())
@@ -101,15 +104,20 @@ def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None
 
 def _show(seen: Status) -> None:
     behind = "caught up" if not seen.lag else f"{seen.lag:,} behind Kafka"
-    typer.echo(
-        f"Log: {seen.offsets:,} offsets, {behind}, {seen.rate:,.1f} records/s over the last "
-        f"minute. {moment(seen.looked_at)}\n"
+    flow = (
+        f"{behind}, {seen.rate:,.1f} records/s over the last minute"
+        if seen.rate is not None
+        else ""
     )
+    flow = "lag and rate unknown"
+    if seen.lag is not None and seen.rate is not None:
+        flow = f"{behind}, {seen.rate:,.1f} records/s over the last minute"
+    typer.echo(f"Log: {seen.offsets:,} offsets, {flow}. {moment(seen.looked_at)}\n")
     if not seen.partitions:
         typer.echo("Nothing was read yet.")
     table(
-        ["partition", "state", "next offset", "end", "lag", "behind", "rec/s", "reader"],
-        map(_partition_row, seen.partitions),
+        ["partition", "state", "next offset", "end", "lag", "behind", "rec/s", "seen", "reader"],
+        (_partition_row(one, seen.looked_at) for one in seen.partitions),
     )
     typer.echo()
     table(
@@ -139,7 +147,7 @@ def _show_troubles(troubles: Iterable[Trouble]) -> None:
         typer.echo(printable(f"  → {remedy}"))
 
 
-def _partition_row(one: PartitionStatus) -> list[Cell]:
+def _partition_row(one: PartitionStatus, now: datetime) -> list[Cell]:
     owner = f"{one.owner.host}:{one.owner.pid}" if one.owner else NOTHING
     return [
         f"{one.topic}[{one.partition}]",
@@ -149,6 +157,7 @@ def _partition_row(one: PartitionStatus) -> list[Cell]:
         one.lag,
         _age(one.lag_s),
         one.rate,
+        age(one.seen_at, now),
         owner,
     ]
 

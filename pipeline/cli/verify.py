@@ -25,8 +25,9 @@ class _Proof(StrEnum):
 
 
 @app.command(
-    epilog="Exit codes: 0 everything holds; 1 something does not; 2 wrong usage; 69 a server is "
-    "away; 75 a rebuild of a read model runs; 78 a setting, a right or the schema is wrong."
+    epilog="Exit codes: 0 everything was examined and holds; 1 something does not hold or could "
+    "not be examined; 2 wrong usage; 69 a server is away; 75 a rebuild of a "
+    "read model runs; 78 a setting, a right or the schema is wrong."
 )
 def verify(
     ctx: typer.Context,
@@ -77,11 +78,12 @@ def verify(
                 if not as_json:
                     _show(evidence)
     wrong = [one for one in found if one.wrong]
+    unexamined = [one for one in found if not one.complete]
     if as_json:
-        emit({"ok": not wrong, "evidence": found})
+        emit({"ok": not wrong and not unexamined, "evidence": found})
     else:
-        say(_verdict(wrong))
-    if wrong:
+        say(_verdict(wrong, unexamined))
+    if wrong or unexamined:
         raise typer.Exit(ExitCode.FOUND)
 
 
@@ -91,18 +93,23 @@ def _show(evidence: Iterable[Evidence]) -> None:
         of = list(same)
         wrong = [one for one in of if one.wrong]
         examined = sum(one.examined for one in of)
-        typer.echo(f"{'✗' if wrong else '✓'} {part}: {claim}: {examined:,} looked at")
+        sign = "✗" if wrong else "✓" if all(one.complete for one in of) else "?"
+        typer.echo(f"{sign} {part}: {claim}: {examined:,} looked at")
         for one in of:
             where = f" at {offsets(one.intervals)}" if one.intervals else ""
             if one.wrong:
                 words = f": {one.words}" if one.words else ""
                 line = f"    {one.subject}: {one.wrong:,} wrong{where}{words}"
                 typer.echo(printable(line))
+            elif not one.complete:
+                typer.echo(printable(f"    {one.subject}: not examined: {one.words}"))
             elif one.words:
                 typer.echo(printable(f"    {one.subject}: {one.words}"))
 
 
-def _verdict(wrong: Sequence[Evidence]) -> str:
+def _verdict(wrong: Sequence[Evidence], unexamined: Sequence[Evidence]) -> str:
+    if not wrong and unexamined:
+        return "What was examined holds. Not everything could be examined: see above."
     if not wrong:
         return "Everything that was looked at holds."
     claims = len({(one.part, one.claim) for one in wrong})

@@ -6,6 +6,7 @@ of the newest rows.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, Row, text
 
@@ -29,9 +30,10 @@ from pipeline.status.report import (
 )
 
 BEHIND_S_MAX = 60.0
-"""Longer behind than this is worth a warning."""
-SILENT_S_MAX = 60.0
-"""A reader reports every few seconds; after this long it is gone or cut off."""
+"""Longer behind than this is worth a warning; no commit for this long, with lag, is a stall."""
+SEEN_S_MAX = 30.0
+"""A reader records Kafka's end every 5 seconds. After six times that, with room for a rebalance and
+for rows that are locked, what is recorded is no longer current."""
 RATE_SPAN = timedelta(minutes=1)
 """Over which throughput is measured."""
 RECENT_SPAN = timedelta(hours=1)
@@ -120,22 +122,38 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         models = _models(db, projectors, looked_at)
         workers = _workers(db, {_place(row) for row in rows}, projectors)
     found = [
-        *troubles.of_partitions(partitions),
+        *troubles.of_partitions(partitions, looked_at),
         *troubles.of_projectors(models, is_projected=bool(workers)),
     ]
     return Status(
         looked_at=looked_at,
         ok=not any(trouble.severity == "wrong" for trouble in found),
         offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
-        lag=sum(one.lag or 0 for one in partitions),
-        lag_s=max((one.lag_s for one in partitions if one.lag_s is not None), default=None),
-        rate=sum(one.rate for one in partitions),
+        lag=_sum(one.lag for one in partitions),
+        lag_s=_longest([one.lag_s for one in partitions if one.lag != 0]),
+        rate=_sum(one.rate for one in partitions),
         partitions=partitions,
         projectors=models,
         workers=workers,
         recent=recent,
         troubles=found,
     )
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _sum(values: Iterable[_Number | None]) -> _Number | None:
+    """None where there is nothing, or one of them is unknown: then so is the sum."""
+    known = list(values)
+    if not known or None in known:
+        return None
+    return sum(value for value in known if value is not None)
+
+
+def _longest(values: Sequence[float | None]) -> float | None:
+    """None where one of them is unknown; 0 where nothing lags."""
+    return None if None in values else max((it for it in values if it is not None), default=0.0)
 
 
 # -------------------------------------------------------------------------------- of partitions
@@ -146,25 +164,30 @@ def _place(row: _Row) -> Partition:
 
 
 def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionStatus:
-    behind = None
-    if row.high_watermark is not None:
-        behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
-    lag_s = 0.0 if behind == 0 else _seconds(row.newest_at, looked_at)
     owner = None
     if row.owner_member is not None:
         owner = Owner(
             row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
         )
+    seen_s = _seconds(row.watermarks_at, looked_at)
+    is_current = owner is not None and seen_s is not None and seen_s <= SEEN_S_MAX
+    behind = None
+    if is_current and row.high_watermark is not None:
+        behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
+    lag_s = None
+    if behind is not None:
+        lag_s = 0.0 if behind == 0 else _seconds(row.newest_at, looked_at)
     return PartitionStatus(
         topic=row.topic,
         partition=row.partition,
-        state=_state(row, looked_at, behind, lag_s, owner),
+        state=_state(row, looked_at, behind, lag_s, owner, is_current=is_current),
         next_offset=row.next_offset,
         end=row.high_watermark,
         seen_at=row.watermarks_at,
+        seen_s=seen_s,
         lag=behind,
         lag_s=lag_s,
-        rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds(),
+        rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,
@@ -178,12 +201,15 @@ def _state(
     behind: int | None,
     lag_s: float | None,
     owner: Owner | None,
+    *,
+    is_current: bool,
 ) -> PartitionState:
     if row.problem is not None:
         return "ERR"
-    silent_s = _seconds(_latest(row.watermarks_at, row.committed_at, row.claimed_at), looked_at)
-    if owner is None or silent_s is None or silent_s > SILENT_S_MAX:
+    if owner is None:
         return "STOP"
+    if not is_current:
+        return "UNKNOWN"
     if not behind:
         return "OK"
     still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)

@@ -5,8 +5,10 @@ The state of a partition, in Burrow's words:
 - ``OK``: read, and not behind, or not for long
 - ``WARN``: read and moving, but more than a minute behind
 - ``STALL``: read, behind, and has not moved for a minute
-- ``STOP``: nobody reads it, or its reader has been silent for a minute
-- ``ERR``: stands still until an operator decides, to protect data
+- ``UNKNOWN``: its reader has not recorded Kafka's end for half a minute: it ended or hangs, or
+  Kafka or the database does not answer it
+- ``STOP``: no process reads it
+- ``ERR``: halted until an operator decides, to protect data
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Literal
 
 from pipeline.positions import Partition
 
-PartitionState = Literal["OK", "WARN", "STALL", "STOP", "ERR"]
+PartitionState = Literal["OK", "WARN", "STALL", "UNKNOWN", "STOP", "ERR"]
 ProjectorState = Literal[
     "live", "catching up", "rebuilding", "stale", "broken", "never run", "not in this program"
 ]
@@ -40,11 +42,13 @@ class PartitionStatus:
     Attributes:
         end: Kafka's end when last seen; None if it never was.
         seen_at: When that was.
-        lag: Offsets between the two; None if ``end`` is.
+        seen_s: How many seconds ago that was.
+        lag: Offsets between the two; None where it is unknown: ``seen_at`` is too long ago.
         lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
-            record that is missing is older. 0 without lag, None where nothing was read yet.
-        rate: Records a second, over the last minute.
-        problem: Why it stands still, with what to do.
+            record that is missing is older. 0 without lag, None where nothing was read yet
+            or the lag is unknown.
+        rate: Records per second, over the last minute; None where it is not current.
+        problem: Why it is halted, with what to do.
     """
 
     topic: str
@@ -53,9 +57,10 @@ class PartitionStatus:
     next_offset: int
     end: int | None
     seen_at: datetime | None
+    seen_s: float | None
     lag: int | None
     lag_s: float | None
-    rate: float
+    rate: float | None
     committed_at: datetime | None
     owner: Owner | None
     problem: str | None
@@ -140,16 +145,18 @@ class Status:
 
     Attributes:
         offsets: Offsets in the log, over all partitions; a few may be unused.
-        lag, lag_s: The log behind Kafka: the sum, and the longest time.
-        rate: Records a second into the log, over the last minute.
+        ok: Whether events get through, and nothing needs a human.
+        lag, lag_s: The log behind Kafka: the sum, and the longest time. None where that of a
+            partition is unknown.
+        rate: Records per second into the log, over the last minute; None like ``lag``.
     """
 
     looked_at: datetime
     ok: bool
     offsets: int
-    lag: int
+    lag: int | None
     lag_s: float | None
-    rate: float
+    rate: float | None
     partitions: Sequence[PartitionStatus]
     projectors: Sequence[ProjectorStatus]
     workers: Sequence[ProjectingWorker]

@@ -1,35 +1,51 @@
 """What is not as it should be, in words for people, each with what to do about it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 
 from pipeline.positions import Partition
 from pipeline.status.report import PartitionStatus, ProjectorStatus, Trouble
 
 
-def of_partitions(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
-    """Of those that stand still, are read by nobody, or are behind."""
+def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) -> Iterable[Trouble]:
+    """Of those that are halted, unknown, read by no process, or lagging."""
+    if not partitions:
+        yield Trouble(
+            "wrong",
+            "log",
+            "no partition was read yet: events are not getting through",
+            "start `pipeline run`; if it runs, read its log",
+        )
     for one in partitions:
         name = str(Partition(one.topic, one.partition))
         match one.state:
             case "ERR":
                 why = (one.problem or "").removeprefix(f"{name}: ")
-                yield Trouble("wrong", name, f"stands still: {why}", "decide as the text says")
-            case "STOP" if one.owner is not None:
+                yield Trouble("wrong", name, f"halted: {why}", _OF_HALTED)
+            case "UNKNOWN":
+                reader = f"{one.owner.host}:{one.owner.pid}" if one.owner else "none"
                 yield Trouble(
                     "wrong",
                     name,
-                    f"its reader, {one.owner.host}:{one.owner.pid}, has been silent for more than "
-                    "a minute",
-                    "look at that process and its log; start `pipeline run` anew",
+                    f"state unknown since {_when(one.seen_at, looked_at)}: since then its reader, "
+                    f"{reader}, has not recorded where Kafka ends",
+                    "see whether that process runs, and in its log whether Kafka and the database "
+                    "answer it and the database can write (disk full?)",
                 )
             case "STOP":
-                yield Trouble("warning", name, "nobody reads it", "start `pipeline run`")
+                yield Trouble(
+                    "wrong",
+                    name,
+                    "no process reads it: events are not getting through",
+                    "start `pipeline run`",
+                )
             case "STALL":
                 yield Trouble(
-                    "warning",
+                    "wrong",
                     name,
-                    f"{one.lag:,} records behind, and has not moved for a minute",
-                    "look at the log of its reader",
+                    f"{one.lag:,} records behind; the last commit was at "
+                    f"{_when(one.committed_at, looked_at)}",
+                    "read the log of its reader: it says what it waits for",
                 )
             case "WARN":
                 yield Trouble(
@@ -40,6 +56,18 @@ def of_partitions(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
                 )
             case "OK":
                 pass
+
+
+_OF_HALTED = "resolve the cause; see docs/operations.md, halted partitions"
+
+
+def _when(moment: datetime | None, looked_at: datetime) -> str:
+    """To the second, in UTC; no age, so that partitions with the same cause share a line."""
+    if moment is None:
+        return "the beginning"
+    if moment > looked_at + timedelta(days=1) or moment < looked_at - timedelta(days=36_500):
+        return str(moment)
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
 
 
 def of_projectors(models: Iterable[ProjectorStatus], *, is_projected: bool) -> Iterable[Trouble]:
@@ -55,8 +83,8 @@ def of_projectors(models: Iterable[ProjectorStatus], *, is_projected: bool) -> I
                 yield Trouble(
                     "wrong",
                     one.projector,
-                    f"broken, stands still: {one.problem}",
-                    f"mend the projector, then `pipeline rebuild {one.projector}`",
+                    f"broken, halted: {one.problem}",
+                    f"fix the projector, then `pipeline rebuild {one.projector}`",
                 )
             case "stale":
                 yield Trouble(
@@ -70,16 +98,16 @@ def of_projectors(models: Iterable[ProjectorStatus], *, is_projected: bool) -> I
                     "warning",
                     one.projector,
                     "a rebuild is running, or was interrupted",
-                    f"wait, or go on with `pipeline rebuild {one.projector}`",
+                    f"wait, or resume it with `pipeline rebuild {one.projector}`",
                 )
             case "catching up":
                 yield Trouble(
-                    "warning",
+                    "warning" if is_projected else "wrong",
                     one.projector,
                     f"{one.lag:,} records behind; the oldest came {one.lag_s:,.0f} s ago",
                     "wait"
                     if is_projected
-                    else "nobody projects: start `pipeline run` or `pipeline project`",
+                    else "no process projects: start `pipeline run` or `pipeline project`",
                 )
             case _:
                 pass

@@ -263,7 +263,7 @@ def test_a_gap_is_refused_listed_accepted_and_then_gone_on_behind(commands, brok
     assert (gap["topic"], gap["partition"], gap["accepted_at"]) == (TOPIC, 0, None)
     assert gap["end_offset"] == _end(broker, 0) - 5
     assert status.code == 1
-    assert "stands still" in status.out
+    assert "halted" in status.out
     assert accepted.json == [
         {
             "topic": TOPIC,

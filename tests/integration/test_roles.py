@@ -578,7 +578,7 @@ def test_ingest_and_project_run_with_just_their_role(given, cast, broker, pipeli
 def test_a_login_is_checked_for_what_it_is_for(cast, broker, pipeline, names, may):
     program = on_mock(cast.database, broker).with_(database_url=cast.url(*names))
 
-    assert pipeline(program, "status", "--json").code == 0
+    assert pipeline(program, "status", "--json").code == 1  # nothing was read yet
     checked = pipeline(program, "check")
 
     assert checked.code == 0, checked.out

@@ -59,22 +59,28 @@ def test_a_partition_that_is_read_to_its_end_is_ok(log):
     ("setting", "state", "is_wrong"),
     [
         ("high_watermark = 15", "OK", False),
+        # Kafka paused, the worker dead or halted, its disk full: nothing is recorded any more.
+        ("watermarks_at = now() - interval '31 s'", "UNKNOWN", True),
+        ("watermarks_at = NULL, high_watermark = NULL", "UNKNOWN", True),
         (
             "high_watermark = 15, committed_at = now() - interval '61 s', "
             "claimed_at = now() - interval '61 s'",
             "STALL",
-            False,
+            True,
         ),
-        ("owner_member = NULL", "STOP", False),
+        ("owner_member = NULL", "STOP", True),
         (
             "watermarks_at = now() - interval '61 s', committed_at = now() - interval '61 s', "
             "claimed_at = now() - interval '61 s'",
-            "STOP",
+            "UNKNOWN",
             True,
         ),
         ("problem = 'Notifications[0]: records are gone'", "ERR", True),
     ],
-    ids=["shortly behind", "not moving", "no reader", "silent reader", "stands still"],
+    ids=[
+        *("shortly behind", "old facts", "no facts", "not moving", "no reader", "silent reader"),
+        "halted",
+    ],
 )
 def test_the_state_of_a_partition_is_one_of_burrows_words(log, setting, state, is_wrong):
     offsets(log, setting)
@@ -107,15 +113,36 @@ def _age_log(given, age):
     )
 
 
-def test_what_stands_still_says_why_and_names_the_partition_once(log):
+def test_what_is_halted_says_why_and_names_the_partition_once(log):
     offsets(log, f"problem = '{TOPIC}[0]: records are gone: accept it'")
 
     [trouble] = [one for one in seen(log).troubles if one.severity == "wrong"]
 
     assert (trouble.subject, trouble.text) == (
         f"{TOPIC}[0]",
-        "stands still: records are gone: accept it",
+        "halted: records are gone: accept it",
     )
+
+
+def test_nothing_old_is_shown_as_current(log, pipeline):
+    offsets(log, "watermarks_at = now() - interval '45 s'")
+
+    result = pipeline(Commands(database_url=log.database.dsn), "status")
+
+    assert result.code == 1
+    assert "lag and rate unknown" in result.out.splitlines()[0]
+    assert "records/s" not in result.out
+    assert "45 s ago" in result.out
+    assert "state unknown since" in result.out
+    one = partition_of(log)
+    assert (one.lag, one.lag_s, one.rate, seen(log).lag, seen(log).rate) == (None,) * 5
+
+
+def test_a_log_that_never_read_anything_is_not_ok(given):
+    found = seen(given)
+
+    assert (found.ok, found.lag, found.rate) == (False, None, None)
+    assert [one.subject for one in found.troubles if one.severity == "wrong"] == ["log"]
 
 
 def test_lag_is_unknown_and_not_zero_before_kafka_was_seen(given):
@@ -225,7 +252,7 @@ def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log)
     )
     assert "accounts@rebuild" not in states
     remedies = {one.subject: (one.severity, one.remedy) for one in found.troubles}
-    assert remedies["orders"] == ("wrong", "mend the projector, then `pipeline rebuild orders`")
+    assert remedies["orders"] == ("wrong", "fix the projector, then `pipeline rebuild orders`")
     assert remedies["users"] == ("warning", "`pipeline rebuild users`")
     assert not found.ok
 
@@ -264,7 +291,7 @@ def test_read_models_that_nobody_projects_are_told_so(log):
     _worker(log, 1)
     attended = [one.remedy for one in seen(log).troubles if one.subject == "orders"]
 
-    assert unattended == ["nobody projects: start `pipeline run` or `pipeline project`"]
+    assert unattended == ["no process projects: start `pipeline run` or `pipeline project`"]
     assert attended == ["wait"]
 
 
@@ -373,7 +400,7 @@ def test_what_is_the_same_of_many_partitions_is_told_once(given, pipeline):
 
     result = pipeline(Commands(database_url=given.database.dsn), "status")
 
-    assert f"! {TOPIC}[0], {TOPIC}[1], {TOPIC}[2]: nobody reads it" in result.out
+    assert f"✗ {TOPIC}[0], {TOPIC}[1], {TOPIC}[2]: no process reads it" in result.out
 
 
 def test_a_problem_from_outside_cannot_play_tricks_on_the_terminal(log, pipeline):

@@ -229,7 +229,7 @@ def test_missing_records_are_told_as_intervals_with_the_command_that_fills_them(
     assert pipeline("verify", "--only", "kafka").code == 0
 
 
-def test_what_retention_has_taken_is_said_and_is_no_fault(
+def test_what_retention_has_taken_is_reported_as_not_examined(
     kafka, topic, database, monkeypatch, capsys
 ):
     name = topic(1)
@@ -239,8 +239,21 @@ def test_what_retention_has_taken_is_said_and_is_no_fault(
 
     result = on(database, kafka, InProcess(monkeypatch, capsys))("verify", "--only", "kafka")
 
-    assert result.code == 0
-    assert "offsets 0 to 19 are no longer in Kafka: not compared" in result.out
+    assert result.code == ExitCode.FOUND
+    assert "not examined: offsets 0 to 19 are no longer in Kafka" in result.out
+    assert result.err.endswith("Not everything could be examined: see above.\n")
+
+
+def test_an_empty_log_and_a_topic_that_is_gone_are_not_examined(given, kafka, monkeypatch, capsys):
+    verify = on(given.database, kafka, InProcess(monkeypatch, capsys))
+    empty = verify("verify", "--only", "log", "--only", "kafka")
+    given([None], topic=f"gone-{secrets.token_hex(4)}")
+
+    gone = verify("verify", "--only", "kafka")
+
+    assert (empty.code, gone.code) == (ExitCode.FOUND, ExitCode.FOUND)
+    assert empty.out.count("not examined: it is empty") == 2
+    assert "not examined: Kafka has no such partition" in gone.out
 
 
 @pytest.mark.both_postgres

@@ -29,6 +29,7 @@ from tests.servers import (
 )
 from tests.servers.certificates import why_no_certificates
 from tests.servers.databases import Database, fresh_database
+from tests.servers.pgbouncer import find_pgbouncer
 from tests.servers.secured import (
     SecuredKafka,
     SecuredPostgres,
@@ -189,6 +190,7 @@ def mock_broker() -> Iterator[MockBroker]:
 # these is set, as in CI, its absence is a failure.
 KAFKA_REQUIRED = "PIPELINE_REQUIRE_KAFKA"
 OLDEST_POSTGRES_REQUIRED = "PIPELINE_REQUIRE_POSTGRES_15"
+PGBOUNCER_REQUIRED = "PIPELINE_REQUIRE_PGBOUNCER"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -257,6 +259,9 @@ def _missing(item: pytest.Item) -> str | None:
         return why
     if {"secured_kafka", "secured_postgres"} & _fixtures(item):
         return why_no_certificates()
+    needs_pooler = item.get_closest_marker("pgbouncer") is not None
+    if needs_pooler and not find_pgbouncer() and os.environ.get(PGBOUNCER_REQUIRED) != "1":
+        return "PgBouncer: apt-get install pgbouncer"
     return None
 
 

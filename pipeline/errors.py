@@ -194,6 +194,25 @@ class SharedGroupError(RefusedError):
         )
 
 
+class CopiedDatabaseError(PipelineError):
+    """The group feeds a copy of this database, or what it was copied from, at this moment."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(
+        self, *, group: str, member: str, here: str, installation: object, other: str | None
+    ) -> None:
+        known = f" It last registered in {other}." if other else ""
+        super().__init__(
+            f"consumer group {group!r} has a living member that does not write to this database: "
+            f"{member}.{known} This database is {here}, identity {installation}. One of the two is "
+            "a copy of the other, or this one was moved while the old one still runs; each would "
+            "get a part of the events. Nothing was read or written here. If this is a copy, give "
+            "it a PIPELINE_GROUP_ID of its own. If this database was moved, stop the workers of "
+            'the old one and start again. See Operations, "Backups, copies and moves"'
+        )
+
+
 class InvariantError(PipelineError):
     """What must be impossible has happened. Stop, keep everything, wake a human."""
 

@@ -341,6 +341,7 @@ def declare_tables() -> None:
     import pipeline.dead_letters
     import pipeline.locks
     import pipeline.log.tables
+    import pipeline.log.workers
     import pipeline.projection.checkpoints
     import pipeline.projection.ranges
     import pipeline.projection.sharing  # noqa: F401

@@ -4,7 +4,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from uuid import UUID
 
 from sqlalchemy import Connection, text
 
@@ -15,7 +14,7 @@ from pipeline.errors import ExitCode, TransientError
 from pipeline.log import ownership
 from pipeline.positions import NextOffset, Partition
 from pipeline.settings import Settings
-from pipeline.source import Access, Brokers, right_to_ask_for, user_of, why_not_visible
+from pipeline.source import Access, Brokers, Fed, right_to_ask_for, user_of, why_not_visible
 
 COORDINATOR_S_MAX = 15.0
 """Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
@@ -305,7 +304,11 @@ def _group(
     feeds = _feeds(brokers, partitions)
     if not allowed:
         yield unknown("kafka", f"whether {user_of(settings)} may join group {settings.group_id}")
-    others = {str(one) for one in feeds.values() if recorded and one != recorded.installation}
+    others = {
+        str(one.installation)
+        for one in feeds.values()
+        if recorded and one.installation != recorded.installation
+    }
     if others:
         yield wrong(
             "kafka",
@@ -318,7 +321,7 @@ def _group(
         yield ok("kafka", f"group {settings.group_id} may be used", Promise.NO_SILENT_LOSS)
 
 
-def _feeds(brokers: Brokers, partitions: Sequence[Partition]) -> Mapping[Partition, UUID]:
+def _feeds(brokers: Brokers, partitions: Sequence[Partition]) -> Mapping[Partition, Fed]:
     """What the group says that it feeds; asked again while its coordinator moves or comes up."""
     deadline = time.monotonic() + COORDINATOR_S_MAX
     while True:

@@ -34,7 +34,8 @@ from pipeline.errors import (
 from pipeline.events import read
 from pipeline.ingest import machine as decisions
 from pipeline.ingest import writer as writing
-from pipeline.ingest.assignment import RETRY_S, Assignment, tell_fenced
+from pipeline.ingest.assignment import RETRY_S, Assignment, tell_fenced, try_out
+from pipeline.ingest.copies import CopyCheck
 from pipeline.ingest.lookout import Lookout
 from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.ingest.takeover import Takeover
@@ -175,10 +176,13 @@ class Ingest:
                 self._assignment,
                 self._settings.topics,
             )
+            self._copies = CopyCheck(self._engine, self._source, self._settings, self._stop)
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
             listener = Listener(self._on_assign, self._on_revoke, self._on_lost)
-            self._lookout.optional = self._source.join(listener, begun)
+            self._lookout.optional = self._source.join(
+                listener, begun, before=self._copies.before_joining
+            )
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
@@ -275,6 +279,8 @@ class Ingest:
     def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         failpoints.reach("in_on_assign")
         self._assigned = True
+        if partitions:
+            self._copies.when_assigned()
         begin = self._assignment.take(partitions)
         for partition in partitions:
             if isinstance(refusal := self._assignment.refusals.get(partition), SharedGroupError):
@@ -286,7 +292,7 @@ class Ingest:
         failpoints.reach("in_on_revoke")
         self._drain(partitions)
         stored = {p: n for p, n in self._machine.stored.items() if p in partitions}
-        self._source.commit(stored, self._takeover.installation)
+        self._source.commit(stored, self._takeover.installation, self._copies.beat)
         self._assignment.let_go(partitions, "partitions_revoked")
 
     def _on_lost(self, partitions: Collection[Partition]) -> None:
@@ -367,7 +373,7 @@ class Ingest:
         self._written += outcome.records
         tell_fenced(outcome.foreign)
         failpoints.reach("after_commit")
-        self._source.commit(outcome.moved, self._takeover.installation)
+        self._source.commit(outcome.moved, self._takeover.installation, self._copies.beat)
         failpoints.reach("after_kafka_commit")
 
     def _drain(self, partitions: Collection[Partition]) -> None:
@@ -383,12 +389,15 @@ class Ingest:
     def _look_around(self) -> None:
         now = time.monotonic()
         if now < self._look_at:
+            if self._copies.has_new_member_id() and not self._machine.is_troubled:
+                try_out(self._engine, self._copies.register_in)
             return
         self._look_at = now + LOOK_S
         gc.collect()
         if self._machine.is_troubled:
             return
         self._assignment.release()
+        self._copies.keep_up(self._machine.stored)
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()

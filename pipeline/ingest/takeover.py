@@ -131,9 +131,9 @@ class Takeover:
             for number in range(self._source.brokers.partition_count(topic))
         ]
         return {
-            partition.topic: fed
+            partition.topic: fed.installation
             for partition, fed in self._source.brokers.feeds(partitions).items()
-            if fed != self.installation
+            if fed.installation != self.installation
         }
 
     def _begin(

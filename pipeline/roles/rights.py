@@ -78,6 +78,7 @@ _LOG = {
     "events": ("SELECT", "INSERT"),
     "consumer_offsets": ("SELECT", "INSERT", "UPDATE"),
     "gaps": ("SELECT", "INSERT"),
+    "ingest_workers": ("SELECT", *_WRITE),
     "installation": ("SELECT",),
     "locks": ("SELECT", "INSERT", "UPDATE"),
 }

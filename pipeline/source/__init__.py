@@ -12,15 +12,17 @@ from pipeline.source.access import (
     why_not_readable,
     why_not_visible,
 )
-from pipeline.source.brokers import Brokers, Piece, Watermarks
+from pipeline.source.brokers import Brokers, Fed, Member, Piece, Watermarks
 from pipeline.source.client import client_version
 from pipeline.source.group import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
 
 __all__ = [
     "Access",
     "Brokers",
+    "Fed",
     "KafkaSource",
     "Listener",
+    "Member",
     "OutOfRange",
     "Piece",
     "Polled",

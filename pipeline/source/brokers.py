@@ -60,6 +60,8 @@ TOPIC_ID_S_MAX = 2.0
 COORDINATOR_S_MAX = 15.0
 """Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
 COORDINATOR_POLL_S = 0.2
+MEMBERS_S_MAX = 5.0
+"""Longest wait for the members of the group."""
 PROBE_S_MAX = 10.0
 """Longest wait for one record, when the last stored one is compared with Kafka's."""
 READ_S_MAX = 10.0
@@ -74,6 +76,27 @@ class Watermarks(NamedTuple):
 
     low: NextOffset
     high: NextOffset
+
+
+class Fed(NamedTuple):
+    """What the last commit of a partition says about who made it.
+
+    Attributes:
+        installation: The identity of the database that it feeds.
+        beat: Rises while that worker writes to its database.
+        member: Kafka's id of that worker.
+    """
+
+    installation: UUID
+    beat: int
+    member: str
+
+
+class Member(NamedTuple):
+    """A member of the consumer group, as the brokers see it."""
+
+    client: str
+    host: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,7 @@ class Brokers:
         self._config = consumer_config(settings)
         listening: Config = {"error_cb": report, "logger": LIBRARY_LOG}
         self._consumer = opened(lambda: Consumer({**self._config, **listening}), settings)
+        self._group = settings.group_id
         self._admin = opened(
             lambda: AdminClient({**settings.kafka_client(), **listening}), settings
         )
@@ -311,16 +335,31 @@ class Brokers:
         )
         return NextOffset(found.offset) if found.offset >= 0 else None
 
-    def feeds(self, partitions: Collection[Partition]) -> Mapping[Partition, UUID]:
-        """The databases that the configured consumer group says it feeds, where it says so."""
+    def feeds(self, partitions: Collection[Partition]) -> Mapping[Partition, Fed]:
+        """Which database each partition feeds, as the consumer group's last commit says."""
         places = asked(
             lambda: self._consumer.committed([TopicPartition(*p) for p in partitions], ASK_S_MAX)
         )
         return {
-            Partition(place.topic, place.partition): UUID(named[1])
+            Partition(place.topic, place.partition): Fed(
+                UUID(named[1]), int(named[2] or 0), named[3] or ""
+            )
             for place in places
             if (named := DATABASE_NAMED.fullmatch(place.metadata or ""))
         }
+
+    def members(self) -> Mapping[str, Member] | None:
+        """The living members of the configured consumer group, by id; None if it is not known.
+
+        READ on the group is enough. A member that died stays until its session times out.
+        """
+        answers = self._admin.describe_consumer_groups([self._group], request_timeout=MEMBERS_S_MAX)
+        try:
+            found = answers[self._group].result().members
+        except KafkaException as error:
+            log.debug("members_unknown", group=self._group, error=error.args[0].name())
+            return None
+        return {one.member_id: Member(one.client_id, one.host.lstrip("/")) for one in found}
 
     # ------------------------------------------------------------------------ what stands there
 

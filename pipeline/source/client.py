@@ -38,8 +38,11 @@ CLOSE_S_MAX = 10.0
 """Longest wait for a client's goodbye; brokers that are there take a fraction of a second."""
 
 COMMIT_METADATA = "pipeline:"
-DATABASE_NAMED = re.compile(COMMIT_METADATA + r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-"""What we commit to Kafka names the database, so that two of them are noticed in one group."""
+DATABASE_NAMED = re.compile(
+    COMMIT_METADATA + r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?::([0-9]+):(.*))?"
+)
+"""What we commit to Kafka names the database, the beat and the member: `pipeline:ID:BEAT:MEMBER`.
+So two databases in one group are noticed, and a copy of a database whose worker still beats."""
 
 Config = dict[str, Any]
 _Client = TypeVar("_Client")

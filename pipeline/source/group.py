@@ -109,7 +109,12 @@ class KafkaSource:
 
     # -------------------------------------------------------------------------------- membership
 
-    def join(self, listener: Listener, begun: Collection[str] = ()) -> frozenset[str]:
+    def join(
+        self,
+        listener: Listener,
+        begun: Collection[str] = (),
+        before: Callable[[], None] = lambda: None,
+    ) -> frozenset[str]:
         """Join the group for the configured topics.
 
         A topic of the default list that was never read may be missing: not every client of Upvest
@@ -118,6 +123,7 @@ class KafkaSource:
         Args:
             listener: What to do when partitions come and go.
             begun: Topics that have been read before. One of them that is gone is waited for.
+            before: Called when the brokers answer, before the group sees anything of us.
 
         Returns:
             Topics of the default list that Kafka does not show.
@@ -139,6 +145,7 @@ class KafkaSource:
         absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
             self._miss(absent, cluster.topics)
+        before()
         self.subscribe(set(self._topics) - set(absent))
         return frozenset(absent)
 
@@ -245,14 +252,17 @@ class KafkaSource:
             self._consumer.resume([TopicPartition(*partition) for partition in held])
             self._paused -= held
 
-    def commit(self, offsets: Mapping[Partition, NextOffset], installation: UUID) -> None:
-        """Tell Kafka's tools how far the log is; best effort, decides nothing, waits for nothing.
+    def commit(
+        self, offsets: Mapping[Partition, NextOffset], installation: UUID, beat: int = 0
+    ) -> None:
+        """Tell Kafka's tools how far the log is; best effort, waits for nothing.
 
-        The metadata name the database, so that two of them are noticed in one group.
+        The offsets decide nothing. The metadata name the database and this member, and ``beat``
+        rises while it writes there, so that two databases are noticed in one group.
         """
         if not offsets:
             return
-        metadata = f"{COMMIT_METADATA}{installation}"
+        metadata = f"{COMMIT_METADATA}{installation}:{beat}:{self.member_id}"
         places = [
             TopicPartition(partition.topic, partition.number, offset, metadata)
             for partition, offset in offsets.items()

@@ -192,5 +192,17 @@ def forget(db: Connection) -> None:
 
 
 def _worker(row: Row[Any]) -> Worker:
-    values = tuple(row)
-    return Worker(*values[:5], Server(*values[5:]))
+    return Worker(
+        row.member,
+        row.host,
+        row.pid,
+        row.since,
+        row.seen_at,
+        Server(
+            row.system_identifier,
+            row.timeline,
+            row.database_oid,
+            row.server_started_at,
+            row.server,
+        ),
+    )

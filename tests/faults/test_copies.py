@@ -1,8 +1,12 @@
 """A copy of the database joins the group of the original; a database that was moved goes on."""
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -10,15 +14,19 @@ import pytest
 from psycopg.sql import SQL, Identifier
 
 from pipeline.embedded.postgres import find_binaries
+from pipeline.migrate import migrate
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, Worker, until
 from tests.faults.test_belonging import numbered
 from tests.integration.ingesting import Ledger, logged
+from tests.servers import FAST_AND_UNSAFE, Kafka, PostgresServer
 from tests.servers.databases import Database, fresh_database
 
-GROUPS = {
+GROUPS: dict[str, dict[str, Any]] = {
     "cooperative": {"kafka_options": QUICK_TO_NOTICE},
     "eager": {"kafka_options": f"{QUICK_TO_NOTICE},partition.assignment.strategy=range"},
     "kip848": {"kafka_group_protocol": "consumer"},
+    "static": {"kafka_options": QUICK_TO_NOTICE, "group_instance_id": "one"},
+    "static kip848": {"kafka_group_protocol": "consumer", "group_instance_id": "one"},
 }
 
 
@@ -63,7 +71,60 @@ def dump(bench: Bench, version: int) -> Iterator[Database]:
         yield copy
 
 
-COPIES = {"template": template, "dump": dump}
+@contextmanager
+def base_backup(bench: Bench, version: int) -> Iterator[Database]:
+    """pg_basebackup, as a restore from a backup or a snapshot of the disk gives it."""
+    original = bench.database.server
+    assert isinstance(original, PostgresServer)
+    with copied_server(original, version, online=True) as server:
+        yield Database(server, bench.database.name)
+
+
+@contextmanager
+def copied_server(
+    original: PostgresServer, version: int, *, online: bool
+) -> Iterator[PostgresServer]:
+    """A second server on the files of the first: all of them, its identifier included."""
+    home = Path(tempfile.mkdtemp(prefix="pipeline-copy-"))
+    try:
+        if online:
+            tool = find_binaries(version) / "pg_basebackup"
+            data = home / "data"
+            run(tool, "--dbname", original.dsn(), "--pgdata", data, "--checkpoint=fast")
+        else:
+            run("cp", "-a", original.directory / "data", home)
+        shutil.copy(original.directory / "password", home)
+        owner = original.directory.stat()
+        run("chown", "-R", f"{owner.st_uid}:{owner.st_gid}", home)
+        with PostgresServer(version, directory=home, settings=FAST_AND_UNSAFE) as server:
+            yield server
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def run(*command: object) -> None:
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+
+COPIES = {"template": template, "dump": dump, "base backup": base_backup}
+
+
+@pytest.fixture
+def benches(
+    kafka: Kafka, topic: Callable[..., str], tmp_path: Path
+) -> Iterator[Callable[[int, int], Bench]]:
+    """Makes a bench on a server of its own, by PostgreSQL's version and the topic's partitions."""
+    with ExitStack() as ended:
+
+        def make(version: int, partitions: int) -> Bench:
+            server = ended.enter_context(PostgresServer(version, settings=FAST_AND_UNSAFE))
+            database = ended.enter_context(fresh_database(server))
+            migrate(database.url)
+            bench = Bench(kafka, database, topic(partitions), partitions, tmp_path)
+            ended.callback(bench.close)
+            return bench
+
+        yield make
 
 
 def at(copy: Database) -> Callable[[str], str]:
@@ -80,7 +141,8 @@ def at(copy: Database) -> Callable[[str], str]:
 
 def logged_in(copy: Database) -> int:
     with copy.connect() as db:
-        return db.execute("SELECT count(*) FROM pipeline.events").fetchall()[0][0]
+        [(count,)] = db.execute("SELECT count(*) FROM pipeline.events")
+        return int(count)
 
 
 def refusal(worker: Worker) -> str:
@@ -89,25 +151,76 @@ def refusal(worker: Worker) -> str:
     return str(worker.said("stopped")[0]["reason"])
 
 
-@pytest.mark.both_postgres
-@pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_copy_that_joins_a_running_original_is_refused_and_takes_nothing(
-    bench: Bench, way: str, group: str, pg_version: int
+@pytest.mark.parametrize(
+    ("version", "group", "partitions"),
+    [
+        (18, "cooperative", 4),
+        (15, "eager", 6),
+        (18, "kip848", 4),
+        # A copy of the settings has the instance's id too.
+        (15, "static", 1),
+        (18, "static kip848", 1),
+    ],
+)
+def test_every_kind_of_copy_that_joins_a_running_original_is_refused_and_takes_nothing(
+    benches: Callable[[int, int], Bench], version: int, group: str, partitions: int
 ):
+    """With new events and without, whoever has most partitions."""
+    bench = benches(version, partitions)
+    ledger = Ledger(bench.kafka.bootstrap_servers)
+    ledger.send(bench.topic, numbered(10)).flush()
     original = bench.worker(**GROUPS[group])
-    with bench.feed(rate=200) as feed:
-        bench.wait_until_logged(200)
-        with COPIES[way](bench, pg_version) as copy:
-            before = logged_in(copy)
+    bench.wait_until_owner_of_all(original)
+    bench.wait_until_logged(10)
+    for _ in COPIES:
+        bench.prepare_role()  # a base backup has the logins of its moment
+    with ExitStack() as ended:
+        copies = [ended.enter_context(way(bench, version)) for way in COPIES.values()]
+        before = [logged_in(copy) for copy in copies]
+        ledger.send(bench.topic, numbered(10)).flush()
 
-            intruder = bench.worker("ingest", "--until-end", through=at(copy), **GROUPS[group])
+        intruders = [
+            bench.worker("ingest", "--until-end", through=at(copy), **GROUPS[group])
+            for copy in copies
+        ]
 
+        for intruder in intruders:
             assert "does not write to this database" in refusal(intruder)
-            assert logged_in(copy) == before
-            assert bench.is_owner_of_all(original)
-    assert original.said("partitions_revoked") == [], original.tail()
-    bench.finish(feed.ledger)
+        assert [logged_in(copy) for copy in copies] == before
+        assert bench.is_owner_of_all(original)
+    assert original.said("partitions_revoked", "member_replaced") == [], original.tail()
+    bench.wait_until_logged(20)
+    assert original.stop() == 0, original.tail()
+    assert logged(bench.database, bench.topic) == ledger.records
+
+
+def test_a_copy_is_refused_while_the_database_of_the_original_is_down(
+    benches: Callable[[int, int], Bench],
+):
+    """A snapshot of the disk, with every row that the original has."""
+    bench = benches(18, 4)
+    ledger = Ledger(bench.kafka.bootstrap_servers)
+    ledger.send(bench.topic, numbered(10)).flush()
+    original = bench.worker()
+    bench.wait_until_owner_of_all(original)
+    bench.wait_until_logged(10)
+    bench.prepare_role()
+    server = bench.database.server
+    assert isinstance(server, PostgresServer)
+    server.stop("immediate")
+    ledger.send(bench.topic, numbered(10)).flush()
+    with copied_server(server, 18, online=False) as files:
+        copy = Database(files, bench.database.name)
+
+        intruder = bench.worker("ingest", "--until-end", through=at(copy))
+
+        assert "does not write to this database" in refusal(intruder)
+        assert logged_in(copy) == 10
+    server.start()
+    bench.wait_until_logged(20)
+    assert original.stop() == 0, original.tail()
+    assert original.said("partitions_revoked", "database_moved") == []
+    assert logged(bench.database, bench.topic) == ledger.records
 
 
 def test_several_workers_of_one_database_are_never_refused(bench: Bench):
@@ -128,17 +241,17 @@ def test_several_workers_of_one_database_are_never_refused(bench: Bench):
         assert worker.said("database_moved") == []
 
 
-@pytest.mark.parametrize("way", COPIES)
 def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
-    bench: Bench, way: str, pg_version: int
+    benches: Callable[[int, int], Bench],
 ):
     """A restore onto other hardware, without its old workers; then somebody starts one of them."""
+    bench = benches(18, 4)
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
     old = bench.worker()
     bench.wait_until_logged(10)
     old.kill()
-    with COPIES[way](bench, pg_version) as copy:
+    with dump(bench, 18) as copy:
         moved = bench.worker(through=at(copy))
         moved.wait_until_said("partition_claimed")
         ledger.send(bench.topic, numbered(10), partition=1).flush()

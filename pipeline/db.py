@@ -3,9 +3,10 @@
 Driver exceptions stop here: ``translated`` turns them into the program's own.
 """
 
+import os
 import socket
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,12 +15,12 @@ import psycopg
 import structlog
 from psycopg.abc import PQGen
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import session, stored_times
+from pipeline import causes, session, stored_times
 from pipeline.blockers import who_blocks
-from pipeline.postgres_errors import SilentServerError, translate
+from pipeline.postgres_errors import SilentServerError, UnreachableError, place, translate
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +38,8 @@ SILENCE_S = 5.0
 """How long the server may say nothing to a statement before we ask whether it lives."""
 ALIVE_S_MAX = 10.0
 """Longest wait for the answer to that."""
+LOGIN_RETRY_S = 15.0
+"""How long a refused login is not tried again: accounts are locked after too many."""
 
 metadata = MetaData(
     naming_convention={
@@ -74,6 +77,7 @@ def open_engine(
     limits: SessionLimits | None = None,
     pool_size: int = 4,
     read_only: bool = False,
+    fresh_url: Callable[[], str] | None = None,
 ) -> Engine:
     """An engine whose sessions have our settings, and are given up by the server when we vanish.
 
@@ -87,6 +91,8 @@ def open_engine(
         limits: How long a session may hold up others.
         pool_size: Most connections open at a time.
         read_only: A standby will do, and nothing can be written; else only a primary.
+        fresh_url: Reads the URL again. When the login is refused, another one than before is used
+            from then on: passwords change while we run.
     """
     limits = limits or SessionLimits()
     ours = session.Ours(
@@ -94,9 +100,12 @@ def open_engine(
         lock_wait_ms=_milliseconds(limits.lock_wait),
         read_only=read_only,
     )
-    given = session.parameters_of(url)
-    parameters = {**_TRANSPORT, **given, "application_name": application, "client_encoding": "UTF8"}
-    parameters["target_session_attrs"] = "any" if read_only else "primary"
+    fixed = {
+        "application_name": application,
+        "client_encoding": "UTF8",
+        "target_session_attrs": "any" if read_only else "primary",
+    }
+    address = _Address(url, fixed, fresh_url)
     engine = create_engine(
         "postgresql+psycopg://", pool_size=pool_size, max_overflow=0, hide_parameters=True
     )
@@ -105,10 +114,10 @@ def open_engine(
     def connect(
         _dialect: object, _record: object, _arguments: list[Any], options: dict[str, Any]
     ) -> "_Session":
-        connection = _connect({**parameters, **options}, url)
+        connection = address.connect(options)
         connection.answer_s_max = session.PROBE_S_MAX
         try:
-            session.begin(connection, ours, lambda: _probe(connection, parameters))
+            session.begin(connection, ours, lambda: _probe(connection, address.parameters))
         except BaseException:
             connection.close()
             raise
@@ -117,6 +126,11 @@ def open_engine(
         if limits.answer is not None:
             connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
         return connection
+
+    @event.listens_for(engine, "handle_error")
+    def name_the_server(context: ExceptionContext) -> None:
+        if isinstance(context.original_exception, psycopg.Error):
+            place(context.original_exception, address.where)
 
     return engine
 
@@ -131,14 +145,71 @@ _TRANSPORT = {
 }
 
 
-def _connect(parameters: dict[str, Any], url: str) -> "_Session":
-    try:
-        return _Session.connect(**parameters)
-    except psycopg.OperationalError as error:
-        refused = session.login_refused(error, session.address_of(url))
-        if refused is None:
-            raise
-    raise refused
+class _Address:
+    """Where to connect, and as whom.
+
+    Attributes:
+        parameters: Of libpq, the password among them.
+        where: Host, port, database and user, for messages.
+    """
+
+    def __init__(
+        self, url: str, fixed: Mapping[str, Any], fresh_url: Callable[[], str] | None
+    ) -> None:
+        self._fixed = fixed
+        self._fresh_url = fresh_url
+        self._refused: tuple[float, UnreachableError] | None = None
+        self._use(url)
+
+    def _use(self, url: str) -> None:
+        given = session.parameters_of(url)
+        self._url = url
+        self.parameters = {**_TRANSPORT, **given, **self._fixed}
+        user = given.get("user") or os.environ.get("PGUSER")
+        self.where = session.address_of(url) + (f" for user {user}" if user else "")
+
+    def connect(self, options: Mapping[str, Any]) -> "_Session":
+        """A new connection; if the login is refused and there is a new password, by that one.
+
+        A refused login is not tried again for ``LOGIN_RETRY_S``, whoever wants a connection.
+        """
+        if self._refused and not self._is_renewed():
+            refused_at, error = self._refused
+            if time.monotonic() - refused_at < LOGIN_RETRY_S:
+                raise error
+        try:
+            made = self._connect(options)
+        except UnreachableError as error:
+            if causes.of_libpq(error.words) not in causes.LOGINS:
+                raise
+            self._refused = (time.monotonic(), error)
+            if not self._is_renewed():
+                raise
+            made = self._connect(options)
+        self._refused = None
+        return made
+
+    def _connect(self, options: Mapping[str, Any]) -> "_Session":
+        try:
+            return _Session.connect(**{**self.parameters, **options})
+        except psycopg.OperationalError as error:
+            refused = session.login_refused(error, self.where)
+            unreachable = UnreachableError(str(error))
+        if refused is not None:
+            raise refused
+        place(unreachable, self.where)
+        raise unreachable
+
+    def _is_renewed(self) -> bool:
+        """Whether the URL has changed since it was last read; if so, it is used from now on."""
+        if self._fresh_url is None:
+            return False
+        url = self._fresh_url()
+        if url == self._url:
+            return False
+        log.info("password_read_again", server="PostgreSQL", effect="the new login is used")
+        self._use(url)
+        return True
 
 
 def _probe(first: "_Session", parameters: dict[str, Any]) -> "_Session":

@@ -5,6 +5,8 @@ No message carries a payload, a key, a header or a secret.
 
 from enum import IntEnum
 
+from pipeline import causes
+from pipeline.causes import Cause
 from pipeline.positions import Epoch, NextOffset, Partition
 
 
@@ -28,9 +30,17 @@ class PipelineError(Exception):
 
 
 class ConfigurationError(PipelineError):
-    """A setting, a right or the schema is wrong; repeating does not help, an operator does."""
+    """A setting, a right or the schema is wrong; repeating does not help, an operator does.
+
+    Attributes:
+        is_login: A server refused our login. Each further attempt counts against the account.
+    """
 
     exit_code = ExitCode.CONFIGURATION
+
+    def __init__(self, message: str, *, is_login: bool = False) -> None:
+        super().__init__(message)
+        self.is_login = is_login
 
 
 class TransientError(PipelineError):
@@ -232,13 +242,6 @@ def is_poison(sqlstate: str) -> bool:
     return sqlstate.startswith("22") or sqlstate in POISON_SQLSTATES
 
 
-# Classes and codes after which the same work may succeed: connection, rollback by the server,
-# resources, locks, operator intervention, input/output. 25006 is a primary that became a replica.
-_TRANSIENT = ("08", "40", "53", "57", "58", "55006", "25006", "25P03", "25P04")
-# Logins, missing databases, schemas, tables and rights: what an operator mends.
-_CONFIGURATION = ("28", "3D000", "3F000", "42501", "42P01", "42883", "42703")
-
-
 def from_sqlstate(sqlstate: str, message: str, *, column: str | None = None) -> PipelineError:
     """The branch of the tree that a PostgreSQL error belongs to.
 
@@ -249,10 +252,20 @@ def from_sqlstate(sqlstate: str, message: str, *, column: str | None = None) -> 
     """
     if sqlstate == "55P03":
         return LockHeldError(message, sqlstate=sqlstate)
-    if sqlstate.startswith(_TRANSIENT):
-        return TransientError(message, sqlstate=sqlstate)
     if is_poison(sqlstate):
         return PoisonRecordError(message, sqlstate=sqlstate, column=column)
-    if sqlstate.startswith(_CONFIGURATION):
-        return ConfigurationError(message)
-    return InvariantError(message)
+    cause = causes.of_sqlstate(sqlstate)
+    if cause is None:
+        return InvariantError(message)
+    return server_error(cause, message, sqlstate=sqlstate)
+
+
+def server_error(
+    cause: Cause, message: str, *, sqlstate: str | None = None
+) -> TransientError | ConfigurationError:
+    """The error of a server that does not serve us, by what a command does about it."""
+    match cause.verdict:
+        case causes.Verdict.OUTAGE:
+            return TransientError(message, sqlstate=sqlstate)
+        case causes.Verdict.MISCONFIGURED:
+            return ConfigurationError(message, is_login=cause in causes.LOGINS)

@@ -1,6 +1,9 @@
-"""Patience with servers: how long one that is away is waited for, and what the log says of it."""
+"""Unavailable servers: how long one is waited for, how often it is tried, and what the log says."""
 
+import random
 import time
+from collections.abc import Callable
+from datetime import timedelta
 
 import structlog
 
@@ -9,28 +12,45 @@ from pipeline.errors import ConfigurationError, PipelineError
 log = structlog.get_logger(__name__)
 
 UNAVAILABLE_S_MAX = 60.0
-"""How long a one-shot command waits for a server that is away."""
+"""How long a one-shot command waits for a server that is unavailable."""
 GRACE_S = 60.0
 """How long a refused login or a missing right may last while we run: passwords get rotated."""
+RETRY_S_MIN, RETRY_S_MAX = 0.1, 10.0
+"""Wait before an unavailable server is tried again; it doubles in between."""
+LOGIN_RETRY_S = 15.0
+"""Wait before a refused login is tried again: accounts are locked after too many."""
+REPORTS_S = (60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+"""When a long outage is logged again, since its beginning; after the last, every such time."""
 
 
 class OutagePolicy:
-    """Bears errors of servers until waiting makes no sense; tells each reason once.
+    """Waits for servers until waiting makes no sense, and logs each cause and each long outage.
 
     Args:
         waits_forever: An unavailable server is waited for without end; else for
             ``UNAVAILABLE_S_MAX``.
+        time_left: How long Kafka keeps what was not read yet; None where that is not known.
     """
 
-    def __init__(self, *, waits_forever: bool) -> None:
+    def __init__(
+        self,
+        *,
+        waits_forever: bool,
+        time_left: Callable[[], timedelta | None] = lambda: None,
+    ) -> None:
         self._waits_forever = waits_forever
+        self._time_left = time_left
         self._has_run = False
-        self._away_since: float | None = None
+        self._since: float | None = None
         self._refused_since: float | None = None
-        self._told_reasons: set[str] = set()
+        self._reported: dict[str, int] = {}
+        self._failures = 0
 
-    def on_error(self, error: PipelineError) -> None:
-        """Note an error that may pass; the caller tries again after a while.
+    def on_error(self, error: PipelineError) -> float:
+        """Note an error that may pass.
+
+        Returns:
+            How many seconds to wait before the next attempt.
 
         Raises:
             PipelineError: This very error, where waiting makes no sense (any more): a setting, a
@@ -38,24 +58,67 @@ class OutagePolicy:
                 has waited long enough.
         """
         now = time.monotonic()
+        self._since = self._since or now
         if isinstance(error, ConfigurationError):
             self._refused_since = self._refused_since or now
             if not self._has_run or now - self._refused_since > GRACE_S:
                 raise error
         else:
             self._refused_since = None
-        self._away_since = self._away_since or now
-        if not self._waits_forever and now - self._away_since > UNAVAILABLE_S_MAX:
+        if not self._waits_forever and now - self._since > UNAVAILABLE_S_MAX:
             raise error
-        reason = str(error)
-        if reason not in self._told_reasons:
-            self._told_reasons.add(reason)
-            log.warning("server_unavailable", reason=reason, effect="waiting; nothing is lost")
+        self._report(error, now)
+        self._failures += 1
+        if isinstance(error, ConfigurationError) and error.is_login:
+            return LOGIN_RETRY_S
+        pause = min(RETRY_S_MAX, RETRY_S_MIN * 2.0 ** min(self._failures - 1, 10))
+        # So that many workers do not come back in the same moment.
+        return pause * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
     def on_success(self) -> None:
-        """All is well: the next error begins anew."""
+        """The servers are available: the next error begins a new outage."""
         self._has_run = True
-        if self._away_since is not None:
-            log.info("server_available", away_s=round(time.monotonic() - self._away_since, 1))
-        self._away_since = self._refused_since = None
-        self._told_reasons.clear()
+        if self._since is not None:
+            log.info("server_available", unavailable_s=round(time.monotonic() - self._since, 1))
+        self._since = self._refused_since = None
+        self._reported.clear()
+        self._failures = 0
+
+    def _report(self, error: PipelineError, now: float) -> None:
+        """Log a new cause at once, and any cause again at growing intervals."""
+        reason = str(error)
+        lasts_s = now - (self._since or now)
+        due = _reports_due(lasts_s)
+        if self._reported.get(reason, -1) >= due:
+            return
+        # All causes of an outage share its clock: two that alternate are not logged twice as often.
+        self._reported = {known: max(due, at) for known, at in self._reported.items()}
+        self._reported[reason] = due
+        since = {"unavailable_s": round(lasts_s)} if due else {}
+        if self._refused_since is not None:
+            ends_in_s = max(0, round(GRACE_S - (now - self._refused_since)))
+            log.error(
+                "server_refuses",
+                reason=reason,
+                effect=f"trying again; unless this is fixed, exit with 78 in {ends_in_s} s",
+                **since,
+            )
+            return
+        log.warning("server_unavailable", reason=reason, effect=self._effect(due), **since)
+
+    def _effect(self, due: int) -> str:
+        left = self._time_left() if due else None
+        if left is None:
+            return "waiting, and trying again; Kafka keeps the events for as long as its retention"
+        if left <= timedelta(0):
+            return "waiting; Kafka's retention may be deleting events that were not read: act now"
+        hours = left / timedelta(hours=1)
+        return f"waiting; Kafka deletes the oldest event that was not read in about {hours:,.1f} h"
+
+
+def _reports_due(lasts_s: float) -> int:
+    """How often an outage of this length has been worth a line since its first."""
+    due = sum(lasts_s >= at for at in REPORTS_S)
+    if due == len(REPORTS_S):
+        due += int((lasts_s - REPORTS_S[-1]) // REPORTS_S[-1])
+    return due

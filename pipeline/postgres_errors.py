@@ -1,66 +1,101 @@
 """PostgreSQL's errors, translated into the program's own.
 
 PostgreSQL's messages, DETAIL and CONTEXT may quote the row that was refused, so none of them is
-passed on: an error names the condition and the SQLSTATE only.
+passed on. An error says what the table of causes says, and names the SQLSTATE, the object and the
+server. Only where a right is missing or a connection fails are PostgreSQL's own words shown: they
+name objects, roles and hosts, never a value.
 """
 
 import re
 
 import psycopg
 
+from pipeline import causes
 from pipeline.errors import (
-    ConfigurationError,
     InvariantError,
     MissingSegmentError,
     PipelineError,
     TransientError,
     from_sqlstate,
+    server_error,
 )
+from pipeline.redaction import redacted
+
+WORDS_MAX = 300
+"""Most characters of libpq's words that an error repeats."""
 
 
 class SilentServerError(psycopg.OperationalError):
     """The connection is open and nothing arrives on it; we have closed it."""
 
 
+class UnreachableError(psycopg.OperationalError):
+    """A connection could not be made.
+
+    Attributes:
+        words: libpq's message.
+    """
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.words = words
+
+
+def place(error: psycopg.Error, where: str) -> None:
+    """Note on an exception of the driver which server it is about: host, port, database, user."""
+    error.where = where  # type: ignore[attr-defined]  # read by ``translate`` alone
+
+
 def translate(error: psycopg.Error) -> PipelineError:
     """The error of ours that an exception of the driver stands for."""
+    where = getattr(error, "where", None)
+    server = f"PostgreSQL at {where}" if where else "PostgreSQL"
     sqlstate = error.sqlstate
     if sqlstate is None:
-        return _without_sqlstate(error)
-    condition = type(error).__name__
-    table = error.diag.table_name
-    message = f"PostgreSQL: {condition} ({sqlstate})" + (f" in {table}" if table else "")
-    # Who holds the lock that we waited for, as `db` found out meanwhile.
-    message += "".join(f": {note}" for note in getattr(error, "__notes__", ()))
+        return _without_sqlstate(error, server)
+    message = f"{server}: {type(error).__name__} ({sqlstate})"
+    if table := error.diag.table_name:
+        message += f" in {table}"
     # Only a missing segment has no constraint to name: a CHECK names itself.
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)
+    if cause := causes.of_sqlstate(sqlstate):
+        named = _object_of(error)
+        message = f"{server} {cause.what}. Cause: {type(error).__name__} ({sqlstate})"
+        message += f", {named}. {cause.fix}" if named else f". {cause.fix}"
+    # Who holds the lock that we waited for, as `db` found out meanwhile.
+    message += "".join(f": {note}" for note in getattr(error, "__notes__", ()))
     return from_sqlstate(sqlstate, message, column=error.diag.column_name)
 
 
-# libpq gives no SQLSTATE when connecting fails; these texts are the server's own, in English or
-# not, and the wrong guess only means that we go on trying.
-_OPERATORS_BUSINESS = re.compile(
-    r"authentication failed|no password supplied|does not exist|permission denied|"
-    r"no pg_hba\.conf entry|certificate|root\.crt"
-)
-_REASONS = {
-    "it takes no more connections": re.compile(r"too many (clients|connections)|connection slots"),
-    "it is read-only": re.compile(r"read-only|in hot standby mode"),
-    "it is starting or stopping": re.compile(r"is (starting up|shutting down)|recovery"),
-    "timed out": re.compile("timeout"),
-}
+# What these codes' messages name is an object of the schema, never a value.
+_NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
-def _without_sqlstate(error: psycopg.Error) -> PipelineError:
-    if not isinstance(error, psycopg.OperationalError):
-        return InvariantError(f"psycopg: {type(error).__name__}")
-    text = str(error)
+def _object_of(error: psycopg.Error) -> str:
+    if not _NAMING.fullmatch(error.sqlstate or ""):
+        return error.diag.table_name or ""
+    return error.diag.message_primary or ""
+
+
+def _without_sqlstate(error: psycopg.Error, server: str) -> PipelineError:
     if isinstance(error, SilentServerError):
-        return TransientError(f"PostgreSQL hangs: {text}")
-    if match := _OPERATORS_BUSINESS.search(text):
-        return ConfigurationError(f"PostgreSQL refused the connection: {match[0]}")
-    for reason, told in _REASONS.items():
-        if told.search(text):
-            return TransientError(f"PostgreSQL is away: {reason}")
-    return TransientError("PostgreSQL is away: the connection broke or could not be made")
+        return TransientError(f"{server} hangs: {error}. Check its disk and its processes")
+    if isinstance(error, UnreachableError):
+        cause = causes.of_libpq(error.words)
+        message = f"{server} {cause.what}. Cause: {_shortened(error.words)}. {cause.fix}"
+        return server_error(cause, message)
+    if isinstance(error, psycopg.OperationalError):
+        cause = causes.of_libpq(str(error))
+        return server_error(cause, f"{server} {cause.what}. {cause.fix}")
+    return InvariantError(f"psycopg: {type(error).__name__}")
+
+
+def _shortened(words: str) -> str:
+    """What libpq says after the address, once for each host that it tried."""
+    reasons = []
+    for line in words.splitlines():
+        reason = re.sub(r".*(?:failed: |FATAL:\s+|ERROR:\s+)", "", line).strip(" \t-")
+        if reason and "Multiple connection attempts" not in reason and reason not in reasons:
+            reasons.append(reason)
+    return redacted("; ".join(reasons))[:WORDS_MAX]

@@ -194,6 +194,7 @@ def database_of(
         ),
         pool_size=pool_size,
         read_only=read_only,
+        fresh_url=lambda: settings.with_fresh_logins().database(),
     )
     try:
         yield engine

@@ -44,8 +44,6 @@ log = structlog.get_logger("pipeline.cli")
 
 REBUILD_RETRY_S = 10.0
 """Wait before a rebuild is tried again whose server went away."""
-DATABASE_RETRY_S = 1.0
-"""Wait before asking again a database that is away at the start."""
 LAST_PASS_S_MAX = 10.0
 """Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
 
@@ -250,8 +248,7 @@ def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) 
         try:
             check_schema(engine)
         except TransientError as error:
-            outages.on_error(error)
-            stop.wait(DATABASE_RETRY_S)
+            stop.wait(outages.on_error(error))
         else:
             outages.on_success()
             return

@@ -186,8 +186,7 @@ class Assignment:
                     return {}
                 if time.monotonic() > deadline:
                     raise
-                self._outages.on_error(error)
-                self._stop.wait(RETRY_S)
+                self._stop.wait(self._outages.on_error(error))
             else:
                 self._outages.on_success()
                 return taken

@@ -14,7 +14,7 @@ lives if the brokers list it, and its beat, which it commits after each registra
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -61,7 +61,7 @@ class CopyCheck:
         self._source = source
         self._settings = settings
         self._stop = stop
-        self._registered: str | None = None
+        self._tried_to_register = ""
         self._checked: str | None = None
         self._beat = 0
         # A member that was looked for where nobody could be listed, or whose database was replaced
@@ -100,32 +100,27 @@ class CopyCheck:
             TransientError: A server is unavailable.
         """
         if self._source.member_id != self._checked:
-            self.register()
+            with transaction(self._engine) as db:
+                self._register(db)
             self._watch(REGISTER_S_MAX, has_joined=True)
             self._checked = self._source.member_id
 
-    def has_new_member_id(self) -> bool:
-        """Whether the group knows us by an id that is not registered yet."""
-        return bool(self._source.member_id) and self._source.member_id != self._registered
+    def register_new_id(self, query: Callable[[Callable[[Connection], None]], None]) -> None:
+        """Register soon after the group knows us by another id; else it costs nothing.
 
-    def register(self) -> None:
-        """Record in the database that this member writes to it.
-
-        Raises:
-            TransientError: The database is unavailable.
+        What fails is tried again with the next beat, and not with each turn of the loop.
         """
-        with transaction(self._engine) as db:
-            self.register_in(db)
+        if self._source.member_id != self._tried_to_register:
+            self._tried_to_register = self._source.member_id
+            query(self._register)
 
-    def register_in(self, db: Connection) -> None:
-        """The same, in the caller's transaction; nothing where we are in no group yet."""
+    def _register(self, db: Connection) -> None:
         member = self._source.member_id
         if not member:
             return
         now_here = workers.here(db)
         workers.register(db, member, now_here)
         workers.forget(db)
-        self._registered = member
         if now_here.running != self._here.running:
             self._is_unsure = True
             if now_here.place != self._here.place:
@@ -142,7 +137,8 @@ class CopyCheck:
             CopiedDatabaseError: Another database is fed by this group since ours was replaced.
         """
         try:
-            self.register()
+            with transaction(self._engine) as db:
+                self._register(db)
             self._beat += 1
             if stored:
                 first = min(stored)

@@ -7,6 +7,7 @@ was taken over has it taken over again, which looks closely.
 
 import time
 from collections.abc import Collection, Sequence
+from datetime import timedelta
 from functools import partial
 
 import structlog
@@ -14,6 +15,7 @@ import structlog
 from pipeline.errors import (
     DeletedTopicError,
     ForbiddenTopicError,
+    PipelineError,
     RefusedError,
     TransientError,
 )
@@ -23,7 +25,7 @@ from pipeline.ingest.takeover import Takeover
 from pipeline.log import ownership
 from pipeline.log.ownership import Place
 from pipeline.outages import GRACE_S
-from pipeline.positions import Partition
+from pipeline.positions import Offset, Partition
 from pipeline.source import Brokers
 
 log = structlog.get_logger(__name__)
@@ -43,6 +45,7 @@ class Lookout:
         absent: Configured topics that Kafka had not, when last looked at.
         optional: Those of them that were never read, and need not be there.
         arrived: Those that were optional, and are there now.
+        kafka_error: Why Kafka did not answer then; None if it did.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Lookout:
         self.optional: frozenset[str] = frozenset()
         self.arrived: frozenset[str] = frozenset()
         self._forbidden_since: float | None = None
+        self.kafka_error: TransientError | None = None
 
     def look(self) -> None:
         """Look at everything once.
@@ -110,6 +114,29 @@ class Lookout:
         if now - self._forbidden_since > GRACE_S:
             raise forbidden[0]
 
+    def time_left(self) -> timedelta | None:
+        """How long Kafka keeps the oldest record that is not in the log; None if not known.
+
+        By the topic's ``retention.ms`` and the record's timestamp. Kafka deletes whole segments of
+        its log, so it may keep the record for longer. Negative if it may be deleted already.
+        """
+        times = []
+        try:
+            with self._brokers.probing():
+                for partition, offset in self._machine.stored.items():
+                    retention = self._brokers.topic_settings(partition.topic).get("retention.ms")
+                    low, high = self._brokers.watermarks(partition)
+                    if offset < low:
+                        return timedelta(0)
+                    if offset < high and retention not in (None, "-1"):
+                        record = self._brokers.record_at(partition, Offset(offset))
+                        if record is not None and record.timestamp_ms is not None:
+                            times.append(record.timestamp_ms + int(str(retention)))
+        except PipelineError as error:
+            log.debug("time_left_unknown", reason=str(error))
+            return None
+        return timedelta(seconds=min(times) / 1000 - time.time()) if times else None
+
     def _see_watermarks(self) -> None:
         seen = []
         owned = self._machine.owned
@@ -127,8 +154,9 @@ class Lookout:
         try:
             there = self._brokers.topics_there()
         except TransientError as error:
-            log.debug("topics_not_seen", reason=str(error))
+            self.kafka_error = error
             return False
+        self.kafka_error = None
         absent = frozenset(self._topics) - there.keys()
         self.arrived |= self.optional - absent
         self.optional &= absent

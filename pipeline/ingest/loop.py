@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from pipeline.errors import (
 from pipeline.events import read
 from pipeline.ingest import machine as decisions
 from pipeline.ingest import writer as writing
-from pipeline.ingest.assignment import RETRY_S, Assignment, tell_fenced, try_out
+from pipeline.ingest.assignment import RETRY_S, Assignment, tell_fenced
 from pipeline.ingest.copies import CopyCheck
 from pipeline.ingest.lookout import Lookout
 from pipeline.ingest.machine import Bounds, Machine, Reclaim, Resolve, Stolen, Write
@@ -107,7 +108,11 @@ class Ingest:
         self._observe = observe
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
-        self._outages = OutagePolicy(waits_forever=not until_end)
+        self._time_left: Callable[[], timedelta | None] = lambda: None
+        self._outages = OutagePolicy(
+            waits_forever=not until_end, time_left=lambda: self._time_left()
+        )
+        self._kafka_outages = OutagePolicy(waits_forever=True)
         self._look_at = self._ask_others_at = 0.0
         self._replaced_at: list[float] = []
 
@@ -128,8 +133,9 @@ class Ingest:
                 try:
                     self._serve_membership()
                 except (TransientError, ConfigurationError) as error:
-                    self._outages.on_error(error)
-                    self._stop.wait(RETRY_S)
+                    self._stop.wait(self._outages.on_error(error))
+                    # A refused login: somebody may have changed the password.
+                    self._settings = self._settings.with_fresh_logins()
                 except MemberReplacedError as error:
                     self._bear_replacement(error)
                 else:
@@ -177,6 +183,7 @@ class Ingest:
                 self._settings.topics,
             )
             self._copies = CopyCheck(self._engine, self._source, self._settings, self._stop)
+            self._time_left = self._lookout.time_left
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
             listener = Listener(self._on_assign, self._on_revoke, self._on_lost)
@@ -193,6 +200,7 @@ class Ingest:
             self._machine.abandon()
             raise
         finally:
+            self._time_left = lambda: None
             self._source.leave()
         if self._until_end and refusals:
             raise refusals[0]
@@ -389,8 +397,8 @@ class Ingest:
     def _look_around(self) -> None:
         now = time.monotonic()
         if now < self._look_at:
-            if self._copies.has_new_member_id() and not self._machine.is_troubled:
-                try_out(self._engine, self._copies.register_in)
+            if not self._machine.is_troubled:
+                self._copies.register_new_id(self._assignment.query)
             return
         self._look_at = now + LOOK_S
         gc.collect()
@@ -402,6 +410,10 @@ class Ingest:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()
         self._lookout.look()
+        if self._lookout.kafka_error is None:
+            self._kafka_outages.on_success()
+        else:
+            self._kafka_outages.on_error(self._lookout.kafka_error)
         if arrived := self._lookout.arrived:
             log.info("topic_available", topics=sorted(arrived))
             self._lookout.arrived = frozenset()

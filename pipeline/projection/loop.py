@@ -8,7 +8,6 @@
 Several workers may run at once: they share the partitions, and the checkpoint's row is the lock.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,8 +35,6 @@ from pipeline.projection.turn import Result, project
 log = structlog.get_logger(__name__)
 
 CHANNEL = "pipeline_events"
-BACK_OFF_S_MIN = 0.1
-BACK_OFF_S_MAX = 10.0
 GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
 CAUGHT_UP_S_MIN = 60.0
@@ -142,7 +139,6 @@ class _Loop:
         self._goal: dict[Partition, NextOffset] | None = None
         self._taken = 0
         self._outages = OutagePolicy(waits_forever=not until_end)
-        self._failures = 0
         self._caught_up = CaughtUp(limits.batch_offsets_max)
 
     def run(self) -> None:
@@ -181,7 +177,7 @@ class _Loop:
                 return
             begun = time.monotonic()
             moved = self._round(self._crew.share(standings))
-            self._server_is_back()
+            self._outages.on_success()
             self._observe(Progress(self._taken, _furthest_behind(standings)))
             self._caught_up.saw(max((one.lag for one in standings), default=0), time.monotonic())
             if not moved:
@@ -244,15 +240,7 @@ class _Loop:
         return done
 
     def _wait_for_server(self, error: TransientError | ConfigurationError) -> None:
-        self._outages.on_error(error)
-        pause = min(BACK_OFF_S_MAX, BACK_OFF_S_MIN * 2**self._failures)
-        self._failures = min(self._failures + 1, 10)
-        # So that many workers do not come back in the same moment.
-        self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311 - no secret hangs on it
-
-    def _server_is_back(self) -> None:
-        self._outages.on_success()
-        self._failures = 0
+        self._stop.wait(self._outages.on_error(error))
 
 
 class CaughtUp:

@@ -1,10 +1,11 @@
 """The settings: one field each, with default, bounds and meaning."""
 
 import os
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -19,6 +20,8 @@ PREFIX = "PIPELINE_"
 
 # What libpq reads by itself when no URL is given; any one of them names a database.
 _LIBPQ = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE")
+# What somebody may change while we run.
+_LOGINS = ("database_url", "kafka_username", "kafka_password", "kafka_options")
 # With group.protocol=consumer the brokers decide these, and librdkafka refuses to start with them.
 _CLASSIC_GROUP_OPTIONS = (
     "partition.assignment.strategy",
@@ -197,6 +200,9 @@ class Settings(BaseSettings):
         Literal["debug", "info", "warning", "error"], BeforeValidator(values.lower)
     ] = Field(default="info", description="The least level that is logged")
 
+    _read_again: Callable[[], "Settings"] | None = PrivateAttr(default=None)
+    """Reads all settings from where these were read."""
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -236,6 +242,20 @@ class Settings(BaseSettings):
     @property
     def _logs_in(self) -> bool:
         return self.kafka_security_protocol.startswith("SASL_")
+
+    def with_fresh_logins(self) -> Self:
+        """These settings with users and passwords as their files say now.
+
+        All else stays as it was at the start. Where a file cannot be read, as while somebody
+        replaces it, nothing changes.
+        """
+        if self._read_again is None:
+            return self
+        try:
+            fresh = self._read_again()
+        except ConfigurationError:
+            return self
+        return self.model_copy(update={name: getattr(fresh, name) for name in _LOGINS})
 
     def database(self) -> str:
         """The URL of the database, as libpq takes it. It holds the password: never show it.

@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from annotated_types import Ge, Le
@@ -59,6 +60,7 @@ def load_settings(config: Path | None = None, **overrides: object) -> Settings:
         complaints += [_complaint(detail, place_of) for detail in error.errors()]
     else:
         if not complaints:
+            settings._read_again = partial(load_settings, config, **overrides)  # noqa: SLF001 - ours
             return settings
     # Out here, because an error raised up there would carry the values along as its context.
     raise ConfigurationError("\n".join(complaints))

@@ -45,6 +45,8 @@ from pipeline.source.client import (
     asked,
     closes,
     consumer_config,
+    listens,
+    listens_no_more,
     opened,
     record_of,
     report,
@@ -133,6 +135,7 @@ class Brokers:
         self._settings = settings
         self._tells_topic_ids: bool | None = None
         self._probe: Consumer | None = None
+        listens(self.serve)
 
     def serve(self) -> None:
         """Hear what the clients have to say of their connections, which would pile up."""
@@ -141,6 +144,7 @@ class Brokers:
 
     def close(self) -> None:
         """Ask no more."""
+        listens_no_more(self.serve)
         closes(self._consumer)
 
     # ------------------------------------------------------------------------ what there is

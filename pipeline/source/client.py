@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import structlog
 from confluent_kafka import (
@@ -18,12 +18,13 @@ from confluent_kafka import (
     libversion,
 )
 
+from pipeline import causes
 from pipeline.errors import (
     ConfigurationError,
     InvariantError,
     MemberReplacedError,
     PipelineError,
-    TransientError,
+    server_error,
 )
 from pipeline.events import UNREADABLE_HEADERS, Record
 from pipeline.redaction import without
@@ -65,6 +66,9 @@ _DEFAULTS: Config = {
     "client.id": "upvest-pipeline",
     # Partitions that are added are found within this time.
     "topic.metadata.refresh.interval.ms": 60_000,
+    # Each attempt may be a refused login, and a broker that starts again answers within seconds.
+    "reconnect.backoff.ms": 500,
+    "reconnect.backoff.max.ms": 10_000,
 }
 _CLASSIC_DEFAULTS: Config = {"partition.assignment.strategy": "cooperative-sticky"}
 
@@ -88,6 +92,7 @@ def opened(client: Callable[[], _Client], settings: Settings) -> _Client:
     Raises:
         ConfigurationError: It refuses an option; which, and why, without any value of ours.
     """
+    _standing.target = _Target.of(settings)
     try:
         return client()
     except KafkaException as refused:
@@ -165,12 +170,6 @@ _FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED}  # noqa: SLF001 - 
 LOGIN_REFUSED = frozenset(
     {KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED}  # noqa: SLF001 - public
 )
-_OPERATORS_BUSINESS = {
-    *LOGIN_REFUSED,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-}
 OUT_OF_RANGE = frozenset(
     {
         KafkaError._AUTO_OFFSET_RESET,  # noqa: SLF001 - public, as are all that begin so
@@ -193,12 +192,82 @@ POLLED_TOO_LATE = KafkaError._MAX_POLL_EXCEEDED  # noqa: SLF001 - public
 _Answer = TypeVar("_Answer")
 
 
+class _Target(NamedTuple):
+    """Whom we talk to, and as whom."""
+
+    servers: str
+    user: str | None
+    group: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> "_Target":
+        return cls(
+            settings.kafka_bootstrap_servers or "", settings.kafka_username, settings.group_id
+        )
+
+
+class _Standing:
+    """What the clients of this process have last reported of their connections.
+
+    A request that is not answered in time says no more than that. Why, the client reports beside
+    it, by callbacks. A process talks to one Kafka.
+
+    Attributes:
+        target: That Kafka.
+    """
+
+    def __init__(self) -> None:
+        self.target = _Target("", None, "")
+        self._reported: tuple[float, KafkaError] | None = None
+        self._serve: list[Callable[[], None]] = []
+
+    def listens(self, serve: Callable[[], None]) -> None:
+        """Call this, which runs callbacks of clients, before a reason is looked for."""
+        self._serve.append(serve)
+
+    def listens_no_more(self, serve: Callable[[], None]) -> None:
+        self._serve.remove(serve)
+
+    def note(self, error: KafkaError) -> None:
+        # That all brokers are unavailable is reported after the reason of each.
+        if error.name() != "_ALL_BROKERS_DOWN":
+            self._reported = (time.monotonic(), error)
+
+    def answered(self) -> None:
+        self._reported = None
+
+    def reason(self, error: KafkaError) -> KafkaError:
+        """The error itself, or what was reported of connections where it only says "no answer"."""
+        if error.name() not in _VAGUE:
+            return error
+        for serve in self._serve:
+            serve()
+        if self._reported is None or time.monotonic() - self._reported[0] > REPORT_S_MAX:
+            return error
+        return self._reported[1]
+
+    def where(self, words: str) -> str:
+        """The broker that a client's words name, else all that are configured; and the user."""
+        named = re.search(r"://([^/\s]+:\d+)/", words) or re.match(r"([^/\s:]+:\d+)/", words)
+        servers = named[1] if named else self.target.servers
+        return f"{servers} for user {self.target.user}" if self.target.user else servers
+
+
+_standing = _Standing()
+listens, listens_no_more = _standing.listens, _standing.listens_no_more
+_VAGUE = frozenset({"_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_WAIT_COORD", "_FAIL"})
+REPORT_S_MAX = 60.0
+"""How long a report of a connection explains requests that are not answered."""
+
+
 def asked(ask: Callable[[], _Answer]) -> _Answer:
     """The answer to a question, or our error."""
     try:
-        return ask()
+        answer = ask()
     except KafkaException as error:
         raise translated(error.args[0]) from None
+    _standing.answered()
+    return answer
 
 
 def _is_replaced(error: KafkaError) -> bool:
@@ -214,12 +283,24 @@ def _is_replaced(error: KafkaError) -> bool:
 
 def translated(error: KafkaError) -> PipelineError:
     """The branch of our tree that an error of the client belongs to."""
-    text = f"Kafka: {error.name()}: {error.str()}"
     if _is_replaced(error):
-        return MemberReplacedError(text)
-    if error.fatal():
-        return InvariantError(text)
-    return TransientError(text)
+        return MemberReplacedError(f"Kafka: {error.name()}: {error.str()}")
+    error = _standing.reason(error)
+    name, words = error.name(), error.str()
+    cause = causes.of_kafka(name, words)
+    if error.fatal() and name not in causes.KAFKA_CODES:
+        return InvariantError(f"Kafka: {name}: {words}")
+    what = cause.what.format(group=repr(_standing.target.group))
+    where = _standing.where(words)
+    return server_error(
+        cause, f"Kafka at {where} {what}. Cause: {name}, {_without_place(words)}. {cause.fix}"
+    )
+
+
+def _without_place(words: str) -> str:
+    """What a client says, without the address in front and the time behind."""
+    words = re.sub(r"^[^\s]*/\S+: ", "", words)
+    return re.sub(r"\s*\(after \d+ms in state \w+.*\)\s*$", "", words).strip().rstrip(".")
 
 
 class _Repeated:
@@ -259,10 +340,18 @@ _skipped_commits = _Repeated()
 
 
 def report(error: KafkaError) -> None:
-    """Log a complaint of the client, which goes on by itself."""
+    """Log what the client reports of its connections; it continues by itself."""
+    _standing.note(error)
     if times := _complaints.times_due(error.name()):
-        level = log.error if error.code() in _OPERATORS_BUSINESS else log.warning
-        level("kafka_client_error", error=error.name(), reason=error.str(), times_since=times)
+        cause = causes.of_kafka(error.name(), error.str())
+        is_ours = cause.verdict is causes.Verdict.MISCONFIGURED
+        (log.error if is_ours else log.warning)(
+            "kafka_client_error",
+            error=error.name(),
+            reason=error.str(),
+            action=cause.fix,
+            times_since=times,
+        )
 
 
 def log_commit_failure(error: KafkaError) -> None:

@@ -1,5 +1,6 @@
 """One member of the consumer group: which partitions are ours, and what comes out of them."""
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -7,6 +8,7 @@ from uuid import UUID
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import ClusterMetadata
 
 from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.events import Record
@@ -36,6 +38,9 @@ from pipeline.source.client import (
 )
 
 log = structlog.get_logger(__name__)
+
+ANSWER_S = 0.5
+"""How long the first answer is waited for before we see whether the login was refused."""
 
 
 class ReachedEnd(NamedTuple):
@@ -97,17 +102,45 @@ class KafkaSource:
             "logger": LIBRARY_LOG,
             "on_commit": _on_commit,
         }
+        self._refused_login: KafkaError | None = None
         self._consumer = opened(lambda: Consumer({**config, **listening}), settings)
+        try:
+            self._cluster = self._first_answer()
+        except BaseException:
+            closes(self._consumer)
+            raise
+        # Not before: each client is one more login that may be refused.
         self.brokers = Brokers(settings)
         self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")
         )
-        self._refused_login: str | None = None
         self._listener: Listener | None = None
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
 
     # -------------------------------------------------------------------------------- membership
+
+    def _first_answer(self) -> ClusterMetadata:
+        """What Kafka shows us; a login that is refused is not tried for longer than it takes."""
+        deadline = time.monotonic() + ASK_S_MAX
+        while True:
+            try:
+                return self._ask_for_topics()
+            except TransientError:
+                # Nothing is subscribed, so this runs callbacks only.
+                self._consumer.poll(0)
+                self._raise_refused_login()
+                if time.monotonic() > deadline:
+                    # The reason may have been reported just now.
+                    return self._ask_for_topics()
+
+    def _ask_for_topics(self) -> ClusterMetadata:
+        cluster: ClusterMetadata = asked(lambda: self._consumer.list_topics(timeout=ANSWER_S))
+        return cluster
+
+    def _raise_refused_login(self) -> None:
+        if self._refused_login is not None:
+            raise translated(self._refused_login)
 
     def join(
         self,
@@ -129,19 +162,10 @@ class KafkaSource:
             Topics of the default list that Kafka does not show.
 
         Raises:
-            ConfigurationError: A topic does not exist, or the brokers refuse the login.
+            ConfigurationError: A topic does not exist.
         """
         self._listener = listener
-        try:
-            cluster = asked(lambda: self._consumer.list_topics(timeout=ASK_S_MAX))
-        except TransientError:
-            # The client goes on trying whatever the reason, and tells it when it is polled.
-            self._consumer.poll(0)
-            if self._refused_login is not None:
-                raise ConfigurationError(
-                    f"Kafka refused the login: {self._refused_login}"
-                ) from None
-            raise
+        cluster = self._cluster
         absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
         if absent:
             self._miss(absent, cluster.topics)
@@ -200,6 +224,7 @@ class KafkaSource:
             raise translated(error.args[0]) from None
         if self._raised is not None:
             raise self._raised
+        self._raise_refused_login()
         records: list[Record] = []
         happenings: list[Happening] = []
         for message in messages:
@@ -321,7 +346,7 @@ class KafkaSource:
 
     def _heard_of(self, error: KafkaError) -> None:
         if error.code() in LOGIN_REFUSED:
-            self._refused_login = error.str()
+            self._refused_login = error
         report(error)
 
     def _heard(self) -> Listener:

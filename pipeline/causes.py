@@ -1,0 +1,330 @@
+"""Why a server does not serve us: an outage to wait for, or a mistake that somebody must fix.
+
+One table for both servers, and every command uses it. A cause is found by the code that the server
+or its client library gives, or, where there is no code, by the words of its message. What no entry
+names is treated as an outage: waiting is safe, and the message is shown.
+
+Codes of Kafka: librdkafka's ``rdkafka.h``. Codes of PostgreSQL: appendix A of its manual. The words
+are those of librdkafka 2.x, OpenSSL 3 and libpq 15 to 18.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+
+class Verdict(Enum):
+    """What a command does."""
+
+    OUTAGE = "wait until the server is available"
+    MISCONFIGURED = "end with 78, after a grace period where it was right before"
+
+
+class Cause(NamedTuple):
+    """Why a server does not serve us.
+
+    Attributes:
+        verdict: What a command does.
+        what: What happened, as the rest of a sentence that begins with the server.
+        fix: What to do, as sentences.
+    """
+
+    verdict: Verdict
+    what: str
+    fix: str
+
+
+def _outage(what: str, fix: str) -> Cause:
+    return Cause(Verdict.OUTAGE, what, fix)
+
+
+def _misconfigured(what: str, fix: str) -> Cause:
+    return Cause(Verdict.MISCONFIGURED, what, fix)
+
+
+# ------------------------------------------------------------------------------ of both servers
+
+REFUSED_PORT = _outage(
+    "refuses connections: no server listens there",
+    "Check that the server runs, and that host and port are right",
+)
+UNKNOWN_HOST = _outage(
+    "has a host name that cannot be resolved",
+    "Check the spelling of the host and the name server",
+)
+NO_ROUTE = _outage(
+    "cannot be reached over the network", "Check routes and firewalls between here and the server"
+)
+TIMED_OUT = _outage(
+    "did not answer in time", "Check that the server runs, and firewalls between here and there"
+)
+UNKNOWN_CA = _misconfigured(
+    "presents a certificate of an authority that we do not trust",
+    "Set the file with the authority's certificate: ssl.ca.location in PIPELINE_KAFKA_OPTIONS for "
+    "Kafka, sslrootcert in PIPELINE_DATABASE_URL for PostgreSQL",
+)
+EXPIRED_CERTIFICATE = _misconfigured(
+    "presents a certificate that has expired, or is not valid yet",
+    "Have the server's certificate renewed; check the clock of this machine",
+)
+WRONG_HOST_NAME = _misconfigured(
+    "presents a certificate for another host name",
+    "Use the host name that the certificate is for, or have it issued for this one",
+)
+NO_TLS = _misconfigured(
+    "does not speak TLS on this port",
+    "Check the port; for Kafka see PIPELINE_KAFKA_SECURITY_PROTOCOL, for PostgreSQL sslmode in "
+    "PIPELINE_DATABASE_URL",
+)
+UNREADABLE_CERTIFICATES = _misconfigured(
+    "cannot be verified: a file of certificates or keys cannot be read here",
+    "Check the path and its permissions",
+)
+
+# ------------------------------------------------------------------------------------- of Kafka
+
+KAFKA_LOGIN = _misconfigured(
+    "refused the login",
+    "Check PIPELINE_KAFKA_USERNAME, PIPELINE_KAFKA_PASSWORD and PIPELINE_KAFKA_SASL_MECHANISM",
+)
+KAFKA_MECHANISM = _misconfigured(
+    "does not offer this SASL mechanism",
+    "Set PIPELINE_KAFKA_SASL_MECHANISM to the one that Upvest names",
+)
+KAFKA_WANTS_TLS = _misconfigured(
+    "closes each connection before it is ready",
+    "Most often PIPELINE_KAFKA_SECURITY_PROTOCOL does not fit the port: SASL_SSL wants a port with "
+    "TLS",
+)
+KAFKA_GROUP = _misconfigured(
+    "does not let us use consumer group {group}",
+    "Ask for the right READ on this group, or set PIPELINE_GROUP_ID to a group that you may use",
+)
+KAFKA_TOPIC = _misconfigured(
+    "does not let us read a topic",
+    "Ask for the rights READ and DESCRIBE on each topic of PIPELINE_TOPICS",
+)
+KAFKA_CLUSTER = _misconfigured(
+    "does not let us do this on the cluster", "Ask for the right that the message names"
+)
+KAFKA_SETTING = _misconfigured(
+    "refuses an option of ours", "Check PIPELINE_KAFKA_OPTIONS and PIPELINE_KAFKA_GROUP_PROTOCOL"
+)
+KAFKA_UNAVAILABLE = _outage(
+    "is unavailable: no broker answers", "Check that the brokers run and can be reached from here"
+)
+KAFKA_BUSY = _outage("is busy or reorganising", "It passes; if it lasts, look at the brokers' log")
+
+KAFKA_CODES: Mapping[str, Cause] = {
+    "_AUTHENTICATION": KAFKA_LOGIN,
+    "SASL_AUTHENTICATION_FAILED": KAFKA_LOGIN,
+    "UNACCEPTABLE_CREDENTIAL": KAFKA_LOGIN,
+    "UNSUPPORTED_SASL_MECHANISM": KAFKA_MECHANISM,
+    "ILLEGAL_SASL_STATE": KAFKA_MECHANISM,
+    "SECURITY_DISABLED": KAFKA_SETTING,
+    "GROUP_AUTHORIZATION_FAILED": KAFKA_GROUP,
+    "TOPIC_AUTHORIZATION_FAILED": KAFKA_TOPIC,
+    "CLUSTER_AUTHORIZATION_FAILED": KAFKA_CLUSTER,
+    "TRANSACTIONAL_ID_AUTHORIZATION_FAILED": KAFKA_CLUSTER,
+    "DELEGATION_TOKEN_AUTHORIZATION_FAILED": KAFKA_CLUSTER,
+    "DELEGATION_TOKEN_AUTH_DISABLED": KAFKA_LOGIN,
+    "DELEGATION_TOKEN_EXPIRED": KAFKA_LOGIN,
+    "DELEGATION_TOKEN_NOT_FOUND": KAFKA_LOGIN,
+    "DELEGATION_TOKEN_OWNER_MISMATCH": KAFKA_LOGIN,
+    "INVALID_GROUP_ID": KAFKA_SETTING,
+    "INVALID_SESSION_TIMEOUT": KAFKA_SETTING,
+    "INCONSISTENT_GROUP_PROTOCOL": KAFKA_SETTING,
+    "UNSUPPORTED_ASSIGNOR": KAFKA_SETTING,
+    "UNSUPPORTED_VERSION": KAFKA_SETTING,
+    "GROUP_MAX_SIZE_REACHED": KAFKA_SETTING,
+    "INVALID_CONFIG": KAFKA_SETTING,
+    "INVALID_REGULAR_EXPRESSION": KAFKA_SETTING,
+    "_UNSUPPORTED_FEATURE": KAFKA_SETTING,
+    "_INVALID_ARG": KAFKA_SETTING,
+    "_RESOLVE": UNKNOWN_HOST,
+    "_ALL_BROKERS_DOWN": KAFKA_UNAVAILABLE,
+    "_TRANSPORT": KAFKA_UNAVAILABLE,
+    "_TIMED_OUT": TIMED_OUT,
+    "_TIMED_OUT_QUEUE": TIMED_OUT,
+    "_MSG_TIMED_OUT": TIMED_OUT,
+    "REQUEST_TIMED_OUT": TIMED_OUT,
+    "NETWORK_EXCEPTION": KAFKA_UNAVAILABLE,
+    "BROKER_NOT_AVAILABLE": KAFKA_UNAVAILABLE,
+    "_WAIT_COORD": KAFKA_BUSY,
+    "COORDINATOR_LOAD_IN_PROGRESS": KAFKA_BUSY,
+    "COORDINATOR_NOT_AVAILABLE": KAFKA_BUSY,
+    "NOT_COORDINATOR": KAFKA_BUSY,
+    "LEADER_NOT_AVAILABLE": KAFKA_BUSY,
+    "NOT_LEADER_FOR_PARTITION": KAFKA_BUSY,
+    "REBALANCE_IN_PROGRESS": KAFKA_BUSY,
+    "THROTTLING_QUOTA_EXCEEDED": KAFKA_BUSY,
+}
+"""By librdkafka's name. Every other code is of a single request, and is waited for."""
+
+# In this order: the first that is found counts.
+KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
+    (re.compile(r"(?i)certificate has expired|not yet valid"), EXPIRED_CERTIFICATE),
+    (re.compile(r"(?i)hostname mismatch|ip address mismatch"), WRONG_HOST_NAME),
+    (
+        re.compile(
+            r"(?i)certificate could not be verified|unable to get (local )?issuer|"
+            r"self.signed certificate|unknown ca"
+        ),
+        UNKNOWN_CA,
+    ),
+    (re.compile(r"(?i)unsupported protocol|wrong version number|packet length too long"), NO_TLS),
+    (re.compile(r"(?i)ssl\.ca\.location|CA certificates|ssl\.(key|certificate)"),
+     UNREADABLE_CERTIFICATES),
+    (re.compile(r"(?i)unsupported SASL mechanism|mechanism .* not (enabled|supported)"),
+     KAFKA_MECHANISM),
+    (re.compile(r"(?i)SASL|authentication"), KAFKA_LOGIN),
+    (re.compile(r"(?i)connecting to a SSL listener|SSL_HANDSHAKE|security\.protocol"),
+     KAFKA_WANTS_TLS),
+    (re.compile(r"(?i)failed to resolve"), UNKNOWN_HOST),
+    (re.compile(r"(?i)connection refused"), REFUSED_PORT),
+    (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),
+    (re.compile(r"(?i)timed out|timeout"), TIMED_OUT),
+)  # fmt: skip
+"""By what librdkafka says of a connection; it has a code of its own for few of these."""
+
+
+def of_kafka(code: str, words: str) -> Cause:
+    """Why Kafka does not serve us.
+
+    Args:
+        code: librdkafka's name of the error, e.g. ``_TRANSPORT``.
+        words: What it says of it.
+    """
+    if code in {"_TRANSPORT", "_SSL", "_ALL_BROKERS_DOWN", "_AUTHENTICATION", "_FAIL"}:
+        for pattern, cause in KAFKA_WORDS:
+            if pattern.search(words):
+                return cause
+    return KAFKA_CODES.get(code, KAFKA_BUSY)
+
+
+# -------------------------------------------------------------------------------- of PostgreSQL
+
+POSTGRES_LOGIN = _misconfigured(
+    "refused the login",
+    "Check user and password in PIPELINE_DATABASE_URL or in libpq's PGPASSFILE",
+)
+POSTGRES_RULE = _misconfigured(
+    "has no rule in pg_hba.conf that lets us in",
+    "Have a DBA add one for this host, user and database, or connect as the rules demand (TLS)",
+)
+POSTGRES_NO_ROLE = _misconfigured(
+    "does not know this user, or it may not log in",
+    "Check the user in PIPELINE_DATABASE_URL; a DBA makes one with CREATE ROLE … LOGIN",
+)
+POSTGRES_NO_DATABASE = _misconfigured(
+    "has no such database, or this user may not connect to it",
+    "Check the database in PIPELINE_DATABASE_URL, and have a DBA create it or GRANT CONNECT on it",
+)
+POSTGRES_RIGHT = _misconfigured(
+    "refuses a right",
+    "`pipeline check` lists the rights that are missing; where the database has roles, "
+    "`pipeline migrate` grants them again",
+)
+POSTGRES_SCHEMA = _misconfigured(
+    "lacks something that `pipeline migrate` makes",
+    "Run `pipeline check`, then `pipeline migrate`; what was dropped by hand comes from a backup",
+)
+POSTGRES_FULL_OF_SESSIONS = _outage(
+    "takes no more connections: all its slots are in use",
+    "Close sessions, or raise max_connections or the role's CONNECTION LIMIT",
+)
+POSTGRES_NO_ROOM = _outage(
+    "has no room left on a disk: nothing can be written until there is",
+    "Make room on the disk of the database; nothing else helps",
+)
+POSTGRES_READ_ONLY = _outage(
+    "is read-only: a standby, or a server on which writing was stopped",
+    "Connect to the primary (HOST1,HOST2 in PIPELINE_DATABASE_URL finds it), or allow writing",
+)
+POSTGRES_STARTS = _outage("is starting or stopping", "It passes; if it lasts, see the server's log")
+POSTGRES_BROKE = _outage(
+    "closed the connection", "It passes if the server restarts; if it lasts, see the server's log"
+)
+POSTGRES_CONFLICT = _outage(
+    "ended the transaction to resolve a conflict with another one", "It is repeated"
+)
+POSTGRES_RESOURCES = _outage(
+    "lacks memory or another resource", "See the server's log; the work is repeated"
+)
+
+LOGINS = frozenset({KAFKA_LOGIN, POSTGRES_LOGIN})
+"""An account may be locked after too many of these."""
+
+# Longest prefix wins. Codes that blame a record, or that only a defect brings, are in `errors`.
+SQLSTATES: Mapping[str, Cause] = {
+    "08": POSTGRES_BROKE,
+    "25006": POSTGRES_READ_ONLY,
+    "25P03": POSTGRES_CONFLICT,
+    "25P04": POSTGRES_CONFLICT,
+    "28": POSTGRES_RULE,
+    "28P01": POSTGRES_LOGIN,
+    "3D000": POSTGRES_NO_DATABASE,
+    "3F000": POSTGRES_SCHEMA,
+    "40": POSTGRES_CONFLICT,
+    "42501": POSTGRES_RIGHT,
+    "42703": POSTGRES_SCHEMA,
+    "42883": POSTGRES_SCHEMA,
+    "42P01": POSTGRES_SCHEMA,
+    "53": POSTGRES_RESOURCES,
+    "53100": POSTGRES_NO_ROOM,
+    "53300": POSTGRES_FULL_OF_SESSIONS,
+    "55006": POSTGRES_CONFLICT,
+    "57": POSTGRES_BROKE,
+    "57014": POSTGRES_CONFLICT,
+    "57P03": POSTGRES_STARTS,
+    "58": _outage("has trouble with its disk", "See the server's log; the work is repeated"),
+}
+
+# In this order: the first that is found counts. libpq gives no code when a connection fails.
+LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
+    (re.compile(r"password authentication failed|no password supplied|authentication failed"),
+     POSTGRES_LOGIN),
+    (re.compile(r"pg_hba\.conf"), POSTGRES_RULE),
+    (re.compile(r'role ".*" does not exist|is not permitted to log in'), POSTGRES_NO_ROLE),
+    (re.compile(r'database ".*" does not exist|permission denied for database|'
+                r"not currently accepting connections"), POSTGRES_NO_DATABASE),
+    (re.compile(r"too many (clients|connections)|connection slots"), POSTGRES_FULL_OF_SESSIONS),
+    (re.compile(r"read-only|in hot standby mode|standby"), POSTGRES_READ_ONLY),
+    (re.compile(r"is (starting up|shutting down)|recovery"), POSTGRES_STARTS),
+    (re.compile(r"does not support SSL|server does not support|SSL was required"), NO_TLS),
+    (re.compile(r"does not match host name|IP address mismatch|hostname mismatch"),
+     WRONG_HOST_NAME),
+    (re.compile(r"certificate has expired|not yet valid"), EXPIRED_CERTIFICATE),
+    (re.compile(r"certificate verify failed|unable to get local issuer|self.signed"), UNKNOWN_CA),
+    (re.compile(r"root certificate file|could not (load|read) .*(certificate|key)|"
+                r"certificate file|private key file"), UNREADABLE_CERTIFICATES),
+    (re.compile(r"(?i)could not translate host name|name or service not known|"
+                r"failed to resolve host|name resolution|nodename nor servname"), UNKNOWN_HOST),
+    (re.compile(r"(?i)connection refused|No such file or directory"), REFUSED_PORT),
+    (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),
+    (re.compile(r"(?i)timeout|timed out"), TIMED_OUT),
+)  # fmt: skip
+"""By what libpq or the server says of a connection that failed."""
+
+
+def of_sqlstate(sqlstate: str) -> Cause | None:
+    """Why PostgreSQL does not serve us; None where the code says something else."""
+    for length in (5, 3, 2):
+        if cause := SQLSTATES.get(sqlstate[:length]):
+            return cause
+    return None
+
+
+def of_libpq(words: str) -> Cause:
+    """Why a connection to PostgreSQL failed.
+
+    Of several hosts, one that refuses us is named before one that is unavailable: it is up.
+
+    Args:
+        words: libpq's message; several lines where it tried several hosts.
+    """
+    for pattern, cause in LIBPQ_WORDS:
+        if pattern.search(words):
+            return cause
+    return POSTGRES_BROKE

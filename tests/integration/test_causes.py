@@ -1,0 +1,220 @@
+"""Each reason for which a server does not serve us is named, and decides what a command does."""
+
+import os
+import re
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from confluent_kafka import KafkaError
+
+from pipeline import causes
+from pipeline.causes import Verdict
+from pipeline.embedded.postgres import free_port
+from pipeline.errors import ExitCode, InvariantError, PoisonRecordError, from_sqlstate
+from tests.commands import Commands
+
+pytestmark = pytest.mark.timeout(300)
+CONFIGURATION, UNAVAILABLE = ExitCode.CONFIGURATION, ExitCode.UNAVAILABLE
+
+
+# ---------------------------------------------------------------------------------------- complete
+
+
+def test_every_error_of_kafka_that_is_a_wrong_right_or_login_is_no_outage():
+    names = [name for name in dir(KafkaError) if re.fullmatch(r"_?[A-Z][A-Z_]+", name)]
+    assert len(names) > 150
+
+    denied = [name for name in names if re.search("AUTHENTICATION|AUTHORIZATION|CREDENTIAL", name)]
+
+    assert len(denied) >= 6
+    for name in denied:
+        assert causes.of_kafka(name, "").verdict is Verdict.MISCONFIGURED, name
+    assert set(causes.KAFKA_CODES) <= set(names), "the table names codes that do not exist"
+
+
+def test_every_class_of_sqlstate_is_sorted():
+    """By psycopg's list, which is PostgreSQL's appendix A."""
+    codes = {
+        error.sqlstate
+        for error in vars(psycopg.errors).values()
+        if isinstance(error, type) and issubclass(error, psycopg.Error) and error.sqlstate
+    }
+    assert len(codes) > 200
+
+    for code in sorted(codes):
+        cause = causes.of_sqlstate(code)
+        error = from_sqlstate(code, "a text")
+        if cause is None:
+            assert isinstance(error, InvariantError | PoisonRecordError) or code == "55P03", code
+        if code[:2] in {"08", "53", "57", "58"}:
+            assert cause is not None
+            assert cause.verdict is Verdict.OUTAGE, code
+        if code[:2] == "28":
+            assert cause is not None
+            assert cause.verdict is Verdict.MISCONFIGURED, code
+
+
+# -------------------------------------------------------------------------------------- PostgreSQL
+
+
+@pytest.fixture
+def login(secured_postgres):
+    """A login of this test's own."""
+    user = f"u{os.urandom(4).hex()}"
+    secured_postgres.add_user(user)
+    yield user
+    secured_postgres.set_rules()
+    secured_postgres.present("good")
+
+
+def _wrong_password(server, user):
+    return server.dsn(user).replace(server.password(user), "not-the-password")
+
+
+def _rejected(server, user):
+    server.set_rules(f"hostssl all {user} 127.0.0.1/32 reject")
+    return server.dsn(user)
+
+
+def _no_rule(server, user):
+    server.set_rules("hostssl all somebody_else 127.0.0.1/32 scram-sha-256")
+    return server.dsn(user)
+
+
+def _no_database(server, user):
+    return server.dsn(user, "not_there")
+
+
+def _without_tls(server, user):
+    return server.dsn(user, sslmode="disable")
+
+
+def _presents(certificate):
+    def url(server, user):
+        server.present(certificate)
+        return server.dsn(user)
+
+    return url
+
+
+def _no_ca_file(server, user):
+    return server.dsn(user, sslrootcert="/not/there.pem")
+
+
+def _no_listener(server, user):
+    return server.dsn(user).replace(f":{server.server.port}/", f":{free_port()}/")
+
+
+def _unknown_host(server, user):
+    return server.dsn(user, sslmode="require").replace("@127.0.0.1:", "@no-such-host.invalid:")
+
+
+POSTGRES = [
+    (_wrong_password, CONFIGURATION, "refused the login"),
+    (_rejected, CONFIGURATION, "pg_hba.conf"),
+    (_no_rule, CONFIGURATION, "pg_hba.conf"),
+    (_no_database, CONFIGURATION, "no such database"),
+    (_without_tls, CONFIGURATION, "pg_hba.conf"),
+    (_presents("expired"), CONFIGURATION, "has expired"),
+    (_presents("other_host"), CONFIGURATION, "another host name"),
+    (_presents("unknown_ca"), CONFIGURATION, "an authority that we do not trust"),
+    (_no_ca_file, CONFIGURATION, "cannot be read here"),
+    (_no_listener, UNAVAILABLE, "refuses connections"),
+    (_unknown_host, UNAVAILABLE, "cannot be resolved"),
+]
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("broken", "code", "words"), POSTGRES)
+def test_a_connection_to_postgresql_that_fails_is_named(
+    secured_postgres, login, broken, code, words
+):
+    """By `check` and by a command that only reads; with host, port and user, and no password."""
+    url = broken(secured_postgres, login)
+    commands = Commands(database_url=url, kafka_bootstrap_servers="127.0.0.1:1")
+
+    for arguments in (["status"], ["check"]):
+        result = commands.run(*arguments)
+
+        said = result.out + result.err
+        assert result.code == code, said
+        assert words in said
+        assert login in said
+        assert re.search(r"(127\.0\.0\.1|no-such-host\.invalid):\d+/", said), said
+        assert "Traceback" not in said
+        assert secured_postgres.password(login) not in said
+        assert "not-the-password" not in said
+
+
+# ------------------------------------------------------------------------------------------- Kafka
+
+
+@pytest.fixture
+def acme(secured_kafka):
+    """A user of this test's own, with all rights that a worker needs."""
+    user = f"acme-{os.urandom(4).hex()}"
+    topic, group = f"notifications-{user}", f"group-{user}"
+    secured_kafka.add_user(user)
+    secured_kafka.create_topic(topic, partitions=2)
+    secured_kafka.add_acl(user, "READ", "DESCRIBE", topic=topic)
+    secured_kafka.add_acl(user, "READ", group=group)
+    yield user, topic, group
+    secured_kafka.remove_acls_of(user)
+
+
+@contextmanager
+def _changed(kafka, user, how):
+    environment = kafka.environment(user)
+    match how:
+        case "password":
+            environment["PIPELINE_KAFKA_PASSWORD"] = "not-the-password"
+        case "mechanism":
+            environment["PIPELINE_KAFKA_SASL_MECHANISM"] = "PLAIN"
+        case "no tls":
+            environment["PIPELINE_KAFKA_SECURITY_PROTOCOL"] = "SASL_PLAINTEXT"
+        case "no ca":
+            environment["PIPELINE_KAFKA_OPTIONS"] = ""
+        case "group":
+            kafka.remove_acl(user, "READ", group=f"group-{user}")
+        case "port":
+            environment["PIPELINE_KAFKA_BOOTSTRAP_SERVERS"] = f"127.0.0.1:{free_port()}"
+        case "host":
+            environment["PIPELINE_KAFKA_BOOTSTRAP_SERVERS"] = "no-such-host.invalid:9093"
+        case certificate:
+            environment = kafka.environment(user, certificate)
+    yield {name.removeprefix("PIPELINE_").lower(): value for name, value in environment.items()}
+
+
+KAFKA = [
+    ("password", CONFIGURATION, "refused the login"),
+    ("mechanism", CONFIGURATION, "SASL mechanism"),
+    ("no ca", CONFIGURATION, "an authority that we do not trust"),
+    ("expired", CONFIGURATION, "has expired"),
+    ("other_host", CONFIGURATION, "another host name"),
+    ("unknown_ca", CONFIGURATION, "an authority that we do not trust"),
+    ("group", CONFIGURATION, "consumer group 'group-acme"),
+    ("port", UNAVAILABLE, "refuses connections"),
+    ("host", UNAVAILABLE, "cannot be resolved"),
+]
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(("how", "code", "words"), KAFKA)
+def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database, how, code, words):
+    """By `check`, and by ingest where it does not wait for an outage."""
+    user, topic, group = acme
+    with _changed(secured_kafka, user, how) as settings:
+        commands = Commands(database_url=database.url, topics=topic, group_id=group, **settings)
+        for arguments in (["check"], ["ingest", "--until-end"]):
+            if code is UNAVAILABLE and arguments == ["ingest", "--until-end"]:
+                continue  # waits a minute; the wait is tested with PostgreSQL
+            result = commands.run(*arguments)
+
+            said = result.out + result.err
+            assert result.code == code, said
+            assert words in said, said
+            assert user in said
+            assert re.search(r"(127\.0\.0\.1|no-such-host\.invalid):\d+", said), said
+            assert "Traceback" not in said
+            assert secured_kafka.password(user) not in said

@@ -49,6 +49,8 @@ _MECHANISMS: Mapping[Mechanism, ScramMechanism] = {
     "SCRAM-SHA-512": ScramMechanism.SCRAM_SHA_512,
     "SCRAM-SHA-256": ScramMechanism.SCRAM_SHA_256,
 }
+NETWORK_THREADS = 3
+"""Of each listener; Kafka's own default."""
 CLUSTER = "kafka-cluster"
 RELOAD_SECONDS_MAX = 15.0
 
@@ -229,7 +231,12 @@ class SecuredKafka(KafkaServer):
         wanted = ssl.PEM_cert_to_DER_cert(
             self._certificates.of(certificate).certificate.read_text()
         )
-        self._until(lambda: self._presented() == wanted, f"presents the {certificate} certificate")
+        # Each network thread of the broker learns it by itself, and connections take turns.
+        turns = range(2 * NETWORK_THREADS)
+        self._until(
+            lambda: all(self._presented() == wanted for _ in turns),
+            f"presents the {certificate} certificate",
+        )
 
     def _presented(self) -> bytes | None:
         blind = ssl.create_default_context()

@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from pipeline.db import transaction
-from pipeline.errors import ConfigurationError, CopiedDatabaseError, TransientError
+from pipeline.errors import CopiedDatabaseError, TransientError
 from pipeline.log import ownership, workers
 from pipeline.log.workers import Server
 from pipeline.positions import NextOffset, Partition
@@ -135,20 +135,17 @@ class CopyCheck:
 
         Raises:
             CopiedDatabaseError: Another database is fed by this group since ours was replaced.
+            TransientError: A server is unavailable. This beat is left out.
         """
-        try:
-            with transaction(self._engine) as db:
-                self._register(db)
-            self._beat += 1
-            if stored:
-                first = min(stored)
-                self._source.commit({first: stored[first]}, self._installation, self._beat)
-            if self._is_unsure:
-                fed = self._committed()
-                self._note_beats(fed, {one.member for one in fed} - self._own(), None)
-        except (TransientError, ConfigurationError) as error:
-            # No beat, then: others wait for it longer.
-            log.info("database_not_asked", reason=str(error))
+        with transaction(self._engine) as db:
+            self._register(db)
+        self._beat += 1
+        if stored:
+            first = min(stored)
+            self._source.commit({first: stored[first]}, self._installation, self._beat)
+        if self._is_unsure:
+            fed = self._committed()
+            self._note_beats(fed, {one.member for one in fed} - self._own(), None)
 
     def _watch(self, silent_s_max: float, *, has_joined: bool) -> None:
         self._beats = {}

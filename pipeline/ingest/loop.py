@@ -405,7 +405,7 @@ class Ingest:
         if self._machine.is_troubled:
             return
         self._assignment.release()
-        self._copies.keep_up(self._machine.stored)
+        self._assignment.attempt(lambda: self._copies.keep_up(self._machine.stored))
         if self._until_end:
             # A client that waits for its brokers says nothing; one that is to end must know.
             self._source.brokers.cluster_id()

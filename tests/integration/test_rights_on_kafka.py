@@ -7,7 +7,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka import Consumer
 
+from pipeline.settings import load_settings
+from pipeline.source import Brokers
+from pipeline.source.client import consumer_config
 from tests import waiting
 from tests.commands import Commands
 from tests.integration.ingesting import Ledger, logged, next_offsets
@@ -35,9 +39,9 @@ class Client:
         self.send()
         settings = {k[9:].lower(): v for k, v in kafka.environment(self.name).items()}
         settings["kafka_options"] += ",topic.metadata.refresh.interval.ms=500"
-        self.commands = Commands(
-            database_url=database.dsn, group_id=self.group, topics=self.topic, **settings
-        )
+        settings |= {"database_url": database.dsn, "group_id": self.group, "topics": self.topic}
+        self.commands = Commands(**settings)
+        self.settings = load_settings(None, **settings)
 
     def send(self) -> None:
         for partition in (0, 1):
@@ -74,6 +78,23 @@ def test_the_documented_rights_are_enough_for_everything(client, database, proto
 
     assert commands.run("ingest", "--until-end").code == 0
     assert logged(database, client.topic) == client.ledger.records
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_read_on_the_group_is_enough_to_see_its_members(client, protocol):
+    """By them a copy of the database is recognised."""
+    settings = client.settings.model_copy(update={"kafka_group_protocol": protocol})
+    other = Consumer(consumer_config(settings))
+    other.subscribe([client.topic])
+
+    def is_seen() -> bool:
+        other.poll(0.1)
+        members = Brokers(settings).members()
+        assert members is not None, "not authorized"
+        return other.memberid() in members
+
+    waiting.until(is_seen, "the member is seen", seconds_max=WAIT_S_MAX)
+    other.close()
 
 
 @pytest.mark.parametrize("missing", ["READ on topic", "topic", "READ on group", "DESCRIBE only"])

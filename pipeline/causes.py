@@ -168,7 +168,8 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)hostname mismatch|ip address mismatch"), WRONG_HOST_NAME),
     (
         re.compile(
-            r"(?i)certificate could not be verified|unable to get (local )?issuer|"
+            r"(?i)certificate could not be verified|certificate verify failed|"
+            r"unable to get (local )?issuer|"
             r"self.signed certificate|unknown ca"
         ),
         UNKNOWN_CA,
@@ -178,7 +179,7 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
      UNREADABLE_CERTIFICATES),
     (re.compile(r"(?i)unsupported SASL mechanism|mechanism .* not (enabled|supported)"),
      KAFKA_MECHANISM),
-    (re.compile(r"(?i)SASL|authentication"), KAFKA_LOGIN),
+    (re.compile(r"(?i)SASL auth|authentication failed"), KAFKA_LOGIN),
     (re.compile(r"(?i)connecting to a SSL listener|SSL_HANDSHAKE|security\.protocol"),
      KAFKA_WANTS_TLS),
     (re.compile(r"(?i)failed to resolve"), UNKNOWN_HOST),

@@ -378,19 +378,25 @@ def _quoted(value: str) -> str:
     return value.replace("'", "''")
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of the loopback that nobody listens on.
+    """A port of the loopback that nobody listens on, and that was not given to this process before.
 
     Taken below the range from which systems pick ports of outgoing connections, so that it is
     still free after a restart.
     """
     for _ in range(100):
         port = 12_000 + secrets.randbelow(20_000)
+        if port in _given_ports:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        _given_ports.add(port)
         return port
     raise ServerStartError("no free port on 127.0.0.1 between 12000 and 32000")

@@ -107,7 +107,7 @@ def _no_listener(server, user):
 
 
 def _unknown_host(server, user):
-    return server.dsn(user, sslmode="require").replace("@127.0.0.1:", "@no-such-host.invalid:")
+    return server.dsn(user, sslmode="require").replace("@localhost:", "@no-such-host.invalid:")
 
 
 POSTGRES = [
@@ -146,7 +146,7 @@ def test_a_connection_to_postgresql_that_fails_is_named(
         assert result.code == code, said
         assert words in said
         assert login in said
-        assert re.search(r"(127\.0\.0\.1|no-such-host\.invalid):\d+/", said), said
+        assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+/", said), said
         assert "Traceback" not in said
         assert secured_postgres.password(login) not in said
         assert "not-the-password" not in said
@@ -220,6 +220,6 @@ def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database
             assert result.code == code, said
             assert words in said, said
             assert user in said
-            assert re.search(r"(127\.0\.0\.1|no-such-host\.invalid):\d+", said), said
+            assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+", said), said
             assert "Traceback" not in said
             assert secured_kafka.password(user) not in said

@@ -44,13 +44,11 @@ def commands(database: Database, broker: MockBroker) -> Commands:
 
 def start_all(commands: Commands, kept: ExitStack) -> dict[str, Process]:
     """Each command that runs until stopped, at work."""
-    running = {
-        name: kept.enter_context(commands.started(*arguments))
-        for name, arguments in UNTIL_STOPPED.items()
-    }
-    for name, process in running.items():
+    running = {}
+    for name, arguments in UNTIL_STOPPED.items():
+        running[name] = kept.enter_context(commands.started(*arguments))
         if name != "simulate":
-            process.until('"started"')
+            running[name].until('"started"')
     running["run, two workers"].until('"worker": 2')
     wait(lambda: has_records(commands, "Simulated"))
     return running
@@ -64,6 +62,7 @@ def has_records(commands: Commands, topic: str) -> bool:
     return any(ends)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("numbers", [[signal.SIGHUP], INTERRUPTIONS[1:]], ids=["SIGHUP", "others"])
 def test_a_command_that_an_interruption_ends_says_so_and_is_a_failure_to_a_supervisor(
     commands, numbers

@@ -83,7 +83,11 @@ def consumer_config(settings: Settings) -> Config:
         group["group.instance.id"] = settings.group_instance_id
     if settings.kafka_group_protocol == "classic":
         group = _CLASSIC_DEFAULTS | group
-    return _DEFAULTS | group | settings.kafka_client() | _GUARANTEES
+    defaults = dict(_DEFAULTS)
+    if "reconnect.backoff.max.ms" in settings.kafka_options:
+        # librdkafka refuses a least wait above the longest.
+        del defaults["reconnect.backoff.ms"]
+    return defaults | group | settings.kafka_client() | _GUARANTEES
 
 
 def opened(client: Callable[[], _Client], settings: Settings) -> _Client:

@@ -218,9 +218,9 @@ class CopiedDatabaseError(PipelineError):
             f"{member}.{known} This database is {here}, identity {installation}. One of the two is "
             "a copy of the other, or this one was moved while the old one still runs; each would "
             "get a part of the events. This worker leaves the group and loses nothing: its "
-            "database holds where it resumes. If this is a copy, give it a PIPELINE_GROUP_ID of its own. If "
-            "this database was moved, stop the workers of the old one and start again. See "
-            'Operations, "Backups, copies and moves"'
+            "database holds where it resumes. If this is a copy, give it a PIPELINE_GROUP_ID of "
+            "its own. If this database was moved, stop the workers of the old one and start again. "
+            'See Operations, "Backups, copies and moves"'
         )
 
 

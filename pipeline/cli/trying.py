@@ -70,7 +70,7 @@ def simulate(
     \b
     $ pipeline simulate --events 10000 --create-topics
     $ pipeline simulate --rate 200 --chaos
-    $ pipeline simulate --key-by tenant      # one partition gets everything
+    $ pipeline simulate --events 1000 --key-by tenant   # one partition gets everything
     """
     settings = settings_of(ctx)
     topic = topic or settings.topics[0]

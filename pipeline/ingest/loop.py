@@ -193,6 +193,7 @@ class Ingest:
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
+            self._observe(Progress(self._written, self._machine.behind))
             refusals = [*self._assignment.refusals.values(), *self._lookout.refusals]
             self._assignment.let_go(self._machine.owned, "partitions_released")
         except BaseException:

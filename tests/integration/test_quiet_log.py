@@ -184,6 +184,6 @@ WEIGHED = {
     *("partitions_claimed", "partitions_not_released"),
     # At most once per minute.
     *("events_processed", "projection_caught_up", "kafka_commit_skipped"),
-    # Once per outage, and once per statement that takes long.
-    *("server_available", "server_slow"),
+    # Once per outage or refused login, and once per statement that takes long.
+    *("server_available", "topic_available", "password_read_again", "server_slow"),
 }

@@ -8,10 +8,6 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg.conninfo import make_conninfo
-
-CONNECT_S_MAX = 2
-"""Longest wait for the second connection."""
 
 # The start of another role's transaction is visible only to superusers and pg_read_all_stats.
 _HOLDERS = """
@@ -53,28 +49,16 @@ class Holder(NamedTuple):
         )
 
 
-def who_blocks(session: "psycopg.Connection[Any]") -> str | None:
+def who_blocks(asking: "psycopg.Connection[Any]", waiting_pid: int) -> str | None:
     """What a session waits for and who holds it, in words; None if it waits for no lock.
 
-    Waits at most ``CONNECT_S_MAX`` for the server; None as well where that refuses to tell.
+    Args:
+        asking: Another session of the same login.
+        waiting_pid: The server's process of the session that waits.
     """
-    place = session.info
-    waiting = {"waiting": place.backend_pid}
-    try:
-        same: dict[str, Any] = {
-            **place.get_parameters(),
-            "host": place.host,
-            "port": place.port,
-            "password": place.password,
-            "application_name": "pipeline lock watch",
-            "connect_timeout": CONNECT_S_MAX,
-        }
-        with psycopg.connect(make_conninfo(**same), autocommit=True) as asking:
-            asking.execute("SET timezone = 'UTC'")
-            holders = [Holder(*row) for row in asking.execute(_HOLDERS, waiting)]
-            row = asking.execute(_OBJECT, waiting).fetchone()
-    except (psycopg.Error, OSError):
-        return None
+    waiting = {"waiting": waiting_pid}
+    holders = [Holder(*row) for row in asking.execute(_HOLDERS, waiting)]
+    row = asking.execute(_OBJECT, waiting).fetchone()
     if not holders:
         return None
     thing = "a row" if row is None else f"a row of {row[0]}" if row[1] else str(row[0])

@@ -7,8 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
+from functools import partial
+from math import ceil
 from typing import Any, TypeVar
 
 import psycopg
@@ -20,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import causes, session, stored_times
 from pipeline.blockers import who_blocks
+from pipeline.errors import PipelineError
 from pipeline.postgres_errors import SilentServerError, UnreachableError, place, translate
 
 log = structlog.get_logger(__name__)
@@ -117,11 +120,13 @@ def open_engine(
         connection = address.connect(options)
         connection.answer_s_max = session.PROBE_S_MAX
         try:
-            session.begin(connection, ours, lambda: _probe(connection, address.parameters))
+            probe = partial(_probe, connection, address.parameters)
+            pid = session.begin(connection, ours, probe)
         except BaseException:
             connection.close()
             raise
         connection.answer_s_max = None
+        connection.who_blocks = partial(_who_blocks, probe, ours, pid)
         stored_times.register(connection)
         if limits.answer is not None:
             connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
@@ -212,12 +217,31 @@ class _Address:
         return True
 
 
-def _probe(first: "_Session", parameters: dict[str, Any]) -> "_Session":
-    """One more connection to the server that the first one has reached."""
-    there = {"host": first.info.host, "hostaddr": first.info.hostaddr, "port": first.info.port}
-    probe = _Session.connect(**{**parameters, **there})
+def _probe(first: "_Session", parameters: Mapping[str, Any]) -> "_Session":
+    """One more connection to the server that the first one has reached; soon, or none."""
+    info = first.info
+    there: dict[str, Any] = {
+        "host": info.host,
+        "port": info.port,
+        "connect_timeout": ceil(session.PROBE_S_MAX),
+    }
+    if info.hostaddr and not info.host.startswith("/"):
+        there["hostaddr"] = info.hostaddr
+    probe = _Session.connect(**{**parameters, **there, "application_name": "pipeline probe"})
     probe.answer_s_max = session.PROBE_S_MAX
     return probe
+
+
+def _who_blocks(
+    another: Callable[[], "_Session"], ours: session.Ours, waiting_pid: int
+) -> str | None:
+    """What a waiting session waits for, as another one sees it; None if that cannot be had."""
+    try:
+        with closing(another()) as asking:
+            session.begin(asking, ours)
+            return who_blocks(asking, waiting_pid)
+    except (psycopg.Error, OSError, PipelineError):
+        return None
 
 
 def _milliseconds(duration: timedelta) -> int:
@@ -243,6 +267,8 @@ class _Session(psycopg.Connection[Any]):
     answer_s_max: float | None = None
     _given_up: SilentServerError | None = None
     _blocked_by: str | None = None
+    who_blocks: Callable[[], str | None] | None = None
+    """Asks another session what this one waits for; not before it has our settings."""
 
     def wait(self, gen: PQGen[Result], *arguments: Any, **options: Any) -> Result:
         """All that psycopg waits for comes through here: statements, COPY, COMMIT."""
@@ -281,7 +307,7 @@ class _Session(psycopg.Connection[Any]):
             return result
 
     def _look_for_locks(self, waited_s: float) -> None:
-        self._blocked_by = who_blocks(self)
+        self._blocked_by = self.who_blocks() if self.who_blocks else None
         if self._blocked_by:
             log.warning(
                 "waiting_for_lock",

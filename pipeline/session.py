@@ -9,11 +9,12 @@ so is one that a pooler would take from us between two transactions.
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.sql import SQL, Composed, Literal
+from psycopg.sql import SQL, Literal
 
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.session_settings import PINNED
@@ -52,13 +53,19 @@ class _Found(NamedTuple):
 # ------------------------------------------------------------------------------------ how it begins
 
 
-def begin(connection: Connection, ours: Ours, another: Callable[[], Connection]) -> None:
+def begin(
+    connection: Connection, ours: Ours, another: Callable[[], Connection] | None = None
+) -> int:
     """Give a new session our settings, and make sure that it has them and keeps them.
 
     Args:
         connection: Just connected, and in no transaction.
         ours: What it wants besides ``PINNED``.
-        another: Opens one more connection to the same place, with no settings.
+        another: Opens one more connection to the same place, with no settings; None where a
+            session of ours has been there before, and a pooler is known to be a good one.
+
+    Returns:
+        The process id of the session's server; a pooler gives another one at the login.
 
     Raises:
         ConfigurationError: A setting keeps another value, the database's encoding is not UTF8, the
@@ -78,9 +85,10 @@ def begin(connection: Connection, ours: Ours, another: Callable[[], Connection])
     _refuse_encoding(connection, found)
     _refuse_difference(connection, _wanted(ours), values)
     _decide_read_only(connection, ours, found)
-    if connection.info.backend_pid != found.backend_pid:
+    if another and connection.info.backend_pid != found.backend_pid:
         _refuse_shared_sessions(connection, found.backend_pid, another)
     connection.autocommit = False
+    return found.backend_pid
 
 
 def _wanted(ours: Ours) -> dict[str, str]:
@@ -132,14 +140,13 @@ _READ_ONLY = SQL("current_setting('default_transaction_read_only')")
 # By its whole name: where the value of a setting is refused, the search path may be as well.
 _SOURCE = "SELECT source FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) %s"
 _MAY_WRITE = "SET default_transaction_read_only = off"
-_PID = SQL("SELECT pg_backend_pid()").format()
-_HOLD = SQL("BEGIN; SELECT pg_backend_pid()").format()
+_PID = SQL("SELECT pg_backend_pid()")
+_HOLD = SQL("BEGIN; SELECT pg_backend_pid()")
 
 
 def _set(connection: Connection, ours: Ours) -> tuple[_Found, dict[str, str | None]]:
     """Set everything; what each setting is then, None where this server has no such setting."""
-    wanted = _wanted(ours)
-    statement = _statement(wanted)
+    wanted, statement = _wanted(ours), _statement(ours)
     for _ in range(ATTEMPTS_MAX - 1):
         try:
             row = _row(connection, statement)
@@ -153,16 +160,18 @@ def _set(connection: Connection, ours: Ours) -> tuple[_Found, dict[str, str | No
     return _Found(*row[-3:]), values
 
 
-def _statement(wanted: Mapping[str, str]) -> Composed:
+@cache
+def _statement(ours: Ours) -> SQL:
     columns = []
-    for name, value in {**wanted, **_OF_TCP}.items():
+    for name, value in {**_wanted(ours), **_OF_TCP}.items():
         free = name not in PINNED or PINNED[name].settable
         form = _SET if free else _SET_IF_ALLOWED
         columns.append(form.format(name=Literal(name), value=Literal(value)))
-    return _BEGIN.format(SQL(", ").join(columns), _READ_ONLY)
+    whole = _BEGIN.format(SQL(", ").join(columns), _READ_ONLY)
+    return SQL(whole.as_string())  # once, for every session
 
 
-def _row(connection: Connection, statement: Composed) -> tuple[Any, ...]:
+def _row(connection: Connection, statement: SQL) -> tuple[Any, ...]:
     """The only row of several statements that are sent as one message."""
     with connection.cursor() as cursor:
         # As text: with parameters of the protocol's it would have to be a single statement.

@@ -5,6 +5,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,9 +15,10 @@ from confluent_kafka import Producer as KafkaProducer
 from psycopg.sql import SQL, Identifier, Literal
 from sqlalchemy import text
 
-from pipeline.db import open_engine, transaction
+from pipeline import db as db_module
+from pipeline.db import SessionLimits, open_engine, transaction
 from pipeline.embedded.broker import MockBroker
-from pipeline.errors import ConfigurationError, ExitCode, TransientError
+from pipeline.errors import ConfigurationError, ExitCode, LockHeldError, TransientError
 from pipeline.log.append import driver_of
 from pipeline.session import Ours, _wanted
 from pipeline.session_settings import BOUNDED, BY_SETTINGS_OF_OURS, HARMLESS, PINNED, is_sorted
@@ -523,6 +525,32 @@ def test_session_pooling_is_taken_though_every_session_is_in_use(postgres_server
         transaction(engine) as db,
     ):
         assert db.execute(text("SHOW TimeZone")).scalar_one() == "UTC"
+
+
+@pytest.mark.pgbouncer
+def test_who_holds_a_lock_is_named_through_a_pooler_and_whatever_the_database_specifies(
+    postgres_server, database, monkeypatch
+):
+    """The session that asks has our settings too; the pooler gives out another process id."""
+    monkeypatch.setattr(db_module, "LOCK_LOOK_S", 0.2)
+    impatient = SessionLimits(lock_wait=timedelta(seconds=1))
+    with database.connect() as db, PgBouncer(postgres_server) as pooler:
+        db.execute(f"ALTER DATABASE {database.name} SET DateStyle = 'German, DMY'")
+        db.execute(f"ALTER DATABASE {database.name} SET search_path = decoy, public")
+        with (
+            database.connect(autocommit=False) as holder,
+            engine_of(pooler.dsn(database.name), limits=impatient) as engine,
+        ):
+            holder.execute("LOCK TABLE pipeline.gaps")
+            pid = holder.execute("SELECT pg_backend_pid()").fetchone()[0]
+
+            with pytest.raises(LockHeldError, match=f"locked by session {pid}"):
+                lock_gaps(engine)
+
+
+def lock_gaps(engine):
+    with transaction(engine) as db:
+        db.execute(text("LOCK TABLE pipeline.gaps"))
 
 
 @pytest.mark.pgbouncer

@@ -180,8 +180,7 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)unsupported SASL mechanism|mechanism .* not (enabled|supported)"),
      KAFKA_MECHANISM),
     (re.compile(r"(?i)SASL auth|authentication failed"), KAFKA_LOGIN),
-    (re.compile(r"(?i)connecting to a SSL listener|SSL_HANDSHAKE|security\.protocol"),
-     KAFKA_WANTS_TLS),
+    (re.compile(r"(?i)connecting to a (SSL|PLAINTEXT) (broker )?listener"), KAFKA_WANTS_TLS),
     (re.compile(r"(?i)failed to resolve"), UNKNOWN_HOST),
     (re.compile(r"(?i)connection refused"), REFUSED_PORT),
     (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),
@@ -279,6 +278,7 @@ SQLSTATES: Mapping[str, Cause] = {
     "57": POSTGRES_BROKE,
     "57014": POSTGRES_CONFLICT,
     "57P03": POSTGRES_STARTS,
+    "57P04": POSTGRES_NO_DATABASE,
     "58": _outage("has trouble with its disk", "See the server's log; the work is repeated"),
 }
 

@@ -73,7 +73,9 @@ _NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
 def _object_of(error: psycopg.Error) -> str:
-    if not _NAMING.fullmatch(error.sqlstate or ""):
+    # A RAISE in somebody's function may use such a code, and say anything.
+    is_servers_own = error.diag.source_function != "exec_stmt_raise"
+    if not (is_servers_own and _NAMING.fullmatch(error.sqlstate or "")):
         return error.diag.table_name or ""
     return error.diag.message_primary or ""
 

@@ -52,15 +52,24 @@ class CopyCheck:
         source: Kafka, as this membership reads it.
         settings: Group and topics.
         stop: When it is set, nothing is waited for any more.
+        was_replaced: This process was in the group, and Kafka gave its ``group.instance.id`` to
+            another member. That may be an earlier request of our own client, which never registers.
     """
 
     def __init__(
-        self, engine: Engine, source: KafkaSource, settings: Settings, stop: threading.Event
+        self,
+        engine: Engine,
+        source: KafkaSource,
+        settings: Settings,
+        stop: threading.Event,
+        *,
+        was_replaced: bool = False,
     ) -> None:
         self._engine = engine
         self._source = source
         self._settings = settings
         self._stop = stop
+        self._was_replaced = was_replaced
         self._tried_to_register = ""
         self._checked: str | None = None
         self._beat = 0
@@ -176,6 +185,8 @@ class CopyCheck:
             if time.monotonic() - began > silent_s_max:
                 if members is None or (has_joined and self._was_first(everything, members, own)):
                     return
+                if self._was_replaced and self._hold_our_place(strangers, members):
+                    return
                 raise self._refusal(min(strangers), members)
             self._stop.wait(LOOK_AGAIN_S)
 
@@ -206,6 +217,14 @@ class CopyCheck:
                 seen.add(one.beat)
                 if len(seen) > BEATS_MIN:
                     raise self._refusal(one.member, members)
+
+    def _hold_our_place(self, strangers: Collection[str], members: Mapping[str, Member]) -> bool:
+        """Whether they are listed under our own instance id, which Kafka gives to one member only.
+
+        None of them beats: whoever does was refused before.
+        """
+        ours = self._settings.group_instance_id
+        return ours is not None and all(members[one].instance == ours for one in strangers)
 
     def _was_first(
         self, fed: Collection[Fed], members: Mapping[str, Member], own: Collection[str]

@@ -182,7 +182,13 @@ class Ingest:
                 self._assignment,
                 self._settings.topics,
             )
-            self._copies = CopyCheck(self._engine, self._source, self._settings, self._stop)
+            self._copies = CopyCheck(
+                self._engine,
+                self._source,
+                self._settings,
+                self._stop,
+                was_replaced=bool(self._replaced_at),
+            )
             self._time_left = self._lookout.time_left
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)

@@ -44,6 +44,7 @@ from pipeline.source.client import (
     GoodMessage,
     asked,
     closes,
+    connection_config,
     consumer_config,
     listens,
     listens_no_more,
@@ -95,10 +96,15 @@ class Fed(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A member of the consumer group, as the brokers see it."""
+    """A member of the consumer group, as the brokers see it.
+
+    Attributes:
+        instance: Its ``group.instance.id``; None for a member without one.
+    """
 
     client: str
     host: str
+    instance: str | None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Brokers:
         self._consumer = opened(lambda: Consumer({**self._config, **listening}), settings)
         self._group = settings.group_id
         self._admin = opened(
-            lambda: AdminClient({**settings.kafka_client(), **listening}), settings
+            lambda: AdminClient({**connection_config(settings), **listening}), settings
         )
         # Readers take assigned partitions and no membership: the rights on the group suffice, and
         # its members do not notice.
@@ -363,7 +369,10 @@ class Brokers:
         except KafkaException as error:
             log.debug("members_unknown", group=self._group, error=error.args[0].name())
             return None
-        return {one.member_id: Member(one.client_id, one.host.lstrip("/")) for one in found}
+        return {
+            one.member_id: Member(one.client_id, one.host.lstrip("/"), one.group_instance_id)
+            for one in found
+        }
 
     # ------------------------------------------------------------------------ what stands there
 

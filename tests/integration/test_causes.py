@@ -7,11 +7,19 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from confluent_kafka import KafkaError
+from sqlalchemy import text
 
 from pipeline import causes
 from pipeline.causes import Verdict
+from pipeline.db import open_engine, transaction
 from pipeline.embedded.postgres import free_port
-from pipeline.errors import ExitCode, InvariantError, PoisonRecordError, from_sqlstate
+from pipeline.errors import (
+    ConfigurationError,
+    ExitCode,
+    InvariantError,
+    PoisonRecordError,
+    from_sqlstate,
+)
 from tests.commands import Commands
 
 pytestmark = pytest.mark.timeout(300)
@@ -47,7 +55,9 @@ def test_every_class_of_sqlstate_is_sorted():
         error = from_sqlstate(code, "a text")
         if cause is None:
             assert isinstance(error, InvariantError | PoisonRecordError) or code == "55P03", code
-        if code[:2] in {"08", "53", "57", "58"}:
+        if code == "57P04":  # database_dropped: it does not come back
+            assert cause is causes.POSTGRES_NO_DATABASE
+        elif code[:2] in {"08", "53", "57", "58"}:
             assert cause is not None
             assert cause.verdict is Verdict.OUTAGE, code
         if code[:2] == "28":
@@ -223,3 +233,24 @@ def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database
             assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+", said), said
             assert "Traceback" not in said
             assert secured_kafka.password(user) not in said
+
+
+def test_a_broker_that_ends_within_a_handshake_is_an_outage():
+    """As in a restart: nothing is configured wrongly, and a worker must not end with 78."""
+    words = "Disconnected: SSL connection closed by peer (after 0ms in state SSL_HANDSHAKE)"
+
+    assert causes.of_kafka("_TRANSPORT", words).verdict is Verdict.OUTAGE
+
+
+@pytest.mark.postgres
+def test_what_somebodys_trigger_says_is_not_repeated(database):
+    """It may raise any code, with a value of the row."""
+    engine = open_engine(database.url, application="test")
+    raising = "DO $$ BEGIN RAISE 'DE00 canary 0000' USING ERRCODE = '42501'; END $$"
+
+    with pytest.raises(ConfigurationError) as refused, transaction(engine) as db:
+        db.execute(text(raising))
+
+    engine.dispose()
+    assert "42501" in str(refused.value)
+    assert "canary" not in str(refused.value)

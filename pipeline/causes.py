@@ -93,9 +93,12 @@ KAFKA_MECHANISM = _misconfigured(
     "Set PIPELINE_KAFKA_SASL_MECHANISM to the one that Upvest names",
 )
 KAFKA_WANTS_TLS = _misconfigured(
+    "speaks TLS on this port, and we do not",
+    "Set PIPELINE_KAFKA_SECURITY_PROTOCOL to SASL_SSL, or use the port without TLS",
+)
+KAFKA_CLOSES = _outage(
     "closes each connection before it is ready",
-    "Most often PIPELINE_KAFKA_SECURITY_PROTOCOL does not fit the port: SASL_SSL wants a port with "
-    "TLS",
+    "Check that the brokers run, and that PIPELINE_KAFKA_SECURITY_PROTOCOL fits the port",
 )
 KAFKA_GROUP = _misconfigured(
     "does not let us use consumer group {group}",
@@ -162,6 +165,11 @@ KAFKA_CODES: Mapping[str, Cause] = {
 }
 """By librdkafka's name. Every other code is of a single request, and is waited for."""
 
+KAFKA_HINT_AT_PROTOCOL = r"(?i)incorrect security\.protocol|connecting to a \S+ (broker )?listener"
+"""What librdkafka says when a broker closes a connection at the first request."""
+KAFKA_SPEAKS_TLS, KAFKA_SPEAKS_NO_TLS = "the port speaks TLS", "the port speaks Kafka without TLS"
+"""What `source` adds where a handshake of its own has shown that."""
+
 # In this order: the first that is found counts.
 KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)certificate has expired|not yet valid"), EXPIRED_CERTIFICATE),
@@ -180,7 +188,9 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)unsupported SASL mechanism|mechanism .* not (enabled|supported)"),
      KAFKA_MECHANISM),
     (re.compile(r"(?i)SASL auth|authentication failed"), KAFKA_LOGIN),
-    (re.compile(r"(?i)connecting to a (SSL|PLAINTEXT) (broker )?listener"), KAFKA_WANTS_TLS),
+    (re.compile(KAFKA_SPEAKS_TLS), KAFKA_WANTS_TLS),
+    (re.compile(KAFKA_SPEAKS_NO_TLS), NO_TLS),
+    (re.compile(KAFKA_HINT_AT_PROTOCOL), KAFKA_CLOSES),
     (re.compile(r"(?i)failed to resolve"), UNKNOWN_HOST),
     (re.compile(r"(?i)connection refused"), REFUSED_PORT),
     (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),

@@ -4,6 +4,7 @@ Driver exceptions stop here: ``translated`` turns them into the program's own.
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
@@ -20,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import causes, session, stored_times
+from pipeline import causes, handshakes, session, stored_times
 from pipeline.blockers import who_blocks
 from pipeline.errors import PipelineError
 from pipeline.postgres_errors import SilentServerError, UnreachableError, place, translate
@@ -150,6 +152,12 @@ _TRANSPORT = {
 }
 
 
+_NOT_VERIFIED = re.compile(
+    r'server at "(?P<host>[^"]+)".*?, port (?P<port>\d+) failed: '
+    r"SSL error: certificate verify failed"
+)
+
+
 class _Address:
     """Where to connect, and as whom.
 
@@ -199,11 +207,25 @@ class _Address:
             return _Session.connect(**{**self.parameters, **options})
         except psycopg.OperationalError as error:
             refused = session.login_refused(error, self.where)
-            unreachable = UnreachableError(str(error))
+            unreachable = UnreachableError(self._explained(str(error)))
         if refused is not None:
             raise refused
         place(unreachable, self.where)
         raise unreachable
+
+    def _explained(self, words: str) -> str:
+        """What libpq says, and why a certificate is refused where it says only that it is."""
+        found = _NOT_VERIFIED.search(words)
+        if not found:
+            return words
+        authority = self.parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+        why = handshakes.why_refused(
+            found["host"],
+            int(found["port"]),
+            str(authority or Path.home() / ".postgresql" / "root.crt"),
+            is_postgres=True,
+        )
+        return f"{words.rstrip()}: {why}" if why else words
 
     def _is_renewed(self) -> bool:
         """Whether the URL has changed since it was last read; if so, it is used from now on."""
@@ -251,9 +273,6 @@ def _milliseconds(duration: timedelta) -> int:
 # ----------------------------------------------------------------------------- a server that hangs
 
 Result = TypeVar("Result")
-
-# What asks a server whether it speaks TLS; it answers with one byte, before any login.
-_SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 
 
 class _Session(psycopg.Connection[Any]):
@@ -336,7 +355,7 @@ class _Session(psycopg.Connection[Any]):
         try:
             with _dial(host, port) as asking:
                 asking.settimeout(ALIVE_S_MAX)
-                asking.sendall(_SSL_REQUEST)
+                asking.sendall(handshakes.SSL_REQUEST)
                 return bool(asking.recv(1))
         except OSError:
             return False

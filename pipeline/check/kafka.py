@@ -293,7 +293,7 @@ def _group(
     if allowed and not allowed & {"READ", "ALL"}:
         yield wrong(
             "kafka",
-            f"{user_of(settings)} may not join consumer group {settings.group_id} "
+            f"{user_of(settings)} may not join consumer group {settings.group_id!r} "
             "(GROUP_AUTHORIZATION_FAILED)",
             f"ask for {right_to_ask_for(settings, 'READ', 'group', settings.group_id)}; or set "
             "PIPELINE_GROUP_ID to a group that you may use",

@@ -237,8 +237,10 @@ class Machine:
         """Where owned partitions stand; those that are not where we left them.
 
         With nothing to write no append is refused, so this is how a worker learns that the database
-        was put back to a backup: what is missing is read again before the next record comes. A
-        batch in hand tells by its own outcome, and a new owner is the group's business.
+        was put back to a backup: what is missing is read again before the next record comes. It
+        also learns that another process claimed a partition and has released it since, as a run of
+        another group does: without a claim of ours nobody owns it. A batch in hand shows by its
+        own outcome what happened, and a new owner that still reads is the group's business.
         """
         if self._flight is not None:
             return ()
@@ -246,8 +248,8 @@ class Machine:
             partition
             for partition, place in places.items()
             if (owned := self._owned.get(partition))
-            and place.epoch <= owned.held
-            and place != (owned.held, owned.stored)
+            and (place.epoch <= owned.held or not place.is_owned)
+            and (place.epoch, place.next_offset) != (owned.held, owned.stored)
         }
         for partition in moved:
             self._fence(partition, places[partition], now)
@@ -371,7 +373,7 @@ class Machine:
         return batch
 
     def _fence(self, partition: Partition, place: Place, now: float) -> None:
-        taken_over = place.epoch > self._owned[partition].held
+        taken_over = place.epoch > self._owned[partition].held and place.is_owned
         self._forget([partition])
         self._fenced[partition] = now + (self.bounds.reclaim_s_min if taken_over else 0.0)
         steals = self._steals.setdefault(partition, [])

@@ -73,10 +73,15 @@ class Claim(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A partition's row as found after an unknown outcome."""
+    """A partition's row: the epoch of its newest owner, and where the log ends.
+
+    Attributes:
+        is_owned: Whether that owner still reads it; False once it was released.
+    """
 
     epoch: Epoch
     next_offset: NextOffset
+    is_owned: bool = True
 
 
 class LastRecord(NamedTuple):
@@ -144,7 +149,11 @@ WHERE o.topic = :of_topic AND o."partition" = :of_number AND owner.pid <> pg_bac
   AND owner.state = 'active' AND owner.wait_event = 'ClientRead'
   AND owner.query_start < clock_timestamp() - :silent_for
 """).bindparams(bindparam("silent_for", type_=Interval))
-LOOK = select(consumer_offsets.c.epoch, consumer_offsets.c.next_offset).where(*_this)
+LOOK = select(
+    consumer_offsets.c.epoch,
+    consumer_offsets.c.next_offset,
+    consumer_offsets.c.owner_member.is_not(None),
+).where(*_this)
 FIND = LOOK.with_for_update()
 DESCRIBE = (
     update(consumer_offsets)

@@ -18,7 +18,7 @@ from confluent_kafka import (
     libversion,
 )
 
-from pipeline import causes
+from pipeline import causes, handshakes
 from pipeline.errors import (
     ConfigurationError,
     InvariantError,
@@ -205,11 +205,17 @@ class _Target(NamedTuple):
     servers: str
     user: str | None
     group: str
+    uses_tls: bool = False
+    authority: str = ""
 
     @classmethod
     def of(cls, settings: Settings) -> "_Target":
         return cls(
-            settings.kafka_bootstrap_servers or "", settings.kafka_username, settings.group_id
+            settings.kafka_bootstrap_servers or "",
+            settings.kafka_username,
+            settings.group_id,
+            "SSL" in settings.kafka_security_protocol,
+            str(settings.kafka_client().get("ssl.ca.location") or ""),
         )
 
 
@@ -225,7 +231,7 @@ class _Standing:
 
     def __init__(self) -> None:
         self.target = _Target("", None, "")
-        self._reported: tuple[float, KafkaError] | None = None
+        self._reported: tuple[float, str, str] | None = None
         self._serve: list[Callable[[], None]] = []
 
     def listens(self, serve: Callable[[], None]) -> None:
@@ -238,25 +244,41 @@ class _Standing:
     def note(self, error: KafkaError) -> None:
         # That all brokers are unavailable is reported after the reason of each.
         if error.name() != "_ALL_BROKERS_DOWN":
-            self._reported = (time.monotonic(), error)
+            self._reported = (time.monotonic(), error.name(), error.str())
+
+    def note_log(self, line: str) -> None:
+        """Note the one reason that librdkafka writes to its log only."""
+        if re.search(causes.KAFKA_HINT_AT_PROTOCOL, line):
+            words = re.sub(r"^.*?\[thrd:[^\]]*\]: ", "", line)
+            self._reported = (time.monotonic(), "_TRANSPORT", words)
 
     def answered(self) -> None:
         self._reported = None
 
-    def reason(self, error: KafkaError) -> KafkaError:
-        """The error itself, or what was reported of connections where it only says "no answer"."""
-        if error.name() not in _VAGUE:
-            return error
+    def reason(self, error: KafkaError) -> tuple[str, str]:
+        """Name and words of the error, or what was reported where it only says "no answer"."""
+        said = error.name(), error.str()
+        if said[0] not in _VAGUE:
+            return said
         for serve in self._serve:
             serve()
         if self._reported is None or time.monotonic() - self._reported[0] > REPORT_S_MAX:
-            return error
-        return self._reported[1]
+            return said
+        return self._reported[1:]
+
+    def broker(self, words: str) -> tuple[str, int] | None:
+        """Host and port of the broker that a client's words name, else of the first configured."""
+        host, _, port = self._servers(words).split(",")[0].strip().rpartition(":")
+        return (host.strip("[]"), int(port)) if port.isdecimal() else None
+
+    def _servers(self, words: str) -> str:
+        """The broker that a client's words name, else all that are configured."""
+        named = re.search(r"://([^/\s]+:\d+)/", words) or re.match(r"([^/\s:]+:\d+)/", words)
+        return named[1] if named else self.target.servers
 
     def where(self, words: str) -> str:
         """The broker that a client's words name, else all that are configured; and the user."""
-        named = re.search(r"://([^/\s]+:\d+)/", words) or re.match(r"([^/\s:]+:\d+)/", words)
-        servers = named[1] if named else self.target.servers
+        servers = self._servers(words)
         return f"{servers} for user {self.target.user}" if self.target.user else servers
 
 
@@ -292,9 +314,8 @@ def translated(error: KafkaError) -> PipelineError:
     """The branch of our tree that an error of the client belongs to."""
     if _is_replaced(error):
         return MemberReplacedError(f"Kafka: {error.name()}: {error.str()}")
-    error = _standing.reason(error)
-    name, words = error.name(), error.str()
-    cause = causes.of_kafka(name, words)
+    name, words = _standing.reason(error)
+    words, cause = _explained(name, words)
     if error.fatal() and name not in causes.KAFKA_CODES:
         return InvariantError(f"Kafka: {name}: {words}")
     what = cause.what.format(group=repr(_standing.target.group))
@@ -304,10 +325,30 @@ def translated(error: KafkaError) -> PipelineError:
     )
 
 
+def _explained(name: str, words: str) -> tuple[str, causes.Cause]:
+    """What the client says of an error, and what we find out ourselves; the cause of both."""
+    cause, broker = causes.of_kafka(name, words), _standing.broker(words)
+    found = None
+    if cause is causes.UNKNOWN_CA and broker:
+        found = handshakes.why_refused(*broker, _standing.target.authority)
+    elif cause is causes.KAFKA_CLOSES and broker:
+        if _standing.target.uses_tls:
+            found = causes.KAFKA_SPEAKS_NO_TLS if handshakes.speaks_kafka(*broker) else None
+        else:
+            found = causes.KAFKA_SPEAKS_TLS if handshakes.speaks_tls(*broker) else None
+    if found is None:
+        return words, cause
+    words = f"{_TIME_BEHIND.sub('', words)}: {found}"
+    return words, causes.of_kafka(name, words)
+
+
+_TIME_BEHIND = re.compile(r"\s*\(after \d+ms in state \w+.*\)\s*$")
+
+
 def _without_place(words: str) -> str:
     """What a client says, without the address in front and the time behind."""
     words = re.sub(r"^[^\s]*/\S+: ", "", words)
-    return re.sub(r"\s*\(after \d+ms in state \w+.*\)\s*$", "", words).strip().rstrip(".")
+    return _TIME_BEHIND.sub("", words).strip().rstrip(".")
 
 
 class _Repeated:
@@ -335,6 +376,7 @@ class _NotRepeated(logging.Filter):
         self._said = _Repeated()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        _standing.note_log(record.getMessage())
         return bool(self._said.times_due(_NUMBERS.sub("", record.getMessage())))
 
 
@@ -350,12 +392,12 @@ def report(error: KafkaError) -> None:
     """Log what the client reports of its connections; it continues by itself."""
     _standing.note(error)
     if times := _complaints.times_due(error.name()):
-        cause = causes.of_kafka(error.name(), error.str())
+        words, cause = _explained(error.name(), error.str())
         is_ours = cause.verdict is causes.Verdict.MISCONFIGURED
         (log.error if is_ours else log.warning)(
             "kafka_client_error",
             error=error.name(),
-            reason=error.str(),
+            reason=words,
             action=cause.fix,
             times_since=times,
         )

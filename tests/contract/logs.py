@@ -69,7 +69,7 @@ class FakeLog:
         self.rows[partition] = []
 
     def claim(self, partition: Partition) -> Place:
-        epoch, next_offset = self.places[partition]
+        epoch, next_offset, _ = self.places[partition]
         self.places[partition] = Place(Epoch(epoch + 1), next_offset)
         return self.places[partition]
 

@@ -204,6 +204,7 @@ def _changed(kafka, user, how):
 KAFKA = [
     ("password", CONFIGURATION, "refused the login"),
     ("mechanism", CONFIGURATION, "SASL mechanism"),
+    ("no tls", CONFIGURATION, "speaks TLS on this port, and we do not"),
     ("no ca", CONFIGURATION, "an authority that we do not trust"),
     ("expired", CONFIGURATION, "has expired"),
     ("other_host", CONFIGURATION, "another host name"),
@@ -237,9 +238,12 @@ def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database
 
 def test_a_broker_that_ends_within_a_handshake_is_an_outage():
     """As in a restart: nothing is configured wrongly, and a worker must not end with 78."""
-    words = "Disconnected: SSL connection closed by peer (after 0ms in state SSL_HANDSHAKE)"
-
-    assert causes.of_kafka("_TRANSPORT", words).verdict is Verdict.OUTAGE
+    for words in (
+        "Disconnected: SSL connection closed by peer (after 0ms in state SSL_HANDSHAKE)",
+        "Disconnected while requesting ApiVersion: might be caused by incorrect security.protocol "
+        "configuration (connecting to a SSL listener?) or broker version is < 0.10",
+    ):
+        assert causes.of_kafka("_TRANSPORT", words).verdict is Verdict.OUTAGE
 
 
 @pytest.mark.postgres

@@ -12,6 +12,7 @@ from pipeline.projection.loop import run_projection
 from pipeline.projectors import discover
 from pipeline.simulator import Chaos, Simulation
 from tests.commands import Commands, InProcess
+from tests.given import order_event
 from tests.integration.ingesting import Ledger, ingest_until_end, settings_for
 from tests.records import HOSTILE, deep_nesting
 from tests.servers.databases import Database, fresh_database
@@ -290,9 +291,10 @@ def test_one_read_model_alone_may_be_verified(pipeline):
     assert json.loads(result.out)["ok"] is True
 
 
-def test_no_kafka_is_a_server_unavailable(database):
+def test_no_kafka_is_a_server_unavailable(given):
+    given([order_event("NEW", at=1)])
     commands = Commands(
-        database_url=database.dsn,
+        database_url=given.database.dsn,
         kafka_bootstrap_servers="127.0.0.1:1",
         kafka_security_protocol="PLAINTEXT",
     )

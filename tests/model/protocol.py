@@ -328,10 +328,9 @@ class Model:
 
     def _claim(self, state: State, who: int, partition: Partition) -> State:
         log = self._claimed_log(state.log, partition)
-        place = self._logs[log].places[partition]
-        worker = self._tell(
-            state.workers[who], "claimed", partition, *place, NextOffset(self._space.end)
-        )
+        epoch, next_offset, _ = self._logs[log].places[partition]
+        end = NextOffset(self._space.end)
+        worker = self._tell(state.workers[who], "claimed", partition, epoch, next_offset, end)
         after = state._replace(log=log, claims=state.claims + 1)
         return self._with(after, who, worker)
 

@@ -631,6 +631,17 @@ def test_an_idle_worker_reads_again_where_the_database_was_put_back():
     assert machine.owned == {B: 1}
 
 
+def test_an_idle_worker_claims_again_what_another_process_claimed_and_released():
+    """Not a theft: a run of another group that ends at once may come every minute."""
+    machine = owning(A)
+
+    for epoch in range(2, 2 + 2 * machine.bounds.steals_max):
+        released = Place(Epoch(epoch), NextOffset(0), is_owned=False)
+        assert machine.looked({A: released}, 0.0) == {A}
+        assert machine.next_step(0.0) == Reclaim(A)
+        machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
+
+
 def test_a_look_says_nothing_of_a_batch_in_hand():
     machine = owning(A)
     receive(machine, A, 0)

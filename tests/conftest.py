@@ -6,6 +6,7 @@ A test marked ``both_postgres`` runs on PostgreSQL 18 and on 15; every other one
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -198,6 +199,11 @@ def pytest_configure(config: pytest.Config) -> None:
     not_run: dict[str, list[str]] = {}
     config.stash[NOT_RUN] = not_run
     config.pluginmanager.register(PromisedTests(config, not_run), "promised")
+    # Under nohup, or in the background of a script, signals are ignored, and what is ignored here
+    # would be ignored by every command that a test starts. A handler is not inherited.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

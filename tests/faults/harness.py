@@ -137,8 +137,8 @@ class Worker:
         return [line for line in self.lines() if line.get("event") in events]
 
     def reasons(self) -> list[str]:
-        """Why it said that a server was away, in the operator's words."""
-        return [line["reason"] for line in self.said("server_unavailable")]
+        """Why it said that a server did not serve it, in the operator's words."""
+        return [line["reason"] for line in self.said("server_unavailable", "server_refuses")]
 
     def wait_until_said(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
         """Wait for the first log line of one of these events."""

@@ -97,7 +97,7 @@ def test_a_wrong_password_is_told_and_a_right_that_is_revoked_stops_its_topic_al
     barred = bench.worker("run", kafka_password="wrong", **access)
     assert barred.wait() == 78, barred.tail()
     [last] = barred.said("stopped")
-    assert "Kafka refused the login" in last["reason"]
+    assert f"Kafka at {guarded} for user {USER} refused the login" in last["reason"]
     assert "wrong" not in barred.log.read_text()
 
     worker = bench.worker("ingest", kafka_password=PASSWORD, **access)

@@ -36,8 +36,9 @@ def downgrade() -> None:
 MIGRATE = """
 import os, sys
 from pathlib import Path
-from pipeline import failpoints, migrate
+from pipeline import failpoints, logs, migrate
 migrate._folder = lambda: Path(sys.argv[1])
+logs.configure()
 failpoints.arm(os.environ)
 print(*migrate.migrate(sys.argv[2]))
 """

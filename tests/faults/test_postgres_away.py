@@ -83,9 +83,7 @@ def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, comman
         bench.set_password(worker.role, "rotated")
         bench.end_sessions(of=worker)
         until(
-            lambda: any(
-                "authentication" in line["reason"] for line in worker.said("server_unavailable")
-            ),
+            lambda: any("refused the login" in reason for reason in worker.reasons()),
             "it says that the login was refused",
         )
         bench.set_password(worker.role, bench.password)
@@ -107,7 +105,7 @@ def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, right
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
         bench.revoke(rights)
-        worker.wait_until_said("server_unavailable")
+        worker.wait_until_said("server_refuses")
         bench.grant()
 
     bench.finish(feed.ledger)

@@ -373,7 +373,7 @@ def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypat
         result = pipeline(refused, *command.split(), *RUNS[command][0])
 
     assert any(canaries.KAFKA_PASSWORD.encode() in login for login in broker.logins)
-    assert result.code == {"ingest": 78}.get(command, 69)
+    assert result.code == {"ingest": 78, "check": 78}.get(command, 69)
     assert "invalid credentials" in result.err
     assert shown(result) == []
 

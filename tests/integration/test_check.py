@@ -541,4 +541,4 @@ def test_a_broker_that_is_away_ends_with_69(given, pipeline):
     result = pipeline(commands, "check")
 
     assert result.code == 69
-    assert "✗ wrong    kafka: Kafka: _TRANSPORT" in result.out
+    assert "✗ wrong    kafka: Kafka at 127.0.0.1:" in result.out

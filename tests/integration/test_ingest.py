@@ -228,7 +228,9 @@ def test_a_partition_that_is_added_is_read_from_its_beginning(
 def test_a_missing_topic_is_refused_with_what_is_there(topic, settings):
     name = topic(1)
 
-    with pytest.raises(ConfigurationError, match=f"no no-such-topic.*show .*{name}") as refused:
+    with pytest.raises(
+        ConfigurationError, match=f"no topic no-such-topic.*show .*{name}"
+    ) as refused:
         ingest_until_end(settings(f"{name},no-such-topic", group_id=name))
 
     assert refused.value.exit_code == 78

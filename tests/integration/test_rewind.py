@@ -257,12 +257,14 @@ def test_a_rebuild_under_way_takes_what_is_filled_below_it(
     def rewind_once(_progress):
         if not rewound:
             steps = plan(
-                engine, brokers, [Partition(name, n) for n in range(PARTITIONS)], "earliest"
+                another, brokers, [Partition(name, n) for n in range(PARTITIONS)], "earliest"
             )
-            rewound.extend(execute(engine, brokers, settings(name), steps))
+            rewound.extend(execute(another, brokers, settings(name), steps))
 
+    another = open_engine(database.url, application="rewind")
     rebuild(engine, orders, chunk_offsets=50, observe=rewind_once)
 
+    another.dispose()
     brokers.close()
     assert sum(found.missing.count for _, found in rewound) > 600
     run_projection(engine, [orders], until_end=True)

@@ -1,6 +1,7 @@
 """Unavailable servers: how long one is waited for, how often it is tried, and what the log says."""
 
 import random
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,6 +44,7 @@ class OutagePolicy:
         self._has_run = False
         self._since: float | None = None
         self._refused_since: float | None = None
+        self._refused_at = 0.0
         self._reported: dict[str, int] = {}
         self._failures = 0
 
@@ -60,10 +62,15 @@ class OutagePolicy:
         now = time.monotonic()
         self._since = self._since or now
         if isinstance(error, ConfigurationError):
-            self._refused_since = self._refused_since or now
+            if self._refused_since is None:
+                self._refused_since = now
+                # The time until we end begins now, so it is logged, whatever was logged before.
+                self._reported.pop(_cause(error), None)
+            self._refused_at = now
             if not self._has_run or now - self._refused_since > GRACE_S:
                 raise error
-        else:
+        elif now - self._refused_at > GRACE_S:
+            # Not before: a server that refuses us may let single requests time out in between.
             self._refused_since = None
         if not self._waits_forever and now - self._since > UNAVAILABLE_S_MAX:
             raise error
@@ -87,15 +94,16 @@ class OutagePolicy:
     def _report(self, error: PipelineError, now: float) -> None:
         """Log a new cause at once, and any cause again at growing intervals."""
         reason = str(error)
+        cause = _cause(error)
         lasts_s = now - (self._since or now)
         due = _reports_due(lasts_s)
-        if self._reported.get(reason, -1) >= due:
+        if self._reported.get(cause, -1) >= due:
             return
         # All causes of an outage share its clock: two that alternate are not logged twice as often.
         self._reported = {known: max(due, at) for known, at in self._reported.items()}
-        self._reported[reason] = due
+        self._reported[cause] = due
         since = {"unavailable_s": round(lasts_s)} if due else {}
-        if self._refused_since is not None:
+        if self._refused_since is not None and isinstance(error, ConfigurationError):
             ends_in_s = max(0, round(GRACE_S - (now - self._refused_since)))
             log.error(
                 "server_refuses",
@@ -114,6 +122,14 @@ class OutagePolicy:
             return "waiting; Kafka's retention may be deleting events that were not read: act now"
         hours = left / timedelta(hours=1)
         return f"waiting; Kafka deletes the oldest event that was not read in about {hours:,.1f} h"
+
+
+def _cause(error: PipelineError) -> str:
+    """The same for the same cause: its message may count seconds or name a port."""
+    return _NUMBERS.sub("", str(error))
+
+
+_NUMBERS = re.compile(r"[0-9]+")
 
 
 def _reports_due(lasts_s: float) -> int:

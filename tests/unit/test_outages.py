@@ -1,0 +1,288 @@
+"""How long an unavailable server is waited for, and what is logged; on a clock of our own."""
+
+from datetime import timedelta
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from pipeline import outages
+from pipeline.errors import ConfigurationError, PipelineError, TransientError
+from pipeline.outages import (
+    GRACE_S,
+    LOGIN_RETRY_S,
+    REPORTS_S,
+    RETRY_S_MAX,
+    RETRY_S_MIN,
+    UNAVAILABLE_S_MAX,
+    OutagePolicy,
+)
+
+HOUR_S, DAY_S = 3600.0, 86_400.0
+STEP_S = 5.0
+AWAY = TransientError("Kafka at kafka:9092 refuses connections")
+SLOW = TransientError("PostgreSQL at db:5432 did not answer in time")
+REFUSED = ConfigurationError("PostgreSQL at db:5432 refused the login", is_login=True)
+NO_RIGHT = ConfigurationError("PostgreSQL at db:5432 refuses a right")
+REFUSALS = [REFUSED, NO_RIGHT]
+
+
+class Clock:
+    """What ``time.monotonic`` says; it stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(outages, "time", clock)
+    return clock
+
+
+def policy(*, waits_forever=True, has_run=True, time_left=lambda: None):
+    made = OutagePolicy(waits_forever=waits_forever, time_left=time_left)
+    if has_run:
+        made.on_success()
+    return made
+
+
+def outage(clock, waiting, *errors, lasts_s, step_s=STEP_S):
+    """The lines of an outage with these errors in turn, with the seconds since it began."""
+    begun, lines = clock.now, []
+    for number in range(ceil(lasts_s / step_s)):
+        with capture_logs() as logged:
+            waiting.on_error(errors[number % len(errors)])
+        lines += [(clock.now - begun, line) for line in logged]
+        clock.now += step_s
+    return lines
+
+
+# ------------------------------------------------------------------------------- what is logged
+
+
+@pytest.mark.parametrize("error", [AWAY, SLOW, REFUSED, NO_RIGHT], ids=str)
+def test_a_cause_is_logged_at_once_and_named(clock, error):
+    [(at, line)] = outage(clock, policy(), error, lasts_s=STEP_S)
+
+    assert at == 0
+    assert line["reason"] == str(error)
+    assert line["event"] == ("server_refuses" if error in REFUSALS else "server_unavailable")
+    assert line["log_level"] == ("error" if error in REFUSALS else "warning")
+    assert "unavailable_s" not in line
+
+
+def test_a_new_cause_of_the_same_outage_is_logged_at_once(clock):
+    waiting = policy()
+    outage(clock, waiting, AWAY, lasts_s=30)
+
+    [(at, line)] = outage(clock, waiting, SLOW, lasts_s=10)
+
+    assert (at, line["reason"]) == (0, str(SLOW))
+
+
+@pytest.mark.parametrize("errors", [(AWAY,), (AWAY, SLOW), (AWAY, SLOW, AWAY)], ids=len)
+def test_a_long_outage_is_logged_again_at_growing_intervals(clock, errors):
+    lines = outage(clock, policy(), *errors, lasts_s=4 * HOUR_S)
+
+    again = [(at, line) for at, line in lines if "unavailable_s" in line]
+    expected = [*REPORTS_S, 2 * HOUR_S, 3 * HOUR_S]
+    assert [at for at, _ in again] == pytest.approx(expected, abs=STEP_S)
+    assert [line["unavailable_s"] for _, line in again] == pytest.approx(expected, abs=STEP_S)
+    assert len(lines) == len(again) + len(set(errors))
+
+
+def test_three_days_are_a_line_per_hour(clock):
+    lines = outage(clock, policy(), AWAY, lasts_s=3 * DAY_S, step_s=10)
+
+    assert len(lines) == 1 + len(REPORTS_S) + 3 * 24 - 2
+    assert lines[-1][1]["unavailable_s"] == 71 * HOUR_S
+
+
+def test_a_cause_that_counts_seconds_is_one_cause(clock):
+    counting = [TransientError(f"db:5432 was silent for {seconds} s") for seconds in range(5, 60)]
+
+    assert len(outage(clock, policy(), *counting, lasts_s=50)) == 1
+
+
+def test_the_end_of_an_outage_is_logged_with_its_length_and_the_next_one_is_new(clock):
+    waiting = policy()
+    outage(clock, waiting, AWAY, lasts_s=90)
+
+    with capture_logs() as ended:
+        waiting.on_success()
+        waiting.on_success()
+    clock.now += 1
+    again = outage(clock, waiting, AWAY, lasts_s=STEP_S)
+
+    assert [(line["event"], line["unavailable_s"]) for line in ended] == [("server_available", 90)]
+    assert [(at, "unavailable_s" in line) for at, line in again] == [(0, False)]
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        (None, "Kafka keeps the events for as long as its retention"),
+        (timedelta(hours=51.5), "Kafka deletes the oldest event that was not read in about 51.5 h"),
+        (timedelta(days=90), "in about 2,160.0 h"),
+        (timedelta(minutes=6), "in about 0.1 h"),
+        (timedelta(0), "Kafka's retention may be deleting events that were not read: act now"),
+        (timedelta(hours=-3), "may be deleting events that were not read: act now"),
+    ],
+    ids=str,
+)
+def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words):
+    asked = []
+
+    def time_left():
+        asked.append(clock.now)
+        return left
+
+    lines = outage(clock, policy(time_left=time_left), AWAY, lasts_s=65)
+
+    assert [at for at, _ in lines] == [0, 60]
+    assert "Kafka keeps the events for as long as its retention" in lines[0][1]["effect"]
+    assert words in lines[1][1]["effect"]
+    assert len(asked) == 1, "Kafka is asked only for a line that is written"
+
+
+# ---------------------------------------------------------------------------- how often it is tried
+
+
+def test_pauses_double_up_to_a_bound_and_differ_between_processes(clock):
+    waiting = policy()
+
+    pauses = [waiting.on_error(AWAY) for _ in range(2000)]
+
+    for number, pause in enumerate(pauses[:7]):
+        assert RETRY_S_MIN * 2**number / 2 <= pause <= RETRY_S_MIN * 2**number
+    assert all(RETRY_S_MAX / 2 <= pause <= RETRY_S_MAX for pause in pauses[7:])
+    assert len(set(pauses[7:])) > 100
+    waiting.on_success()
+    assert waiting.on_error(AWAY) <= RETRY_S_MIN
+
+
+def test_a_refused_login_is_tried_four_times_a_minute_at_most(clock):
+    waiting = policy()
+
+    assert [waiting.on_error(REFUSED) for _ in range(3)] == [LOGIN_RETRY_S] * 3
+    assert 60 / LOGIN_RETRY_S <= 4
+    assert waiting.on_error(NO_RIGHT) < LOGIN_RETRY_S, "a missing right locks no account"
+
+
+# -------------------------------------------------------------------------- when it is given up
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_what_is_refused_from_the_start_ends_at_once(clock, refusal):
+    with pytest.raises(ConfigurationError) as raised, capture_logs() as logged:
+        policy(has_run=False).on_error(refusal)
+
+    assert raised.value is refusal
+    assert logged == []
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+@pytest.mark.parametrize("between", [None, SLOW], ids=["alone", "and time-outs in between"])
+def test_what_is_refused_while_we_run_ends_after_the_grace_period(clock, refusal, between):
+    waiting, lines = policy(), []
+    errors = [refusal, between or refusal]
+
+    while clock.now < 1000 + GRACE_S:
+        lines += outage(clock, waiting, *errors, lasts_s=2 * STEP_S)
+    clock.now += STEP_S
+    with pytest.raises(ConfigurationError) as raised:
+        waiting.on_error(refusal)
+
+    assert raised.value is refusal
+    first = next(line for _, line in lines if line["event"] == "server_refuses")
+    assert f"exit with 78 in {GRACE_S:.0f} s" in first["effect"]
+    assert len(lines) <= 2 * len({*errors})
+
+
+def test_a_refusal_that_ends_in_time_is_forgotten(clock):
+    waiting = policy()
+
+    for _ in range(10):
+        outage(clock, waiting, REFUSED, lasts_s=GRACE_S - STEP_S)
+        waiting.on_success()
+
+
+def test_a_refusal_before_a_long_outage_is_forgotten(clock):
+    """A server that is restarted may refuse for a moment before and after."""
+    waiting = policy()
+    outage(clock, waiting, REFUSED, lasts_s=STEP_S)
+    outage(clock, waiting, AWAY, lasts_s=HOUR_S)
+
+    [(_, line)] = outage(clock, waiting, REFUSED, lasts_s=STEP_S)
+
+    assert line["event"] == "server_refuses"
+    assert f"exit with 78 in {GRACE_S:.0f} s" in line["effect"]
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_command_that_ends_by_itself_waits_for_a_minute(clock, has_run):
+    waiting = policy(waits_forever=False, has_run=has_run)
+    outage(clock, waiting, AWAY, lasts_s=UNAVAILABLE_S_MAX)
+
+    clock.now += 0.1
+    with pytest.raises(TransientError) as raised:
+        waiting.on_error(SLOW)
+
+    assert raised.value is SLOW
+
+
+# ------------------------------------------------------------------------------ whatever happens
+
+ATTEMPTS = st.lists(
+    st.tuples(
+        st.sampled_from([AWAY, SLOW, REFUSED, NO_RIGHT, None]),
+        st.floats(0.0, 20.0) | st.floats(0.0, 4000.0),
+    ),
+    max_size=60,
+)
+
+
+@given(attempts=ATTEMPTS, waits_forever=st.booleans())
+def test_whatever_happens_it_is_logged_seldom_and_ends_in_time(attempts, waits_forever):
+    """Some errors or successes (None), each with the seconds until the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        patch.setattr(outages, "time", clock)
+        waiting = policy(waits_forever=waits_forever)
+        since: float | None = None
+        causes: set[PipelineError] = set()
+        lines: list[object] = []
+
+        for error, then_s in attempts:
+            clock.now += then_s
+            with capture_logs() as logged:
+                if error is None:
+                    waiting.on_success()
+                    since, causes, lines = None, set(), []
+                    continue
+                since = clock.now if since is None else since
+                lasts_s = clock.now - since
+                try:
+                    pause = waiting.on_error(error)
+                except ConfigurationError:
+                    assert lasts_s > min(GRACE_S, UNAVAILABLE_S_MAX)
+                    return
+                except TransientError:
+                    assert not waits_forever
+                    assert lasts_s > UNAVAILABLE_S_MAX
+                    return
+            assert waits_forever or lasts_s <= UNAVAILABLE_S_MAX
+            assert 0 < pause <= max(RETRY_S_MAX, LOGIN_RETRY_S)
+            lines += logged
+            assert bool(logged) or error in causes, "a new cause is logged at once"
+            causes.add(error)
+            again = len(REPORTS_S) + lasts_s / REPORTS_S[-1]
+            # A refusal after a while is a new one, whose end is announced.
+            assert len(lines) <= len(causes) + again + lasts_s / GRACE_S

@@ -77,10 +77,26 @@ NO_TLS = _misconfigured(
     "Check the port; for Kafka see PIPELINE_KAFKA_SECURITY_PROTOCOL, for PostgreSQL sslmode in "
     "PIPELINE_DATABASE_URL",
 )
+WANTS_OUR_CERTIFICATE = _misconfigured(
+    "refuses our certificate, or wants one that we do not have",
+    "Set certificate and key of the client: ssl.certificate.location and ssl.key.location in "
+    "PIPELINE_KAFKA_OPTIONS for Kafka, sslcert and sslkey in PIPELINE_DATABASE_URL for PostgreSQL",
+)
+NO_COMMON_TLS = _misconfigured(
+    "offers no version or cipher of TLS that we have too",
+    "Have the server accept TLS 1.2 or newer",
+)
 UNREADABLE_CERTIFICATES = _misconfigured(
     "cannot be verified: a file of certificates or keys cannot be read here",
     "Check the path and its permissions",
 )
+
+# An alert is what the server says of us; OpenSSL's words for it.
+TLS_ALERT_ON_CERTIFICATE = (
+    r"alert (certificate required|(bad|unsupported|unknown|expired|revoked) certificate|"
+    r"certificate (unknown|expired|revoked)|unknown ca)"
+)
+TLS_ALERT_ON_VERSION = r"alert (protocol version|handshake failure|insufficient security)"
 
 # ------------------------------------------------------------------------------------- of Kafka
 
@@ -118,7 +134,21 @@ KAFKA_UNAVAILABLE = _outage(
     "is unavailable: no broker answers", "Check that the brokers run and can be reached from here"
 )
 KAFKA_BUSY = _outage("is busy or reorganising", "It passes; if it lasts, look at the brokers' log")
+KAFKA_UNEXPECTED = _outage(
+    "answered with an error that we did not expect",
+    "It is tried again; if it lasts, look at the brokers' log for this error",
+)
 
+_REORGANISING = """
+    CONCURRENT_TRANSACTIONS ELIGIBLE_LEADERS_NOT_AVAILABLE FENCED_LEADER_EPOCH
+    FETCH_SESSION_ID_NOT_FOUND ILLEGAL_GENERATION INVALID_FETCH_SESSION_EPOCH
+    KAFKA_STORAGE_ERROR MEMBER_ID_REQUIRED NOT_CONTROLLER NOT_ENOUGH_REPLICAS
+    NOT_ENOUGH_REPLICAS_AFTER_APPEND OFFSET_NOT_AVAILABLE PREFERRED_LEADER_NOT_AVAILABLE
+    REASSIGNMENT_IN_PROGRESS REBOOTSTRAP_REQUIRED REPLICA_NOT_AVAILABLE STALE_BROKER_EPOCH
+    STALE_CTRL_EPOCH STALE_MEMBER_EPOCH UNKNOWN_LEADER_EPOCH UNKNOWN_MEMBER_ID
+    UNKNOWN_TOPIC_ID UNSTABLE_OFFSET_COMMIT _IN_PROGRESS _PREV_IN_PROGRESS _RETRY
+    _UNKNOWN_BROKER _WAIT_CACHE
+"""
 KAFKA_CODES: Mapping[str, Cause] = {
     "_AUTHENTICATION": KAFKA_LOGIN,
     "SASL_AUTHENTICATION_FAILED": KAFKA_LOGIN,
@@ -162,8 +192,9 @@ KAFKA_CODES: Mapping[str, Cause] = {
     "NOT_LEADER_FOR_PARTITION": KAFKA_BUSY,
     "REBALANCE_IN_PROGRESS": KAFKA_BUSY,
     "THROTTLING_QUOTA_EXCEEDED": KAFKA_BUSY,
+    **dict.fromkeys(_REORGANISING.split(), KAFKA_BUSY),
 }
-"""By librdkafka's name. Every other code is of a single request, and is waited for."""
+"""By librdkafka's name. Any other code is ``KAFKA_UNEXPECTED``, and is waited for."""
 
 KAFKA_HINT_AT_PROTOCOL = r"(?i)incorrect security\.protocol|connecting to a \S+ (broker )?listener"
 """What librdkafka says when a broker closes a connection at the first request."""
@@ -172,6 +203,8 @@ KAFKA_SPEAKS_TLS, KAFKA_SPEAKS_NO_TLS = "the port speaks TLS", "the port speaks 
 
 # In this order: the first that is found counts.
 KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
+    (re.compile(TLS_ALERT_ON_CERTIFICATE), WANTS_OUR_CERTIFICATE),
+    (re.compile(TLS_ALERT_ON_VERSION), NO_COMMON_TLS),
     (re.compile(r"(?i)certificate has expired|not yet valid"), EXPIRED_CERTIFICATE),
     (re.compile(r"(?i)hostname mismatch|ip address mismatch"), WRONG_HOST_NAME),
     (
@@ -210,7 +243,7 @@ def of_kafka(code: str, words: str) -> Cause:
         for pattern, cause in KAFKA_WORDS:
             if pattern.search(words):
                 return cause
-    return KAFKA_CODES.get(code, KAFKA_BUSY)
+    return KAFKA_CODES.get(code, KAFKA_UNEXPECTED)
 
 
 # -------------------------------------------------------------------------------- of PostgreSQL
@@ -294,6 +327,9 @@ SQLSTATES: Mapping[str, Cause] = {
 
 # In this order: the first that is found counts. libpq gives no code when a connection fails.
 LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
+    (re.compile(TLS_ALERT_ON_CERTIFICATE + "|requires a valid client certificate"),
+     WANTS_OUR_CERTIFICATE),
+    (re.compile(TLS_ALERT_ON_VERSION), NO_COMMON_TLS),
     (re.compile(r"password authentication failed|no password supplied|authentication failed"),
      POSTGRES_LOGIN),
     (re.compile(r"pg_hba\.conf"), POSTGRES_RULE),

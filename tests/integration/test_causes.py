@@ -3,6 +3,7 @@
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 
 import psycopg
 import pytest
@@ -39,6 +40,30 @@ def test_every_error_of_kafka_that_is_a_wrong_right_or_login_is_no_outage():
     for name in denied:
         assert causes.of_kafka(name, "").verdict is Verdict.MISCONFIGURED, name
     assert set(causes.KAFKA_CODES) <= set(names), "the table names codes that do not exist"
+
+
+def test_a_code_of_kafka_that_no_entry_names_is_waited_for_and_not_called_busy():
+    """It is named, so that somebody can look it up."""
+    assert causes.of_kafka("INVALID_REQUEST", "Broker: Invalid request") is causes.KAFKA_UNEXPECTED
+    assert causes.of_kafka("A_CODE_TO_COME", "") is causes.KAFKA_UNEXPECTED
+
+
+@pytest.mark.parametrize("of", [partial(causes.of_kafka, "_SSL"), causes.of_libpq])
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        ("tlsv13 alert certificate required: SSL alert number 116", causes.WANTS_OUR_CERTIFICATE),
+        ("sslv3 alert bad certificate", causes.WANTS_OUR_CERTIFICATE),
+        ("tlsv1 alert unknown ca", causes.WANTS_OUR_CERTIFICATE),
+        ("tlsv1 alert protocol version", causes.NO_COMMON_TLS),
+        ("sslv3 alert handshake failure", causes.NO_COMMON_TLS),
+    ],
+)
+def test_what_a_server_says_of_our_side_of_tls_is_not_taken_for_a_certificate_of_its_own(
+    of, words, cause
+):
+    """OpenSSL's words: ``ssl/ssl_stat.c``."""
+    assert of(f"SSL handshake failed: error:0A000412:SSL routines::{words}") is cause
 
 
 def test_every_class_of_sqlstate_is_sorted():

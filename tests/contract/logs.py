@@ -65,7 +65,7 @@ class FakeLog:
     rows: dict[Partition, list[int]] = field(default_factory=dict)
 
     def begin(self, partition: Partition, first: int) -> None:
-        self.places[partition] = Place(Epoch(0), NextOffset(first))
+        self.places[partition] = Place(Epoch(0), NextOffset(first), is_owned=False)
         self.rows[partition] = []
 
     def claim(self, partition: Partition) -> Place:

@@ -40,7 +40,7 @@ def test_a_claim_raises_the_epoch_and_tells_where_to_read_on(log):
 
 def test_rows_and_next_offset_move_together(log):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
 
     log.append(rows(A, 0, 1, 5), {A: advance(held, 0, 8)})
 
@@ -50,7 +50,7 @@ def test_rows_and_next_offset_move_together(log):
 
 def test_a_batch_without_rows_moves_the_next_offset(log):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
 
     log.append([], {A: advance(held, 0, 3)})
 
@@ -60,7 +60,7 @@ def test_a_batch_without_rows_moves_the_next_offset(log):
 
 def test_an_older_epoch_writes_nothing(log):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
     log.claim(A)
 
     with pytest.raises(FencedError) as refused:
@@ -73,7 +73,7 @@ def test_an_older_epoch_writes_nothing(log):
 
 def test_an_epoch_that_nobody_was_given_writes_nothing(log):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
 
     with pytest.raises(FencedError):
         log.append(rows(A, 0), {A: advance(held + 1, 0, 1)})
@@ -84,7 +84,7 @@ def test_an_epoch_that_nobody_was_given_writes_nothing(log):
 @pytest.mark.parametrize("expected", [0, 1, 3])
 def test_another_next_offset_than_expected_writes_nothing(log, expected):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
     log.append(rows(A, 0, 1), {A: advance(held, 0, 2)})
 
     with pytest.raises(FencedError):
@@ -117,7 +117,7 @@ def test_one_fenced_partition_stops_the_whole_batch(log):
 
 def test_the_same_offset_twice_is_an_invariant_broken(log):
     log.begin(A, 0)
-    held, _ = log.claim(A)
+    held = log.claim(A).epoch
     log.append(rows(A, 0), {A: advance(held, 0, 1)})
 
     with pytest.raises(InvariantError):

@@ -346,10 +346,21 @@ class Brokers:
         return NextOffset(found.offset) if found.offset >= 0 else None
 
     def feeds(self, partitions: Collection[Partition]) -> Mapping[Partition, Fed]:
-        """Which database each partition feeds, as the consumer group's last commit says."""
-        places = asked(
-            lambda: self._consumer.committed([TopicPartition(*p) for p in partitions], ASK_S_MAX)
-        )
+        """Which database each partition feeds, as the consumer group's last commit says.
+
+        Raises:
+            ConfigurationError: This user may not use the group.
+            TransientError: No answer in time.
+        """
+        wanted = [TopicPartition(*p) for p in partitions]
+        try:
+            places = asked(lambda: self._consumer.committed(wanted, ASK_S_MAX))
+        except TransientError:
+            # The client asks for a coordinator until time is up, also where it is refused one.
+            if self.group_operations() == {"NONE"}:
+                refusal = KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED)
+                raise translated(refusal) from None
+            raise
         return {
             Partition(place.topic, place.partition): Fed(
                 UUID(named[1]), int(named[2] or 0), named[3] or ""

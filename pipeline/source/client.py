@@ -246,12 +246,6 @@ class _Standing:
         if error.name() != "_ALL_BROKERS_DOWN":
             self._reported = (time.monotonic(), error.name(), error.str())
 
-    def note_log(self, line: str) -> None:
-        """Note the one reason that librdkafka writes to its log only."""
-        if re.search(causes.KAFKA_HINT_AT_PROTOCOL, line):
-            words = re.sub(r"^.*?\[thrd:[^\]]*\]: ", "", line)
-            self._reported = (time.monotonic(), "_TRANSPORT", words)
-
     def answered(self) -> None:
         self._reported = None
 
@@ -331,7 +325,7 @@ def _explained(name: str, words: str) -> tuple[str, causes.Cause]:
     found = None
     if cause is causes.UNKNOWN_CA and broker:
         found = handshakes.why_refused(*broker, _standing.target.authority)
-    elif cause is causes.KAFKA_CLOSES and broker:
+    elif cause in (causes.KAFKA_CLOSES, causes.KAFKA_UNAVAILABLE) and broker:
         if _standing.target.uses_tls:
             found = causes.KAFKA_SPEAKS_NO_TLS if handshakes.speaks_kafka(*broker) else None
         else:
@@ -376,7 +370,6 @@ class _NotRepeated(logging.Filter):
         self._said = _Repeated()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        _standing.note_log(record.getMessage())
         return bool(self._said.times_due(_NUMBERS.sub("", record.getMessage())))
 
 

@@ -158,7 +158,12 @@ class Producer:
         """Wait for confirmations; how many are missing. A fatal error of the client is kept."""
         try:
             return self._client.flush(seconds)
-        except KafkaException as failed:
+        except (KafkaException, SystemError) as raised:
+            # A fatal error that comes while the client waits leaves its own exception behind, and
+            # the interpreter wraps that.
+            failed = raised if isinstance(raised, KafkaException) else raised.__cause__
+            if not isinstance(failed, KafkaException):
+                raise
             self._failed = self._failed or failed.args[0]
             return 0
 

@@ -54,7 +54,7 @@ def list_letters(ctx: typer.Context, names: _Names = None, as_json: _AsJson = Fa
     $ pipeline dead-letters list orders --json
     """
     wanted = [one.name for one in known(names or [])]
-    with database_of(settings_of(ctx), "dead-letters") as engine:
+    with database_of(settings_of(ctx), "dead-letters", read_only=True) as engine:
         found = _listed(engine, wanted)
     if as_json:
         emit([_document(one) for one in found])
@@ -99,7 +99,7 @@ def show(
     wanted = parse_place(place)
     if wanted.offsets is None or wanted.offsets.span != 1:
         raise typer.BadParameter("TOPIC:PARTITION:OFFSET, as `pipeline dead-letters list` shows it")
-    with database_of(settings_of(ctx), "dead-letters") as engine:
+    with database_of(settings_of(ctx), "dead-letters", read_only=True) as engine:
         found = [one for one in _listed(engine, []) if _place(one) == place]
         if not found:
             say(f"pipeline: {place} is no dead letter")

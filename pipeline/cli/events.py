@@ -117,7 +117,7 @@ def events(
 ) -> None:
     """Find events in the log, and follow it. Shows the newest that match, oldest first.
 
-    A search by type or --bad looks back 24 hours unless --since says otherwise.
+    A search by type or --bad looks back 24 hours unless --since says otherwise. A standby will do.
 
     \b
     $ pipeline events
@@ -139,7 +139,7 @@ def events(
         only_bad=bad,
     )
     show = emit_event if as_json else print_event
-    with database_of(settings, "events") as engine:
+    with database_of(settings, "events", read_only=True) as engine:
         check_schema(engine)
         try:
             if following:

@@ -33,7 +33,7 @@ def list_gaps(ctx: typer.Context, as_json: _AsJson = False) -> None:
     \b
     $ pipeline gaps list
     """
-    with database_of(settings_of(ctx), "gaps") as engine:
+    with database_of(settings_of(ctx), "gaps", read_only=True) as engine:
         check_schema(engine)
         with transaction(engine) as db:
             found = [

@@ -39,6 +39,8 @@ _STYLES = {
     "STOP": "bold red",
     "ERR": "bold red",
     "live": "green",
+    "stalled": "bold red",
+    "unattended": "bold red",
     "broken": "bold red",
     "never run": "dim",
 }
@@ -46,9 +48,10 @@ _STYLES = {
 
 @app.command(
     epilog="Exit codes: 0 events get through (warnings may be listed); 1 they do not, or it is "
-    "unknown whether they do: no process reads a partition (also after a stop, --until-end, or a "
-    "fresh installation), its facts are too old, it is halted, a read model is broken; 69 the "
-    "database is away; 78 a setting, a right or the schema is wrong."
+    "unknown whether they do: a partition is STOP (also after a stop, after --until-end, and in a "
+    "new installation), UNKNOWN, STALL or ERR; a read model is broken, stalled, or unattended with "
+    "events to take; a standby has applied nothing for 30 s; 2 wrong usage; 69 the database is "
+    "unavailable; 78 a setting, a right or the schema is wrong."
 )
 def status(
     ctx: typer.Context,
@@ -63,11 +66,14 @@ def status(
 ) -> None:
     """Lag, throughput, freshness, owners, problems.
 
-    Reads the database only, also a standby. `lag` counts offsets; `behind` is the age of the
-    newest record that we have, while there are newer ones; `seen` is how long ago Kafka's end was
-    recorded. States of a partition: OK; WARN, more than a minute behind; STALL, behind and no
-    commit for a minute; UNKNOWN, Kafka's end was not recorded for 30 s, so lag and rate are not
-    shown; STOP, no process reads it; ERR, halted until an operator decides.
+    Reads the database only, also a standby, and then shows how old its data is. All ages are by
+    the database's clock. `lag` counts offsets; `behind` is the age of the newest record that we
+    have, while there are newer ones; `seen` is how long ago Kafka's end was recorded.
+    States of a partition: OK; WARN, more than a minute behind; STALL, behind and no commit for a
+    minute; UNKNOWN, Kafka's end was not recorded for 30 s, so lag and rate are not shown; STOP, no
+    process reads it; ERR, halted until an operator decides.
+    States of a read model that need somebody: unattended, no process projects it; stalled, it is
+    behind and has not moved for a minute; broken.
 
     \b
     $ pipeline status
@@ -76,7 +82,7 @@ def status(
     """
     settings = settings_of(ctx)
     show = emit if as_json else _show
-    with database_of(settings, "status", read_only=True) as engine:
+    with database_of(settings, "status", read_only=True, answers_soon=True) as engine:
         check_schema(engine)
         if not watch:
             seen = look(engine, discover())
@@ -90,11 +96,16 @@ def status(
 
 def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None:
     console = out()
+    seen: Status | None = None
     while True:
         try:
             seen = look(engine, discover())
         except TransientError as error:
-            say(f"pipeline: {error}; trying again")
+            # What is on the screen is no longer so.
+            if console.is_terminal:
+                console.clear()
+            since = f" since {moment(seen.looked_at)}" if seen else ""
+            say(f"pipeline: status unknown{since}: {error}. Trying again every {every:g} s.")
         else:
             if console.is_terminal:
                 console.clear()
@@ -104,15 +115,14 @@ def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None
 
 def _show(seen: Status) -> None:
     behind = "caught up" if not seen.lag else f"{seen.lag:,} behind Kafka"
-    flow = (
-        f"{behind}, {seen.rate:,.1f} records/s over the last minute"
-        if seen.rate is not None
-        else ""
-    )
     flow = "lag and rate unknown"
     if seen.lag is not None and seen.rate is not None:
         flow = f"{behind}, {seen.rate:,.1f} records/s over the last minute"
-    typer.echo(f"Log: {seen.offsets:,} offsets, {flow}. {moment(seen.looked_at)}\n")
+    typer.echo(f"Log: {seen.offsets:,} offsets, {flow}. {moment(seen.looked_at)}")
+    if seen.standby is not None:
+        replayed = age(seen.standby.replayed_at, seen.looked_at)
+        typer.echo(f"This database is a standby. Its newest transaction was committed {replayed}.")
+    typer.echo()
     if not seen.partitions:
         typer.echo("Nothing was read yet.")
     table(

@@ -140,8 +140,9 @@ class Lookout:
     def _see_watermarks(self) -> None:
         seen = []
         owned = self._machine.owned
+        asked_at = time.monotonic()
         for partition, high in self._brokers.ends(owned).items():
-            self._machine.saw_end(partition, high)
+            self._machine.saw_end(partition, high, asked_at)
             seen.append((partition, owned[partition], high))
         self._assignment.query(lambda db: ownership.see_watermarks(db, seen))
 

@@ -121,6 +121,7 @@ class _Owned:
     taken: NextOffset
     target: NextOffset
     high_watermark: int | None = None
+    seen_at: float | None = None
 
 
 @dataclass
@@ -174,10 +175,10 @@ class Machine:
         if (owned := self._owned.get(partition)) and offset > owned.taken:
             owned.taken = offset
 
-    def saw_end(self, partition: Partition, high_watermark: int) -> None:
+    def saw_end(self, partition: Partition, high_watermark: int, now: float) -> None:
         """Kafka's end of a partition was seen; stored with the next batch, decides nothing."""
         if owned := self._owned.get(partition):
-            owned.high_watermark = high_watermark
+            owned.high_watermark, owned.seen_at = high_watermark, now
 
     def committed(self) -> Outcome:
         """The batch with the database is in the log."""
@@ -355,7 +356,9 @@ class Machine:
 
     def _cut(self) -> Batch | None:
         advances = {
-            partition: Advance(owned.held, owned.stored, owned.taken, owned.high_watermark)
+            partition: Advance(
+                owned.held, owned.stored, owned.taken, owned.high_watermark, owned.seen_at
+            )
             for partition, owned in self._owned.items()
             if owned.taken > owned.stored
         }

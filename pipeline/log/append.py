@@ -1,5 +1,6 @@
 """Writing the log: a batch of rows and the next offsets, in one transaction and one COPY."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,12 +24,14 @@ class Advance(NamedTuple):
             have gaps.
         new: The next offset behind the batch.
         high_watermark: Kafka's end as last seen, None if not seen.
+        seen_at: When that was, by ``time.monotonic()``; None for now.
     """
 
     held: Epoch
     expected: NextOffset
     new: NextOffset
     high_watermark: int | None
+    seen_at: float | None = None
 
 
 # The rows are locked in one order first, so that two writers cannot deadlock.
@@ -36,8 +39,9 @@ ADVANCE = text("""
 WITH batch AS (
     SELECT * FROM unnest(
         CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:held AS bigint[]),
-        CAST(:expected AS bigint[]), CAST(:new AS bigint[]), CAST(:high AS bigint[])
-    ) AS b(topic, number, held, expected, new, high)
+        CAST(:expected AS bigint[]), CAST(:new AS bigint[]), CAST(:high AS bigint[]),
+        CAST(:seen_s AS double precision[])
+    ) AS b(topic, number, held, expected, new, high, seen_s)
 ), locked AS MATERIALIZED (
     SELECT o.topic, o."partition" FROM pipeline.consumer_offsets o
     JOIN batch b ON o.topic = b.topic AND o."partition" = b.number
@@ -47,7 +51,9 @@ UPDATE pipeline.consumer_offsets o
 SET next_offset = b.new,
     committed_at = now(),
     high_watermark = greatest(coalesce(b.high, o.high_watermark), b.new),
-    watermarks_at = CASE WHEN b.high IS NULL THEN o.watermarks_at ELSE now() END
+    -- When Kafka reported its end, which may be long before this batch is written.
+    watermarks_at = CASE WHEN b.high IS NULL THEN o.watermarks_at
+        ELSE least(now(), greatest(o.watermarks_at, now() - b.seen_s * interval '1 s')) END
 FROM batch b JOIN locked l ON l.topic = b.topic AND l."partition" = b.number
 WHERE o.topic = b.topic AND o."partition" = b.number
   AND o.epoch = b.held AND o.next_offset = b.expected
@@ -95,6 +101,10 @@ def append(db: Connection, rows: Sequence[Encoded], advances: Mapping[Partition,
     failpoints.reach("before_commit", connection_fd=descriptor)
 
 
+def _age_s(seen_at: float | None) -> float:
+    return 0.0 if seen_at is None else max(0.0, time.monotonic() - seen_at)
+
+
 def _fence(db: Connection, advances: Mapping[Partition, Advance]) -> None:
     places = sorted(advances)
     batch = [advances[place] for place in places]
@@ -107,6 +117,7 @@ def _fence(db: Connection, advances: Mapping[Partition, Advance]) -> None:
             "expected": [advance.expected for advance in batch],
             "new": [advance.new for advance in batch],
             "high": [advance.high_watermark for advance in batch],
+            "seen_s": [_age_s(advance.seen_at) for advance in batch],
         },
     )
     done = {Partition(topic, number) for topic, number in moved}

@@ -213,7 +213,8 @@ PASSED = select(consumer_offsets.c.partition).where(
 DESERTED = text("""
 SELECT "partition" FROM pipeline.consumer_offsets
 WHERE topic = :of_topic AND problem IS NULL
-  AND (owner_member IS NULL OR greatest(watermarks_at, claimed_at) < now() - interval '1 minute')
+  AND (owner_member IS NULL
+       OR greatest(watermarks_at, claimed_at, committed_at) < now() - interval '1 minute')
 ORDER BY 1
 """)
 LAST_RECORD = (

@@ -90,6 +90,8 @@ LIVING = (
         projection_workers.c.projectors,
     )
     .where(projection_workers.c.expires_at >= func.now())
+    # Written before the server's clock was set back, or before a restore: not by a living worker.
+    .where(projection_workers.c.expires_at <= func.now() + 3 * LIFE)
     .order_by(projection_workers.c.since, projection_workers.c.worker)
 )
 PARTITIONS = text('SELECT topic, "partition" FROM pipeline.consumer_offsets')

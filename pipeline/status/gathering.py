@@ -16,7 +16,7 @@ from pipeline.positions import NextOffset, Partition, lag
 from pipeline.projection import Projector
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.fingerprint import fingerprint
-from pipeline.projection.sharing import living, shared_out
+from pipeline.projection.sharing import LIFE, Member, living, shared_out
 from pipeline.status import troubles
 from pipeline.status.report import (
     Owner,
@@ -26,14 +26,16 @@ from pipeline.status.report import (
     ProjectorState,
     ProjectorStatus,
     Recent,
+    Standby,
     Status,
 )
 
 BEHIND_S_MAX = 60.0
-"""Longer behind than this is worth a warning; no commit for this long, with lag, is a stall."""
+"""Longer behind than this is worth a warning; without a move for this long, lag is a stall."""
 SEEN_S_MAX = 30.0
-"""A reader records Kafka's end every 5 seconds. After six times that, with room for a rebalance and
-for rows that are locked, what is recorded is no longer current."""
+"""How far from now, by the database's clock, what is recorded may be. A reader records Kafka's end
+every 5 seconds. After six times that, with room for a rebalance and for rows that are locked, what
+is recorded is no longer current."""
 RATE_SPAN = timedelta(minutes=1)
 """Over which throughput is measured."""
 RECENT_SPAN = timedelta(hours=1)
@@ -47,6 +49,10 @@ _Row = Row[tuple[object, ...]]
 
 ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 NOW = text("SELECT now()")
+REPLAYED = text("""
+SELECT pg_last_xact_replay_timestamp() AS replayed_at, pg_is_wal_replay_paused() AS is_paused
+WHERE pg_is_in_recovery()
+""")
 
 PARTITIONS = text("""
 SELECT o.*,
@@ -74,6 +80,8 @@ PROJECTORS = text("""
 SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
        coalesce(sum(place.lag), 0) AS lag, max(c.moved_at) AS moved_at,
        min(unread.ingested_at) AS unread_since,
+       min(greatest(c.moved_at, unread.ingested_at)) FILTER (WHERE place.lag > 0)
+           AS stuck_since,
        (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
            AS dead_letters
 FROM pipeline.projectors p
@@ -109,6 +117,7 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         db.execute(ONE_MOMENT)
         rows = db.execute(PARTITIONS).all()
         looked_at: datetime = db.execute(NOW).scalar_one()
+        standby = _standby(db, looked_at)
         a_minute_ago, an_hour_ago = looked_at - RATE_SPAN, looked_at - RECENT_SPAN
         since = first_since(db, [a_minute_ago, an_hour_ago])
         partitions = [
@@ -119,14 +128,17 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
             _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
         }
         recent = _recent(db, rows, lately, projectors)
-        models = _models(db, projectors, looked_at)
-        workers = _workers(db, {_place(row) for row in rows}, projectors)
+        members = living(db)
+        models = _models(db, projectors, looked_at, members, standby)
+        workers = _workers(members, {_place(row) for row in rows}, projectors)
     found = [
-        *troubles.of_partitions(partitions, looked_at),
-        *troubles.of_projectors(models, is_projected=bool(workers)),
+        *troubles.of_standby(standby, seen_s_max=SEEN_S_MAX),
+        *troubles.of_partitions(partitions, looked_at, standby),
+        *troubles.of_projectors(models, looked_at),
     ]
     return Status(
         looked_at=looked_at,
+        standby=standby,
         ok=not any(trouble.severity == "wrong" for trouble in found),
         offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
         lag=_sum(one.lag for one in partitions),
@@ -156,6 +168,13 @@ def _longest(values: Sequence[float | None]) -> float | None:
     return None if None in values else max((it for it in values if it is not None), default=0.0)
 
 
+def _standby(db: Connection, looked_at: datetime) -> Standby | None:
+    row = db.execute(REPLAYED).one_or_none()
+    if row is None:
+        return None
+    return Standby(row.replayed_at, _seconds(row.replayed_at, looked_at), row.is_paused)
+
+
 # -------------------------------------------------------------------------------- of partitions
 
 
@@ -170,13 +189,14 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
             row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
         )
     seen_s = _seconds(row.watermarks_at, looked_at)
-    is_current = owner is not None and seen_s is not None and seen_s <= SEEN_S_MAX
+    # A time in the future was recorded before the clock was set back: it can be of any age.
+    is_current = owner is not None and seen_s is not None and abs(seen_s) <= SEEN_S_MAX
     behind = None
     if is_current and row.high_watermark is not None:
         behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
     lag_s = None
     if behind is not None:
-        lag_s = 0.0 if behind == 0 else _seconds(row.newest_at, looked_at)
+        lag_s = 0.0 if behind == 0 else _age(row.newest_at, looked_at)
     return PartitionStatus(
         topic=row.topic,
         partition=row.partition,
@@ -213,7 +233,7 @@ def _state(
     if not behind:
         return "OK"
     still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)
-    if still_s is not None and still_s > BEHIND_S_MAX:
+    if still_s is not None and abs(still_s) > BEHIND_S_MAX:
         return "STALL"
     return "WARN" if lag_s is not None and lag_s > BEHIND_S_MAX else "OK"
 
@@ -223,6 +243,11 @@ def _latest(*times: datetime | None) -> datetime | None:
 
 
 def _seconds(begin: datetime | None, end: datetime) -> float | None:
+    """Negative where ``begin`` is in the future."""
+    return None if begin is None else (end - begin).total_seconds()
+
+
+def _age(begin: datetime | None, end: datetime) -> float | None:
     return None if begin is None else max(0.0, (end - begin).total_seconds())
 
 
@@ -230,13 +255,30 @@ def _seconds(begin: datetime | None, end: datetime) -> float | None:
 
 
 def _models(
-    db: Connection, projectors: Sequence[Projector], looked_at: datetime
+    db: Connection,
+    projectors: Sequence[Projector],
+    looked_at: datetime,
+    members: Sequence[Member],
+    standby: Standby | None,
 ) -> list[ProjectorStatus]:
+    """The read models, those that only the database has too.
+
+    On a standby that lags, the signs of life of the workers are too old to tell who lives.
+    """
+    lags = standby is not None and (standby.age_s is None or standby.age_s > LIFE.total_seconds())
     rows = {row.projector: row for row in db.execute(PROJECTORS)}
     ours = {one.name: one for one in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
     return [
-        _model(name, rows.get(name), ours.get(name), looked_at, is_rebuilt=name + REBUILD in rows)
+        _model(
+            name,
+            rows.get(name),
+            ours.get(name),
+            looked_at,
+            attended_since=min((it.since for it in members if name in it.projectors), default=None),
+            may_be_attended=lags,
+            is_rebuilt=name + REBUILD in rows,
+        )
         for name in live
     ]
 
@@ -247,20 +289,31 @@ def _model(
     ours: Projector | None,
     looked_at: datetime,
     *,
+    attended_since: datetime | None,
+    may_be_attended: bool,
     is_rebuilt: bool,
 ) -> ProjectorStatus:
     if row is None:
-        return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None)
-    lag_s = _seconds(row.unread_since, looked_at) or 0.0
+        return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None, None)
+    lag_s = _age(row.unread_since, looked_at) or 0.0
+    stuck_since = _latest(row.stuck_since, attended_since) if row.stuck_since else None
+    is_unattended = attended_since is None and not may_be_attended
+    stuck_s = _age(stuck_since, looked_at) or 0.0
     state: ProjectorState = "live"
     if row.state == "broken":
         state = "broken"
     elif ours is None:
         state = "not in this program"
+    elif is_unattended and row.lag:
+        state = "unattended"
+    elif stuck_s > BEHIND_S_MAX:
+        state = "stalled"
     elif is_rebuilt:
         state = "rebuilding"
     elif row.fingerprint not in (None, fingerprint(ours)):
         state = "stale"
+    elif is_unattended:
+        state = "unattended"
     elif lag_s > CATCHING_UP_S:
         state = "catching up"
     return ProjectorStatus(
@@ -270,15 +323,15 @@ def _model(
         lag_s,
         row.dead_letters,
         row.moved_at,
+        stuck_since,
         row.built_at,
         row.problem,
     )
 
 
 def _workers(
-    db: Connection, partitions: Collection[Partition], projectors: Iterable[Projector]
+    members: Sequence[Member], partitions: Collection[Partition], projectors: Iterable[Projector]
 ) -> list[ProjectingWorker]:
-    members = living(db)
     shares = [shared_out(members, one.name, partitions) for one in projectors]
     return [
         ProjectingWorker(

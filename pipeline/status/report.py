@@ -9,6 +9,14 @@ The state of a partition, in Burrow's words:
   Kafka or the database does not answer it
 - ``STOP``: no process reads it
 - ``ERR``: halted until an operator decides, to protect data
+
+The state of a read model:
+
+- ``live``: it has the log's events, or takes them within seconds
+- ``catching up``: it takes them, but some came more than ten seconds ago
+- ``stalled``: a process projects it, but a partition that has events for it has not moved for a
+  minute
+- ``unattended``: no process projects it
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +28,15 @@ from pipeline.positions import Partition
 
 PartitionState = Literal["OK", "WARN", "STALL", "UNKNOWN", "STOP", "ERR"]
 ProjectorState = Literal[
-    "live", "catching up", "rebuilding", "stale", "broken", "never run", "not in this program"
+    "live",
+    "catching up",
+    "stalled",
+    "unattended",
+    "rebuilding",
+    "stale",
+    "broken",
+    "never run",
+    "not in this program",
 ]
 
 
@@ -42,7 +58,7 @@ class PartitionStatus:
     Attributes:
         end: Kafka's end when last seen; None if it never was.
         seen_at: When that was.
-        seen_s: How many seconds ago that was.
+        seen_s: How many seconds ago that was; negative where the clock was set back since.
         lag: Offsets between the two; None where it is unknown: ``seen_at`` is too long ago.
         lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
             record that is missing is older. 0 without lag, None where nothing was read yet
@@ -76,6 +92,7 @@ class ProjectorStatus:
         lag_s: How long the oldest of them has been in the log.
         dead_letters: Events that it could not take.
         moved_at: When it last moved on.
+        stuck_since: Since when a partition that has events for it did not move; None without.
         built_at: When it was last built from the log's beginning.
         problem: Why it is broken.
     """
@@ -86,6 +103,7 @@ class ProjectorStatus:
     lag_s: float
     dead_letters: int
     moved_at: datetime | None
+    stuck_since: datetime | None
     built_at: datetime | None
     problem: str | None
 
@@ -140,10 +158,27 @@ class Trouble:
 
 
 @dataclass(frozen=True)
+class Standby:
+    """That the database is a standby, which shows what its primary committed a while ago.
+
+    Attributes:
+        replayed_at: When the newest transaction that it has applied was committed, by the
+            primary's clock; None if it has applied none since it was started.
+        age_s: How many seconds ago that was.
+        is_paused: Whether it was told to apply no more.
+    """
+
+    replayed_at: datetime | None
+    age_s: float | None
+    is_paused: bool
+
+
+@dataclass(frozen=True)
 class Status:
     """Everything at one moment.
 
     Attributes:
+        standby: How old the data is, if the database is a standby; None for a primary.
         offsets: Offsets in the log, over all partitions; a few may be unused.
         ok: Whether events get through, and nothing needs a human.
         lag, lag_s: The log behind Kafka: the sum, and the longest time. None where that of a
@@ -152,6 +187,7 @@ class Status:
     """
 
     looked_at: datetime
+    standby: Standby | None
     ok: bool
     offsets: int
     lag: int | None

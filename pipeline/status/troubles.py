@@ -4,10 +4,30 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from pipeline.positions import Partition
-from pipeline.status.report import PartitionStatus, ProjectorStatus, Trouble
+from pipeline.status.report import PartitionStatus, ProjectorStatus, Standby, Trouble
 
 
-def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) -> Iterable[Trouble]:
+def of_standby(standby: Standby | None, *, seen_s_max: float) -> Iterable[Trouble]:
+    """Of a standby whose data is too old to tell how things are now."""
+    if standby is None or (standby.age_s is not None and abs(standby.age_s) <= seen_s_max):
+        return
+    since = "it was started"
+    if standby.replayed_at is not None:
+        since = f"{standby.replayed_at.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    yield Trouble(
+        "wrong",
+        "standby",
+        f"this database is a standby that has applied no transaction since {since}: what is shown "
+        "here may be out of date",
+        "its replay is paused: pg_wal_replay_resume() resumes it; or ask the primary"
+        if standby.is_paused
+        else "ask the primary; if that is current, see whether the standby is connected to it",
+    )
+
+
+def of_partitions(
+    partitions: Sequence[PartitionStatus], looked_at: datetime, standby: Standby | None = None
+) -> Iterable[Trouble]:
     """Of those that are halted, unknown, read by no process, or lagging."""
     if not partitions:
         yield Trouble(
@@ -23,20 +43,20 @@ def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) ->
                 why = (one.problem or "").removeprefix(f"{name}: ")
                 yield Trouble("wrong", name, f"halted: {why}", _OF_HALTED)
             case "UNKNOWN":
-                reader = f"{one.owner.host}:{one.owner.pid}" if one.owner else "none"
                 yield Trouble(
                     "wrong",
                     name,
-                    f"state unknown since {_when(one.seen_at, looked_at)}: since then its reader, "
-                    f"{reader}, has not recorded where Kafka ends",
-                    "see whether that process runs, and in its log whether Kafka and the database "
-                    "answer it and the database can write (disk full?)",
+                    _why_unknown(one, looked_at),
+                    "see whether that process runs. If it does, its log says whether it waits for "
+                    "Kafka or for the database (not reachable, a refused login, a full disk)"
+                    + (", or whether this standby lags" if standby else ""),
                 )
             case "STOP":
                 yield Trouble(
                     "wrong",
                     name,
-                    "no process reads it: events are not getting through",
+                    f"no process reads it; Kafka was last seen at "
+                    f"{_when(one.seen_at, looked_at)}. Events are not getting through",
                     "start `pipeline run`",
                 )
             case "STALL":
@@ -45,7 +65,8 @@ def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) ->
                     name,
                     f"{one.lag:,} records behind; the last commit was at "
                     f"{_when(one.committed_at, looked_at)}",
-                    "read the log of its reader: it says what it waits for",
+                    f"read the log of its reader, {_reader(one)}: it says what it waits for (a "
+                    "full disk, a lock, a right of the database, Kafka)",
                 )
             case "WARN":
                 yield Trouble(
@@ -56,6 +77,23 @@ def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) ->
                 )
             case "OK":
                 pass
+
+
+def _reader(one: PartitionStatus) -> str:
+    return f"{one.owner.host}:{one.owner.pid}" if one.owner else "none"
+
+
+def _why_unknown(one: PartitionStatus, looked_at: datetime) -> str:
+    if one.seen_at is not None and one.seen_at > looked_at:
+        return (
+            f"state unknown: its reader, {_reader(one)}, recorded Kafka's end at "
+            f"{_when(one.seen_at, looked_at)}, which is in the future by the clock of this "
+            "database, so the age of that is not known"
+        )
+    return (
+        f"state unknown since {_when(one.seen_at, looked_at)}: since then its reader, "
+        f"{_reader(one)}, has not recorded where Kafka ends, so nobody may be reading it"
+    )
 
 
 _OF_HALTED = "resolve the cause; see docs/operations.md, halted partitions"
@@ -70,13 +108,8 @@ def _when(moment: datetime | None, looked_at: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
 
 
-def of_projectors(models: Iterable[ProjectorStatus], *, is_projected: bool) -> Iterable[Trouble]:
-    """Of those that are broken, behind or built by another definition, and of dead letters.
-
-    Args:
-        models: The read models.
-        is_projected: Whether any worker projects.
-    """
+def of_projectors(models: Iterable[ProjectorStatus], looked_at: datetime) -> Iterable[Trouble]:
+    """Of those that are broken, behind or built by another definition, and of dead letters."""
     for one in models:
         match one.state:
             case "broken":
@@ -102,12 +135,31 @@ def of_projectors(models: Iterable[ProjectorStatus], *, is_projected: bool) -> I
                 )
             case "catching up":
                 yield Trouble(
-                    "warning" if is_projected else "wrong",
+                    "warning",
                     one.projector,
                     f"{one.lag:,} records behind; the oldest came {one.lag_s:,.0f} s ago",
-                    "wait"
-                    if is_projected
-                    else "no process projects: start `pipeline run` or `pipeline project`",
+                    "wait",
+                )
+            case "stalled":
+                yield Trouble(
+                    "wrong",
+                    one.projector,
+                    f"{one.lag:,} records behind; a partition of it has not moved since "
+                    f"{_when(one.stuck_since, looked_at)}",
+                    "read the log of the process that projects: it says what it waits for (a lock, "
+                    "a full disk, a right of the database)",
+                )
+            case "unattended":
+                yield Trouble(
+                    "wrong" if one.lag else "warning",
+                    one.projector,
+                    f"no process projects it; it moved last at {_when(one.moved_at, looked_at)}, "
+                    + (
+                        f"and its lag is {one.lag:,} records"
+                        if one.lag
+                        else "and has everything that is in the log"
+                    ),
+                    "start `pipeline run` or `pipeline project`",
                 )
             case _:
                 pass

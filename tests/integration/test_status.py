@@ -223,6 +223,7 @@ def model(given, name="orders"):
 def test_a_read_model_goes_from_never_run_over_catching_up_to_live(log):
     states = [model(log).state]
     log.project(orders)
+    _worker(log, 1, lives_for="25 s")
     states.append(model(log).state)
     _age_log(log, "20 seconds")
     log([order_event("NEW", at=1, order="one more")])
@@ -257,14 +258,15 @@ def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log)
     assert not found.ok
 
 
-def _worker(given, number, *, lives_for="10 s"):
+def _worker(given, number, *, lives_for="10 s", projectors=("orders", "users")):
     given.execute(
         "INSERT INTO pipeline.projection_workers (worker, host, pid, projectors, since, expires_at)"
-        " VALUES (gen_random_uuid(), :host, :number, '{orders,users}',"
+        " VALUES (gen_random_uuid(), :host, :number, :projectors,"
         " now() + :number * interval '1 ms', now() + CAST(:lives_for AS interval))",
         host=f"host-{number}",
         number=number,
         lives_for=lives_for,
+        projectors=list(projectors),
     )
 
 
@@ -286,13 +288,82 @@ def test_read_models_that_nobody_projects_are_told_so(log):
     _age_log(log, "20 seconds")
     log([order_event("NEW", at=1, order="one more")])
     _age_log(log, "20 seconds")
-    unattended = [one.remedy for one in seen(log).troubles if one.subject == "orders"]
-
+    [unattended] = [one for one in seen(log).troubles if one.subject == "orders"]
     _worker(log, 1)
-    attended = [one.remedy for one in seen(log).troubles if one.subject == "orders"]
+    [attended] = [one for one in seen(log).troubles if one.subject == "orders"]
 
-    assert unattended == ["no process projects: start `pipeline run` or `pipeline project`"]
-    assert attended == ["wait"]
+    assert model(log).state == "catching up"
+    assert (unattended.severity, attended.severity) == ("wrong", "warning")
+    assert unattended.text.startswith("no process projects it; it moved last at ")
+    assert unattended.text.endswith("and its lag is 1 records")
+    assert unattended.remedy == "start `pipeline run` or `pipeline project`"
+    assert attended.remedy == "wait"
+
+
+def test_a_read_model_that_no_worker_has_is_not_waited_for(log):
+    """Somebody projects, but a program without this read model."""
+    log.project(*ALL)
+    log([order_event("NEW", at=1, order="one more")])
+    _worker(log, 1)
+
+    found = seen(log)
+
+    wrong = {one.subject for one in found.troubles if one.severity == "wrong"}
+    assert wrong == {one.name for one in ALL} - {"orders", "users"}
+    assert not found.ok
+
+
+def test_a_read_model_without_a_process_and_without_lag_is_a_warning(log):
+    log.project(*ALL)
+
+    found = seen(log)
+
+    assert {one.state for one in found.projectors} == {"unattended"}
+    assert {one.severity for one in found.troubles} == {"warning"}
+    assert found.ok
+
+
+def test_a_projection_that_does_not_move_is_not_waited_for(log):
+    """Its worker lives and waits: for a lock, for a disk."""
+    log.project(orders)
+    log.execute("UPDATE pipeline.projection_checkpoints SET moved_at = now() - interval '61 s'")
+    log([order_event("NEW", at=1, order="one more")])
+    _worker(log, -90_000)
+    young = model(log).state
+    _age_log(log, "61 seconds")
+
+    found = seen(log)
+
+    assert (young, model(log).state) == ("live", "stalled")
+    [trouble] = [one for one in found.troubles if one.subject == "orders"]
+    assert trouble.severity == "wrong"
+    assert "has not moved since" in trouble.text
+    assert "a lock, a full disk" in trouble.remedy
+
+
+def test_a_projection_that_has_just_started_is_given_time(log):
+    log.project(orders)
+    log.execute("UPDATE pipeline.projection_checkpoints SET moved_at = now() - interval '1 day'")
+    log([order_event("NEW", at=1, order="one more")])
+    _age_log(log, "1 day")
+    _worker(log, 1)
+
+    assert model(log).state == "catching up"
+
+
+def test_a_clock_that_was_set_back_makes_no_fact_current(log):
+    """Times in the future say nothing about now: neither of a reader nor of a projection."""
+    offsets(log, "watermarks_at = now() + interval '1 hour'")
+    log.project(*ALL)
+    _worker(log, 1, lives_for="1 hour")
+
+    found = seen(log)
+
+    assert partition_of(log).state == "UNKNOWN"
+    assert not found.ok
+    assert any("in the future by the clock of this database" in it.text for it in found.troubles)
+    assert found.workers == []
+    assert model(log).state == "unattended"
 
 
 def test_dead_letters_are_counted_and_are_a_warning(log):
@@ -372,6 +443,7 @@ def pipeline(monkeypatch, capsys):
 def test_the_command_prints_tables_and_says_what_to_do(log, pipeline):
     log.project(*ALL)
     log([b"{"])
+    _worker(log, 1, projectors=[one.name for one in ALL])
 
     result = pipeline(Commands(database_url=log.database.dsn), "status")
 

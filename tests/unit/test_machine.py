@@ -686,7 +686,7 @@ def test_caught_up_is_what_was_there_at_the_claim():
     write(machine)
     machine.committed()
     told.append((machine.is_caught_up, machine.behind))
-    machine.saw_end(A, 10)
+    machine.saw_end(A, 10, now=0.0)
     told.append((machine.is_caught_up, machine.behind))
 
     assert told == [(False, 4), (False, 4), (True, 0), (True, 8)]

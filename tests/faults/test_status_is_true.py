@@ -1,0 +1,281 @@
+"""`pipeline status` while events do not get through: it says so, since when, and ends with 1.
+
+The faults are real and happen at the same time, each to a worker of its own, so that they are
+waited for together.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pipeline.errors import ExitCode
+from pipeline.migrate import migrate
+from pipeline.status import gathering
+from tests.commands import Commands, InProcess, Result
+from tests.faults.harness import Bench, until
+from tests.faults.test_postgres_refuses import (
+    DISK_MIB,
+    SmallDisk,
+    leave_tablespace,
+    needs_mount,
+)
+from tests.integration.ingesting import Ledger
+from tests.servers import FAST_AND_UNSAFE, Kafka, KafkaServer, PostgresServer
+from tests.servers.databases import Database, fresh_database
+
+PER_SECOND = 50
+UNKNOWN_S_MAX = gathering.SEEN_S_MAX + 15
+"""So long after a fault nobody may be told that all is well."""
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def migrated(private_postgres: PostgresServer) -> Iterator[Database]:
+    """A database to copy; nobody is connected to it."""
+    with fresh_database(private_postgres) as template:
+        migrate(template.url)
+        yield template
+
+
+@pytest.fixture
+def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "StatusOf":
+    return StatusOf(InProcess(monkeypatch, capsys))
+
+
+class StatusOf:
+    """What `pipeline status` tells of a database."""
+
+    def __init__(self, pipeline: InProcess) -> None:
+        self._pipeline = pipeline
+
+    def __call__(self, bench: Bench, *options: str, dsn: str = "") -> Result:
+        return self.of(bench, "status", *options, dsn=dsn)
+
+    def of(self, bench: Bench, *command: str, dsn: str = "") -> Result:
+        """What any command answers."""
+        settings = {
+            "database_url": dsn or bench.database.dsn,
+            "kafka_bootstrap_servers": bench.kafka.bootstrap_servers,
+            "kafka_security_protocol": "PLAINTEXT",
+            "topics": bench.topic,
+            "group_id": bench.group,
+        }
+        return self._pipeline(Commands(**settings), *command)
+
+    def states(self, bench: Bench) -> set[str]:
+        """Of its partitions; and the exit code and the document agree."""
+        told = self(bench, "--json")
+        assert told.code == (ExitCode.DONE if told.json["ok"] else ExitCode.FOUND)
+        return {one["state"] for one in told.json["partitions"]}
+
+    def is_well(self, bench: Bench) -> bool:
+        """Whether it says that everything came through."""
+        told = self(bench, "--json")
+        return told.code == 0 and told.json["lag"] == 0 and self.states(bench) == {"OK"}
+
+
+@contextmanager
+def bench_on(kafka: Kafka, template: Database, name: str, folder: Path) -> Iterator[Bench]:
+    """A bench with one partition, and everything of its own but the servers."""
+    with fresh_database(template.server, template=template) as database:
+        kafka.create_topic(name)
+        (folder / name).mkdir()
+        bench = Bench(kafka, database, name, 1, folder / name)
+        yield bench
+        bench.close()
+
+
+@needs_mount
+def test_no_fault_is_told_as_all_is_well(
+    kafka: Kafka,
+    private_kafka: KafkaServer,
+    private_postgres: PostgresServer,
+    migrated: Database,
+    status: StatusOf,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    """Kafka silent; a worker killed, stopped, ended; a disk full; a lock; a password changed."""
+    monkeypatch.setattr(gathering, "BEHIND_S_MAX", 20.0)
+    faults = ["silent", "killed", "paused", "ended", "full", "locked", "refused", "lost"]
+    with ExitStack() as stack:
+        benches = {
+            fault: stack.enter_context(
+                bench_on(
+                    private_kafka if fault == "silent" else kafka,
+                    migrated,
+                    f"{fault}-{os.urandom(4).hex()}",
+                    tmp_path,
+                )
+            )
+            for fault in faults
+        }
+        disk = stack.enter_context(SmallDisk(private_postgres, "status", DISK_MIB))
+        with benches["full"].database.connect() as db:
+            db.execute(f"CREATE TABLESPACE status LOCATION '{disk.place}'")
+            db.execute("GRANT CREATE ON TABLESPACE status TO PUBLIC")
+            name = benches["full"].database.name
+            db.execute(f'ALTER DATABASE "{name}" SET default_tablespace = status')
+        workers = {fault: bench.worker("run") for fault, bench in benches.items()}
+        feeds = {
+            fault: stack.enter_context(bench.feed(rate=PER_SECOND))
+            for fault, bench in benches.items()
+            if fault in ("ended", "full", "locked")
+        }
+        for fault, bench in benches.items():
+            if fault not in feeds:
+                stack.enter_context(bench.feed(events=20)).wait()
+        for fault, bench in benches.items():
+            bench.wait_until_logged(20)
+            until(lambda bench=bench: status(bench).code == 0, f"all is well before {fault}")
+
+        # The faults.
+        private_kafka.pause()
+        workers["killed"].kill()
+        workers["paused"].pause()
+        assert workers["ended"].stop() == 0
+        ballast = disk.fill()
+        blocker = stack.enter_context(benches["locked"].database.connect(autocommit=False))
+        blocker.execute("LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE")
+        benches["refused"].set_password(workers["refused"].role, "another")
+        benches["refused"].end_sessions()
+        lose_records(benches["lost"], kafka)
+
+        # What is told at once.
+        assert_told(status(benches["ended"]), "STOP", "no process reads it; Kafka was last seen at")
+        # What is told when the facts are too old.
+        for fault in ("silent", "killed", "paused", "refused"):
+            until(
+                lambda fault=fault: status.states(benches[fault]) == {"UNKNOWN"},
+                f"{fault} is unknown",
+                seconds_max=UNKNOWN_S_MAX,
+            )
+            pid = workers[fault].pid
+            told = status(benches[fault])
+            assert_told(told, "UNKNOWN", "state unknown since", f":{pid}, has not recorded where")
+            assert "lag and rate unknown" in told.out
+            assert "caught up" not in told.out
+        until(lambda: "STALL" in status.states(benches["full"]), "the full disk is a stall")
+        assert_told(status(benches["full"]), "STALL", "records behind", "a full disk")
+        until(lambda: "stalled" in status(benches["locked"]).out, "the lock is a stall")
+        assert_told(status(benches["locked"]), "stalled", "has not moved since", "a lock")
+        until(lambda: status.states(benches["lost"]) == {"ERR"}, "the lost records are told")
+        assert_told(status(benches["lost"]), "ERR", "halted:", "Operations")
+
+        # And when it is over.
+        private_kafka.resume()
+        workers["paused"].resume()
+        blocker.rollback()
+        ballast.unlink()
+        for feed in feeds.values():
+            feed.stop()
+        for fault in ("silent", "paused", "full", "locked"):
+            until(lambda fault=fault: status.is_well(benches[fault]), f"{fault} is over")
+        for worker in workers.values():
+            worker.kill()
+        leave_tablespace(benches["full"], "status")
+
+
+def lose_records(bench: Bench, kafka: Kafka) -> None:
+    """Kafka deletes records while nobody reads them, and somebody reads on."""
+    assert bench.workers[0].stop() == 0
+    Ledger(kafka.bootstrap_servers).send(bench.topic, [b"{}"] * 10).flush()
+    kafka.delete_records(bench.topic, 0, 25)
+    bench.worker("run")
+
+
+def assert_told(told: Result, *words: str) -> None:
+    assert told.code == ExitCode.FOUND, told.out
+    for word in words:
+        assert word in told.out, told.out
+
+
+# ---------------------------------------------------------------------------------------- a standby
+
+# What only reads works there; what writes, or judges the primary, says what is missing.
+OTHERS = [
+    (["events"], 0),
+    (["events", "--json", "--limit", "1"], 0),
+    (["dead-letters", "list"], 0),
+    (["gaps", "list"], 0),
+    (["check"], ExitCode.UNAVAILABLE),
+    (["dead-letters", "retry"], ExitCode.UNAVAILABLE),
+]
+
+
+@contextmanager
+def standby_of(primary: PostgresServer) -> Iterator[PostgresServer]:
+    """A streaming standby, made by ``pg_basebackup``, that takes reading sessions."""
+    with tempfile.TemporaryDirectory(prefix="standby-", dir=primary.directory.parent) as place:
+        directory = Path(place)
+        shutil.copy(primary.directory / "password", directory)
+        owner = primary.directory.stat()
+        for path in (directory, directory / "password"):
+            os.chown(path, owner.st_uid, owner.st_gid)
+        subprocess.run(
+            [
+                *(primary.binaries / "pg_basebackup", "--pgdata", directory / "data"),
+                *("--write-recovery-conf", "--checkpoint=fast", "--no-sync"),
+                f"--dbname={primary.dsn()}",
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            user=owner.st_uid,
+            group=owner.st_gid,
+            extra_groups=[],
+        )
+        standby = PostgresServer(
+            primary.version, directory=directory, settings={**FAST_AND_UNSAFE, "hot_standby": "on"}
+        )
+        with standby:
+            yield standby
+
+
+def test_a_standby_tells_how_old_its_data_is(
+    kafka: Kafka,
+    private_postgres: PostgresServer,
+    migrated: Database,
+    status: StatusOf,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setattr(gathering, "SEEN_S_MAX", 12.0)
+    with (
+        bench_on(kafka, migrated, f"standby-{os.urandom(4).hex()}", tmp_path) as bench,
+        standby_of(private_postgres) as standby,
+    ):
+        dsn = standby.dsn(bench.database.name)
+        bench.worker("run")
+        with bench.feed(events=20) as feed:
+            feed.wait()
+
+        def is_well() -> bool:
+            told = status(bench, "--json", dsn=dsn)
+            return told.code == 0 and told.json["lag"] == 0 and told.json["offsets"] > 0
+
+        until(is_well, "the standby tells that all is well")
+        told = status(bench, dsn=dsn)
+        assert "This database is a standby. Its newest transaction was committed" in told.out
+        assert status(bench, "--json", dsn=dsn).json["standby"]["age_s"] < 12
+        assert status(bench, "--json").json["standby"] is None
+
+        for command, code in OTHERS:
+            told = status.of(bench, *command, dsn=dsn)
+            assert told.code == code, (command, told)
+
+        with psycopg.connect(dsn, autocommit=True) as db:
+            db.execute("SELECT pg_wal_replay_pause()")
+        applied = "standby: this database is a standby that has applied no transaction since"
+        until(lambda: applied in status(bench, dsn=dsn).out, "its data is too old")
+        assert_told(status(bench, dsn=dsn), "its replay is paused", "lag and rate unknown")
+        assert "start `pipeline" not in status(bench, dsn=dsn).out
+        assert status(bench).code == 0

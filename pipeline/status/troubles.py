@@ -47,7 +47,7 @@ def of_partitions(
                     "wrong",
                     name,
                     _why_unknown(one, looked_at),
-                    "see whether that process runs. If it does, its log says whether it waits for "
+                    "see whether that process runs. If it does, read its log: it may wait for "
                     "Kafka or for the database (not reachable, a refused login, a full disk)"
                     + (", or whether this standby lags" if standby else ""),
                 )
@@ -57,7 +57,8 @@ def of_partitions(
                     name,
                     f"no process reads it; Kafka was last seen at "
                     f"{_when(one.seen_at, looked_at)}. Events are not getting through",
-                    "start `pipeline run`",
+                    "start `pipeline run`; if it runs, read its log: it may have lost Kafka or the "
+                    "database",
                 )
             case "STALL":
                 yield Trouble(

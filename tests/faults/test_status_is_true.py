@@ -148,7 +148,7 @@ def test_no_fault_is_told_as_all_is_well(
         with benches["locked"].database.connect(autocommit=False) as blocker:
             blocker.execute("LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: "stalled" in status(benches["locked"]).out, "the lock is a stall")
-        assert_told(status(benches["locked"]), "has not moved since", "a lock")
+            assert_told(status(benches["locked"]), "has not moved since", "a lock")
         benches["locked"].set_password(workers["locked"].role, "another")
         benches["locked"].end_sessions()
         until(lambda: status.states(benches["ended"]) == {"ERR"}, "the lost records are told")

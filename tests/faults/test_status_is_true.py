@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -76,6 +77,14 @@ class StatusOf:
         assert told.code == (ExitCode.DONE if told.json["ok"] else ExitCode.FOUND)
         return {one["state"] for one in told.json["partitions"]}
 
+    def has_code(self, bench: Bench, code: int) -> bool:
+        """Whether it ends with this exit code."""
+        return self(bench).code == code
+
+    def is_unknown(self, bench: Bench) -> bool:
+        """Whether it says that of every partition."""
+        return self.states(bench) == {"UNKNOWN"}
+
     def is_well(self, bench: Bench) -> bool:
         """Whether it says that everything came through."""
         told = self(bench, "--json")
@@ -136,7 +145,7 @@ def test_no_fault_is_told_as_all_is_well(
                 stack.enter_context(bench.feed(events=20)).wait()
         for fault, bench in benches.items():
             bench.wait_until_logged(20)
-            until(lambda bench=bench: status(bench).code == 0, f"all is well before {fault}")
+            until(partial(status.has_code, bench, 0), f"all is well before {fault}")
 
         private_kafka.pause()
         workers["killed"].kill()
@@ -159,7 +168,7 @@ def test_no_fault_is_told_as_all_is_well(
         assert_told(status(benches["full"]), "a full disk")
         for fault in ("killed", "paused", "locked"):
             until(
-                lambda fault=fault: status.states(benches[fault]) == {"UNKNOWN"},
+                partial(status.is_unknown, benches[fault]),
                 f"{fault} is unknown",
                 seconds_max=UNKNOWN_S_MAX,
             )
@@ -176,7 +185,7 @@ def test_no_fault_is_told_as_all_is_well(
         for feed in feeds.values():
             feed.stop()
         for fault in ("silent", "paused", "full"):
-            until(lambda fault=fault: status.is_well(benches[fault]), f"{fault} is over")
+            until(partial(status.is_well, benches[fault]), f"{fault} is over")
 
 
 def leave_disk(bench: Bench, disk: SmallDisk) -> None:

@@ -1,6 +1,7 @@
 """How things stand: what `pipeline status` tells, from the database alone."""
 
 import random
+import re
 
 import pytest
 from sqlalchemy import text
@@ -132,7 +133,7 @@ def test_nothing_old_is_shown_as_current(log, pipeline):
     assert result.code == 1
     assert "lag and rate unknown" in result.out.splitlines()[0]
     assert "records/s" not in result.out
-    assert "45 s ago" in result.out
+    assert re.search(r"(4[5-9]|[5-9]\d) s ago", result.out)
     assert "state unknown since" in result.out
     one = partition_of(log)
     assert (one.lag, one.lag_s, one.rate, seen(log).lag, seen(log).rate) == (None,) * 5

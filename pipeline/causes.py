@@ -273,6 +273,14 @@ POSTGRES_SCHEMA = _misconfigured(
     "lacks something that `pipeline migrate` makes",
     "Run `pipeline check`, then `pipeline migrate`; what was dropped by hand comes from a backup",
 )
+POSTGRES_FOREIGN_CODE = _misconfigured(
+    "was stopped by code of somebody else: a trigger or a function raised an error",
+    "Have its owner change it, or drop the trigger",
+)
+POSTGRES_OTHER_TABLES = _misconfigured(
+    "has a table of ours that somebody has changed: a statement does not fit it",
+    "Run `pipeline check`; undo the change",
+)
 POSTGRES_FULL_OF_SESSIONS = _outage(
     "takes no more connections: all its slots are in use",
     "Close sessions, or raise max_connections or the role's CONNECTION LIMIT",
@@ -284,6 +292,10 @@ POSTGRES_NO_ROOM = _outage(
 POSTGRES_READ_ONLY = _outage(
     "is read-only: a standby, or a server on which writing was stopped",
     "Connect to the primary (HOST1,HOST2 in PIPELINE_DATABASE_URL finds it), or allow writing",
+)
+POSTGRES_PARAMETER = _misconfigured(
+    "cannot be asked: libpq refuses a parameter of the connection",
+    "Correct it in PIPELINE_DATABASE_URL, in libpq's variables (PG…) or its service file",
 )
 POSTGRES_STARTS = _outage("is starting or stopping", "It passes; if it lasts, see the server's log")
 POSTGRES_BROKE = _outage(
@@ -302,6 +314,7 @@ LOGINS = frozenset({KAFKA_LOGIN, POSTGRES_LOGIN})
 # Longest prefix wins. Codes that blame a record, or that only a defect brings, are in `errors`.
 SQLSTATES: Mapping[str, Cause] = {
     "08": POSTGRES_BROKE,
+    "0A": POSTGRES_OTHER_TABLES,
     "25006": POSTGRES_READ_ONLY,
     "25P03": POSTGRES_CONFLICT,
     "25P04": POSTGRES_CONFLICT,
@@ -314,6 +327,8 @@ SQLSTATES: Mapping[str, Cause] = {
     "42703": POSTGRES_SCHEMA,
     "42883": POSTGRES_SCHEMA,
     "42P01": POSTGRES_SCHEMA,
+    "42P10": POSTGRES_OTHER_TABLES,
+    "42804": POSTGRES_OTHER_TABLES,
     "53": POSTGRES_RESOURCES,
     "53100": POSTGRES_NO_ROOM,
     "53300": POSTGRES_FULL_OF_SESSIONS,
@@ -322,6 +337,7 @@ SQLSTATES: Mapping[str, Cause] = {
     "57014": POSTGRES_CONFLICT,
     "57P03": POSTGRES_STARTS,
     "57P04": POSTGRES_NO_DATABASE,
+    "P0": POSTGRES_FOREIGN_CODE,
     "58": _outage("has trouble with its disk", "See the server's log; the work is repeated"),
 }
 
@@ -350,6 +366,8 @@ LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
                 r"failed to resolve host|name resolution|nodename nor servname"), UNKNOWN_HOST),
     (re.compile(r"(?i)connection refused|No such file or directory"), REFUSED_PORT),
     (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),
+    (re.compile(r"(?i)definition of service|service file|bad value for|"
+                r"invalid \S+ value|invalid port|invalid connection option"), POSTGRES_PARAMETER),
     (re.compile(r"(?i)timeout|timed out"), TIMED_OUT),
 )  # fmt: skip
 """By what libpq or the server says of a connection that failed."""

@@ -19,7 +19,7 @@ import psycopg
 import structlog
 from psycopg.abc import PQGen
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, ExceptionContext, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import causes, handshakes, session, stored_times
@@ -120,6 +120,7 @@ def open_engine(
         _dialect: object, _record: object, _arguments: list[Any], options: dict[str, Any]
     ) -> "_Session":
         connection = address.connect(options)
+        connection.where = address.where
         connection.answer_s_max = session.PROBE_S_MAX
         try:
             probe = partial(_probe, connection, address.parameters)
@@ -133,11 +134,6 @@ def open_engine(
         if limits.answer is not None:
             connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()
         return connection
-
-    @event.listens_for(engine, "handle_error")
-    def name_the_server(context: ExceptionContext) -> None:
-        if isinstance(context.original_exception, psycopg.Error):
-            place(context.original_exception, address.where)
 
     return engine
 
@@ -205,7 +201,7 @@ class _Address:
     def _connect(self, options: Mapping[str, Any]) -> "_Session":
         try:
             return _Session.connect(**{**self.parameters, **options})
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
             refused = session.login_refused(error, self.where)
             unreachable = UnreachableError(self._explained(str(error)))
         if refused is not None:
@@ -283,6 +279,8 @@ class _Session(psycopg.Connection[Any]):
     own is looked at.
     """
 
+    where: str | None = None
+    """Host, port, database and user, for messages."""
     answer_s_max: float | None = None
     _given_up: SilentServerError | None = None
     _blocked_by: str | None = None
@@ -296,8 +294,11 @@ class _Session(psycopg.Connection[Any]):
         self._blocked_by = None
         try:
             return super().wait(self._watched(gen), *arguments, **options)
-        except psycopg.errors.LockNotAvailable as refused:
-            refused.add_note(self._blocked_by or NOT_SEEN)
+        except psycopg.Error as refused:
+            if self.where:
+                place(refused, self.where)
+            if isinstance(refused, psycopg.errors.LockNotAvailable):
+                refused.add_note(self._blocked_by or NOT_SEEN)
             raise
 
     def _watched(self, gen: PQGen[Result]) -> Generator[Any, Any, Result]:

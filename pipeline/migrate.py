@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints, locks, roles
-from pipeline.db import LOG_SCHEMA, open_engine, transaction, translated
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata, open_engine, transaction, translated
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
+from pipeline.foreign_objects import refuse_foreign_objects
 from pipeline.settings import load_settings
 
 log = structlog.get_logger(__name__)
@@ -306,6 +307,18 @@ def check_schema(engine: Engine) -> None:
             f"database schema is at revision {found or 'none'}, this program needs {wanted}: "
             "run `pipeline migrate`"
         )
+
+
+def check_tables(engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHEMA)) -> None:
+    """Raise if something of others on our tables would change what a command writes.
+
+    Raises:
+        ConfigurationError: A trigger, rule, policy or column of somebody else, or a table that is
+            gone; the text names each and says what to do.
+    """
+    declare_tables()
+    with transaction(engine) as db:
+        refuse_foreign_objects(db, metadata.tables.values(), schemas)
 
 
 def revision(message: str, url: str) -> None:

@@ -56,6 +56,8 @@ def translate(error: psycopg.Error) -> PipelineError:
     message = f"{server}: {type(error).__name__} ({sqlstate})"
     if table := error.diag.table_name:
         message += f" in {table}"
+    if constraint := error.diag.constraint_name:
+        message += f", constraint {constraint}"
     # Only a missing segment has no constraint to name: a CHECK names itself.
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)
@@ -72,7 +74,14 @@ def translate(error: psycopg.Error) -> PipelineError:
 _NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
+_FUNCTION = re.compile(r"PL/pgSQL function (\S+?\(.*?\)) line \d+")
+
+
 def _object_of(error: psycopg.Error) -> str:
+    if (error.sqlstate or "").startswith("P0"):
+        # Only the function's name: the rest of the context may quote values.
+        raised_by = _FUNCTION.match(error.diag.context or "")
+        return f"function {raised_by[1]}" if raised_by else ""
     # A RAISE in somebody's function may use such a code, and say anything.
     is_servers_own = error.diag.source_function != "exec_stmt_raise"
     if not (is_servers_own and _NAMING.fullmatch(error.sqlstate or "")):

@@ -11,9 +11,10 @@ from pipeline.check.findings import Finding, ok, warning, wrong
 from pipeline.check.keying import look_at_keying
 from pipeline.check.promises import Promise
 from pipeline.check.rights import look_at_rights
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
-from pipeline.errors import ConfigurationError
-from pipeline.migrate import check_schema
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata, transaction
+from pipeline.errors import ConfigurationError, ExitCode
+from pipeline.foreign_objects import foreign_objects
+from pipeline.migrate import check_schema, declare_tables
 from pipeline.projection import Projector
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.fingerprint import fingerprint
@@ -32,6 +33,7 @@ def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterato
     yield ok("database", "schema is current")
     with transaction(engine) as db:
         yield from look_at_rights(db)
+        yield from _foreign_objects(db)
         yield from _log(db)
         yield from look_at_keying(db)
         yield from _read_models(db, projectors)
@@ -219,6 +221,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+# ------------------------------------------------------------------------------- what others added
+
+
+def _foreign_objects(db: Connection) -> Iterator[Finding]:
+    declare_tables()
+    found = foreign_objects(db, metadata.tables.values())
+    for one in found:
+        yield wrong(
+            "database",
+            f"{one.table} {one.what}",
+            one.fix,
+            Promise.FAITHFUL_LOG if one.table.startswith(LOG_SCHEMA) else Promise.CONVERGENCE,
+            code=ExitCode.CONFIGURATION,
+        )
+    if not found:
+        yield ok("database", "no trigger, rule or policy of others changes what is written")
 
 
 # ------------------------------------------------------------------------------------------- log

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,11 +22,11 @@ from pipeline.cli.app import app, database_of, projection_limits, settings_of, v
 from pipeline.cli.tally import Tally
 from pipeline.cli.terminal import Gauge
 from pipeline.cli.workers import WORKERS_MAX, become_worker
-from pipeline.db import transaction
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
 from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest
 from pipeline.ingest import Progress as Ingested
-from pipeline.migrate import check_schema
+from pipeline.migrate import check_schema, check_tables
 from pipeline.outages import OutagePolicy
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.declaration import Projector
@@ -185,7 +185,8 @@ def _flow(ctx: typer.Context, command: str, workers: int, *, until_end: bool) ->
         log.info("started", command=command, **_who(settings), **versions())
         begun, tally = time.monotonic(), Tally()
         try:
-            _wait_for_schema(engine, stop, until_end=until_end)
+            schemas = (LOG_SCHEMA,) if command == "ingest" else (LOG_SCHEMA, READ_SCHEMA)
+            _wait_for_schema(engine, stop, schemas, until_end=until_end)
             if worker == 1 and command != "project":
                 _tell_of_too_many(settings, workers)
             yield Job(settings, engine, stop, worker, tally)
@@ -241,12 +242,15 @@ def _tell_of_too_many(settings: Settings, workers: int) -> None:
         )
 
 
-def _wait_for_schema(engine: Engine, stop: threading.Event, *, until_end: bool) -> None:
+def _wait_for_schema(
+    engine: Engine, stop: threading.Event, schemas: Sequence[str], *, until_end: bool
+) -> None:
     """Check the schema as soon as the database is there, or return when told to stop."""
     outages = OutagePolicy(waits_forever=not until_end)
     while not stop.is_set():
         try:
             check_schema(engine)
+            check_tables(engine, schemas)
         except TransientError as error:
             stop.wait(outages.on_error(error))
         else:

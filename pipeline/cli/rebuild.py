@@ -13,7 +13,7 @@ from pipeline.cli.app import app, database_of, projection_limits, settings_of
 from pipeline.cli.flow import show_projection
 from pipeline.cli.terminal import Gauge, emit, say, table
 from pipeline.errors import ExitCode
-from pipeline.migrate import check_schema
+from pipeline.migrate import check_schema, check_tables
 from pipeline.projection import Projector
 from pipeline.projection.rebuild import (
     Difference,
@@ -90,6 +90,7 @@ def rebuild(
         stopped_by_signals() as stop,
     ):
         check_schema(engine)
+        check_tables(engine)
         try:
             if in_place:
                 for projector in chosen:

@@ -14,7 +14,7 @@ from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.log.comparison import Comparison
 from pipeline.log.search import Wanted, ranges
-from pipeline.migrate import check_schema
+from pipeline.migrate import check_schema, check_tables
 from pipeline.positions import NextOffset, OffsetRange, Partition
 from pipeline.rewind import Goal, Step, execute, plan
 from pipeline.source import Brokers
@@ -74,6 +74,7 @@ def rewind(
     done: list[tuple[Step, Comparison]] = []
     with database_of(settings, "rewind") as engine:
         check_schema(engine)
+        check_tables(engine)
         partitions = _partitions(engine, wanted, place)
         brokers = Brokers(settings)
         try:

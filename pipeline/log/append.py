@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from pipeline import failpoints
 from pipeline.db import translated
-from pipeline.errors import FencedError, InvariantError, PoisonRecordError
+from pipeline.errors import ConfigurationError, FencedError, InvariantError, PoisonRecordError
 from pipeline.events import Row
 from pipeline.log.copying import COLUMNS, HEADER, TRAILER, Encoded, decode, encode
 from pipeline.positions import Epoch, NextOffset, Partition
@@ -88,6 +88,7 @@ def append(db: Connection, rows: Sequence[Encoded], advances: Mapping[Partition,
         MissingSegmentError: No segment covers an offset. Roll back, make it, repeat.
         TransientError: The server went away. Roll back and repeat.
         InvariantError: A row is in the log already.
+        ConfigurationError: PostgreSQL stored fewer rows, for somebody's trigger left them out.
     """
     connection = driver_of(db)
     descriptor = connection.fileno()
@@ -157,12 +158,21 @@ def copy_rows(connection: psycopg.Connection, rows: list[Encoded], statement: st
 
 def _copy(connection: psycopg.Connection, rows: Sequence[Encoded], statement: str) -> None:
     half = len(rows) // 2
-    with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        copy.write(HEADER)
-        _send(copy, rows[:half])
-        failpoints.reach("mid_copy", connection_fd=connection.fileno())
-        _send(copy, rows[half:])
-        copy.write(TRAILER)
+    with connection.cursor() as cursor:
+        with cursor.copy(statement) as copy:
+            copy.write(HEADER)
+            _send(copy, rows[:half])
+            failpoints.reach("mid_copy", connection_fd=connection.fileno())
+            _send(copy, rows[half:])
+            copy.write(TRAILER)
+        cursor.set_result(0)
+        stored = cursor.rowcount
+    if stored != len(rows):
+        raise ConfigurationError(
+            f"of {len(rows):,} rows PostgreSQL stored {stored:,}, without an error: a "
+            "trigger or rule of somebody else on the table leaves rows out. Nothing is stored and "
+            "nothing is lost. `pipeline check` names it, with its owner"
+        )
 
 
 def _send(copy: psycopg.Copy, rows: Sequence[Encoded]) -> None:

@@ -402,6 +402,18 @@ def log_commit_failure(error: KafkaError) -> None:
         return
     # After a rebalance all that are on their way come back at once.
     if times := _skipped_commits.times_due(error.name()):
+        cause = causes.of_kafka(error.name(), error.str())
+        if cause.verdict is causes.Verdict.MISCONFIGURED:
+            what = cause.what.format(group=repr(_standing.target.group))
+            log.warning(
+                "kafka_commit_refused",
+                error=error.name(),
+                reason=f"Kafka at {_standing.where('')} {what}",
+                effect="events still arrive, until the group is joined again: then it is refused",
+                action=cause.fix,
+                times_since=times,
+            )
+            return
         log.info(
             "kafka_commit_skipped",
             error=error.name(),

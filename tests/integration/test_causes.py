@@ -48,6 +48,29 @@ def test_a_code_of_kafka_that_no_entry_names_is_waited_for_and_not_called_busy()
     assert causes.of_kafka("A_CODE_TO_COME", "") is causes.KAFKA_UNEXPECTED
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        'definition of service "nosuch" not found',
+        'invalid sslmode value: "verify-fulll"',
+        'invalid port number: "99999"',
+        "bad value for connect_timeout: 'abc'",
+    ],
+)
+def test_a_parameter_that_libpq_refuses_is_no_outage(words):
+    assert causes.of_libpq(words) is causes.POSTGRES_PARAMETER
+
+
+def test_a_url_with_a_wrong_parameter_is_named_by_it():
+    commands = Commands(database_url="postgresql://me:secret@127.0.0.1:1/x?connect_timeout=abc")
+
+    result = commands.run("gaps", "list")
+
+    assert result.code == CONFIGURATION
+    assert "bad value for connect_timeout: 'abc'" in result.err
+    assert "secret" not in result.err
+
+
 @pytest.mark.parametrize("of", [partial(causes.of_kafka, "_SSL"), causes.of_libpq])
 @pytest.mark.parametrize(
     ("words", "cause"),

@@ -74,10 +74,16 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
             "does not exist: somebody has dropped it",
             "restore it from a backup; a read model can then be filled by `pipeline rebuild`",
         )
-        for name in db.execute(_MISSING, {"tables": names}).scalars()
+        for name in dropped_tables(db, tables)
     ]
     found = db.execute(_FOUND, {"tables": names, "columns": columns})
     return [*missing, *(_described(*row) for row in found)]
+
+
+def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
+    """Those of these tables that do not exist, with their schemas."""
+    names = [f"{one.schema}.{one.name}" for one in tables]
+    return db.execute(_MISSING, {"tables": names}).scalars().all()
 
 
 def refuse_foreign_objects(

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline import failpoints, locks, roles
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata, open_engine, transaction, translated
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
-from pipeline.foreign_objects import refuse_foreign_objects
+from pipeline.foreign_objects import dropped_tables, refuse_foreign_objects
 from pipeline.settings import load_settings
 
 log = structlog.get_logger(__name__)
@@ -106,6 +106,7 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
                 _owner(found)(db)
                 db.commit()
                 _refuse_newer(db)
+                _refuse_dropped_tables(db)
                 _close_personal_columns(db, found)
                 _upgrade(db, note)
                 grants = []
@@ -396,6 +397,18 @@ def _refuse_newer(db: Connection) -> None:
             f"database schema is at revision {found}, which this version of the program does not "
             "know: it was migrated by a newer one. Install that version"
         )
+
+
+def _refuse_dropped_tables(db: Connection) -> None:
+    """Migrations make a table once: what was dropped since then they do not bring back."""
+    if _revision_of(db) == _scripts().get_current_head():
+        declare_tables()
+        if gone := dropped_tables(db, metadata.tables.values()):
+            raise ConfigurationError(
+                f"dropped by somebody: {', '.join(gone)}. Migrations have made them before and do "
+                "not make them again: restore them from a backup. Then `pipeline rebuild` fills "
+                "read models"
+            )
 
 
 if __name__ == "__main__":

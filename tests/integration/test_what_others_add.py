@@ -90,6 +90,10 @@ def test_a_command_that_writes_refuses_and_check_names_it(
     found = pipeline(commands, "check")
 
     assert words in found.out
+    if "dropped" in added:
+        migrated = pipeline(commands, "migrate")
+        assert migrated.code == ExitCode.CONFIGURATION
+        assert "dropped by somebody: upvest.orders. Migrations have made them" in migrated.err
     if "policy" in added:
         given.execute(f"DROP OWNED BY {role}")
         given.execute(f"DROP ROLE {role}")
@@ -115,7 +119,8 @@ def test_what_somebodys_trigger_raises_is_named_by_its_function_and_without_its_
     given([order_event("NEW", at=1)])
     given.execute(FUNCTIONS)
     given.execute(
-        "CREATE TRIGGER o AFTER INSERT ON upvest.orders FOR EACH ROW EXECUTE FUNCTION public.object()"
+        "CREATE TRIGGER o AFTER INSERT ON upvest.orders FOR EACH ROW "
+        "EXECUTE FUNCTION public.object()"
     )
 
     with pytest.raises(ConfigurationError) as refused:

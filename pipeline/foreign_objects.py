@@ -60,7 +60,10 @@ ORDER BY 1, 2, 3
 """)
 _MISSING = text("""
 SELECT wanted FROM unnest(CAST(:tables AS text[])) AS wanted
-WHERE to_regclass(wanted) IS NULL ORDER BY 1
+WHERE NOT EXISTS (
+    SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE format('%s.%s', n.nspname, c.relname) = wanted)
+ORDER BY 1
 """)
 
 

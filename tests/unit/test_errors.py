@@ -63,7 +63,7 @@ ORDERS = Partition("orders", 3)
         ("23P01", InvariantError),  # exclusion_violation
         ("25P02", InvariantError),  # in_failed_sql_transaction
         ("42601", InvariantError),  # syntax_error
-        ("42804", InvariantError),  # datatype_mismatch
+        ("42804", ConfigurationError),  # datatype_mismatch: somebody changed a column of ours
         ("54011", InvariantError),  # too_many_columns
         ("XX000", InvariantError),  # internal_error
         ("XX001", InvariantError),  # data_corrupted

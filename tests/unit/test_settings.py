@@ -328,7 +328,7 @@ def test_every_spelling_of_postgresql_is_understood(scheme):
         ("postgresql://u:p%2Fw@h1,h2:5433/d", "h1:5432,h2:5433/d"),
         ("postgresql:///d?host=/run/postgresql&port=5433", "/run/postgresql:5433/d"),
         ("postgresql://%2Frun%2Fpostgresql/d", "/run/postgresql:5432/d"),
-        ("postgresql://u:p@[::1]:5433/d", "::1:5433/d"),
+        ("postgresql://u:p@[::1]:5433/d", "[::1]:5433/d"),
         ("postgresql:///?service=upvest", "service upvest"),
         ("postgresql://h/d?options=-c%20geqo%3Doff&sslmode=require", "h:5432/d"),
     ],

@@ -44,6 +44,8 @@ from tests.servers.secured import (
 
 NEWEST, OLDEST = 18, 15
 
+# Who logs in by this mechanism does so again, so that a changed password ends connections.
+ENDS_SESSIONS = {"listener.name.good.scram-sha-256.connections.max.reauth.ms": "4000"}
 SERVERS_15 = {"postgres_server_15", "secured_postgres"}
 
 NOT_RUN = pytest.StashKey[dict[str, list[str]]]()
@@ -169,7 +171,7 @@ def secured_kafka(_servers: ExitStack) -> SecuredKafka:
 
     Every test makes users, topics and groups of its own.
     """
-    return _servers.enter_context(start_secured_kafka())
+    return _servers.enter_context(start_secured_kafka(ENDS_SESSIONS))
 
 
 @pytest.fixture(scope="session")

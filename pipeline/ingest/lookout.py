@@ -103,9 +103,10 @@ class Lookout:
             if isinstance(refusal, ForbiddenTopicError)
         ]
         topics = {refusal.partition.topic for refusal in forbidden} - self.absent
-        with self._brokers.probing():
-            readable = {topic for topic in topics if self._brokers.may_read(topic)}
-        self._assignment.retake([p for p in self._assignment.refusals if p.topic in readable])
+        if topics:  # each client is one more login
+            with self._brokers.probing():
+                readable = {topic for topic in topics if self._brokers.may_read(topic)}
+            self._assignment.retake([p for p in self._assignment.refusals if p.topic in readable])
         if not forbidden or self._machine.owned:
             self._forbidden_since = None
             return

@@ -29,6 +29,7 @@ from pipeline.errors import (
     ConfigurationError,
     GroupFencedError,
     MemberReplacedError,
+    PipelineError,
     SharedGroupError,
     TransientError,
 )
@@ -133,13 +134,24 @@ class Ingest:
                 try:
                     self._serve_membership()
                 except (TransientError, ConfigurationError) as error:
-                    self._stop.wait(self._outages.on_error(error))
-                    # A refused login: somebody may have changed the password.
-                    self._settings = self._settings.with_fresh_logins()
+                    if not self._has_fresh_login(error):
+                        self._stop.wait(self._outages.on_error(error))
+                        self._has_fresh_login(error)
                 except MemberReplacedError as error:
                     self._bear_replacement(error)
                 else:
                     break
+
+    def _has_fresh_login(self, error: PipelineError) -> bool:
+        """Whether a login was refused and there is another one now, which is used from now on."""
+        if not (isinstance(error, ConfigurationError) and error.is_login):
+            return False
+        before = self._settings.kafka_client()
+        self._settings = self._settings.with_fresh_logins()
+        if self._settings.kafka_client() == before:
+            return False
+        log.info("password_read_again", server="Kafka", effect="the new login is used")
+        return True
 
     def _bear_replacement(self, error: MemberReplacedError) -> None:
         """Let the loop join anew, unless somebody else wants our place for good."""

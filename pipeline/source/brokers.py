@@ -152,6 +152,8 @@ class Brokers:
         """Ask no more."""
         listens_no_more(self.serve)
         closes(self._consumer)
+        # It has no close(), and as long as it is there it logs in again and again.
+        del self._admin
 
     # ------------------------------------------------------------------------ what there is
 

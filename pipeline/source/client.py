@@ -99,7 +99,7 @@ def opened(client: Callable[[], _Client], settings: Settings) -> _Client:
     Raises:
         ConfigurationError: It refuses an option; which, and why, without any value of ours.
     """
-    _standing.target = _Target.of(settings)
+    _standing.begins(_Target.of(settings))
     try:
         return client()
     except KafkaException as refused:
@@ -245,6 +245,14 @@ class _Standing:
         # That all brokers are unavailable is reported after the reason of each.
         if error.name() != "_ALL_BROKERS_DOWN":
             self._reported = (time.monotonic(), error.name(), error.str())
+
+    def begins(self, target: _Target) -> None:
+        """A client is made: what others reported before does not explain what it meets.
+
+        It may log in with another password than they did.
+        """
+        self.target = target
+        self._reported = None
 
     def answered(self) -> None:
         self._reported = None

@@ -43,11 +43,11 @@ def _events_that_people_see() -> set[str]:
             functions = [node for node in ast.walk(call.func) if isinstance(node, ast.Attribute)]
             if not {node.attr for node in functions} & {"warning", "error", "critical"}:
                 continue
-            match call.args[0]:
-                case ast.Constant(value=str(event)):
-                    found.add(event)
-                case ast.Name(id=variable):
-                    found |= _texts_given_to(variable, tree)
+            name = call.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                found.add(name.value)
+            elif isinstance(name, ast.Name):
+                found |= _texts_given_to(name.id, tree)
     return found
 
 

@@ -191,8 +191,14 @@ def _brief(partitions: Iterable[Partition]) -> str:
     )
 
 
+_AGE_S_MAX = -timedelta.min // timedelta(seconds=1)
+"""PostgreSQL knows times, infinity among them, that are further apart than Python's spans reach."""
+
+
 def _age(seconds: float | None) -> Cell:
-    return None if seconds is None else duration(timedelta(seconds=seconds))
+    if seconds is None:
+        return None
+    return duration(timedelta(seconds=max(-_AGE_S_MAX, min(seconds, _AGE_S_MAX))))
 
 
 def _show_recent(recent: Recent) -> None:

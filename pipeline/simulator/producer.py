@@ -185,6 +185,8 @@ class Producer:
             except BufferError:
                 self._serve(_WAIT_SECONDS)
             except KafkaException as failed:
+                if failed.args[0].code() == KafkaError._FATAL:  # noqa: SLF001 - its public name
+                    self._flush(_WAIT_SECONDS)  # brings the reason, which this error does not say
                 self._failed = self._failed or failed.args[0]
                 self._topic_failed = self._topic_failed or record.topic
                 self._check()

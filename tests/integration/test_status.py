@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.event import listen
 
+from pipeline.cli.status import _age
 from pipeline.db import transaction
 from pipeline.log.search import first_since
 from pipeline.positions import Partition
@@ -498,3 +499,8 @@ def test_watching_looks_again_until_it_is_stopped(log):
 
     assert code == 0
     assert watching.err == []
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), 1e15, -1e15])
+def test_an_age_that_python_cannot_count_is_shown(seconds):
+    assert str(_age(seconds)).endswith((" d", " s"))

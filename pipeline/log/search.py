@@ -12,7 +12,19 @@ from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, or_, select, text, true
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    or_,
+    select,
+    text,
+    true,
+)
 
 from pipeline.log.tables import consumer_offsets, events
 from pipeline.positions import NextOffset, OffsetRange, Partition
@@ -138,11 +150,11 @@ _ENVELOPE = [
 SEARCH = select(*_ENVELOPE)
 SEARCH_WITH_CONTENT = select(
     *_ENVELOPE,
-    events.c.payload.op("#>>")(text("'{}'")).label("payload"),
+    cast(events.c.payload, Text).label("payload"),
     events.c.raw,
     events.c.key,
     # As text, as the payload: a number in it could be rounded on its way.
-    events.c.headers.op("#>>")(text("'{}'")).label("headers"),
+    cast(events.c.headers, Text).label("headers"),
 )
 
 

@@ -196,11 +196,6 @@ KAFKA_CODES: Mapping[str, Cause] = {
 }
 """By librdkafka's name. Any other code is ``KAFKA_UNEXPECTED``, and is waited for."""
 
-KAFKA_HINT_AT_PROTOCOL = r"(?i)incorrect security\.protocol|connecting to a \S+ (broker )?listener"
-"""What librdkafka says when a broker closes a connection at the first request."""
-KAFKA_SPEAKS_TLS, KAFKA_SPEAKS_NO_TLS = "the port speaks TLS", "the port speaks Kafka without TLS"
-"""What `source` adds where a handshake of its own has shown that."""
-
 # In this order: the first that is found counts.
 KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(TLS_ALERT_ON_CERTIFICATE), WANTS_OUR_CERTIFICATE),
@@ -221,9 +216,8 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)unsupported SASL mechanism|mechanism .* not (enabled|supported)"),
      KAFKA_MECHANISM),
     (re.compile(r"(?i)SASL auth|authentication failed"), KAFKA_LOGIN),
-    (re.compile(KAFKA_SPEAKS_TLS), KAFKA_WANTS_TLS),
-    (re.compile(KAFKA_SPEAKS_NO_TLS), NO_TLS),
-    (re.compile(KAFKA_HINT_AT_PROTOCOL), KAFKA_CLOSES),
+    (re.compile(r"(?i)incorrect security\.protocol|connecting to a \S+ (broker )?listener"),
+     KAFKA_CLOSES),
     (re.compile(r"(?i)failed to resolve"), UNKNOWN_HOST),
     (re.compile(r"(?i)connection refused"), REFUSED_PORT),
     (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),

@@ -1,4 +1,4 @@
-"""What somebody else has put on our tables, or taken from them, so that writing is not as it was.
+"""Changes that other people made to our tables, and that change or prevent what we store there.
 
 A trigger that runs before a row is stored, or a rule, may change the row or leave it out without an
 error. A security policy, a column that must have a value or a table that is gone stop us with an
@@ -106,7 +106,8 @@ def refuse_foreign_objects(
     if found:
         named = "; ".join(f"{one.table} {one.what}" for one in found)
         raise ConfigurationError(
-            f"what is written may not be what is stored: {named}. Nothing was written. To fix it: "
+            "somebody has changed tables of this program, so what it writes may be stored in "
+            f"another form, or not at all: {named}. Nothing was written. To fix it: "
             + "; ".join(dict.fromkeys(one.fix for one in found))
         )
 

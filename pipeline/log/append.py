@@ -24,7 +24,7 @@ class Advance(NamedTuple):
             have gaps.
         new: The next offset behind the batch.
         high_watermark: Kafka's end as last seen, None if not seen.
-        seen_at: When that was, by ``time.monotonic()``; None for now.
+        seen_at: When that was, by ``time.monotonic()``; None counts as this moment.
     """
 
     held: Epoch
@@ -165,13 +165,15 @@ def _copy(connection: psycopg.Connection, rows: Sequence[Encoded], statement: st
             failpoints.reach("mid_copy", connection_fd=connection.fileno())
             _send(copy, rows[half:])
             copy.write(TRAILER)
-        cursor.set_result(0)
+        cursor.set_result(0)  # of COPY itself: until then the cursor has no row count
         stored = cursor.rowcount
     if stored != len(rows):
+        info = connection.info
         raise ConfigurationError(
-            f"of {len(rows):,} rows PostgreSQL stored {stored:,}, without an error: a "
-            "trigger or rule of somebody else on the table leaves rows out. Nothing is stored and "
-            "nothing is lost. `pipeline check` names it, with its owner"
+            f"PostgreSQL at {info.host}:{info.port}/{info.dbname} for user {info.user} stored "
+            f"{stored:,} of {len(rows):,} rows of the log, without an error: a trigger or rule of "
+            "somebody else leaves rows out. The batch was rolled back, and nothing is lost. "
+            "`pipeline check` names the trigger, with its owner"
         )
 
 

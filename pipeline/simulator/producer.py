@@ -11,10 +11,12 @@ from confluent_kafka import Producer as KafkaProducer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from pipeline.causes import KAFKA_CODES
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.positions import Offset
 from pipeline.redaction import without
 from pipeline.simulator.records import Record
+from pipeline.source.client import begins, report, translated
 
 _ANSWER_SECONDS_MAX: Final = 30.0
 _QUEUE_RECORDS_MAX: Final = 50_000
@@ -48,7 +50,8 @@ class Producer:
             more than an hour ahead.
 
     Raises:
-        ConfigurationError: From every method: a topic does not exist, or an option is wrong.
+        ConfigurationError: From every method: a topic does not exist, an option is wrong, or Kafka
+            refuses a login or a right.
         TransientError: From every method: no answer in time, or a record was not delivered.
     """
 
@@ -59,13 +62,18 @@ class Producer:
         on_delivery: Delivered | None = None,
         simulated_time: bool = False,
     ) -> None:
-        self._options = {"logger": logging.getLogger("librdkafka"), **options}
+        self._options = {
+            "logger": logging.getLogger("librdkafka"),
+            "error_cb": report,
+            **options,
+        }
         self._on_delivery = on_delivery
         self._simulated_time = simulated_time
         self._failed: KafkaError | None = None
         self._topic_failed: str | None = None
         self._topic_last: str | None = None
         self._topics: dict[str, int] = {}
+        begins(options)
         try:
             self._client = KafkaProducer(
                 {
@@ -102,12 +110,13 @@ class Producer:
                 answer.result()
             except KafkaException as refused:
                 error = refused.args[0]
-                if error.code() == KafkaError._TIMED_OUT:  # noqa: SLF001 - the client's public name
-                    raise TransientError(f"topic {topic}: {error.str()}") from None
+                if error.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                    continue
                 if error.code() in _NOT_ALLOWED:
                     raise self._not_allowed("CREATE", topic, error) from None
-                if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise ConfigurationError(f"topic {topic}: {error.str()}") from None
+                if error.name() in KAFKA_CODES:
+                    raise translated(error) from None
+                raise ConfigurationError(f"topic {topic}: {error.str()}") from None
 
     def partitions(self, topic: str) -> int:
         """How many partitions a topic has; never creates it."""
@@ -116,7 +125,8 @@ class Producer:
             try:
                 found = self._client.list_topics(timeout=_ANSWER_SECONDS_MAX).topics
             except KafkaException as failed:
-                raise TransientError(f"Kafka did not answer: {failed.args[0].str()}") from None
+                self._client.poll(0)  # callbacks say why nobody answered
+                raise translated(failed.args[0]) from None
             self._topics = {name: len(one.partitions) for name, one in found.items()}
         if topic not in self._topics:
             user = self._options.get("sasl.username")
@@ -149,9 +159,22 @@ class Producer:
         return sent
 
     def flush(self) -> None:
-        """Wait until the brokers have everything sent so far; librdkafka bounds how long."""
-        while self._flush(_WAIT_SECONDS):
+        """Wait until the brokers have everything sent so far.
+
+        librdkafka gives a record up after ``message.timeout.ms``. Rarely it keeps one longer, if
+        the brokers go away while it looks for them: then this gives up.
+        """
+        patience = int(self._options.get("message.timeout.ms", 300_000)) / 1000
+        fewest, until = len(self._client), monotonic() + patience + _ANSWER_SECONDS_MAX
+        while left := self._flush(_WAIT_SECONDS):
             self._check()
+            if left < fewest:
+                fewest, until = left, monotonic() + patience + _ANSWER_SECONDS_MAX
+            elif monotonic() > until:
+                raise TransientError(
+                    f"a record was not delivered: for {patience + _ANSWER_SECONDS_MAX:,.0f} s Kafka "
+                    f"has confirmed none of {left:,} records"
+                )
         self._check()
 
     def _flush(self, seconds: float) -> int:

@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -99,7 +99,7 @@ def opened(client: Callable[[], _Client], settings: Settings) -> _Client:
     Raises:
         ConfigurationError: It refuses an option; which, and why, without any value of ours.
     """
-    _standing.begins(_Target.of(settings))
+    begins(settings.kafka_client(), settings.group_id)
     try:
         return client()
     except KafkaException as refused:
@@ -209,13 +209,13 @@ class _Target(NamedTuple):
     authority: str = ""
 
     @classmethod
-    def of(cls, settings: Settings) -> "_Target":
+    def of(cls, options: Mapping[str, Any], group: str) -> "_Target":
         return cls(
-            settings.kafka_bootstrap_servers or "",
-            settings.kafka_username,
-            settings.group_id,
-            "SSL" in settings.kafka_security_protocol,
-            str(settings.kafka_client().get("ssl.ca.location") or ""),
+            str(options.get("bootstrap.servers") or ""),
+            options.get("sasl.username"),
+            group,
+            str(options.get("security.protocol")).endswith("SSL"),
+            str(options.get("ssl.ca.location") or ""),
         )
 
 
@@ -285,6 +285,18 @@ class _Standing:
 
 
 _standing = _Standing()
+
+
+def begins(options: Mapping[str, Any], group: str | None = None) -> None:
+    """Note whom a client that is made now talks to; its ``error_cb`` is to be ``report``.
+
+    Args:
+        options: librdkafka's.
+        group: Its consumer group, if it has one.
+    """
+    _standing.begins(_Target.of(options, _standing.target.group if group is None else group))
+
+
 listens, listens_no_more = _standing.listens, _standing.listens_no_more
 _VAGUE = frozenset({"_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_WAIT_COORD", "_FAIL"})
 REPORT_S_MAX = 60.0
@@ -334,10 +346,10 @@ def _explained(name: str, words: str) -> tuple[str, causes.Cause]:
     if cause is causes.UNKNOWN_CA and broker:
         found = handshakes.why_refused(*broker, _standing.target.authority)
     elif cause in (causes.KAFKA_CLOSES, causes.KAFKA_UNAVAILABLE) and broker:
-        if _standing.target.uses_tls:
-            found = causes.KAFKA_SPEAKS_NO_TLS if handshakes.speaks_kafka(*broker) else None
-        else:
-            found = causes.KAFKA_SPEAKS_TLS if handshakes.speaks_tls(*broker) else None
+        if _standing.target.uses_tls and handshakes.speaks_kafka(*broker):
+            return words, causes.NO_TLS
+        if not _standing.target.uses_tls and handshakes.speaks_tls(*broker):
+            return words, causes.KAFKA_WANTS_TLS
     if found is None:
         return words, cause
     words = f"{_TIME_BEHIND.sub('', words)}: {found}"

@@ -323,7 +323,10 @@ def test_secrets_from_files_show_as_little(house, pipeline, tmp_path):
     well = pipeline(commands, "status", "--json")
     refused = pipeline(commands, "--config", str(tmp_path / "more.toml"), "status")
 
-    assert (well.code, refused.code) == (1, 78)  # it reads no partition
+    # For 30 s after its last sign of life, a process that crashed counts as alive.
+    assert well.code in {0, 1}
+    assert json.loads(well.out)["partitions"] != []
+    assert refused.code == 78
     assert "nonsense" in refused.err
     assert shown(well, refused) == []
 
@@ -373,8 +376,11 @@ def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypat
         result = pipeline(refused, *command.split(), *RUNS[command][0])
 
     assert any(canaries.KAFKA_PASSWORD.encode() in login for login in broker.logins)
-    assert result.code == {"ingest": 78, "check": 78}.get(command, 69)
+    assert result.code == 78
     assert "invalid credentials" in result.err
+    said = result.out + result.err
+    assert f"Kafka at {broker.bootstrap_servers} for user " in said
+    assert "refused the login" in said
     assert shown(result) == []
 
 

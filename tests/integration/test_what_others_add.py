@@ -108,7 +108,7 @@ def test_rows_that_a_trigger_leaves_out_of_the_log_take_the_batch_with_them(give
     held, stored = given.query("SELECT epoch, next_offset FROM pipeline.consumer_offsets")[0]
 
     rows = [row_at(partition, stored), row_at(partition, stored + 1)]
-    refused = pytest.raises(ConfigurationError, match="of 2 rows PostgreSQL stored 0, without")
+    refused = pytest.raises(ConfigurationError, match="stored 0 of 2 rows of the log, without")
     with refused, transaction(given.engine) as db:
         append(db, rows, {partition: advance(held, stored, stored + 2)})
 

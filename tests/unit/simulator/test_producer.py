@@ -101,3 +101,16 @@ def test_a_record_that_no_broker_takes_is_an_error():
 
         with pytest.raises(TransientError, match="not delivered"):
             kafka.produce(Simulation(1, events=5, partitions=1))
+
+
+def test_records_that_the_client_keeps_for_ever_are_given_up(monkeypatch):
+    monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
+    for_ever = {"message.timeout.ms": 0}
+    with MockBroker() as broker:
+        broker.create_topic("Notifications", 1)
+        kafka = Producer({"bootstrap.servers": broker.bootstrap_servers, **for_ever})
+        assert kafka.partitions("Notifications") == 1
+        broker.set_down()
+
+        with pytest.raises(TransientError, match="for 1 s Kafka has confirmed none of 5 records"):
+            kafka.produce(Simulation(1, events=5, partitions=1))

@@ -165,15 +165,16 @@ class Producer:
         the brokers go away while it looks for them: then this gives up.
         """
         patience = int(self._options.get("message.timeout.ms", 300_000)) / 1000
-        fewest, until = len(self._client), monotonic() + patience + _ANSWER_SECONDS_MAX
+        patience += _ANSWER_SECONDS_MAX
+        fewest, until = len(self._client), monotonic() + patience
         while left := self._flush(_WAIT_SECONDS):
             self._check()
             if left < fewest:
-                fewest, until = left, monotonic() + patience + _ANSWER_SECONDS_MAX
+                fewest, until = left, monotonic() + patience
             elif monotonic() > until:
                 raise TransientError(
-                    f"a record was not delivered: for {patience + _ANSWER_SECONDS_MAX:,.0f} s Kafka "
-                    f"has confirmed none of {left:,} records"
+                    f"a record was not delivered: for {patience:,.0f} s Kafka has confirmed none "
+                    f"of {left:,} records"
                 )
         self._check()
 

@@ -4,6 +4,9 @@ One table for both servers, and every command uses it. A cause is found by the c
 or its client library gives, or, where there is no code, by the words of its message. What no entry
 names is treated as an outage: waiting is safe, and the message is shown.
 
+What this program refuses itself to protect data (exit code 65) is not here, for no server reports
+it: each such cause is a subclass of ``errors.RefusedError``, with its message.
+
 Codes of Kafka: librdkafka's ``rdkafka.h``. Codes of PostgreSQL: appendix A of its manual. The words
 are those of librdkafka 2.x, OpenSSL 3 and libpq 15 to 18.
 """

@@ -1,8 +1,8 @@
 """Changes that other people made to our tables, and that change or prevent what we store there.
 
 A trigger that runs before a row is stored, or a rule, may change the row or leave it out without an
-error. A security policy, a column that must have a value or a table that is gone stop us with an
-error that names none of them.
+error. A constraint makes good records look bad. A security policy, a column that must have a value
+or a table that is gone stop us with an error that names none of them.
 """
 
 from collections.abc import Collection, Sequence
@@ -39,23 +39,39 @@ WITH ours AS (
            OR n.nspname = 'pipeline_segments' AND 'pipeline.events' = ANY (:tables))
 )
 SELECT o.name, 'trigger' AS kind, quote_ident(t.tgname) AS object,
-       pg_get_userbyid(p.proowner) AS owner
+       pg_get_userbyid(p.proowner) AS owner, NULL AS other
 FROM ours o JOIN pg_trigger t ON t.tgrelid = o.oid JOIN pg_proc p ON p.oid = t.tgfoid
 WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND t.tgenabled IN ('O', 'A')
   AND t.tgtype & 3 = 3 AND t.tgtype & 20 <> 0 AND p.pronamespace <> 'pipeline'::regnamespace
 UNION ALL
-SELECT o.name, 'rule', quote_ident(r.rulename), pg_get_userbyid(o.relowner)
+SELECT o.name, 'rule', quote_ident(r.rulename), pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_rewrite r ON r.ev_class = o.oid
 WHERE r.ev_type IN ('2', '3', '4') AND r.ev_enabled IN ('O', 'A')
 UNION ALL
-SELECT o.name, 'policy', 'row level security', pg_get_userbyid(o.relowner)
+SELECT o.name, 'policy', 'row level security', pg_get_userbyid(o.relowner), NULL
 FROM ours o WHERE row_security_active(o.oid)
 UNION ALL
-SELECT o.name, 'column', quote_ident(a.attname), pg_get_userbyid(o.relowner)
+SELECT o.name, 'column', quote_ident(a.attname), pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
 WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull AND NOT a.atthasdef
   AND a.attidentity = '' AND o.nspname <> 'pipeline_segments'
   AND format('%s.%s.%s', o.nspname, o.relname, a.attname) <> ALL (:columns)
+UNION ALL
+SELECT o.name, 'constraint', quote_ident(k.conname), pg_get_userbyid(o.relowner), NULL
+FROM ours o JOIN pg_constraint k ON k.conrelid = o.oid
+WHERE k.contype IN ('c', 'f', 'u', 'x') AND o.nspname <> 'pipeline_segments'
+  AND format('%s.%s.%s', o.nspname, o.relname, k.conname) <> ALL (:constraints)
+UNION ALL
+SELECT o.name, 'index', i.indexrelid::regclass::text, pg_get_userbyid(o.relowner), NULL
+FROM ours o JOIN pg_index i ON i.indrelid = o.oid JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indisunique AND o.nspname <> 'pipeline_segments'
+  AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)
+  AND format('%s.%s.%s', o.nspname, o.relname, c.relname) <> ALL (:constraints)
+UNION ALL
+SELECT o.name, 'reference', quote_ident(k.conname), pg_get_userbyid(c.relowner),
+       k.conrelid::regclass::text
+FROM ours o JOIN pg_constraint k ON k.confrelid = o.oid JOIN pg_class c ON c.oid = k.conrelid
+WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conrelid NOT IN (SELECT oid FROM ours)
 ORDER BY 1, 2, 3
 """)
 _MISSING = text("""
@@ -79,7 +95,12 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
         )
         for name in dropped_tables(db, tables)
     ]
-    found = db.execute(_FOUND, {"tables": names, "columns": columns})
+    constraints = [
+        f"{one.schema}.{one.name}.{declared.name}"
+        for one in tables
+        for declared in (*one.constraints, *one.indexes)
+    ]
+    found = db.execute(_FOUND, {"tables": names, "columns": columns, "constraints": constraints})
     return [*missing, *(_described(*row) for row in found)]
 
 
@@ -112,7 +133,7 @@ def refuse_foreign_objects(
         )
 
 
-def _described(table: str, kind: str, name: str, owner: str) -> Foreign:
+def _described(table: str, kind: str, name: str, owner: str, other: str | None) -> Foreign:
     match kind:
         case "trigger":
             return Foreign(
@@ -131,6 +152,27 @@ def _described(table: str, kind: str, name: str, owner: str) -> Foreign:
                 table,
                 f"has {name}, which applies to this user (owner of the table: {owner})",
                 f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY",
+            )
+        case "constraint":
+            return Foreign(
+                table,
+                f"has constraint {name}, which this program does not know and which refuses rows "
+                f"(owner of the table: {owner})",
+                f"ALTER TABLE {table} DROP CONSTRAINT {name}",
+            )
+        case "index":
+            return Foreign(
+                table,
+                f"has unique index {name}, which this program does not know and which refuses rows "
+                f"(owner of the table: {owner})",
+                f"DROP INDEX {name}, and create it without UNIQUE",
+            )
+        case "reference":
+            return Foreign(
+                table,
+                f"is referenced by foreign key {name} of {other} (owner {owner}), which refuses "
+                "that rows are deleted",
+                f"ALTER TABLE {other} DROP CONSTRAINT {name}",
             )
         case _:
             return Foreign(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 from pipeline.projection.sharing import LIFE, SAY_S
+from pipeline.simulator import Keying
 from tests.faults.harness import Bench, Worker, until
 
 PER_SECOND = 300
@@ -97,6 +98,34 @@ def test_two_workers_share_the_partitions_and_one_that_is_killed_is_replaced(
         wait_until_shared(bench, killed, other)
         killed.kill()
         wait_until_taken_over(bench, other)
+
+    bench.wait_until_projected(feed.ledger)
+    bench.finish(feed.ledger)
+    bench.judge_read_models(feed.books)
+
+
+def test_the_worker_that_has_the_one_busy_partition_of_six_is_killed_and_replaced(
+    bench: Bench, pair: tuple[Worker, Worker]
+):
+    """Keyed by tenant, one worker does all the work; the other must be able to continue it."""
+
+    def busy() -> dict[int, Counter[str]]:
+        return {number: done for number, done in passes(bench).items() if done}
+
+    with bench.feed(rate=PER_SECOND, keying=Keying.TENANT) as feed:
+        until(lambda: have_seen_each_other(bench, len(pair)), "they know each other")
+        bench.execute("TRUNCATE audit.passes")
+        until(lambda: any(it.total() >= PASSES for it in busy().values()), f"{PASSES} passes")
+        [done] = busy().values()
+        [(role, _)] = done.most_common(1)
+        killed, other = sorted(pair, key=lambda one: one.role != role)
+        killed.kill()
+        bench.execute("TRUNCATE audit.passes")
+        until(
+            lambda: any(other.role in it for it in busy().values()),
+            f"taken over by {other.role}",
+            seconds_max=TAKEN_OVER_SECONDS_MAX,
+        )
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)

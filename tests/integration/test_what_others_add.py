@@ -40,6 +40,22 @@ ADDED = {
         "ALTER TABLE upvest.orders ADD COLUMN extra text NOT NULL",
         "upvest.orders has column extra",
     ),
+    "a constraint on the log": (
+        "ALTER TABLE pipeline.events ADD CONSTRAINT k CHECK (event_type <> 'ORDER.NEW') NOT VALID",
+        "pipeline.events has constraint k",
+    ),
+    "a constraint on a read model": (
+        "ALTER TABLE upvest.orders ADD CONSTRAINT k CHECK (status <> 'FILLED')",
+        "upvest.orders has constraint k",
+    ),
+    "a unique index": (
+        "CREATE UNIQUE INDEX u ON upvest.orders (status)",
+        "upvest.orders has unique index upvest.u",
+    ),
+    "a foreign key to us": (
+        "CREATE TABLE public.notes (id uuid CONSTRAINT notes_order REFERENCES upvest.orders)",
+        "upvest.orders is referenced by foreign key notes_order of public.notes",
+    ),
     "a table dropped": ("DROP TABLE upvest.orders CASCADE", "upvest.orders does not exist"),
 }
 

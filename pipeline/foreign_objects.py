@@ -96,9 +96,9 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
         for name in dropped_tables(db, tables)
     ]
     constraints = [
-        f"{one.schema}.{one.name}.{declared.name}"
+        f"{one.schema}.{one.name}.{name}"
         for one in tables
-        for declared in (*one.constraints, *one.indexes)
+        for name in (*(it.name for it in one.constraints), *(it.name for it in one.indexes))
     ]
     found = db.execute(_FOUND, {"tables": names, "columns": columns, "constraints": constraints})
     return [*missing, *(_described(*row) for row in found)]

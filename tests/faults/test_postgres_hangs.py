@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,22 +24,25 @@ pytestmark = [
 
 
 @contextmanager
-def stopped(pids: Sequence[int]) -> Iterator[None]:
-    """SIGSTOP for the length of the block."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """SIGSTOP for the length of the block. The first is stopped before the next is asked for."""
+    told: list[int] = []
     try:
+        for pid in pids:
+            told.append(pid)
+            with suppress(ProcessLookupError):  # a session may end in between
+                os.kill(pid, signal.SIGSTOP)
         yield
     finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):  # it had ended when it was stopped
+        for pid in told:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
 
-def processes_of(server: PostgresServer) -> list[int]:
-    """The postmaster first, so that it starts no other, then its processes."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
-    return [server.pid, *map(int, children.split())]
+def processes_of(server: PostgresServer) -> Iterator[int]:
+    """The postmaster, so that it starts no other, and once it is stopped its processes."""
+    yield server.pid
+    yield from map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
 
 
 def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period(

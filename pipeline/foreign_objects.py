@@ -5,6 +5,7 @@ error. A constraint makes good records look bad. A security policy, a column tha
 or a table that is gone stop us with an error that names none of them.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,93 @@ WHERE NOT EXISTS (
     WHERE format('%s.%s', n.nspname, c.relname) = wanted)
 ORDER BY 1
 """)
+
+# All that may depend on an object of ours, described as in PostgreSQL's messages, and its owner:
+# that of the table or view where the object has none of its own.
+_OWNED = text("""
+WITH owned AS (
+    SELECT 'pg_class'::regclass AS class, oid, relowner AS owner FROM pg_class
+    UNION ALL SELECT 'pg_proc'::regclass, oid, proowner FROM pg_proc
+    UNION ALL SELECT 'pg_type'::regclass, oid, typowner FROM pg_type
+    UNION ALL SELECT 'pg_rewrite'::regclass, r.oid, c.relowner
+        FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
+    UNION ALL SELECT 'pg_trigger'::regclass, t.oid, c.relowner
+        FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+    UNION ALL SELECT 'pg_policy'::regclass, p.oid, c.relowner
+        FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid
+    UNION ALL SELECT 'pg_constraint'::regclass, k.oid, c.relowner
+        FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
+    UNION ALL SELECT 'pg_attrdef'::regclass, d.oid, c.relowner
+        FROM pg_attrdef d JOIN pg_class c ON c.oid = d.adrelid
+    UNION ALL SELECT 'pg_publication_rel'::regclass, r.oid, p.pubowner
+        FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+)
+SELECT class::oid AS class_oid, oid, pg_describe_object(class, oid, 0) AS described,
+       pg_get_userbyid(owner) AS owner
+FROM owned
+WHERE oid >= 16384  -- the first that is not the server's own
+UNION ALL
+SELECT 'pg_class'::regclass, a.attrelid, pg_describe_object('pg_class'::regclass, attrelid, attnum),
+       pg_get_userbyid(c.relowner)
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+WHERE a.atttypid >= 16384 AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY 3
+""")
+# Where a column cannot change its type, PostgreSQL names only the first that depends on it.
+_ON_THE_SAME_COLUMN = text("""
+SELECT other.classid, other.objid
+FROM pg_depend named
+JOIN pg_attribute a ON a.attrelid = named.refobjid AND a.attnum = named.refobjsubid
+JOIN pg_depend other ON other.refclassid = named.refclassid AND other.refobjid = named.refobjid
+                    AND other.refobjsubid = named.refobjsubid AND other.deptype = 'n'
+WHERE named.classid = :class AND named.objid = :oid
+  AND named.refclassid = 'pg_class'::regclass AND position('"' || a.attname || '"' IN :detail) > 0
+  AND other.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass, 'pg_policy'::regclass)
+""")
+
+
+# Where the type of a row of ours is the type of a column, PostgreSQL names only that column.
+_ROWS_OF_OURS = text("""
+SELECT a.attrelid::regclass::text || '.' || quote_ident(a.attname), pg_get_userbyid(c.relowner)
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+JOIN pg_type t ON t.oid = a.atttypid JOIN pg_class o ON o.oid = t.typrelid
+WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'm')
+  AND position(format('"%s.%s"', c.relname, a.attname) IN :message) > 0
+ORDER BY 1
+""")
+
+
+def dependents(db: Connection, message: str, detail: str | None) -> list[str]:
+    """The objects because of which PostgreSQL refuses a change, each with its owner.
+
+    Args:
+        db: An open transaction, with the settings of the session that was refused.
+        message: PostgreSQL's.
+        detail: Its DETAIL, if it has one. Each line begins with the description of such an object.
+    """
+    if detail is None:
+        found = db.execute(_ROWS_OF_OURS, {"message": message})
+        return [f"column {column} (owner {owner})" for column, owner in found]
+    owned = db.execute(_OWNED).all()
+    lines = detail.splitlines()
+    named = {one for one in owned if any(_begins_with(line, one.described) for line in lines)}
+    others = {
+        tuple(row)
+        for one in named
+        for row in db.execute(
+            _ON_THE_SAME_COLUMN, {"class": one.class_oid, "oid": one.oid, "detail": detail}
+        )
+    }
+    return [
+        f"{one.described} (owner {one.owner})"
+        for one in owned
+        if one in named or (one.class_oid, one.oid) in others
+    ]
+
+
+def _begins_with(line: str, described: str) -> bool:
+    """Whether the description is whole there: not that of ``a`` where the line is about ``ab``."""
+    return line.startswith(described) and not re.match(r"[\w$\"]", line[len(described) :], re.ASCII)
 
 
 def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Foreign]:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline import failpoints, locks, roles
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata, open_engine, transaction, translated
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
-from pipeline.foreign_objects import dropped_tables, refuse_foreign_objects
+from pipeline.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
 from pipeline.settings import load_settings
 
 log = structlog.get_logger(__name__)
@@ -161,7 +161,7 @@ def _upgrade(db: Connection, note: Callable[..., None]) -> None:
     """Run the migrations that are missing; one that crossed a worker's locks is run once more."""
     for _ in range(DEADLOCKS_MAX):
         try:
-            with translated(), _dependents_named():
+            with translated(), _dependents_named(db):
                 command.upgrade(_config(connection=db, on_version_apply=note), "head")
         except TransientError as error:
             if error.sqlstate != DEADLOCK:
@@ -177,8 +177,8 @@ _BLOCKED = frozenset({"2BP01", "0A000"})
 
 
 @contextmanager
-def _dependents_named() -> Iterator[None]:
-    """Name what others made on our tables where it is in the way of a migration.
+def _dependents_named(db: Connection) -> Iterator[None]:
+    """Name what others made on our tables where it blocks a migration, and whose it is.
 
     PostgreSQL's message and DETAIL hold names of objects only, in these two cases.
     """
@@ -188,10 +188,16 @@ def _dependents_named() -> Iterator[None]:
         diagnostics = getattr(error.orig, "diag", None)
         if diagnostics is None or diagnostics.sqlstate not in _BLOCKED:
             raise
+        message, detail = diagnostics.message_primary, diagnostics.message_detail
+        db.rollback()
+        named = dependents(db, message, detail) or ([detail] if detail else [])
+        db.rollback()
+        if not named:
+            raise
         raise ConfigurationError(
-            f"a migration is blocked, nothing of it was done: {diagnostics.message_primary}: "
-            f"{diagnostics.message_detail}. Have its owner drop or change that object (psql's "
-            "\\dv and \\dm show owners), then repeat"
+            f"a migration is blocked, and nothing of it was done. PostgreSQL: {message}. In the "
+            f"way: {'; '.join(named)}. Have its owner drop or change each of them, then repeat "
+            "`pipeline migrate`"
         ) from None
 
 

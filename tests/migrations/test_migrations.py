@@ -1,6 +1,7 @@
 """The schema: up, down, up again, twice, by two at once, and after a crash half-way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pipeline import migrate as migrating
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, SessionLimits, metadata, open_engine
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.migrate import check_schema, declare_tables, migrate
+from tests.commands import Commands, InProcess
 
 FOLDER = Path(__file__).resolve().parents[2] / "migrations"
 OURS = ("pipeline", "pipeline_segments", "pipeline_shadow", "upvest")
@@ -311,3 +313,81 @@ def test_a_migration_waits_for_no_lock_longer_than_it_may(empty_database, monkey
 
     assert refused.value.sqlstate == "55P03"
     assert migrate(empty_database.url) == []
+
+
+# ------------------------------------------------------------------- what others made on our tables
+
+CHANGES = {
+    "drop column": "ALTER TABLE upvest.orders DROP COLUMN side",
+    "alter column": "ALTER TABLE upvest.orders ALTER COLUMN side TYPE varchar(99)",
+    "drop view": "DROP VIEW upvest.holdings",
+    "add column": "ALTER TABLE upvest.orders ADD COLUMN more int DEFAULT 1",
+    "drop table": "DROP TABLE upvest.orders",
+}
+OBJECTS = {
+    "view": "VIEW {name} AS SELECT side FROM upvest.orders",
+    "two views": "VIEW {name} AS SELECT side FROM upvest.orders; "
+    "CREATE VIEW bi.another AS SELECT side FROM upvest.orders",
+    "view of a view": "VIEW {name} AS SELECT quantity FROM upvest.holdings",
+    "materialized view": "MATERIALIZED VIEW {name} AS SELECT side FROM upvest.orders",
+    "function": "FUNCTION {name}() RETURNS text BEGIN ATOMIC SELECT side FROM upvest.orders; END",
+    "rows": "TABLE {name} (a_row upvest.orders)",
+    "foreign key": "TABLE {name} (id uuid REFERENCES upvest.orders)",
+}
+BLOCKED = [
+    ("drop column", "view", 'view bi."My View"'),
+    ("drop column", "materialized view", 'materialized view bi."My View"'),
+    ("drop column", "function", 'function bi."My View"()'),
+    ("alter column", "two views", "rule _RETURN on view bi.another"),
+    ("alter column", "view", 'rule _RETURN on view bi."My View"'),
+    ("alter column", "materialized view", 'rule _RETURN on materialized view bi."My View"'),
+    ("alter column", "function", 'function bi."My View"()'),
+    ("drop view", "view of a view", 'view bi."My View"'),
+    ("add column", "rows", 'column bi."My View".a_row'),
+    ("drop table", "rows", 'column a_row of table bi."My View"'),
+    ("drop table", "foreign key", 'constraint My View_id_fkey on table bi."My View"'),
+]
+
+
+@pytest.fixture
+def anna(database):
+    """A role that may read our tables and views, and refer to them; her name."""
+    name = f"anna_{database.name}"
+    with database.connect() as db:
+        db.execute(f"CREATE ROLE {name}")
+        db.execute(f"GRANT USAGE ON SCHEMA upvest TO {name}")
+        db.execute(f"GRANT SELECT, REFERENCES ON ALL TABLES IN SCHEMA upvest TO {name}")
+        yield name
+        db.execute(f"DROP OWNED BY {name} CASCADE")
+        db.execute(f"DROP ROLE {name}")
+
+
+@pytest.mark.both_postgres
+def test_a_migration_that_objects_of_others_block_names_them_and_their_owners(
+    database, migrated, anna, tmp_path, monkeypatch, capsys
+):
+    """Views, materialized views, functions, tables: whatever PostgreSQL refuses a change for."""
+    shutil.copytree(FOLDER, tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(migrating, "_IN_WHEEL", tmp_path / "migrations")
+    newest = tmp_path / "migrations" / "versions" / "9999_change.py"
+    before = catalogue(migrated)
+    run = InProcess(monkeypatch, capsys)
+
+    for change, kind, named in BLOCKED:
+        newest.write_text(
+            f"from alembic import op\nrevision, down_revision = '9999', '{revisions()[-1]}'\n"
+            f"def upgrade(): op.execute({CHANGES[change]!r})\n"
+        )
+        with database.connect() as db:
+            db.execute(f"CREATE SCHEMA bi AUTHORIZATION {anna}; SET ROLE {anna}")
+            db.execute("CREATE " + OBJECTS[kind].format(name='bi."My View"'))
+            # Another object, whose name begins with that of the first, is in nobody's way.
+            db.execute('CREATE VIEW bi."My View 2" AS SELECT 1')
+
+            done = run(Commands(database_url=database.dsn), "migrate")
+
+            assert done.code == 78, (change, kind, done.err)
+            assert f"{named} (owner {anna})" in done.err
+            assert "My View 2" not in done.err
+            assert catalogue(migrated) == before
+            db.execute("RESET ROLE; DROP SCHEMA bi CASCADE")

@@ -1,7 +1,9 @@
 """Locks: only our roles can take them, and they end with their session."""
 
+import json
 import re
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -14,6 +16,7 @@ from pipeline.locks import LockTakenError
 from pipeline.migrate import migrate
 from pipeline.projection.rebuild import rebuild
 from pipeline.projectors.orders import orders
+from tests.commands import Commands
 from tests.given import order_event
 from tests.waiting import until
 
@@ -151,3 +154,62 @@ def test_who_waits_for_a_lock_reports_who_holds_it(given, capsys):
 
     said = f"upvest.orders is locked by session {pid} (role {user}, application "
     assert f"{said}'a report', in a transaction since 20" in str(refused.value)
+
+
+# What another session locks; None for the lock of `migrate` itself.
+WAITING = {
+    "migrate": (["migrate"], "pipeline.alembic_version"),
+    "a second migrate": (["migrate"], None),
+    "rebuild": (["rebuild", "orders"], "upvest.orders"),
+    "a worker": (["project", "--until-end"], "pipeline.projection_workers"),
+}
+
+
+@pytest.fixture
+def holder(given):
+    """An engine of another login, to take locks with."""
+    role = f"holder_{given.database.name}"
+    with given.database.connect() as db:
+        db.execute(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD 'x'".encode())
+        url = f"postgresql://{role}:x@{given.database.dsn.rpartition('@')[2]}"
+        engine = open_engine(url, application="a report")
+        yield engine
+        engine.dispose()
+        db.execute(f"DROP ROLE {role}".encode())
+
+
+@contextmanager
+def taken(holder, table):
+    """Hold a lock until the block ends; the process id of the session that has it."""
+    if table is None:
+        with locks.held(holder, "migrate") as ours:
+            yield ours.session_pid
+    else:
+        with transaction(holder) as db:
+            db.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            db.exec_driver_sql(f"LOCK TABLE {table}")
+            yield db.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_command_that_waits_for_a_lock_names_its_holder_and_finishes_afterwards(
+    given, holder, name
+):
+    given([order_event("NEW", at=1)]).project(orders)
+    arguments, table = WAITING[name]
+    began_at = datetime.now(UTC).replace(microsecond=0)
+    with ExitStack() as running, ExitStack() as lock:
+        pid = lock.enter_context(taken(holder, table))
+        command = running.enter_context(
+            Commands(database_url=given.database.dsn).started(*arguments)
+        )
+        command.until("waiting_for_lock")
+        lock.close()
+        assert command.wait() == 0, "".join(command.err)
+
+    [line, *_] = [one for one in command.err if "waiting_for_lock" in one]
+    reason = json.loads(line)["reason"]
+    assert re.search(rf"session {pid}\b", reason)
+    assert re.search(rf"role holder_{given.database.name}\b", reason)
+    [since] = re.findall(r"since (\S+ \S+) UTC", reason)
+    assert began_at <= datetime.fromisoformat(f"{since}+00:00") <= datetime.now(UTC)

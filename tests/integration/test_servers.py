@@ -535,7 +535,7 @@ def test_the_command_prints_what_to_export_and_stops_on_a_signal():
         assert process.stdout is not None
         name, _, url = process.stdout.readline().strip().partition("=")
         assert name == "export PIPELINE_DATABASE_URL"
-        psycopg.connect(url.replace("postgresql+psycopg", "postgresql")).close()
+        psycopg.connect(url).close()  # as libpq, and so psql, takes it
 
         process.send_signal(signal.SIGINT)
 

@@ -119,9 +119,27 @@ class OutagePolicy:
         if left is None:
             return "waiting, and trying again; Kafka keeps the events for as long as its retention"
         if left <= timedelta(0):
-            return "waiting; Kafka's retention may be deleting events that were not read: act now"
-        hours = left / timedelta(hours=1)
-        return f"waiting; Kafka deletes the oldest event that was not read in about {hours:,.1f} h"
+            return (
+                "waiting; the retention of the oldest event that was not read is over, so Kafka "
+                "may have deleted events: end this outage now, then see `pipeline status`"
+            )
+        return (
+            "waiting, and trying again; Kafka may delete the oldest event that was not read in "
+            f"{in_words(left)}"
+        )
+
+
+def in_words(left: timedelta) -> str:
+    """A length of time as a person needs it, e.g. ``about 51.5 h``."""
+    seconds = left.total_seconds()
+    if seconds < 2 * _MINUTE_S:
+        return f"about {max(0.0, seconds):.0f} s"
+    if seconds < 2 * _HOUR_S:
+        return f"about {seconds / _MINUTE_S:.0f} min"
+    return f"about {seconds / _HOUR_S:,.1f} h"
+
+
+_MINUTE_S, _HOUR_S = 60.0, 3600.0
 
 
 def _cause(error: PipelineError) -> str:

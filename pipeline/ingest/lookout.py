@@ -6,11 +6,11 @@ was taken over has it taken over again, which looks closely.
 """
 
 import time
-from collections.abc import Collection, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import structlog
+from sqlalchemy import Connection
 
 from pipeline.errors import (
     DeletedTopicError,
@@ -23,7 +23,7 @@ from pipeline.ingest.assignment import Assignment, tell_fenced
 from pipeline.ingest.machine import Machine
 from pipeline.ingest.takeover import Takeover
 from pipeline.log import ownership
-from pipeline.log.ownership import Place
+from pipeline.log.ownership import Place, Watermark
 from pipeline.outages import GRACE_S
 from pipeline.positions import Offset, Partition
 from pipeline.source import Brokers
@@ -40,6 +40,8 @@ class Lookout:
         takeover: Knows who else is in the group, and records that a topic is gone.
         assignment: Takes partitions over again.
         topics: Those that are configured.
+        note_kept_until: Is told until when Kafka keeps the oldest record that is not in the log, in
+            seconds since 1970; None if not known.
 
     Attributes:
         absent: Configured topics that Kafka had not, when last looked at.
@@ -55,12 +57,14 @@ class Lookout:
         takeover: Takeover,
         assignment: Assignment,
         topics: Collection[str],
+        note_kept_until: Callable[[float | None], None],
     ) -> None:
         self._machine = machine
         self._brokers = brokers
         self._takeover = takeover
         self._assignment = assignment
         self._topics = topics
+        self._note_kept_until = note_kept_until
         self.absent: frozenset[str] = frozenset()
         self.optional: frozenset[str] = frozenset()
         self.arrived: frozenset[str] = frozenset()
@@ -115,37 +119,51 @@ class Lookout:
         if now - self._forbidden_since > GRACE_S:
             raise forbidden[0]
 
-    def time_left(self) -> timedelta | None:
-        """How long Kafka keeps the oldest record that is not in the log; None if not known.
+    def kept_until(self) -> float | None:
+        """Until when Kafka keeps the oldest record that is not in the log, as Kafka says now.
 
         By the topic's ``retention.ms`` and the record's timestamp. Kafka deletes whole segments of
-        its log, so it may keep the record for longer. Negative if it may be deleted already.
+        its log, so it may keep the record for longer.
+
+        Returns:
+            Seconds since 1970, 0 if the record is deleted; None if Kafka has no such record, does
+            not answer, or keeps everything.
         """
         times = []
+        stored = self._machine.stored
         try:
+            retention_ms = self._brokers.retention_ms({partition.topic for partition in stored})
             with self._brokers.probing():
-                for partition, offset in self._machine.stored.items():
-                    retention = self._brokers.topic_settings(partition.topic).get("retention.ms")
+                for partition, offset in stored.items():
                     low, high = self._brokers.watermarks(partition)
                     if offset < low:
-                        return timedelta(0)
-                    if offset < high and retention not in (None, "-1"):
+                        return 0.0
+                    retention = retention_ms.get(partition.topic)
+                    if offset < high and retention is not None:
                         record = self._brokers.record_at(partition, Offset(offset))
                         if record is not None and record.timestamp_ms is not None:
-                            times.append(record.timestamp_ms + int(str(retention)))
+                            times.append(record.timestamp_ms + retention)
         except PipelineError as error:
             log.debug("time_left_unknown", reason=str(error))
             return None
-        return timedelta(seconds=min(times) / 1000 - time.time()) if times else None
+        return min(times) / 1000 if times else None
 
     def _see_watermarks(self) -> None:
-        seen = []
         owned = self._machine.owned
         asked_at = time.monotonic()
-        for partition, high in self._brokers.ends(owned).items():
+        ends = self._brokers.ends(owned)
+        retention_ms = self._brokers.retention_ms({partition.topic for partition in ends})
+        seen = []
+        for partition, high in ends.items():
             self._machine.saw_end(partition, high, asked_at)
-            seen.append((partition, owned[partition], high))
-        self._assignment.query(lambda db: ownership.see_watermarks(db, seen))
+            retention = retention_ms.get(partition.topic)
+            seen.append(Watermark(partition, owned[partition], high, retention))
+
+        def note(db: Connection) -> None:
+            ownership.see_watermarks(db, seen)
+            self._note_kept_until(ownership.kept_until(db, owned))
+
+        self._assignment.query(note)
 
     def _see_absent_topics(self) -> bool:
         """A topic that is deleted is taken from us without a word of why; it may come back.

@@ -109,11 +109,13 @@ class Ingest:
         self._observe = observe
         self._writer = Writer(engine, segment_span=settings.segment_offsets)
         self._written = 0
-        self._time_left: Callable[[], timedelta | None] = lambda: None
+        # A moment, so that it holds while Kafka is away, and after this membership.
+        self._kept_until: float | None = None
+        self._ask_kept_until: Callable[[], float | None] = lambda: None
         self._outages = OutagePolicy(
-            waits_forever=not until_end, time_left=lambda: self._time_left()
+            waits_forever=not until_end, time_left=self._time_left_by_kafka
         )
-        self._kafka_outages = OutagePolicy(waits_forever=True)
+        self._kafka_outages = OutagePolicy(waits_forever=True, time_left=self._time_left)
         self._look_at = self._ask_others_at = 0.0
         self._replaced_at: list[float] = []
 
@@ -152,6 +154,21 @@ class Ingest:
             return False
         log.info("password_read_again", server="Kafka", effect="the new login is used")
         return True
+
+    def _time_left_by_kafka(self) -> timedelta | None:
+        """Asks Kafka, which mostly answers while the database is away."""
+        if (until := self._ask_kept_until()) is not None:
+            self._kept_until = until
+        return self._time_left()
+
+    def _time_left(self) -> timedelta | None:
+        """How long Kafka keeps the oldest record that is not in the log, as last known."""
+        if self._kept_until is None:
+            return None
+        return timedelta(seconds=self._kept_until - time.time())
+
+    def _note_kept_until(self, seconds: float | None) -> None:
+        self._kept_until = seconds
 
     def _bear_replacement(self, error: MemberReplacedError) -> None:
         """Let the loop join anew, unless somebody else wants our place for good."""
@@ -193,6 +210,7 @@ class Ingest:
                 self._takeover,
                 self._assignment,
                 self._settings.topics,
+                self._note_kept_until,
             )
             self._copies = CopyCheck(
                 self._engine,
@@ -201,7 +219,7 @@ class Ingest:
                 self._stop,
                 was_replaced=bool(self._replaced_at),
             )
-            self._time_left = self._lookout.time_left
+            self._ask_kept_until = self._lookout.kept_until
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
             listener = Listener(self._on_assign, self._on_revoke, self._on_lost)
@@ -219,7 +237,7 @@ class Ingest:
             self._machine.abandon()
             raise
         finally:
-            self._time_left = lambda: None
+            self._ask_kept_until = lambda: None
             self._source.leave()
         if self._until_end and refusals:
             raise refusals[0]

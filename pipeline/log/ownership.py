@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
@@ -194,8 +194,24 @@ SEE_WATERMARKS = (
     .values(
         high_watermark=bindparam("high"),
         watermarks_at=func.now(),
+        retention_ms=bindparam("retention"),
     )
 )
+# A record that is not in the log is newer than the newest one in it. Where there was none, it came
+# after Kafka's end was seen.
+KEPT_UNTIL = text("""
+SELECT extract(epoch FROM min(
+    CASE WHEN o.high_watermark > o.next_offset THEN newest.at ELSE o.watermarks_at END
+    + o.retention_ms * interval '1 ms'))
+FROM pipeline.consumer_offsets o
+JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[])) AS ours(topic, number)
+  ON ours.topic = o.topic AND ours.number = o."partition"
+LEFT JOIN LATERAL (
+    SELECT least(e.kafka_timestamp, e.ingested_at) AS at FROM pipeline.events e
+    WHERE o.high_watermark > o.next_offset
+      AND e.topic = o.topic AND e."partition" = o."partition" AND e."offset" < o.next_offset
+    ORDER BY e."offset" DESC LIMIT 1) newest ON true
+""")
 RELEASE = (
     update(consumer_offsets)
     .where(*_this, _epoch_unless_busy == bindparam("held"))
@@ -380,10 +396,40 @@ def deserted(db: Connection, topic: str) -> Sequence[Partition]:
     ]
 
 
-def see_watermarks(db: Connection, seen: Iterable[tuple[Partition, Epoch, int]]) -> None:
-    """Record Kafka's ends, so that lag can be told without Kafka; waits for nobody."""
-    for partition, held, high in sorted(seen):
-        db.execute(SEE_WATERMARKS, {**_of(partition), "held": held, "high": high})
+class Watermark(NamedTuple):
+    """What Kafka answered about a partition of ours.
+
+    Attributes:
+        high: Its end.
+        retention_ms: How long Kafka keeps a record; None if not known or without limit.
+    """
+
+    partition: Partition
+    held: Epoch
+    high: int
+    retention_ms: int | None = None
+
+
+def see_watermarks(db: Connection, seen: Iterable[Watermark]) -> None:
+    """Record Kafka's ends, so that lag is known without Kafka; waits for nobody."""
+    for partition, held, high, retention_ms in sorted(seen, key=lambda one: one.partition):
+        db.execute(
+            SEE_WATERMARKS,
+            {**_of(partition), "held": held, "high": high, "retention": retention_ms},
+        )
+
+
+def kept_until(db: Connection, partitions: Collection[Partition]) -> float | None:
+    """Until when Kafka keeps the oldest record of these partitions that is not in the log.
+
+    By the times of records and the topics' retention, as last recorded; Kafka may keep it longer.
+
+    Returns:
+        Seconds since 1970; None if not known, or if Kafka keeps everything.
+    """
+    ours = {"topics": [p.topic for p in partitions], "numbers": [p.number for p in partitions]}
+    until = db.execute(KEPT_UNTIL, ours).scalar_one()
+    return None if until is None else float(until)
 
 
 def release(db: Connection, partitions: Iterable[tuple[Partition, Epoch]]) -> None:

@@ -137,6 +137,11 @@ consumer_offsets = Table(
     Column("low_watermark", BigInteger, comment="Kafka's first offset when last seen."),
     Column("high_watermark", BigInteger, comment="Kafka's end when last seen."),
     Column("watermarks_at", Time, comment="When the watermarks were last seen."),
+    Column(
+        "retention_ms",
+        BigInteger,
+        comment="How long Kafka keeps a record of the topic; NULL if not known or without limit.",
+    ),
     Column("committed_at", Time, comment="When next_offset last moved."),
     Column("problem", Text, comment="Why the partition stands still; NULL when it flows."),
     Column("problem_at", Time, comment="Since when it stands still."),

@@ -5,6 +5,7 @@ that serves callbacks, made from within a callback of the same client, would end
 next callback of that poll ("CallState_get: Assertion `cs != NULL' failed", confluent-kafka 2.16).
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ log = structlog.get_logger(__name__)
 
 ASK_S_MAX = 10.0
 """Longest wait for the answer to one question to the brokers."""
+RETENTION_S = 60.0
+"""How often a topic's retention is asked for."""
+RETENTION_DAYS_MAX = 36_500
+"""A longer retention is none."""
 TOPIC_ID_S_MAX = 2.0
 """Longest wait for a topic's id; some brokers never answer, and a fingerprint does as well."""
 COORDINATOR_S_MAX = 15.0
@@ -140,6 +145,7 @@ class Brokers:
         self._config.pop("group.instance.id", None)
         self._settings = settings
         self._tells_topic_ids: bool | None = None
+        self._retention: dict[str, tuple[float, Mapping[str, str]]] = {}
         self._probe: Consumer | None = None
         listens(self.serve)
 
@@ -255,6 +261,26 @@ class Brokers:
         except KafkaException as error:
             log.debug("topic_settings_unknown", topic=topic, error=error.args[0].name())
             return {}
+
+    def retention_ms(self, topics: Collection[str]) -> Mapping[str, int | None]:
+        """How long Kafka keeps a record of these topics, of those that the broker tells.
+
+        None where time deletes nothing. A topic whose settings were not answered at first, for
+        want of a right or by an old broker, is not asked again.
+        """
+        now = time.monotonic()
+        for topic in topics:
+            asked_at, known = self._retention.get(topic, (-math.inf, {}))
+            if now - asked_at > RETENTION_S:
+                answer = self.topic_settings(topic)
+                # Where nothing ever comes, each question costs its longest wait.
+                ask_next = now if answer or known else math.inf
+                self._retention[topic] = (ask_next, answer or known)
+        return {
+            topic: _retention_ms(settings)
+            for topic in topics
+            if (settings := self._retention[topic][1])
+        }
 
     def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
         """Kafka's ids of topics (KIP-516), of those that the broker tells.
@@ -462,6 +488,13 @@ class Brokers:
                     begin = max(begin, self.watermarks(partition).low)
         finally:
             closes(reader)
+
+
+def _retention_ms(settings: Mapping[str, str]) -> int | None:
+    retention = int(settings.get("retention.ms", -1))
+    if "delete" not in settings.get("cleanup.policy", "delete") or retention < 0:
+        return None
+    return retention if retention <= RETENTION_DAYS_MAX * 86_400_000 else None
 
 
 def _pieces(reader: Consumer, partition: Partition, offsets: OffsetRange) -> Iterator[Piece]:

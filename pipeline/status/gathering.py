@@ -57,7 +57,12 @@ WHERE pg_is_in_recovery()
 PARTITIONS = text("""
 SELECT o.*,
        -- A record is no newer than its arrival, whatever its producer's clock says.
-       least(newest.kafka_timestamp, newest.ingested_at) AS newest_at
+       least(newest.kafka_timestamp, newest.ingested_at) AS newest_at,
+       -- As for the line of an outage: see KEPT_UNTIL of pipeline.log.ownership.
+       extract(epoch FROM CASE WHEN o.high_watermark > o.next_offset
+                               THEN least(newest.kafka_timestamp, newest.ingested_at)
+                               ELSE o.watermarks_at END
+                          + o.retention_ms * interval '1 ms' - now()) AS kept_s
 FROM pipeline.consumer_offsets o
 LEFT JOIN LATERAL (
     SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
@@ -134,6 +139,7 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
     found = [
         *troubles.of_standby(standby, seen_s_max=SEEN_S_MAX),
         *troubles.of_partitions(partitions, looked_at, standby),
+        *troubles.of_retention(partitions),
         *troubles.of_projectors(models, looked_at),
     ]
     return Status(
@@ -208,6 +214,7 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
         lag=behind,
         lag_s=lag_s,
         rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
+        kept_s=None if row.kept_s is None else float(row.kept_s),
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,

@@ -64,6 +64,9 @@ class PartitionStatus:
             record that is missing is older. 0 without lag, None where nothing was read yet
             or the lag is unknown.
         rate: Records per second, over the last minute; None where it is not current.
+        kept_s: For how many more seconds Kafka keeps the oldest record that is not in the log, by
+            what was last seen of Kafka; negative if it may be deleted already, None where that is
+            not known or time deletes nothing.
         problem: Why it is halted, with what to do.
     """
 
@@ -77,6 +80,7 @@ class PartitionStatus:
     lag: int | None
     lag_s: float | None
     rate: float | None
+    kept_s: float | None
     committed_at: datetime | None
     owner: Owner | None
     problem: str | None

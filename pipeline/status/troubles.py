@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from pipeline.outages import in_words
 from pipeline.positions import Partition
 from pipeline.status.report import PartitionStatus, ProjectorStatus, Standby, Trouble
 
@@ -78,6 +79,31 @@ def of_partitions(
                 )
             case "OK":
                 pass
+
+
+def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
+    """How long Kafka keeps what is not read, where that is not on its way."""
+    kept = [
+        (one.kept_s, str(Partition(one.topic, one.partition)))
+        for one in partitions
+        if one.kept_s is not None and one.state not in ("OK", "WARN")
+    ]
+    if not kept:
+        return
+    left_s, name = min(kept)
+    left = timedelta(seconds=left_s)
+    if left_s > 0:
+        text = f"Kafka may delete the oldest event that was not read in {in_words(left)}"
+        yield Trouble("warning", name, text, "resolve what is wrong before that")
+    else:
+        yield Trouble(
+            "wrong",
+            name,
+            "the retention of the oldest event that was not read is over, so Kafka may have "
+            "deleted events",
+            "resolve what is wrong now. If events are lost, their partition is halted then, and "
+            "`pipeline gaps list` names them",
+        )
 
 
 def _reader(one: PartitionStatus) -> str:

@@ -1,20 +1,27 @@
 """Brokers that are gone, or silent: who is to end does not wait for ever, who runs goes on."""
 
+import re
 import threading
 import time
+from collections.abc import Iterator, MutableSequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer
+from structlog.testing import capture_logs
 
+from pipeline import outages
 from pipeline.db import open_engine
 from pipeline.embedded.broker import MockBroker
 from pipeline.errors import TransientError
 from pipeline.ingest import Ingest, Progress, loop
 from pipeline.settings import Settings
+from pipeline.source import brokers
+from pipeline.status import gathering, look
 from tests.faults import ledger as sent
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, until
-from tests.integration.ingesting import Ledger, logged
+from tests.integration.ingesting import Ledger, logged, running, settings_for
 from tests.servers import KafkaServer
 from tests.servers.databases import Database
 
@@ -126,3 +133,111 @@ def test_a_worker_goes_on_by_itself_after_its_only_broker_was_killed_under_load(
     bench.finish(sent.Ledger.read_back(private_kafka.bootstrap_servers, "killed", 2))
     assert worker.exit_code == 0
     bench.close()
+
+
+# ------------------------------------------------------------------------- what retention leaves
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]:
+    """An outage is logged again every second, and Kafka is looked at more often; the log lines."""
+    monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
+    monkeypatch.setattr(outages, "RETRY_S_MAX", 0.5)
+    monkeypatch.setattr(loop, "LOOK_S", 0.2)
+    monkeypatch.setattr(brokers, "ASK_S_MAX", 0.5)
+    monkeypatch.setattr(brokers, "TOPIC_ID_S_MAX", 0.5)
+    with capture_logs() as lines:
+        yield lines
+
+
+def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
+    """What the lines of an outage of a server say, in their order; 0 where it is over."""
+    return [
+        int(told[1] or 0)
+        for line in lines
+        if line["event"] == "server_unavailable" and line["reason"].startswith(server)
+        if (told := re.search(r"in about (\d+) s|is over", line["effect"]))
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_read(
+    private_kafka: KafkaServer,
+    database: Database,
+    impatient: MutableSequence[Any],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(gathering, "SEEN_S_MAX", 1.0)
+    retention_s = 8
+    private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
+    ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()
+    settings = settings_for(database, private_kafka.bootstrap_servers, "kept")
+    engine = open_engine(database.url, application="status")
+
+    def of_status() -> str:
+        return " ".join(one.text for one in look(engine, []).troubles)
+
+    with running(settings):
+        until(lambda: logged(database, "kept") == ledger.records, "all is read")
+        until(lambda: has_looked(database), "how long Kafka keeps it is recorded")
+        private_kafka.pause()
+        until(lambda: len(seconds_left(impatient, "Kafka")) > 2, "it says so again and again")
+        until(lambda: "was not read in about " in of_status(), "status says it")
+        until(lambda: 0 in seconds_left(impatient, "Kafka"), "the time is over")
+        until(lambda: "may have deleted events" in of_status(), "status says that it is over")
+        private_kafka.resume()
+        until(lambda: "server_available" in [line["event"] for line in impatient], "it is back")
+        until(lambda: "was not read" not in of_status(), "status says no more of it")
+
+    told = seconds_left(impatient, "Kafka")
+    assert told == sorted(told, reverse=True), "it shrinks"
+    assert retention_s > told[0] > told[-1]
+    engine.dispose()
+
+
+def has_looked(database: Database) -> bool:
+    """Whether the worker has asked Kafka for ends and retention since it has read everything."""
+    with database.connect() as db:
+        found = db.execute(
+            "SELECT FROM pipeline.consumer_offsets WHERE retention_ms IS NOT NULL "
+            "AND high_watermark = next_offset AND watermarks_at > committed_at"
+        )
+        return found.rowcount > 0
+
+
+@pytest.mark.timeout(120)
+def test_while_postgresql_takes_nothing_the_log_says_how_long_kafka_keeps_what_was_not_read(
+    private_kafka: KafkaServer, database: Database, impatient: MutableSequence[Any]
+):
+    """Kafka is asked as long as it answers; after that, what it answered last counts."""
+    retention_s = 100
+    private_kafka.create_topic("unread", config={"retention.ms": str(retention_s * 1000)})
+    ledger = Ledger(private_kafka.bootstrap_servers).send("unread", [b"1"] * 5).flush()
+    settings = settings_for(
+        database,
+        private_kafka.bootstrap_servers,
+        "unread",
+        lock_timeout_ms=200,
+        options={"socket.timeout.ms": "1000", "api.version.request.timeout.ms": "1000"},
+    )
+
+    def told() -> list[int]:
+        return seconds_left(impatient, "PostgreSQL")
+
+    with running(settings):
+        until(lambda: logged(database, "unread") == ledger.records, "all is read")
+        with database.connect(autocommit=False) as blocker:
+            blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
+            ledger.send("unread", [b"2"] * 5).flush()
+            until(told, "it says so")
+            private_kafka.pause()
+            before = len(told())
+            until(lambda: len(told()) > before, "it still says so")
+            private_kafka.resume()
+            private_kafka.delete_records("unread", 0, 10)
+            until(lambda: 0 in told(), "the records are gone")
+        until(lambda: logged(database, "unread") == ledger.records, "they were in hand")
+
+    seconds = told()
+    assert seconds == sorted(seconds, reverse=True), "it shrinks"
+    assert retention_s >= seconds[0] > seconds[-2] > retention_s / 2

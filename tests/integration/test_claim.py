@@ -283,14 +283,14 @@ def test_what_an_older_owner_records_is_ignored(engine):
 
     with transaction(engine) as db:
         ownership.describe(db, A, old, source)
-        ownership.see_watermarks(db, [(A, old, 70)])
+        ownership.see_watermarks(db, [ownership.Watermark(A, old, 70)])
         ownership.stand_still(
             db, A, old, RecreatedTopicError(A, expected="topic id a", found="topic id b")
         )
     ignored = [column(engine, name) for name in ("cluster_id", "high_watermark", "problem")]
     with transaction(engine) as db:
         ownership.describe(db, A, new, source)
-        ownership.see_watermarks(db, [(A, new, 70)])
+        ownership.see_watermarks(db, [ownership.Watermark(A, new, 70)])
 
     assert ignored == [None, None, None]
     assert [column(engine, name) for name in ("cluster_id", "topic_id", "high_watermark")] == [

@@ -36,10 +36,11 @@ SELECT 'view', c.oid::regclass::text, '', pg_get_viewdef(c.oid)
 FROM pg_class c WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND c.relkind = 'v'
 UNION ALL
 SELECT 'column', a.attrelid::regclass::text || '.' || a.attname,
-       format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' ' || a.attnum,
+       format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' '
+       || row_number() OVER (PARTITION BY a.attrelid ORDER BY a.attnum),
        coalesce(col_description(a.attrelid, a.attnum), '')
 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND a.attnum > 0
+WHERE c.relnamespace::regnamespace::text = ANY(:schemas) AND a.attnum > 0 AND NOT a.attisdropped
 UNION ALL
 SELECT 'function', p.oid::regprocedure::text, p.prosecdef::text, p.prosrc
 FROM pg_proc p WHERE p.pronamespace::regnamespace::text = ANY(:schemas)

@@ -125,13 +125,12 @@ class OutagePolicy:
             )
         return (
             "waiting, and trying again; Kafka may delete the oldest event that was not read in "
-            f"{in_words(left)}"
+            f"{in_words(left.total_seconds())}"
         )
 
 
-def in_words(left: timedelta) -> str:
+def in_words(seconds: float) -> str:
     """A length of time as a person needs it, e.g. ``about 51.5 h``."""
-    seconds = left.total_seconds()
     if seconds < 2 * _MINUTE_S:
         return f"about {max(0.0, seconds):.0f} s"
     if seconds < 2 * _HOUR_S:

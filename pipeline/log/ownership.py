@@ -200,9 +200,9 @@ SEE_WATERMARKS = (
 # A record that is not in the log is newer than the newest one in it. Where there was none, it came
 # after Kafka's end was seen.
 KEPT_UNTIL = text("""
-SELECT extract(epoch FROM min(
-    CASE WHEN o.high_watermark > o.next_offset THEN newest.at ELSE o.watermarks_at END
-    + o.retention_ms * interval '1 ms'))
+SELECT min(extract(epoch FROM
+    CASE WHEN o.high_watermark > o.next_offset THEN newest.at ELSE o.watermarks_at END)
+    + o.retention_ms / 1000.0)
 FROM pipeline.consumer_offsets o
 JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[])) AS ours(topic, number)
   ON ours.topic = o.topic AND ours.number = o."partition"
@@ -429,7 +429,7 @@ def kept_until(db: Connection, partitions: Collection[Partition]) -> float | Non
     """
     ours = {"topics": [p.topic for p in partitions], "numbers": [p.number for p in partitions]}
     until = db.execute(KEPT_UNTIL, ours).scalar_one()
-    return None if until is None else float(until)
+    return float(until) if until is not None and until.is_finite() else None
 
 
 def release(db: Connection, partitions: Iterable[tuple[Partition, Epoch]]) -> None:

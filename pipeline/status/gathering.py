@@ -61,8 +61,8 @@ SELECT o.*,
        -- As for the line of an outage: see KEPT_UNTIL of pipeline.log.ownership.
        extract(epoch FROM CASE WHEN o.high_watermark > o.next_offset
                                THEN least(newest.kafka_timestamp, newest.ingested_at)
-                               ELSE o.watermarks_at END
-                          + o.retention_ms * interval '1 ms' - now()) AS kept_s
+                               ELSE o.watermarks_at END)
+           + o.retention_ms / 1000.0 - extract(epoch FROM now()) AS kept_s
 FROM pipeline.consumer_offsets o
 LEFT JOIN LATERAL (
     SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
@@ -214,7 +214,7 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
         lag=behind,
         lag_s=lag_s,
         rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
-        kept_s=None if row.kept_s is None else float(row.kept_s),
+        kept_s=float(row.kept_s) if row.kept_s is not None and row.kept_s.is_finite() else None,
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,

@@ -91,9 +91,8 @@ def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Trouble]:
     if not kept:
         return
     left_s, name = min(kept)
-    left = timedelta(seconds=left_s)
     if left_s > 0:
-        text = f"Kafka may delete the oldest event that was not read in {in_words(left)}"
+        text = f"Kafka may delete the oldest event that was not read in {in_words(left_s)}"
         yield Trouble("warning", name, text, "resolve what is wrong before that")
     else:
         yield Trouble(

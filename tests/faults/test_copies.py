@@ -17,6 +17,7 @@ from pipeline.embedded.postgres import find_binaries
 from pipeline.migrate import migrate
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, Worker, until
 from tests.faults.test_belonging import numbered
+from tests.faults.test_status_is_true import standby_of
 from tests.integration.ingesting import Ledger, logged
 from tests.servers import FAST_AND_UNSAFE, Kafka, PostgresServer
 from tests.servers.databases import Database, fresh_database
@@ -270,6 +271,45 @@ def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
     # They were never fed at the same time: this one resumes from its own offsets.
     assert bench.worker("ingest", "--until-end").wait() == 0
     assert logged(bench.database, bench.topic) == ledger.records
+
+
+@pytest.mark.timeout(180)
+def test_after_a_fail_over_the_worker_continues_on_the_standby_and_is_not_refused(
+    kafka: Kafka, topic: Callable[..., str], tmp_path: Path
+):
+    """The URL names both servers; the worker finds the one that is the primary."""
+    with (
+        PostgresServer(settings=FAST_AND_UNSAFE) as primary,
+        fresh_database(primary) as database,
+    ):
+        migrate(database.url)
+        bench = Bench(kafka, database, topic(2), 2, tmp_path)
+        ledger = Ledger(kafka.bootstrap_servers)
+        ledger.send(bench.topic, numbered(10)).flush()
+        with standby_of(primary) as standby:
+            here, there = (f"127.0.0.1:{server.port}" for server in (primary, standby))
+
+            def both(url: str) -> str:
+                return url.replace(f"@{here}/", f"@{here},{there}/")
+
+            worker = bench.worker(through=both)
+            bench.prepare_role()
+            on_standby = Database(standby, database.name)
+            until(lambda: logged_in(on_standby) == 10, "the standby has it all")
+
+            primary.stop("immediate")
+            with psycopg.connect(standby.dsn(), autocommit=True) as db:
+                db.execute("SELECT pg_promote()")
+            ledger.send(bench.topic, numbered(10), partition=1).flush()
+            until(lambda: logged_in(on_standby) == 20, "it continues on the standby")
+            assert worker.stop() == 0, worker.tail()
+
+            again = bench.worker("ingest", "--until-end", through=both)
+            assert again.wait() == 0, again.tail()
+            # A standby has the identity of its primary, so nothing has moved.
+            assert again.said("database_moved") == []
+            assert logged(on_standby, bench.topic) == ledger.records
+        primary.start()  # to be cleaned up
 
 
 def test_of_two_that_start_at_once_one_continues(bench: Bench, pg_version: int):

@@ -1,6 +1,7 @@
 """Brokers that are gone, or silent: who is to end does not wait for ever, who runs goes on."""
 
 import re
+import socketserver
 import threading
 import time
 from collections.abc import Iterator, MutableSequence
@@ -241,3 +242,29 @@ def test_while_postgresql_takes_nothing_the_log_says_how_long_kafka_keeps_what_w
     seconds = told()
     assert seconds == sorted(seconds, reverse=True), "it shrinks"
     assert retention_s >= seconds[0] > seconds[-2] > retention_s / 2
+
+
+CONNECTIONS, CONNECTIONS_S_MIN = 12, 2.5
+"""A worker has a few clients. At librdkafka's own pace so many connections take about 1 s."""
+
+
+def test_a_port_that_closes_each_connection_is_not_tried_over_and_over(bench: Bench):
+    seen: list[float] = []
+
+    class Closing(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            seen.append(time.monotonic())
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Closing) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.05])
+        thread.start()
+        port = server.server_address[1]
+        worker = bench.worker(kafka_bootstrap_servers=f"127.0.0.1:{port}", kafka_options="")
+        try:
+            until(lambda: len(seen) >= CONNECTIONS, f"{CONNECTIONS} connections")
+        finally:
+            worker.kill()
+            server.shutdown()
+            thread.join()
+
+    assert seen[CONNECTIONS - 1] - seen[0] > CONNECTIONS_S_MIN

@@ -11,7 +11,9 @@ from structlog.testing import capture_logs
 from pipeline import outages
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError, ExitCode
+from pipeline.projectors import discover
 from pipeline.settings import load_settings
+from pipeline.status import gathering, look
 from tests import waiting
 from tests.commands import Commands
 from tests.integration.ingesting import Ledger, Running, logged
@@ -104,6 +106,7 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
     user, database, monkeypatch
 ):
     monkeypatch.setattr(outages, "GRACE_S", 10.0)
+    monkeypatch.setattr(gathering, "SEEN_S_MAX", 6.0)
     user.send()
     settings = {k: v for k, v in user.settings.items() if k != "kafka_password_file"}
     running = Running(
@@ -117,6 +120,15 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
     refused_before = user.refused_logins()
 
     user.kafka.set_password(user.name)
+    engine = open_engine(database.url, application="test", read_only=True)
+    waiting.until(
+        lambda: [one.state for one in look(engine, discover()).partitions] == ["UNKNOWN"],
+        "status says that it is unknown what Kafka has",
+        seconds_max=WAIT_S_MAX,
+    )
+    assert not running.has_ended
+    assert not look(engine, discover()).ok
+    engine.dispose()
     waiting.until(lambda: running.has_ended, "it ends", seconds_max=WAIT_S_MAX)
 
     refused = user.refused_logins() - refused_before

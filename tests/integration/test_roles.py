@@ -4,6 +4,7 @@ Logins connect as people's do; the rights are those that ``pipeline migrate --ro
 """
 
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -561,9 +562,12 @@ def test_ingest_and_project_run_with_just_their_role(given, cast, broker, pipeli
     assert given.scalar("SELECT count(*) FROM pipeline.events") == len(sample_events())
     assert given.scalar("SELECT count(*) FROM upvest.orders") > 0
     # The other half is refused in time, and by name.
-    refused = pipeline(ingest, "project", "--until-end")
+    login = cast.login("ingest")
+    refused = pipeline(program.with_(database_url=cast.url_of(login)), "project", "--until-end")
     assert refused.code == 78
     assert "42501" in refused.err
+    assert re.search("permission denied for table [a-z_]+", refused.err)
+    assert f"{given.database.name} for user {login} refuses a right" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ COMMANDS = [
     ["rebuild", "users", "--jobs", "2"],
     ["status", "--json"],
     ["events", "--json", "--limit", "1000"],
+    ["dead-letters", "list", "--json"],
+    ["gaps", "list", "--json"],
     ["verify"],
     ["check", "--json"],
 ]

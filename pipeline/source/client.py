@@ -346,9 +346,11 @@ def _explained(name: str, words: str) -> tuple[str, causes.Cause]:
     if cause is causes.UNKNOWN_CA and broker:
         found = handshakes.why_refused(*broker, _standing.target.authority)
     elif cause in (causes.KAFKA_CLOSES, causes.KAFKA_UNAVAILABLE) and broker:
-        if _standing.target.uses_tls and handshakes.speaks_kafka(*broker):
-            return words, causes.NO_TLS
-        if not _standing.target.uses_tls and handshakes.speaks_tls(*broker):
+        # What this client speaks comes first: servers log an error per request they cannot read.
+        if _standing.target.uses_tls:
+            if not handshakes.speaks_tls(*broker) and handshakes.speaks_kafka(*broker):
+                return words, causes.NO_TLS
+        elif not handshakes.speaks_kafka(*broker) and handshakes.speaks_tls(*broker):
             return words, causes.KAFKA_WANTS_TLS
     if found is None:
         return words, cause

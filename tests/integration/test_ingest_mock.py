@@ -7,17 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from confluent_kafka import Uuid
+from confluent_kafka import KafkaError, Uuid
 
 from pipeline.db import open_engine, transaction
 from pipeline.embedded import broker
+from pipeline.embedded.broker import MockBroker
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
 from pipeline.ingest.takeover import Taken, Takeover
 from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Owner
 from pipeline.positions import NextOffset, Partition
-from pipeline.source import Brokers, KafkaSource
+from pipeline.source import Brokers, KafkaSource, client
 from pipeline.source import brokers as kafka_questions
 from tests.contract.logs import advance, row_at
 from tests.integration.ingesting import (
@@ -280,3 +281,15 @@ def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, moc
     mock_broker.set_up()
     assert until(lambda: brokers.watermarks(Partition(TOPIC, 0)) == (0, 0), "an answer")
     brokers.close()
+
+
+def test_a_lost_connection_is_explained_without_a_request_that_kafka_cannot_read(capfd):
+    """A broker without TLS logs an error for each TLS handshake."""
+    with MockBroker() as there:
+        client.begins({"bootstrap.servers": there.bootstrap_servers}, "pipeline")
+        lost = KafkaError(KafkaError._TRANSPORT, f"{there.bootstrap_servers}/1: Disconnected")
+
+        told = client.translated(lost)
+
+    assert "Disconnected" in str(told)
+    assert "PROTOERR" not in capfd.readouterr().err

@@ -62,7 +62,7 @@ bench-quick: install ## The same with small numbers and no rivals, to see that i
 
 migration: install ## A migration for what the code declares anew: make migration name="add fees"
 	@test -n "$(name)" || { echo 'Say what it does: make migration name="add fees"' >&2; exit 2; }
-	$(BIN)/python -m pipeline.migrate revision "$(name)"
+	$(BIN)/python -m pipeline.schema.migrate revision "$(name)"
 
 lock: install ## Resolve the dependencies of pyproject.toml again; pins stay where they can
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \

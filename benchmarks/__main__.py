@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import ingest, keying, latency, memory, projection, recovery, rivals, scale, workers
 from benchmarks.report import PLOTS, Section, heading, this_run, with_new
 from benchmarks.stage import Stage, set_up
-from pipeline import logs
+from pipeline import log_events
 
 RESULTS = Path(__file__).parent / "results.md"
 PARTS = (
@@ -32,7 +32,7 @@ def main() -> int:
         0; what was measured decides nothing.
     """
     arguments = _arguments()
-    logs.configure(level="error")
+    log_events.configure(level="error")
     with set_up(arguments.postgres) as stage:
         head = heading(stage.postgres_version(), stage.kafka_version())
         print(head, flush=True)

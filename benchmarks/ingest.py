@@ -18,7 +18,7 @@ from benchmarks.stage import Finished, Stage
 from pipeline.db import open_engine, transaction
 from pipeline.log import ownership
 from pipeline.log.tables import events
-from pipeline.positions import NextOffset
+from pipeline.partitions import NextOffset
 from pipeline.settings import Settings
 from tests.servers.databases import Database
 

@@ -6,7 +6,7 @@ from benchmarks.filling import fill
 from benchmarks.report import Run, Section, ways_table
 from benchmarks.stage import Stage
 from benchmarks.workers import KAFKA_OPTIONS, projected
-from pipeline.simulator import Keying
+from pipeline.sandbox.simulator import Keying
 
 EVENTS = 200_000
 QUICK_EVENTS = 20_000

@@ -19,7 +19,7 @@ from confluent_kafka import Producer
 from benchmarks.background import background
 from benchmarks.report import Lines, Section
 from benchmarks.stage import Stage
-from pipeline.simulator import Simulation
+from pipeline.sandbox.simulator import Simulation
 from tests.servers.databases import Database
 
 RATES = (10, 1_000, 10_000)

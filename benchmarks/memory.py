@@ -7,9 +7,9 @@ from itertools import islice
 from benchmarks.filling import one_row
 from benchmarks.report import Section
 from benchmarks.stage import PARTITIONS, SEED, Stage, sized
-from pipeline.simulator import Simulation
-from pipeline.simulator.producer import Producer
-from pipeline.simulator.records import Record
+from pipeline.sandbox.simulator import Simulation
+from pipeline.sandbox.simulator.producer import Producer
+from pipeline.sandbox.simulator.records import Record
 
 WANTED_BYTES = 250_000_000
 LARGE = 40

@@ -19,11 +19,11 @@ from sqlalchemy import Engine
 from benchmarks.report import Pairs, Run, Section, bars, table
 from benchmarks.stage import Stage, run_process
 from pipeline.db import open_engine
-from pipeline.projection import Projector
 from pipeline.projection.loop import run_projection
-from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
+from pipeline.readmodel import Projector
+from pipeline.rebuild.rebuild import rebuild
 from tests.servers.databases import Database
 
 MAKE_TWIN = """

@@ -17,7 +17,7 @@ from confluent_kafka import Producer
 from benchmarks.background import background
 from benchmarks.report import Section
 from benchmarks.stage import PARTITIONS, Stage
-from pipeline.embedded.postgres import PostgresServer
+from pipeline.sandbox.servers.postgres import PostgresServer
 from tests.servers import KafkaServer
 from tests.servers.databases import Database
 

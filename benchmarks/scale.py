@@ -19,9 +19,9 @@ from confluent_kafka import Producer
 from benchmarks.report import Lines, Section
 from benchmarks.stage import PARTITIONS, Stage
 from pipeline.db import open_engine
+from pipeline.health.status import look
 from pipeline.projectors import discover
 from pipeline.settings import Settings
-from pipeline.status import look
 from tests.servers.databases import Database
 
 SIZES = (1_000_000, 10_000_000, 20_000_000, 30_000_000)

@@ -19,11 +19,11 @@ import orjson
 import psycopg
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.embedded.postgres import PostgresServer
-from pipeline.migrate import migrate
-from pipeline.simulator import Keying, Simulation
-from pipeline.simulator.producer import Producer
-from pipeline.simulator.records import Record
+from pipeline.sandbox.servers.postgres import PostgresServer
+from pipeline.sandbox.simulator import Keying, Simulation
+from pipeline.sandbox.simulator.producer import Producer
+from pipeline.sandbox.simulator.records import Record
+from pipeline.schema.migrate import migrate
 from tests.servers import Kafka, KafkaServer, Postgres, find_kafka, find_postgres
 from tests.servers.databases import Database, fresh_database
 from tests.servers.kafka import class_path

@@ -7,8 +7,8 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata
-from pipeline.migrate import declare_tables, open_from_settings
-from pipeline.roles import masked_name
+from pipeline.schema.migrate import declare_tables, open_from_settings
+from pipeline.schema.roles import masked_name
 
 writer = rewriter.Rewriter()
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from pipeline import causes
 from pipeline.causes import Cause
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 
 
 class ExitCode(IntEnum):

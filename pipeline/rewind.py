@@ -21,16 +21,16 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import RefusedError
 from pipeline.events import read
+from pipeline.ingest.claim import another_topic
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.ingest.takeover import another_topic
+from pipeline.kafka import Brokers, Watermarks
 from pipeline.log import ownership
-from pipeline.log.comparison import Comparison, Staging
+from pipeline.log.compare import Comparison, Staging
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Claim, Source
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.settings import Settings
-from pipeline.source import Brokers, Watermarks
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from pipeline.simulator.parties import _FIRST_NAMES, _LAST_NAMES
+from pipeline.sandbox.simulator.parties import _FIRST_NAMES, _LAST_NAMES
 
 DATABASE_PASSWORD = "c4n4ry/d@tabase:pw"
 WRONG_PASSWORD = "c4n4ry-wr0ng-pw"

@@ -18,7 +18,7 @@ import pytest
 import structlog
 
 from pipeline.cli import main
-from pipeline.embedded.broker import MockBroker
+from pipeline.sandbox.servers.broker import MockBroker
 from tests import waiting
 from tests.servers.databases import Database
 

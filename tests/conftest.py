@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.embedded.broker import MockBroker
+from pipeline.sandbox.servers.broker import MockBroker
 from tests.promised import PromisedTests, name_of
 from tests.servers import (
     FAST_AND_UNSAFE,
@@ -94,7 +94,8 @@ def _templates(_servers: ExitStack) -> Callable[[Postgres], Database]:
 
     def template(server: Postgres) -> Database:
         if id(server) not in made:
-            from pipeline.migrate import migrate  # tests without a database need no migrations
+            # Tests without a database need no migrations.
+            from pipeline.schema.migrate import migrate
 
             empty = _servers.enter_context(fresh_database(server))
             migrate(empty.url)

@@ -21,9 +21,9 @@ from pipeline.log import append as writing
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
-from pipeline.positions import Epoch, NextOffset, Offset, Partition, after
-from pipeline.projection import Projector
+from pipeline.partitions import Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
+from pipeline.readmodel import Projector
 from tests.servers.databases import Database
 
 TOPIC = "Notifications"

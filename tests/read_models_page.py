@@ -10,9 +10,9 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from pipeline.projection import Projector
-from pipeline.projection.declaration import Declared
 from pipeline.projectors import discover
+from pipeline.readmodel import Projector
+from pipeline.readmodel.model import Declared
 
 PAGE = Path(__file__).parent.parent / "docs" / "read-models.md"
 BEGIN, END = "<!-- reference: written by python -m tests.read_models_page -->", "<!-- end -->"
@@ -112,8 +112,8 @@ def _columns(db: Connection, name: str) -> list[str]:
 
 if __name__ == "__main__":
     from pipeline.db import open_engine
-    from pipeline.embedded.postgres import PostgresServer
-    from pipeline.migrate import migrate
+    from pipeline.sandbox.servers.postgres import PostgresServer
+    from pipeline.schema.migrate import migrate
 
     with PostgresServer() as server:
         migrate(server.url("postgres"))

@@ -17,14 +17,14 @@ import typer
 from sqlalchemy import Engine
 from typer.core import TyperGroup
 
-from pipeline import __version__, failpoints, logs
+from pipeline import __version__, failpoints, log_events
 from pipeline.cli.terminal import say
 from pipeline.db import SessionLimits, open_engine
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.kafka import client_version
 from pipeline.projection.loop import Limits
 from pipeline.settings import Settings, load_settings
 from pipeline.signals import open_standard_streams, raised_by_signals, tell
-from pipeline.source import client_version
 
 log = structlog.get_logger("pipeline.cli")
 
@@ -70,7 +70,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, and end with the exit code that tells what happened."""
     open_standard_streams()
-    logs.configure()
+    log_events.configure()
     for argument in sys.argv[1:] if arguments is None else arguments:
         if not _is_text(argument):
             say(f"pipeline: the argument {argument!a} is not UTF-8")
@@ -159,7 +159,9 @@ def settings_of(ctx: typer.Context, *, tells_all: bool = False) -> Settings:
     """
     settings = load_settings(ctx.obj)
     level = settings.log_level
-    logs.configure(settings.log_format, "warning" if level == "info" and not tells_all else level)
+    log_events.configure(
+        settings.log_format, "warning" if level == "info" and not tells_all else level
+    )
     # It tells whenever it looks at the schema; what it has done we tell ourselves.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     failpoints.arm(os.environ)

@@ -11,13 +11,13 @@ from pipeline.cli.events import document_of, parse_place, print_event
 from pipeline.cli.rebuild import known
 from pipeline.cli.terminal import emit, say, table
 from pipeline.db import transaction
-from pipeline.dead_letters import DeadLetter, listed
 from pipeline.errors import ExitCode
 from pipeline.log.search import newest
-from pipeline.logs import printable
-from pipeline.migrate import check_schema
-from pipeline.projection.turn import retry as try_again
+from pipeline.log_events import printable
+from pipeline.projection.dead_letters import DeadLetter, listed
+from pipeline.projection.one_pass import retry as try_again
 from pipeline.projectors import discover
+from pipeline.schema.migrate import check_schema
 
 _WHY = {
     "22003": "number out of range",

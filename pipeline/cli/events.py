@@ -16,9 +16,9 @@ from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.terminal import NOTHING, emit, moment, say
 from pipeline.db import transaction
 from pipeline.log.search import Found, Wanted, first_since, follow, newest, ranges
-from pipeline.logs import printable
-from pipeline.migrate import check_schema
-from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.log_events import printable
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.schema.migrate import check_schema
 
 FOLLOW_S = 0.5
 """How often a log that is followed is looked at."""

@@ -23,22 +23,22 @@ from pipeline.cli.tally import Tally
 from pipeline.cli.terminal import Gauge
 from pipeline.cli.workers import WORKERS_MAX, become_worker
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
+from pipeline.db.session import address_of
 from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest
 from pipeline.ingest import Progress as Ingested
-from pipeline.migrate import check_schema, check_tables
+from pipeline.kafka import Brokers
 from pipeline.outages import OutagePolicy
 from pipeline.projection.checkpoints import fingerprints
-from pipeline.projection.declaration import Projector
-from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.loop import Progress as Projected
 from pipeline.projection.loop import run_projection
-from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
-from pipeline.session import address_of
+from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.readmodel.model import Projector
+from pipeline.rebuild.rebuild import rebuild
+from pipeline.schema.migrate import check_schema, check_tables
 from pipeline.settings import Settings
 from pipeline.signals import Stop, stopped_by_signals
-from pipeline.source import Brokers
 
 log = structlog.get_logger("pipeline.cli")
 

@@ -10,7 +10,7 @@ from pipeline.cli.terminal import Mark, emit, say, table
 from pipeline.db import transaction
 from pipeline.log.ownership import OPEN_GAPS, accept_gap
 from pipeline.log.search import ranges
-from pipeline.migrate import check_schema
+from pipeline.schema.migrate import check_schema
 
 gaps = typer.Typer(
     no_args_is_help=True,

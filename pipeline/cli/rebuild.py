@@ -13,17 +13,17 @@ from pipeline.cli.app import app, database_of, projection_limits, settings_of
 from pipeline.cli.flow import show_projection
 from pipeline.cli.terminal import Gauge, emit, say, table
 from pipeline.errors import ExitCode
-from pipeline.migrate import check_schema, check_tables
-from pipeline.projection import Projector
-from pipeline.projection.rebuild import (
+from pipeline.projectors import discover
+from pipeline.readmodel import Projector
+from pipeline.rebuild.rebuild import (
     Difference,
     RebuildProgress,
     StoppedError,
     check,
     rebuild_in_place,
 )
-from pipeline.projection.rebuild import rebuild as rebuild_beside
-from pipeline.projectors import discover
+from pipeline.rebuild.rebuild import rebuild as rebuild_beside
+from pipeline.schema.migrate import check_schema, check_tables
 from pipeline.settings import Settings
 from pipeline.signals import stopped_by_signals
 

@@ -12,12 +12,12 @@ from pipeline.cli.events import parse_place, parse_time
 from pipeline.cli.terminal import Gauge, emit, say, table
 from pipeline.db import transaction
 from pipeline.errors import ExitCode
-from pipeline.log.comparison import Comparison
+from pipeline.kafka import Brokers
+from pipeline.log.compare import Comparison
 from pipeline.log.search import Wanted, ranges
-from pipeline.migrate import check_schema, check_tables
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.rewind import Goal, Step, execute, plan
-from pipeline.source import Brokers
+from pipeline.schema.migrate import check_schema, check_tables
 
 INTERVALS_SHOWN = 5
 

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline import migrate as schema
-from pipeline.check import Finding, Standing, Worth, examine, exit_code, worth
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import emit, say
-from pipeline.logs import printable
+from pipeline.health.check import Finding, Standing, Worth, examine, exit_code, worth
+from pipeline.log_events import printable
 from pipeline.projectors import discover
-from pipeline.roles import PREFIX_DEFAULT
+from pipeline.schema import migrate as schema
+from pipeline.schema.roles import PREFIX_DEFAULT
 
 _AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 

@@ -23,11 +23,11 @@ from pipeline.cli.terminal import (
     table,
 )
 from pipeline.errors import ExitCode, TransientError
-from pipeline.logs import printable
-from pipeline.migrate import check_schema
-from pipeline.positions import Partition
+from pipeline.health.status import PartitionStatus, ProjectorStatus, Recent, Status, Trouble, look
+from pipeline.log_events import printable
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
-from pipeline.status import PartitionStatus, ProjectorStatus, Recent, Status, Trouble, look
+from pipeline.schema.migrate import check_schema
 
 TYPES_MAX = 5
 """Most types without a read model that are listed for people."""

@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.logs import printable, printable_json
-from pipeline.stored_times import FarTime
+from pipeline.db.stored_times import FarTime
+from pipeline.log_events import printable, printable_json
 
 PLAIN_LINE_S = 5.0
 """How often progress is told where no bar can be drawn."""

@@ -8,9 +8,9 @@ import typer
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ConfigurationError
+from pipeline.sandbox.simulator import Chaos, Keying, Record, Simulation
+from pipeline.sandbox.simulator.producer import Producer
 from pipeline.signals import stopped_by_signals
-from pipeline.simulator import Chaos, Keying, Record, Simulation
-from pipeline.simulator.producer import Producer
 
 _PARTITIONS = 6
 
@@ -140,7 +140,7 @@ def demo(
     $ pipeline demo
     """
     try:
-        from pipeline.demo import run_demo
+        from pipeline.sandbox.demo import run_demo
     except ImportError:
         raise ConfigurationError(
             "the demo needs its extra: pip install 'upvest-pipeline[demo]'"

@@ -12,10 +12,10 @@ from pipeline.cli.rebuild import known
 from pipeline.cli.rewind import offsets
 from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ExitCode
-from pipeline.logs import printable
-from pipeline.migrate import check_schema
+from pipeline.health.verify import Evidence, verify_kafka, verify_log, verify_read_models
+from pipeline.log_events import printable
 from pipeline.projectors import discover
-from pipeline.verify import Evidence, verify_kafka, verify_log, verify_read_models
+from pipeline.schema.migrate import check_schema
 
 
 class _Proof(StrEnum):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import structlog
 import typer
 
-from pipeline import logs
+from pipeline import log_events
 from pipeline.errors import ExitCode
 from pipeline.signals import IMPATIENT, ending, exit_code_of
 
@@ -104,7 +104,7 @@ class _Parent:
         os.close(self._held)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_OWN)
-        logs.speak_as(worker)
+        log_events.speak_as(worker)
         threading.Thread(
             target=_end_with_parent, args=[self._lifeline], name="lifeline", daemon=True
         ).start()

@@ -21,12 +21,12 @@ from sqlalchemy import Connection, Engine
 
 from pipeline.db import transaction
 from pipeline.errors import CopiedDatabaseError, TransientError
+from pipeline.kafka import Fed, KafkaSource, Member
+from pipeline.kafka.client import consumer_config
 from pipeline.log import ownership, workers
 from pipeline.log.workers import Server
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
-from pipeline.source import Fed, KafkaSource, Member
-from pipeline.source.client import consumer_config
 
 log = structlog.get_logger(__name__)
 

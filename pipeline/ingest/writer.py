@@ -16,11 +16,11 @@ from pipeline.errors import (
     PipelineError,
     TransientError,
 )
-from pipeline.ingest.machine import Batch, Resolve, Write
+from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Place
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 
 
 class Committed(NamedTuple):

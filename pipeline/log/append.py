@@ -12,7 +12,7 @@ from pipeline.db import translated
 from pipeline.errors import ConfigurationError, FencedError, InvariantError, PoisonRecordError
 from pipeline.events import Row
 from pipeline.log.copying import COLUMNS, HEADER, TRAILER, Encoded, decode, encode
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 
 
 class Advance(NamedTuple):

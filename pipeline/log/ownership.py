@@ -22,10 +22,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from pipeline import locks
+from pipeline.db import locks
 from pipeline.errors import InvariantError, RetentionGapError
 from pipeline.log.tables import consumer_offsets, events, gaps, installation
-from pipeline.positions import Epoch, NextOffset, Offset, Partition
+from pipeline.partitions import Epoch, NextOffset, Offset, Partition
 
 
 @dataclass(frozen=True)

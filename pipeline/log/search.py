@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from pipeline.log.tables import consumer_offsets, events
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 
 FOLLOW_ROWS_MAX = 1000
 """Most events that one look at a growing partition takes."""

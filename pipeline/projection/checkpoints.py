@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from pipeline.db import LOG_SCHEMA, metadata
 from pipeline.errors import InvariantError
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 
 projectors = Table(
     "projectors",

@@ -24,13 +24,13 @@ from sqlalchemy import Engine, text
 from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.outages import OutagePolicy
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection.checkpoints import Standing
-from pipeline.projection.declaration import Projector
-from pipeline.projection.fingerprint import fingerprint
-from pipeline.projection.sharing import Crew
-from pipeline.projection.turn import Result, project
+from pipeline.projection.one_pass import Result, project
+from pipeline.projection.workers import Crew
+from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.readmodel.model import Projector
 
 log = structlog.get_logger(__name__)
 

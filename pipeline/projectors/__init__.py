@@ -5,7 +5,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from pipeline.errors import ConfigurationError
-from pipeline.projection import Projector
+from pipeline.readmodel import Projector
 
 
 @cache

@@ -1,6 +1,6 @@
 """Account groups: who holds, and where the cash lies. With the users who belong to each."""
 
-from pipeline.projection import Children, Snapshot, enum, text, time, uuid
+from pipeline.readmodel import Children, Snapshot, enum, text, time, uuid
 
 account_groups = Snapshot(
     table="account_groups",

@@ -1,6 +1,6 @@
 """Accounts: where securities lie. With the users who belong to each."""
 
-from pipeline.projection import Children, Snapshot, enum, integer, text, time, uuid
+from pipeline.readmodel import Children, Snapshot, enum, integer, text, time, uuid
 
 accounts = Snapshot(
     table="accounts",

@@ -1,6 +1,6 @@
 """Cash balances: what each account group has in each currency, as last told."""
 
-from pipeline.projection import Snapshot, enum, event_time, money, uuid
+from pipeline.readmodel import Snapshot, enum, event_time, money, uuid
 
 cash_balances = Snapshot(
     table="cash_balances",

@@ -1,6 +1,6 @@
 """Cash transactions: the ledger of cash, with the taxes of each entry and what caused it."""
 
-from pipeline.projection import Children, Ledger, enum, json, money, text, time, uuid
+from pipeline.readmodel import Children, Ledger, enum, json, money, text, time, uuid
 
 cash_transactions = Ledger(
     table="cash_transactions",

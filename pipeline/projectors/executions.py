@@ -1,16 +1,6 @@
 """Executions: one row for each fill of an order, told by itself or inside its order."""
 
-from pipeline.projection import (
-    Children,
-    Snapshot,
-    Source,
-    date,
-    enum,
-    money,
-    quantity,
-    time,
-    uuid,
-)
+from pipeline.readmodel import Children, Snapshot, Source, date, enum, money, quantity, time, uuid
 
 executions = Snapshot(
     table="executions",

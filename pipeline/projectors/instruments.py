@@ -3,7 +3,7 @@
 from sqlalchemy import Column, Connection, DateTime, Index, Text, Uuid
 from sqlalchemy import text as sql
 
-from pipeline.projection import (
+from pipeline.readmodel import (
     Batch,
     Custom,
     Snapshot,

@@ -1,6 +1,6 @@
 """Refused cancellations of orders: one row for each refusal. They say nothing about the order."""
 
-from pipeline.projection import Notice, enum, event_time, text, uuid
+from pipeline.readmodel import Notice, enum, event_time, text, uuid
 
 order_cancellation_rejections = Notice(
     table="order_cancellation_rejections",

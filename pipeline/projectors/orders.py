@@ -1,6 +1,6 @@
 """Orders: one row for each order, as of its newest event."""
 
-from pipeline.projection import Snapshot, boolean, date, enum, money, quantity, text, time, uuid
+from pipeline.readmodel import Snapshot, boolean, date, enum, money, quantity, text, time, uuid
 
 orders = Snapshot(
     table="orders",

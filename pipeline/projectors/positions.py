@@ -1,6 +1,6 @@
 """Positions: what each account holds of each instrument, as last told."""
 
-from pipeline.projection import Snapshot, event_time, quantity, text, uuid
+from pipeline.readmodel import Snapshot, event_time, quantity, text, uuid
 
 positions = Snapshot(
     table="positions",

@@ -1,6 +1,6 @@
 """Security transactions: the ledger of units, with what caused each entry."""
 
-from pipeline.projection import Children, Ledger, enum, quantity, text, time, uuid
+from pipeline.readmodel import Children, Ledger, enum, quantity, text, time, uuid
 
 security_transactions = Ledger(
     table="security_transactions",

@@ -1,16 +1,6 @@
 """User checks: one row for each check of a user, told by how far it has come."""
 
-from pipeline.projection import (
-    Snapshot,
-    boolean,
-    date,
-    enum,
-    event_time,
-    json,
-    text,
-    time,
-    uuid,
-)
+from pipeline.readmodel import Snapshot, boolean, date, enum, event_time, json, text, time, uuid
 
 user_checks = Snapshot(
     table="user_checks",

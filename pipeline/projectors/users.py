@@ -1,16 +1,6 @@
 """Users: one row for each natural person, as of the newest event. Holds personal data."""
 
-from pipeline.projection import (
-    Snapshot,
-    boolean,
-    date,
-    enum,
-    json,
-    text,
-    text_list,
-    time,
-    uuid,
-)
+from pipeline.readmodel import Snapshot, boolean, date, enum, json, text, text_list, time, uuid
 
 users = Snapshot(
     table="users",

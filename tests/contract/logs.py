@@ -18,7 +18,7 @@ from pipeline.log import ownership
 from pipeline.log.append import Advance, append
 from pipeline.log.copying import Encoded, encode
 from pipeline.log.ownership import Owner, Place
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 
 SPAN = 1000
 

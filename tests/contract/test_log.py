@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.db import open_engine
 from pipeline.errors import FencedError, InvariantError, PipelineError
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from tests.contract.logs import FakeLog, RealLog, advance, place, row_at
 
 A, B = Partition("orders", 0), Partition("orders", 1)

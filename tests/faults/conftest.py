@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.migrate import migrate
+from pipeline.schema.migrate import migrate
 from tests.faults.harness import Bench
 from tests.servers import FAST_AND_UNSAFE, Kafka, PostgresServer
 from tests.servers.databases import Database, fresh_database

@@ -20,11 +20,11 @@ from urllib.parse import quote, urlsplit
 import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
-from pipeline.migrate import set_up
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
-from pipeline.roles import ROLES
-from pipeline.simulator import Books
+from pipeline.sandbox.simulator import Books
+from pipeline.schema.migrate import set_up
+from pipeline.schema.roles import ROLES
 from tests import canaries, waiting
 from tests.faults.ledger import Feed, Headers, Ledger
 from tests.servers import Kafka

@@ -10,10 +10,10 @@ from typing import NamedTuple, cast
 
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
-from pipeline.positions import Partition
-from pipeline.simulator import Books, Chaos, Keying, Record, Simulation
-from pipeline.simulator.chaos import ChaosReport
-from pipeline.simulator.producer import Producer
+from pipeline.partitions import Partition
+from pipeline.sandbox.simulator import Books, Chaos, Keying, Record, Simulation
+from pipeline.sandbox.simulator.chaos import ChaosReport
+from pipeline.sandbox.simulator.producer import Producer
 
 Headers = tuple[tuple[str, bytes | None], ...]
 

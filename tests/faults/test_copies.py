@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from psycopg.sql import SQL, Identifier
 
-from pipeline.embedded.postgres import find_binaries
-from pipeline.migrate import migrate
+from pipeline.sandbox.servers.postgres import find_binaries
+from pipeline.schema.migrate import migrate
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, Worker, until
 from tests.faults.test_belonging import numbered
 from tests.faults.test_status_is_true import standby_of

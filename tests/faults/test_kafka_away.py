@@ -14,12 +14,12 @@ from structlog.testing import capture_logs
 
 from pipeline import outages
 from pipeline.db import open_engine
-from pipeline.embedded.broker import MockBroker
 from pipeline.errors import TransientError
-from pipeline.ingest import Ingest, Progress, loop
+from pipeline.health.status import look, queries
+from pipeline.ingest import Ingest, Progress, service
+from pipeline.kafka import metadata
+from pipeline.sandbox.servers.broker import MockBroker
 from pipeline.settings import Settings
-from pipeline.source import brokers
-from pipeline.status import gathering, look
 from tests.faults import ledger as sent
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, until
 from tests.integration.ingesting import Ledger, logged, running, settings_for
@@ -33,8 +33,8 @@ def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
     database: Database, mock_broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 1.0)
-    monkeypatch.setattr(loop, "LOOK_S", 0.5)
-    monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
+    monkeypatch.setattr(service, "LOOK_S", 0.5)
+    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)
     producer = Producer({"bootstrap.servers": mock_broker.bootstrap_servers, "log_level": 0})
     for _ in range(RECORDS):
@@ -144,9 +144,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
     """An outage is logged again every second, and Kafka is looked at more often; the log lines."""
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
     monkeypatch.setattr(outages, "RETRY_S_MAX", 0.5)
-    monkeypatch.setattr(loop, "LOOK_S", 0.2)
-    monkeypatch.setattr(brokers, "ASK_S_MAX", 0.5)
-    monkeypatch.setattr(brokers, "TOPIC_ID_S_MAX", 0.5)
+    monkeypatch.setattr(service, "LOOK_S", 0.2)
+    monkeypatch.setattr(metadata, "ASK_S_MAX", 0.5)
+    monkeypatch.setattr(metadata, "TOPIC_ID_S_MAX", 0.5)
     with capture_logs() as lines:
         yield lines
 
@@ -168,7 +168,7 @@ def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_r
     impatient: MutableSequence[Any],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(gathering, "SEEN_S_MAX", 1.0)
+    monkeypatch.setattr(queries, "SEEN_S_MAX", 1.0)
     retention_s = 8
     private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()

@@ -13,8 +13,8 @@ from confluent_kafka.admin._acl import (
 )
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
-from pipeline.embedded.postgres import free_port
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
+from pipeline.sandbox.servers.postgres import free_port
 from tests.faults.harness import Bench, until
 from tests.integration.ingesting import Ledger, logged
 from tests.servers import KafkaServer

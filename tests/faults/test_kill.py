@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.simulator import Chaos
+from pipeline.sandbox.simulator import Chaos
 from tests.faults.harness import Bench, until
 
 KILLS = 30

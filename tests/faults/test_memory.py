@@ -4,9 +4,9 @@ import resource
 
 import pytest
 
+from pipeline.sandbox.simulator.producer import Producer
+from pipeline.sandbox.simulator.records import Record
 from pipeline.settings import Settings
-from pipeline.simulator.producer import Producer
-from pipeline.simulator.records import Record
 from tests.faults.harness import Bench, Worker
 from tests.faults.ledger import Ledger
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from pipeline.embedded.postgres import PostgresServer
+from pipeline.sandbox.servers.postgres import PostgresServer
 from tests.faults.harness import Bench, until
 from tests.faults.ledger import Ledger
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.embedded.postgres import PostgresServer
 from pipeline.errors import ExitCode
+from pipeline.sandbox.servers.postgres import PostgresServer
 from tests.faults.harness import Bench, Worker, until
 
 PER_SECOND = 150

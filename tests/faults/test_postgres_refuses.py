@@ -13,8 +13,8 @@ import psycopg
 import pytest
 from psycopg.sql import SQL
 
-from pipeline.embedded.postgres import PostgresServer
 from pipeline.errors import ExitCode
+from pipeline.sandbox.servers.postgres import PostgresServer
 from tests.faults.harness import Bench, Worker, until
 from tests.faults.ledger import Ledger
 

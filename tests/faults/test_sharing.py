@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from pipeline.projection.sharing import LIFE, SAY_S
-from pipeline.simulator import Keying
+from pipeline.projection.workers import LIFE, SAY_S
+from pipeline.sandbox.simulator import Keying
 from tests.faults.harness import Bench, Worker, until
 
 PER_SECOND = 300

@@ -17,8 +17,8 @@ import psycopg
 import pytest
 
 from pipeline.errors import ExitCode
-from pipeline.migrate import migrate
-from pipeline.status import gathering
+from pipeline.health.status import queries
+from pipeline.schema.migrate import migrate
 from tests.commands import Commands, InProcess, Result
 from tests.faults.harness import Bench, until
 from tests.faults.test_postgres_refuses import (
@@ -32,7 +32,7 @@ from tests.servers import FAST_AND_UNSAFE, Kafka, KafkaServer, PostgresServer
 from tests.servers.databases import Database, fresh_database
 
 PER_SECOND = 50
-UNKNOWN_S_MAX = gathering.SEEN_S_MAX + 15
+UNKNOWN_S_MAX = queries.SEEN_S_MAX + 15
 """So long after a fault nobody may be told that all is well."""
 
 pytestmark = pytest.mark.timeout(240)
@@ -113,7 +113,7 @@ def test_no_fault_is_told_as_all_is_well(
     tmp_path: Path,
 ):
     """Kafka silent; a worker killed, stopped, ended; a disk full; a lock, then another password."""
-    monkeypatch.setattr(gathering, "BEHIND_S_MAX", 10.0)
+    monkeypatch.setattr(queries, "BEHIND_S_MAX", 10.0)
     faults = ["silent", "killed", "paused", "ended", "full", "locked"]
     with ExitStack() as stack:
         benches = {
@@ -258,7 +258,7 @@ def test_a_standby_tells_how_old_its_data_is(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
-    monkeypatch.setattr(gathering, "SEEN_S_MAX", 12.0)
+    monkeypatch.setattr(queries, "SEEN_S_MAX", 12.0)
     with (
         bench_on(kafka, migrated, f"standby-{os.urandom(4).hex()}", tmp_path) as bench,
         standby_of(private_postgres) as standby,

@@ -30,7 +30,7 @@ from pipeline.log.append import append
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner, Source
 from pipeline.log.tables import events
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 from tests.contract.logs import advance
 from tests.records import HOSTILE, SAMPLE, deep_nesting, envelope, header_lists, nested, values
 

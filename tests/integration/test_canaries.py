@@ -22,11 +22,11 @@ from typer.main import get_command
 
 from pipeline.cli.app import app
 from pipeline.db import READ_SCHEMA, metadata, open_engine
-from pipeline.embedded.broker import MockBroker
-from pipeline.embedded.postgres import PostgresServer, free_port
-from pipeline.migrate import migrate
-from pipeline.projection import Custom
 from pipeline.projectors import discover
+from pipeline.readmodel import Custom
+from pipeline.sandbox.servers.broker import MockBroker
+from pipeline.sandbox.servers.postgres import PostgresServer, free_port
+from pipeline.schema.migrate import migrate
 from tests import canaries
 from tests.canaries import IBAN, NAME, TAX_ID, leaks
 from tests.commands import Commands, InProcess, Result, wait
@@ -182,7 +182,7 @@ def _filled(house: House, commands: Commands) -> House:
 def pipeline(monkeypatch, capfd) -> InProcess:
     """Runs commands here; what libraries in C write is seen too."""
     # Brokers of the mock never tell it, and need not be waited for so often.
-    monkeypatch.setattr("pipeline.source.brokers.TOPIC_ID_S_MAX", 0.2)
+    monkeypatch.setattr("pipeline.kafka.metadata.TOPIC_ID_S_MAX", 0.2)
     return InProcess(monkeypatch, capfd)
 
 
@@ -338,8 +338,8 @@ NEEDS_DATABASE = sorted(set(RUNS) - {"demo", "simulate"})
 def impatient(monkeypatch):
     """One-shot commands give servers up that are away after a moment, not after a minute."""
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
-    monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 1.0)
-    monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
+    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
 
 
 @pytest.mark.parametrize("command", NEEDS_DATABASE)
@@ -361,10 +361,10 @@ def test_no_command_shows_the_password_of_a_database_that_refuses_it(
 def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypatch, command):
     # A login takes the client a second or two, so questions get some more.
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
-    monkeypatch.setattr("pipeline.source.brokers.ASK_S_MAX", 6.0)
-    monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 6.0)
+    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 6.0)
+    monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 6.0)
     # What another test has heard already is told again.
-    monkeypatch.setattr("pipeline.source.client.COMPLAINT_S_MIN", 0.0)
+    monkeypatch.setattr("pipeline.kafka.client.COMPLAINT_S_MIN", 0.0)
     with RefusingBroker() as broker:
         refused = house.commands.with_(
             kafka_bootstrap_servers=broker.bootstrap_servers,

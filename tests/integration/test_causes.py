@@ -13,7 +13,6 @@ from sqlalchemy import text
 from pipeline import causes
 from pipeline.causes import Verdict
 from pipeline.db import open_engine, transaction
-from pipeline.embedded.postgres import free_port
 from pipeline.errors import (
     ConfigurationError,
     ExitCode,
@@ -21,6 +20,7 @@ from pipeline.errors import (
     PoisonRecordError,
     from_sqlstate,
 )
+from pipeline.sandbox.servers.postgres import free_port
 from tests.commands import Commands
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,15 +12,15 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.check import Promise, Standing, examine, worth
-from pipeline.check.database import _server, _session, is_loopback, look_at_database
-from pipeline.check.kafka import kafka_tls
-from pipeline.check.promises import ANYWHERE
 from pipeline.db import open_engine
-from pipeline.embedded.postgres import PostgresServer, free_port
-from pipeline.migrate import set_up
+from pipeline.health.check import Promise, Standing, examine, worth
+from pipeline.health.check.database import _server, _session, is_loopback, look_at_database
+from pipeline.health.check.kafka import kafka_tls
+from pipeline.health.check.promises import ANYWHERE
 from pipeline.projectors import discover
-from pipeline.roles import ROLES
+from pipeline.sandbox.servers.postgres import PostgresServer, free_port
+from pipeline.schema.migrate import set_up
+from pipeline.schema.roles import ROLES
 from pipeline.settings import Settings
 from tests.commands import Commands, InProcess, on_mock
 from tests.conftest import OLDEST

@@ -23,7 +23,7 @@ from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.copying import decode
 from pipeline.log.ownership import Gap, Owner, Source
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 from tests import waiting
 from tests.contract.logs import advance, place, row_at
 

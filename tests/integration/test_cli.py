@@ -11,12 +11,12 @@ import sys
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline import locks
-from pipeline.embedded.postgres import free_port
+from pipeline.db import locks
 from pipeline.errors import ExitCode
 from pipeline.projectors import discover
-from pipeline.simulator import Chaos, Simulation
-from pipeline.simulator.producer import Producer
+from pipeline.sandbox.servers.postgres import free_port
+from pipeline.sandbox.simulator import Chaos, Simulation
+from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import SCRIPT, Commands, InProcess, on_mock, wait
 from tests.given import order_event, sample_events
 

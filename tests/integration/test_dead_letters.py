@@ -11,17 +11,17 @@ from hypothesis import given as over
 from hypothesis import strategies as st
 from sqlalchemy import Column, Integer, Table, Text, text
 
-from pipeline import dead_letters
 from pipeline.db import READ_SCHEMA, metadata, transaction
 from pipeline.errors import ExitCode
-from pipeline.projection import Children, Custom, Notice, Snapshot, integer, uuid
-from pipeline.projection import text as text_field
-from pipeline.projection.compiler import USUAL, USUAL_DATE, USUAL_DIGITS
+from pipeline.projection import dead_letters
 from pipeline.projection.loop import Limits
-from pipeline.projection.rebuild import rebuild
-from pipeline.projection.turn import BrokenProjectorError, retry
+from pipeline.projection.one_pass import BrokenProjectorError, retry
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from pipeline.readmodel import Children, Custom, Notice, Snapshot, integer, uuid
+from pipeline.readmodel import text as text_field
+from pipeline.readmodel.compiler import USUAL, USUAL_DATE, USUAL_DIGITS
+from pipeline.rebuild.rebuild import rebuild
 from tests.given import (
     Given,
     create_tables,
@@ -305,7 +305,7 @@ def test_a_letter_that_somebody_took_back_meanwhile_is_no_failure(given: Given):
         letters = dead_letters.listed(db, ["orders"])
         dead_letters.forget(db, "orders")
 
-    from pipeline.projection.turn import _retry_one
+    from pipeline.projection.one_pass import _retry_one
 
     with transaction(given.engine) as db:
         assert _retry_one(db, orders, letters[0])

@@ -20,9 +20,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pipeline.demo.load import Ledger
-from pipeline.positions import Offset
-from pipeline.simulator import Record
+from pipeline.partitions import Offset
+from pipeline.sandbox.demo.load import Ledger
+from pipeline.sandbox.simulator import Record
 from tests import canaries, waiting
 
 pytestmark = [pytest.mark.postgres, pytest.mark.timeout(300)]

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 
 from pipeline.errors import ConfigurationError
-from pipeline.migrate import migrate, set_up
-from pipeline.projection.rebuild import rebuild
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
+from pipeline.rebuild.rebuild import rebuild
+from pipeline.schema.migrate import migrate, set_up
 from tests.given import order_event
 from tests.integration.test_roles import Cast, outcome
 

@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.errors import ConfigurationError
-from pipeline.simulator import Chaos, Simulation
+from pipeline.sandbox.simulator import Chaos, Simulation
 from tests.integration.ingesting import (
     Ledger,
     ingest_until_end,

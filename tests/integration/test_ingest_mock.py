@@ -10,16 +10,16 @@ import pytest
 from confluent_kafka import KafkaError, Uuid
 
 from pipeline.db import open_engine, transaction
-from pipeline.embedded import broker
-from pipeline.embedded.broker import MockBroker
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
-from pipeline.ingest.takeover import Taken, Takeover
+from pipeline.ingest.claim import Taken, Takeover
+from pipeline.kafka import Brokers, KafkaSource, client
+from pipeline.kafka import metadata as kafka_questions
 from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Owner
-from pipeline.positions import NextOffset, Partition
-from pipeline.source import Brokers, KafkaSource, client
-from pipeline.source import brokers as kafka_questions
+from pipeline.partitions import NextOffset, Partition
+from pipeline.sandbox.servers import broker
+from pipeline.sandbox.servers.broker import MockBroker
 from tests.contract.logs import advance, row_at
 from tests.integration.ingesting import (
     Ledger,

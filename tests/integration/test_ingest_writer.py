@@ -10,11 +10,11 @@ from sqlalchemy import Engine
 from pipeline import failpoints
 from pipeline.db import SessionLimits, open_engine, transaction
 from pipeline.errors import FencedError, InvariantError, TransientError
-from pipeline.ingest.machine import Batch, Resolve, Write
+from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.log import ownership
 from pipeline.log.ownership import Owner
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, place, row_at
 
 A = Partition("orders", 0)

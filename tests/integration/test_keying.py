@@ -7,13 +7,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from pipeline.check.keying import Seen, finding, keying_of, look_at_keying
 from pipeline.db import transaction
+from pipeline.health.check.keying import Seen, finding, keying_of, look_at_keying
 from pipeline.log.search import ranges
-from pipeline.positions import Partition
-from pipeline.projection.sharing import Member, shared_out
-from pipeline.simulator import Chaos, Keying, Simulation
-from pipeline.simulator.producer import Producer
+from pipeline.partitions import Partition
+from pipeline.projection.workers import Member, shared_out
+from pipeline.sandbox.simulator import Chaos, Keying, Simulation
+from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import on_mock
 
 TOPIC = "Notifications"

@@ -9,13 +9,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pipeline import locks
-from pipeline.db import SessionLimits, open_engine, transaction
+from pipeline.db import SessionLimits, locks, open_engine, transaction
+from pipeline.db.locks import LockTakenError
 from pipeline.errors import LockHeldError
-from pipeline.locks import LockTakenError
-from pipeline.migrate import migrate
-from pipeline.projection.rebuild import rebuild
 from pipeline.projectors.orders import orders
+from pipeline.rebuild.rebuild import rebuild
+from pipeline.schema.migrate import migrate
 from tests.commands import Commands
 from tests.given import order_event
 from tests.waiting import until
@@ -82,7 +81,9 @@ def test_whatever_a_reader_can_lock_stops_no_command(given, analyst):
         for name in names
         for one in STRENGTHS
     ]
-    attempts += [("advisory", "SELECT pg_advisory_lock(hashtextextended('pipeline.migrate', 0))")]
+    attempts += [
+        ("advisory", "SELECT pg_advisory_lock(hashtextextended('pipeline.schema.migrate', 0))")
+    ]
     for what, statement in attempts:
         try:
             with analyst.transaction():

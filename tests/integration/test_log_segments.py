@@ -14,7 +14,7 @@ from pipeline.errors import MissingSegmentError, PoisonRecordError
 from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Owner
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, row_at
 
 SPAN = 1000

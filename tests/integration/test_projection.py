@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.db import transaction
 from pipeline.log import ownership
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from tests.given import (

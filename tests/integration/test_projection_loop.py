@@ -11,17 +11,17 @@ from sqlalchemy import text
 
 from pipeline import failpoints
 from pipeline.db import open_engine, transaction
-from pipeline.embedded.postgres import PostgresServer
 from pipeline.errors import ConfigurationError, InvariantError, TransientError
-from pipeline.migrate import migrate
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection import loop as looping
 from pipeline.projection.loop import Limits, Progress, run_projection
-from pipeline.projection.turn import Result, project
+from pipeline.projection.one_pass import Result, project
 from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from pipeline.sandbox.servers.postgres import PostgresServer
+from pipeline.schema.migrate import migrate
 from tests import waiting
 from tests.given import TOPIC, Given, contents, execution_event, order_event, sample_events
 from tests.servers import FAST_AND_UNSAFE

@@ -13,11 +13,11 @@ from hypothesis import given as over
 from hypothesis import strategies as st
 from sqlalchemy import Row
 
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import Limits, run_projection
-from pipeline.projection.rebuild import rebuild
-from pipeline.projection.turn import Result, project
+from pipeline.projection.one_pass import Result, project
 from pipeline.projectors import discover
+from pipeline.rebuild.rebuild import rebuild
 from tests.given import TOPIC, Event, Given, contents, event, some_id
 from tests.given import sample_events as the_sample
 from tests.servers.databases import Database, fresh_database

@@ -18,8 +18,8 @@ from pipeline.cli.tally import Tally
 from pipeline.ingest import Progress as Ingested
 from pipeline.projection.loop import CAUGHT_UP_S_MIN, CaughtUp
 from pipeline.projection.loop import Progress as Projected
-from pipeline.simulator import Simulation
-from pipeline.simulator.producer import Producer
+from pipeline.sandbox.simulator import Simulation
+from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import Process, on_mock, wait
 
 MINUTE_S = 2

@@ -7,10 +7,10 @@ from decimal import Decimal
 
 import pytest
 
-from pipeline.projection import Projector
-from pipeline.projection.rebuild import check
 from pipeline.projectors import discover
-from pipeline.simulator import Books, Chaos, Simulation
+from pipeline.readmodel import Projector
+from pipeline.rebuild.rebuild import check
+from pipeline.sandbox.simulator import Books, Chaos, Simulation
 from tests.given import Given
 from tests.read_models_page import questions
 from tests.servers.databases import fresh_database

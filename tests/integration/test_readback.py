@@ -20,7 +20,7 @@ from pipeline.log import append as writing
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from tests.commands import Commands, InProcess
 from tests.given import Given, event, some_id
 from tests.servers.databases import fresh_database

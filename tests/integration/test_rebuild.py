@@ -9,9 +9,11 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import ExitCode, LockHeldError, TransientError
 from pipeline.projection.checkpoints import standings
-from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.loop import Limits, run_projection
-from pipeline.projection.rebuild import (
+from pipeline.projectors.executions import executions
+from pipeline.projectors.orders import orders
+from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.rebuild.rebuild import (
     Difference,
     RebuildProgress,
     RebuildRunsError,
@@ -20,9 +22,7 @@ from pipeline.projection.rebuild import (
     rebuild,
     rebuild_in_place,
 )
-from pipeline.projection.shadow import Shadow
-from pipeline.projectors.executions import executions
-from pipeline.projectors.orders import orders
+from pipeline.rebuild.shadow import Shadow
 from tests.given import Given, contents, order_event, sample_events
 from tests.waiting import until
 
@@ -106,7 +106,7 @@ def test_a_check_begins_again_when_the_table_is_truncated_under_it(projected: Gi
 def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
     projected: Given, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.projection.rebuild.TRUNCATIONS_MAX", 1)
+    monkeypatch.setattr("pipeline.rebuild.rebuild.TRUNCATIONS_MAX", 1)
 
     with pytest.raises(TransientError, match="again and again"):
         check(
@@ -119,8 +119,8 @@ def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
 
 
 def test_a_table_that_is_never_to_be_had_ends_the_rebuild(projected: Given, monkeypatch):
-    monkeypatch.setattr("pipeline.projection.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.projection.shadow.SWAP_ATTEMPTS_MAX", 2)
+    monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.rebuild.shadow.SWAP_ATTEMPTS_MAX", 2)
     with projected.database.connect(autocommit=False) as somebody:
         somebody.execute("LOCK TABLE upvest.orders IN ROW EXCLUSIVE MODE")
 
@@ -307,8 +307,8 @@ def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monk
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait(30)
-    monkeypatch.setattr("pipeline.projection.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.projection.shadow.log", LetGo("rebuild_waits_for_tables", asked))
+    monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_waits_for_tables", asked))
 
     difference = rebuild(projected.engine, orders)
 

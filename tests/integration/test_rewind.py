@@ -5,18 +5,17 @@ import threading
 
 import pytest
 
-from pipeline import locks
-from pipeline.db import open_engine
+from pipeline.db import locks, open_engine
 from pipeline.errors import ExitCode
-from pipeline.log.comparison import Comparison
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.kafka import Brokers
+from pipeline.log.compare import Comparison
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import run_projection
-from pipeline.projection.rebuild import check, rebuild
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
+from pipeline.rebuild.rebuild import check, rebuild
 from pipeline.rewind import Step, execute, plan
-from pipeline.simulator import Chaos, Simulation
-from pipeline.source import Brokers
+from pipeline.sandbox.simulator import Chaos, Simulation
 from tests.commands import Commands, InProcess
 from tests.given import contents
 from tests.integration.ingesting import (

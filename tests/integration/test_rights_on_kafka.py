@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer
 
+from pipeline.kafka import Brokers
+from pipeline.kafka.client import consumer_config
 from pipeline.settings import load_settings
-from pipeline.source import Brokers
-from pipeline.source.client import consumer_config
 from tests import waiting
 from tests.commands import Commands
 from tests.integration.ingesting import Ledger, logged, next_offsets

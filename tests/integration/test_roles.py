@@ -16,20 +16,20 @@ import pytest
 from confluent_kafka import Producer
 from sqlalchemy import Engine, text
 
-from pipeline import roles as granting
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError
-from pipeline.migrate import planned_roles, set_up
-from pipeline.projection import Snapshot, uuid
-from pipeline.projection import text as text_field
-from pipeline.projection.declaration import personal_columns
-from pipeline.projection.fields import looks_personal
 from pipeline.projection.loop import run_projection
-from pipeline.projection.rebuild import StoppedError, rebuild
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
-from pipeline.roles import ROLES
-from pipeline.roles.rights import REVIEWED_VIEWS
+from pipeline.readmodel import Snapshot, uuid
+from pipeline.readmodel import text as text_field
+from pipeline.readmodel.fields import looks_personal
+from pipeline.readmodel.model import personal_columns
+from pipeline.rebuild.rebuild import StoppedError, rebuild
+from pipeline.schema import roles as granting
+from pipeline.schema.migrate import planned_roles, set_up
+from pipeline.schema.roles import ROLES
+from pipeline.schema.roles.rights import REVIEWED_VIEWS
 from tests.commands import InProcess, on_mock
 from tests.given import (
     create_tables,

@@ -22,11 +22,11 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from pipeline.embedded import broker as broker_module
-from pipeline.embedded import postgres
-from pipeline.embedded.broker import MockBroker, MockBrokerError
-from pipeline.embedded.guard import Account, Guarded
-from pipeline.embedded.postgres import (
+from pipeline.sandbox.servers import broker as broker_module
+from pipeline.sandbox.servers import postgres
+from pipeline.sandbox.servers.broker import MockBroker, MockBrokerError
+from pipeline.sandbox.servers.guard import Account, Guarded
+from pipeline.sandbox.servers.postgres import (
     BinariesMissingError,
     PostgresServer,
     ServerStartError,
@@ -271,13 +271,13 @@ def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path):
 # Each starts a server, tells its process and its folder, and waits to be killed.
 PARENTS = {
     "postgres": """
-from pipeline.embedded.postgres import PostgresServer
+from pipeline.sandbox.servers.postgres import PostgresServer
 server = PostgresServer(18)
 server.start()
 say(server.pid, server.directory)
 """,
     "mock broker": """
-from pipeline.embedded.broker import MockBroker
+from pipeline.sandbox.servers.broker import MockBroker
 broker = MockBroker()
 broker.start()
 say(broker._process.pid, "/nowhere")

@@ -15,15 +15,15 @@ from confluent_kafka import Producer as KafkaProducer
 from psycopg.sql import SQL, Identifier, Literal
 from sqlalchemy import text
 
-from pipeline import db as db_module
 from pipeline.db import SessionLimits, open_engine, transaction
-from pipeline.embedded.broker import MockBroker
+from pipeline.db import engine as engine_module
+from pipeline.db.session import Ours, _wanted
+from pipeline.db.session_settings import BOUNDED, BY_SETTINGS_OF_OURS, HARMLESS, PINNED, is_sorted
 from pipeline.errors import ConfigurationError, ExitCode, LockHeldError, TransientError
 from pipeline.log.append import driver_of
-from pipeline.session import Ours, _wanted
-from pipeline.session_settings import BOUNDED, BY_SETTINGS_OF_OURS, HARMLESS, PINNED, is_sorted
-from pipeline.simulator import Chaos, Simulation
-from pipeline.simulator.producer import Producer
+from pipeline.sandbox.servers.broker import MockBroker
+from pipeline.sandbox.simulator import Chaos, Simulation
+from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import InProcess, on_mock
 from tests.integration.test_canaries import NEEDS_DATABASE, RUNS
 from tests.records import envelope
@@ -534,7 +534,7 @@ def test_who_holds_a_lock_is_named_through_a_pooler_and_whatever_the_database_sp
     postgres_server, database, monkeypatch
 ):
     """The session that asks has our settings too; the pooler gives out another process id."""
-    monkeypatch.setattr(db_module, "LOCK_LOOK_S", 0.2)
+    monkeypatch.setattr(engine_module, "LOCK_LOOK_S", 0.2)
     impatient = SessionLimits(lock_wait=timedelta(seconds=1))
     with database.connect() as db, PgBouncer(postgres_server) as pooler:
         db.execute(f"ALTER DATABASE {database.name} SET DateStyle = 'German, DMY'")

@@ -11,7 +11,7 @@ from itertools import cycle
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.embedded.broker import MockBroker
+from pipeline.sandbox.servers.broker import MockBroker
 from tests.commands import SCRIPT, Commands, Process, on_mock, wait
 from tests.given import order_event
 from tests.servers.databases import Database

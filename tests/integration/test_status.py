@@ -9,12 +9,12 @@ from sqlalchemy.event import listen
 
 from pipeline.cli.status import _age
 from pipeline.db import transaction
+from pipeline.health.status import look
+from pipeline.health.status.queries import RECENT_OFFSETS_MAX
 from pipeline.log.search import first_since
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
-from pipeline.status import look
-from pipeline.status.gathering import RECENT_OFFSETS_MAX
 from tests.commands import Commands, InProcess, wait
 from tests.given import TOPIC, event, order_event
 

@@ -8,12 +8,12 @@ import pytest
 
 from pipeline.db import transaction
 from pipeline.projection import checkpoints
-from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.loop import Limits, run_projection
-from pipeline.projection.rebuild import check
 from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.rebuild.rebuild import check
 from tests.given import Given, contents, order_event, sample_events
 from tests.servers.databases import Database
 

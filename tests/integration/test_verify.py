@@ -10,7 +10,7 @@ from pipeline.db import open_engine
 from pipeline.errors import ExitCode
 from pipeline.projection.loop import run_projection
 from pipeline.projectors import discover
-from pipeline.simulator import Chaos, Simulation
+from pipeline.sandbox.simulator import Chaos, Simulation
 from tests.commands import Commands, InProcess
 from tests.given import order_event
 from tests.integration.ingesting import Ledger, ingest_until_end, settings_for

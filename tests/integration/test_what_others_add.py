@@ -2,14 +2,14 @@
 
 import pytest
 
-from pipeline import migrate
 from pipeline.db import metadata, transaction
-from pipeline.embedded.broker import MockBroker
 from pipeline.errors import ConfigurationError, ExitCode
-from pipeline.foreign_objects import foreign_objects
 from pipeline.log.append import append
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from pipeline.projectors.orders import orders
+from pipeline.sandbox.servers.broker import MockBroker
+from pipeline.schema import migrate
+from pipeline.schema.foreign_objects import foreign_objects
 from tests.commands import InProcess, on_mock
 from tests.contract.logs import advance, row_at
 from tests.given import order_event

@@ -18,10 +18,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
 
-from pipeline import migrate as migrating
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, SessionLimits, metadata, open_engine
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.migrate import check_schema, declare_tables, migrate
+from pipeline.schema import migrate as migrating
+from pipeline.schema.migrate import check_schema, declare_tables, migrate
 from tests.commands import Commands, InProcess
 
 FOLDER = Path(__file__).resolve().parents[2] / "migrations"

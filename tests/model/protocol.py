@@ -20,18 +20,9 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from pipeline.errors import FencedError, InvariantError
-from pipeline.ingest.machine import (
-    Batch,
-    Bounds,
-    Machine,
-    Outcome,
-    Reclaim,
-    Resolve,
-    Write,
-    _Flight,
-)
+from pipeline.ingest.state import Batch, Bounds, Machine, Outcome, Reclaim, Resolve, Write, _Flight
 from pipeline.log.copying import Encoded
-from pipeline.positions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, row_at
 
 WITHOUT_WAITS = Bounds(

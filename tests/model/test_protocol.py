@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.ingest.machine import Batch, Machine, Outcome
+from pipeline.ingest.state import Batch, Machine, Outcome
 from pipeline.log.ownership import Place
-from pipeline.positions import NextOffset
+from pipeline.partitions import NextOffset
 from tests.contract.logs import Guards
 from tests.model.protocol import BlindRetry, Model, Protocol, Space, Violation
 

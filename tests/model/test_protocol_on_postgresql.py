@@ -27,16 +27,16 @@ from sqlalchemy import Connection, Engine, text
 from pipeline.db import SessionLimits, open_engine, transaction, translated
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.events import Record, read
-from pipeline.ingest.machine import Batch, Machine, Reclaim, Resolve, Write
+from pipeline.ingest.state import Batch, Machine, Reclaim, Resolve, Write
 from pipeline.log import append as appending
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
-from pipeline.projection.rebuild import check, rebuild
-from pipeline.projection.turn import Result, project
+from pipeline.projection.one_pass import Result, project
 from pipeline.projectors.orders import orders
+from pipeline.rebuild.rebuild import check, rebuild
 from tests.given import order_event, some_id
 from tests.model.protocol import NOW, WITHOUT_WAITS, BlindRetry
 from tests.servers.databases import Database

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 import psycopg
 
-from pipeline.embedded.postgres import BinariesMissingError, PostgresServer, find_binaries
+from pipeline.sandbox.servers.postgres import BinariesMissingError, PostgresServer, find_binaries
 from tests.servers.containers import engine_answers, kafka_container, postgres_container
 from tests.servers.kafka import (
     THREE_WAYS,

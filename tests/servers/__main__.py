@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import psycopg
 
-from pipeline.embedded.postgres import BinariesMissingError
+from pipeline.sandbox.servers.postgres import BinariesMissingError
 from tests.servers import BrokerMissingError, Postgres, find_kafka, find_postgres
 from tests.servers.certificates import KINDS
 from tests.servers.secured import SecuredKafka, SecuredPostgres, secured_kafka, secured_postgres

@@ -15,7 +15,7 @@ import psycopg
 from docker.errors import DockerException  # type: ignore[import-untyped] # the same
 from testcontainers.core.container import DockerContainer
 
-from pipeline.embedded.postgres import free_port
+from pipeline.sandbox.servers.postgres import free_port
 from tests.servers.kafka import SETTINGS, START_SECONDS_MAX, Kafka
 
 PING_SECONDS_MAX = 2

@@ -21,8 +21,8 @@ from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 
-from pipeline.embedded.guard import Guarded
-from pipeline.embedded.postgres import free_port
+from pipeline.sandbox.servers.guard import Guarded
+from pipeline.sandbox.servers.postgres import free_port
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 20.0

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import psycopg
 
-from pipeline.embedded.guard import Guarded
-from pipeline.embedded.postgres import _server_account, free_port
+from pipeline.sandbox.servers.guard import Guarded
+from pipeline.sandbox.servers.postgres import _server_account, free_port
 from tests.servers import Postgres
 
 PoolMode = Literal["session", "transaction", "statement"]

@@ -34,7 +34,7 @@ from confluent_kafka.admin import (
 )
 from psycopg import sql
 
-from pipeline.embedded.postgres import PostgresServer, free_port
+from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from tests import waiting
 from tests.servers.certificates import KINDS, Certificates, Kind
 from tests.servers.kafka import ADMIN_SECONDS_MAX, KafkaServer

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.simulator import Keying
+from pipeline.sandbox.simulator import Keying
 from tests.soak.run import soak
 
 

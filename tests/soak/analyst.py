@@ -16,7 +16,7 @@ import psycopg
 from psycopg.rows import namedtuple_row
 from psycopg.sql import SQL, Identifier
 
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
 from tests.servers.databases import Database
 from tests.soak.journal import Journal

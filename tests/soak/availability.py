@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import psycopg
 
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from tests.servers.databases import Database
 from tests.soak.journal import BACK_SECONDS_MAX, Journal
 

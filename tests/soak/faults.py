@@ -18,8 +18,8 @@ import psycopg
 from psycopg.sql import SQL, Identifier
 
 from pipeline.errors import ExitCode
-from pipeline.projection import Projector
 from pipeline.projectors import discover
+from pipeline.readmodel import Projector
 from tests import waiting
 from tests.faults.harness import Worker
 from tests.faults.proxy import CAN_DROP, Loss

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from tests.faults.harness import Bench, as_stored, is_faithful
 from tests.faults.ledger import Feed, Held, LeanLedger, read_partition
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.simulator import Keying
+from pipeline.sandbox.simulator import Keying
 from tests.soak import judge as judging
 from tests.soak.analyst import Analyst
 from tests.soak.availability import Availability

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
-from pipeline.simulator import Chaos
+from pipeline.sandbox.simulator import Chaos
 from tests.faults.harness import Bench
 from tests.faults.ledger import Feed, Held, LeanLedger
 from tests.given import Given, order_event, sample_events

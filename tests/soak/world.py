@@ -11,11 +11,11 @@ from typing import Any
 
 import psycopg
 
-from pipeline.embedded.postgres import PostgresServer
-from pipeline.migrate import migrate
-from pipeline.positions import Partition
+from pipeline.partitions import Partition
 from pipeline.projectors import discover
-from pipeline.simulator import Chaos, Keying
+from pipeline.sandbox.servers.postgres import PostgresServer
+from pipeline.sandbox.simulator import Chaos, Keying
+from pipeline.schema.migrate import migrate
 from tests import waiting
 from tests.faults.harness import QUICK_TO_NOTICE, Bench, Worker
 from tests.faults.ledger import Feed, LeanLedger

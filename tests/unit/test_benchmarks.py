@@ -14,7 +14,7 @@ from benchmarks import rivals
 from benchmarks.report import Pairs, Run, Section, table, ways_table, with_new
 from benchmarks.rivals import faucet
 from benchmarks.stage import sized
-from pipeline.simulator import Simulation
+from pipeline.sandbox.simulator import Simulation
 
 HERE = Path(rivals.__file__).parent
 

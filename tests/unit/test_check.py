@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.check.database import database_tls
-from pipeline.check.findings import Finding, ok, unknown, warning, worth, wrong
-from pipeline.check.kafka import record_size, replication, retention
-from pipeline.check.promises import ANYWHERE, Promise, Standing
 from pipeline.errors import ExitCode
+from pipeline.health.check.database import database_tls
+from pipeline.health.check.findings import Finding, ok, unknown, warning, worth, wrong
+from pipeline.health.check.kafka import record_size, replication, retention
+from pipeline.health.check.promises import ANYWHERE, Promise, Standing
 
 PAGE = Path(__file__).parents[2] / "docs/guarantees.md"
 LOG = Promise.FAITHFUL_LOG

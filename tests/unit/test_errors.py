@@ -21,7 +21,7 @@ from pipeline.errors import (
     from_sqlstate,
     is_poison,
 )
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 
 ORDERS = Partition("orders", 3)
 

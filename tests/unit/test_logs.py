@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from pipeline import logs
+from pipeline import log_events
 from pipeline.errors import InvariantError
 from pipeline.redaction import redacted
 
@@ -59,7 +59,7 @@ class Failed(psycopg.DataError):
 
 
 def test_a_line_is_json_with_time_level_event_and_logger_first(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     structlog.get_logger("pipeline.ingest").info("batch_committed", topic="Prices", count=3)
 
@@ -73,7 +73,7 @@ def test_a_line_is_json_with_time_level_event_and_logger_first(lines):
 
 
 def test_what_is_bound_to_the_context_is_on_every_line(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     with structlog.contextvars.bound_contextvars(instance="worker-1"):
         structlog.get_logger("pipeline").info("started")
@@ -91,16 +91,16 @@ def test_what_is_bound_to_the_context_is_on_every_line(lines):
     ],
 )
 def test_less_than_the_level_is_not_logged(lines, level, expected):
-    logs.configure("json", level)
+    log_events.configure("json", level)
 
     for said in ("debug", "info", "warning", "error"):
-        getattr(structlog.get_logger("pipeline.source"), said)("said")
+        getattr(structlog.get_logger("pipeline.kafka"), said)("said")
 
     assert [line["level"] for line in lines()] == expected
 
 
 def test_libraries_come_out_the_same_way(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     logging.getLogger("alembic.runtime.migration").info("Running upgrade %s -> %s", "", "0001")
 
@@ -111,7 +111,7 @@ def test_libraries_come_out_the_same_way(lines):
 
 
 def test_a_library_that_logs_statements_is_not_heard_even_at_debug(lines):
-    logs.configure("json", "debug")
+    log_events.configure("json", "debug")
 
     logging.getLogger("sqlalchemy.engine.Engine").info("[raw sql] ('%s',)", CANARY)
 
@@ -119,7 +119,7 @@ def test_a_library_that_logs_statements_is_not_heard_even_at_debug(lines):
 
 
 def test_warnings_of_python_are_log_lines(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -133,8 +133,8 @@ def test_warnings_of_python_are_log_lines(lines):
 
 
 def test_configured_twice_it_still_says_everything_once(lines):
-    logs.configure("json", "info")
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
+    log_events.configure("json", "info")
 
     structlog.get_logger("pipeline").info("started")
 
@@ -144,7 +144,7 @@ def test_configured_twice_it_still_says_everything_once(lines):
 @pytest.mark.parametrize(("terminal", "is_json"), [(True, False), (False, True)])
 def test_auto_is_console_on_a_terminal(capsys, monkeypatch, terminal, is_json):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    logs.configure("auto", "info")
+    log_events.configure("auto", "info")
 
     structlog.get_logger("pipeline").info("started", topic="Prices")
 
@@ -185,7 +185,7 @@ def test_auto_is_console_on_a_terminal(capsys, monkeypatch, terminal, is_json):
 )
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_neither_secrets_nor_payloads_show(capsys, form, fields):
-    logs.configure(form, "debug")
+    log_events.configure(form, "debug")
 
     structlog.get_logger("pipeline").info("happened", **fields)
 
@@ -195,7 +195,7 @@ def test_neither_secrets_nor_payloads_show(capsys, form, fields):
 
 
 def test_what_is_harmless_stays_readable(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     structlog.get_logger("pipeline").info(
         "happened",
@@ -231,7 +231,9 @@ def test_no_url_keeps_its_user(around, password):
 
 @given(st.text())
 def test_any_text_is_one_line_and_moves_no_cursor(text):
-    event = logs._without_control_characters(None, "", {"reason": text, "many": [{"a": text}]})
+    event = log_events._without_control_characters(
+        None, "", {"reason": text, "many": [{"a": text}]}
+    )
 
     shown = event["reason"] + event["many"][0]["a"]
     assert len(shown.splitlines()) <= 1
@@ -239,7 +241,7 @@ def test_any_text_is_one_line_and_moves_no_cursor(text):
 
 
 def test_an_escape_sequence_does_not_reach_the_terminal(capsys):
-    logs.configure("console", "info")
+    log_events.configure("console", "info")
 
     structlog.get_logger("pipeline").warning("happened", topic="a\x1b[2Jb\r\nforged", lag=None)
 
@@ -262,7 +264,7 @@ def raised(error, cause=None):
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_an_exception_shows_its_way_and_none_of_its_values(capsys, form):
-    logs.configure(form, "info")
+    log_events.configure(form, "info")
     cause = raised(
         psycopg.errors.UniqueViolation(
             'duplicate key value violates unique constraint "events_pkey"\n'
@@ -296,7 +298,7 @@ def test_an_exception_shows_its_way_and_none_of_its_values(capsys, form):
     ids=["statement", "line", "German", "int", "key", "bytes"],
 )
 def test_what_others_say_of_data_is_not_repeated(error):
-    text = logs.exception_text(raised(error))
+    text = log_events.exception_text(raised(error))
 
     assert CANARY not in text
     assert f"{type(error).__name__}: ***" in text
@@ -313,13 +315,13 @@ def test_what_others_say_of_data_is_not_repeated(error):
     ],
 )
 def test_what_helps_and_holds_no_data_is_told(error, said):
-    assert said in logs.exception_text(raised(error))
+    assert said in log_events.exception_text(raised(error))
 
 
 def test_a_group_shows_each_of_its_exceptions():
     group = ExceptionGroup("two threads", [raised(ValueError("one")), raised(KeyError("two"))])
 
-    text = logs.exception_text(group)
+    text = log_events.exception_text(group)
 
     assert "ValueError: ***" in text
     assert "KeyError: ***" in text
@@ -329,11 +331,11 @@ def test_exceptions_that_cause_each_other_end():
     one, two = ValueError("one"), ValueError("two")
     one.__cause__, two.__cause__ = two, one
 
-    assert logs.exception_text(one).count("ValueError") == 2
+    assert log_events.exception_text(one).count("ValueError") == 2
 
 
 def test_the_current_exception_is_shown(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
 
     try:
         os.environ["GONE"]
@@ -346,7 +348,7 @@ def test_the_current_exception_is_shown(lines):
 
 
 def test_an_exception_nobody_caught_is_a_log_line_too(lines):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
     error = raised(Failed(f'bad: "{CANARY}"'))
 
     sys.excepthook(type(error), error, error.__traceback__)
@@ -356,7 +358,7 @@ def test_an_exception_nobody_caught_is_a_log_line_too(lines):
 
 
 def test_an_interrupt_from_the_keyboard_is_no_crash(capsys):
-    logs.configure("json", "info")
+    log_events.configure("json", "info")
     stop = KeyboardInterrupt()
 
     sys.excepthook(type(stop), stop, None)

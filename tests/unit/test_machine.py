@@ -20,17 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FencedError, InvariantError
-from pipeline.ingest.machine import (
-    Batch,
-    Bounds,
-    Machine,
-    Reclaim,
-    Resolve,
-    Stolen,
-    Write,
-)
+from pipeline.ingest.state import Batch, Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.log.ownership import Place
-from pipeline.positions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, place, row_at
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1)]

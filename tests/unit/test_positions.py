@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after, lag
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after, lag
 
 OFFSETS = st.integers(0, 2**62)
 

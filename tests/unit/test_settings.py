@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.db.session import address_of
 from pipeline.errors import ConfigurationError
-from pipeline.session import address_of
 from pipeline.settings import Settings, load_settings
 
 CANARY = "c4n4ry-hunter2"

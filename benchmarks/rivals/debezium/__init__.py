@@ -6,7 +6,7 @@ from pathlib import Path
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.rivals.rival import CannotRunError, Command, Job, Reader, environment, run_installer
-from pipeline.embedded.postgres import free_port
+from pipeline.sandbox.servers.postgres import free_port
 from tests.servers.kafka import BrokerMissingError, find_java
 
 POM = Path(__file__).parent / "pom.xml"

@@ -5,7 +5,10 @@ from sqlalchemy import Column, Text
 
 from pipeline.db import metadata
 from pipeline.errors import ConfigurationError
-from pipeline.projection import (
+from pipeline.projectors import discover
+from pipeline.projectors.executions import executions
+from pipeline.projectors.orders import orders
+from pipeline.readmodel import (
     Children,
     Custom,
     Snapshot,
@@ -19,11 +22,8 @@ from pipeline.projection import (
     time,
     uuid,
 )
-from pipeline.projection.compiler import compile_declared
-from pipeline.projection.fingerprint import fingerprint
-from pipeline.projectors import discover
-from pipeline.projectors.executions import executions
-from pipeline.projectors.orders import orders
+from pipeline.readmodel.compiler import compile_declared
+from pipeline.readmodel.fingerprint import fingerprint
 from tests.given import forgotten_afterwards
 
 
@@ -133,10 +133,10 @@ def test_a_compiler_that_says_the_same_otherwise_changes_no_fingerprint(monkeypa
     """Else every installation would have to rebuild; what means something else is counted."""
     before = prints()
 
-    monkeypatch.setattr("pipeline.projection.compiler.USUAL", "____")
+    monkeypatch.setattr("pipeline.readmodel.compiler.USUAL", "____")
     assert prints() == before
 
-    monkeypatch.setattr("pipeline.projection.fingerprint.MEANING", 0)
+    monkeypatch.setattr("pipeline.readmodel.fingerprint.MEANING", 0)
     assert prints() != before
 
 

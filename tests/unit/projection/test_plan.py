@@ -1,6 +1,6 @@
 """Who takes which range next."""
 
-from pipeline.positions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.checkpoints import Standing
 from pipeline.projection.loop import Work, plan
 

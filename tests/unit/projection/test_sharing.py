@@ -7,8 +7,8 @@ from uuid import UUID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.positions import Partition
-from pipeline.projection.sharing import Member, shared_out
+from pipeline.partitions import Partition
+from pipeline.projection.workers import Member, shared_out
 
 PROJECTORS = ("accounts", "orders", "users")
 A_DAY = datetime(2026, 1, 12, tzinfo=UTC)

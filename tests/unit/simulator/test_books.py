@@ -4,10 +4,10 @@ from uuid import UUID
 
 import pytest
 
-from pipeline.simulator import Break, Simulation
-from pipeline.simulator.books import Books
-from pipeline.simulator.exact import add
-from pipeline.simulator.timeline import SimulatedEvent
+from pipeline.sandbox.simulator import Break, Simulation
+from pipeline.sandbox.simulator.books import Books
+from pipeline.sandbox.simulator.exact import add
+from pipeline.sandbox.simulator.timeline import SimulatedEvent
 
 ACCOUNT = "44868311-07c6-4c70-959f-4145a9957eda"
 GROUP = "43bec846-f0dd-40ea-896d-17705c577af4"

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.events import micros
-from pipeline.simulator import Simulation
-from pipeline.simulator.broker import Broker
-from pipeline.simulator.exact import add
-from pipeline.simulator.market import check_digit
+from pipeline.sandbox.simulator import Simulation
+from pipeline.sandbox.simulator.broker import Broker
+from pipeline.sandbox.simulator.exact import add
+from pipeline.sandbox.simulator.market import check_digit
 
 # What Upvest's public documentation requires of each object.
 REQUIRED = {

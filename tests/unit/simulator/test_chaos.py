@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import events
-from pipeline.simulator import Books, Chaos, Simulation
-from pipeline.simulator.chaos import MALFORMED
-from pipeline.simulator.timeline import SimulatedEvent
+from pipeline.sandbox.simulator import Books, Chaos, Simulation
+from pipeline.sandbox.simulator.chaos import MALFORMED
+from pipeline.sandbox.simulator.timeline import SimulatedEvent
 
 HEAVY = Chaos(
     repeats=0.1,

@@ -3,10 +3,10 @@ from time import monotonic
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from pipeline.embedded.broker import MockBroker
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.simulator import Chaos, Simulation
-from pipeline.simulator.producer import Producer
+from pipeline.sandbox.servers.broker import MockBroker
+from pipeline.sandbox.simulator import Chaos, Simulation
+from pipeline.sandbox.simulator.producer import Producer
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_record_that_no_broker_takes_is_an_error():
 
 
 def test_records_that_the_client_keeps_for_ever_are_given_up(monkeypatch):
-    monkeypatch.setattr("pipeline.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
+    monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
     for_ever = {"message.timeout.ms": 0}
     with MockBroker() as broker:
         broker.create_topic("Notifications", 1)

@@ -1,8 +1,8 @@
 import orjson
 import pytest
 
-from pipeline.simulator import Simulation
-from pipeline.simulator.records import encode, murmur2, partition_of
+from pipeline.sandbox.simulator import Simulation
+from pipeline.sandbox.simulator.records import encode, murmur2, partition_of
 
 
 @pytest.mark.parametrize(

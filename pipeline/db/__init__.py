@@ -1,0 +1,25 @@
+"""PostgreSQL: engine, sessions, transactions, and its errors in our words."""
+
+from pipeline.db.engine import (
+    LOG_SCHEMA,
+    READ_SCHEMA,
+    SHADOW_SCHEMA,
+    SessionLimits,
+    descriptor,
+    metadata,
+    open_engine,
+    transaction,
+    translated,
+)
+
+__all__ = [
+    "LOG_SCHEMA",
+    "READ_SCHEMA",
+    "SHADOW_SCHEMA",
+    "SessionLimits",
+    "descriptor",
+    "metadata",
+    "open_engine",
+    "transaction",
+    "translated",
+]

@@ -1,0 +1,396 @@
+"""A look at how everything stands: what is asked of the database, and what the answers make.
+
+Whatever the size of the log, a look costs a few index searches per partition, and a bounded number
+of the newest rows.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from pipeline.db import transaction
+from pipeline.health.status import problems
+from pipeline.health.status.report import (
+    Owner,
+    PartitionState,
+    PartitionStatus,
+    ProjectingWorker,
+    ProjectorState,
+    ProjectorStatus,
+    Recent,
+    Standby,
+    Status,
+)
+from pipeline.log.search import first_since
+from pipeline.partitions import NextOffset, Partition, lag
+from pipeline.projection.checkpoints import REBUILD
+from pipeline.projection.workers import LIFE, Member, living, shared_out
+from pipeline.readmodel import Projector
+from pipeline.readmodel.fingerprint import fingerprint
+
+BEHIND_S_MAX = 60.0
+"""Longer behind than this is worth a warning; without a move for this long, lag is a stall."""
+SEEN_S_MAX = 30.0
+"""How far from now, by the database's clock, what is recorded may be. A reader records Kafka's end
+every 5 seconds. After six times that, with room for a rebalance and for rows that are locked, what
+is recorded is no longer current."""
+RATE_SPAN = timedelta(minutes=1)
+"""Over which throughput is measured."""
+RECENT_SPAN = timedelta(hours=1)
+"""How far back bad messages and repeats are counted."""
+RECENT_OFFSETS_MAX = 10_000
+"""And at most so many offsets of each partition."""
+CATCHING_UP_S = 10.0
+"""A read model that is further behind than this is catching up, not live."""
+
+_Row = Row[tuple[object, ...]]
+
+ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+NOW = text("SELECT now()")
+REPLAYED = text("""
+SELECT pg_last_xact_replay_timestamp() AS replayed_at, pg_is_wal_replay_paused() AS is_paused
+WHERE pg_is_in_recovery()
+""")
+
+PARTITIONS = text("""
+SELECT o.*,
+       -- A record is no newer than its arrival, whatever its producer's clock says.
+       least(newest.kafka_timestamp, newest.ingested_at) AS newest_at,
+       -- As for the line of an outage: see KEPT_UNTIL of pipeline.log.ownership.
+       extract(epoch FROM CASE WHEN o.high_watermark > o.next_offset
+                               THEN least(newest.kafka_timestamp, newest.ingested_at)
+                               ELSE o.watermarks_at END)
+           + o.retention_ms / 1000.0 - extract(epoch FROM now()) AS kept_s
+FROM pipeline.consumer_offsets o
+LEFT JOIN LATERAL (
+    SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
+    WHERE e.topic = o.topic AND e."partition" = o."partition" AND e."offset" < o.next_offset
+    ORDER BY e."offset" DESC LIMIT 1) newest ON true
+ORDER BY o.topic, o."partition"
+""")
+
+RECENT = text("""
+SELECT e.topic, e.event_type, e.problem, e.repeat_of IS NOT NULL AS is_repeat, count(*) AS records
+FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
+            CAST(:ends AS bigint[])) AS span(topic, number, first_offset, end_offset)
+-- Bounded on both sides: of an open range the planner fears a third of the log, and scans it.
+JOIN pipeline.events e ON e.topic = span.topic AND e."partition" = span.number
+    AND e."offset" >= span.first_offset AND e."offset" < span.end_offset
+GROUP BY 1, 2, 3, 4
+""")
+
+PROJECTORS = text("""
+SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
+       coalesce(sum(place.lag), 0) AS lag, max(c.moved_at) AS moved_at,
+       min(unread.ingested_at) AS unread_since,
+       min(greatest(c.moved_at, unread.ingested_at)) FILTER (WHERE place.lag > 0)
+           AS stuck_since,
+       (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
+           AS dead_letters
+FROM pipeline.projectors p
+LEFT JOIN pipeline.consumer_offsets o ON true
+LEFT JOIN pipeline.projection_checkpoints c
+       ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
+LEFT JOIN LATERAL (
+    SELECT greatest(o.first_offset, coalesce(c.next_offset, 0)) AS next_offset,
+           greatest(0, o.next_offset::numeric
+                       - greatest(o.first_offset, coalesce(c.next_offset, 0)))
+               AS lag) place ON true
+LEFT JOIN LATERAL (
+    SELECT e.ingested_at FROM pipeline.events e
+    WHERE place.lag > 0 AND e.topic = o.topic AND e."partition" = o."partition"
+      AND e."offset" >= place.next_offset AND e."offset" < o.next_offset
+    ORDER BY e."offset" LIMIT 1) unread ON true
+GROUP BY p.projector
+ORDER BY p.projector
+""")
+
+
+def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
+    """How everything stands at one moment.
+
+    Args:
+        engine: The database, with the schema of this program.
+        projectors: The read models of this program.
+
+    Raises:
+        TransientError: The database is away.
+    """
+    with transaction(engine) as db:
+        db.execute(ONE_MOMENT)
+        rows = db.execute(PARTITIONS).all()
+        looked_at: datetime = db.execute(NOW).scalar_one()
+        standby = _standby(db, looked_at)
+        a_minute_ago, an_hour_ago = looked_at - RATE_SPAN, looked_at - RECENT_SPAN
+        since = first_since(db, [a_minute_ago, an_hour_ago])
+        partitions = [
+            _partition(row, looked_at, since.get((_place(row), a_minute_ago), row.next_offset))
+            for row in rows
+        ]
+        lately = {
+            _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
+        }
+        recent = _recent(db, rows, lately, projectors)
+        members = living(db)
+        models = _models(db, projectors, looked_at, members, standby)
+        workers = _workers(members, {_place(row) for row in rows}, projectors)
+    found = [
+        *problems.of_standby(standby, seen_s_max=SEEN_S_MAX),
+        *problems.of_partitions(partitions, looked_at, standby),
+        *problems.of_retention(partitions),
+        *problems.of_projectors(models, looked_at),
+    ]
+    return Status(
+        looked_at=looked_at,
+        standby=standby,
+        ok=not any(trouble.severity == "wrong" for trouble in found),
+        offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
+        lag=_sum(one.lag for one in partitions),
+        lag_s=_longest([one.lag_s for one in partitions if one.lag != 0]),
+        rate=_sum(one.rate for one in partitions),
+        partitions=partitions,
+        projectors=models,
+        workers=workers,
+        recent=recent,
+        troubles=found,
+    )
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _sum(values: Iterable[_Number | None]) -> _Number | None:
+    """None where there is nothing, or one of them is unknown: then so is the sum."""
+    known = list(values)
+    if not known or None in known:
+        return None
+    return sum(value for value in known if value is not None)
+
+
+def _longest(values: Sequence[float | None]) -> float | None:
+    """None where one of them is unknown; 0 where nothing lags."""
+    return None if None in values else max((it for it in values if it is not None), default=0.0)
+
+
+def _standby(db: Connection, looked_at: datetime) -> Standby | None:
+    row = db.execute(REPLAYED).one_or_none()
+    if row is None:
+        return None
+    return Standby(row.replayed_at, _seconds(row.replayed_at, looked_at), row.is_paused)
+
+
+# -------------------------------------------------------------------------------- of partitions
+
+
+def _place(row: _Row) -> Partition:
+    return Partition(row.topic, row.partition)
+
+
+def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionStatus:
+    owner = None
+    if row.owner_member is not None:
+        owner = Owner(
+            row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
+        )
+    seen_s = _seconds(row.watermarks_at, looked_at)
+    # A time in the future was recorded before the clock was set back: it can be of any age.
+    is_current = owner is not None and seen_s is not None and abs(seen_s) <= SEEN_S_MAX
+    behind = None
+    if is_current and row.high_watermark is not None:
+        behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
+    lag_s = None
+    if behind is not None:
+        lag_s = 0.0 if behind == 0 else _age(row.newest_at, looked_at)
+    return PartitionStatus(
+        topic=row.topic,
+        partition=row.partition,
+        state=_state(row, looked_at, behind, lag_s, owner, is_current=is_current),
+        next_offset=row.next_offset,
+        end=row.high_watermark,
+        seen_at=row.watermarks_at,
+        seen_s=seen_s,
+        lag=behind,
+        lag_s=lag_s,
+        rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
+        kept_s=float(row.kept_s) if row.kept_s is not None and row.kept_s.is_finite() else None,
+        committed_at=row.committed_at,
+        owner=owner,
+        problem=row.problem,
+        problem_at=row.problem_at,
+    )
+
+
+def _state(
+    row: _Row,
+    looked_at: datetime,
+    behind: int | None,
+    lag_s: float | None,
+    owner: Owner | None,
+    *,
+    is_current: bool,
+) -> PartitionState:
+    if row.problem is not None:
+        return "ERR"
+    if owner is None:
+        return "STOP"
+    if not is_current:
+        return "UNKNOWN"
+    if not behind:
+        return "OK"
+    still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)
+    if still_s is not None and abs(still_s) > BEHIND_S_MAX:
+        return "STALL"
+    return "WARN" if lag_s is not None and lag_s > BEHIND_S_MAX else "OK"
+
+
+def _latest(*times: datetime | None) -> datetime | None:
+    return max(filter(None, times), default=None)
+
+
+def _seconds(begin: datetime | None, end: datetime) -> float | None:
+    """Negative where ``begin`` is in the future."""
+    return None if begin is None else (end - begin).total_seconds()
+
+
+def _age(begin: datetime | None, end: datetime) -> float | None:
+    return None if begin is None else max(0.0, (end - begin).total_seconds())
+
+
+# -------------------------------------------------------------------------------- of read models
+
+
+def _models(
+    db: Connection,
+    projectors: Sequence[Projector],
+    looked_at: datetime,
+    members: Sequence[Member],
+    standby: Standby | None,
+) -> list[ProjectorStatus]:
+    """The read models, those that only the database has too.
+
+    On a standby that lags, the signs of life of the workers are too old to tell who lives.
+    """
+    lags = standby is not None and (standby.age_s is None or standby.age_s > LIFE.total_seconds())
+    rows = {row.projector: row for row in db.execute(PROJECTORS)}
+    ours = {one.name: one for one in projectors}
+    live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
+    return [
+        _model(
+            name,
+            rows.get(name),
+            ours.get(name),
+            looked_at,
+            attended_since=min((it.since for it in members if name in it.projectors), default=None),
+            may_be_attended=lags,
+            is_rebuilt=name + REBUILD in rows,
+        )
+        for name in live
+    ]
+
+
+def _model(
+    name: str,
+    row: _Row | None,
+    ours: Projector | None,
+    looked_at: datetime,
+    *,
+    attended_since: datetime | None,
+    may_be_attended: bool,
+    is_rebuilt: bool,
+) -> ProjectorStatus:
+    if row is None:
+        return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None, None)
+    lag_s = _age(row.unread_since, looked_at) or 0.0
+    stuck_since = _latest(row.stuck_since, attended_since) if row.stuck_since else None
+    is_unattended = attended_since is None and not may_be_attended
+    stuck_s = _age(stuck_since, looked_at) or 0.0
+    state: ProjectorState = "live"
+    if row.state == "broken":
+        state = "broken"
+    elif ours is None:
+        state = "not in this program"
+    elif is_unattended and row.lag:
+        state = "unattended"
+    elif stuck_s > BEHIND_S_MAX:
+        state = "stalled"
+    elif is_rebuilt:
+        state = "rebuilding"
+    elif row.fingerprint not in (None, fingerprint(ours)):
+        state = "stale"
+    elif is_unattended:
+        state = "unattended"
+    elif lag_s > CATCHING_UP_S:
+        state = "catching up"
+    return ProjectorStatus(
+        name,
+        state,
+        int(row.lag),
+        lag_s,
+        row.dead_letters,
+        row.moved_at,
+        stuck_since,
+        row.built_at,
+        row.problem,
+    )
+
+
+def _workers(
+    members: Sequence[Member], partitions: Collection[Partition], projectors: Iterable[Projector]
+) -> list[ProjectingWorker]:
+    shares = [shared_out(members, one.name, partitions) for one in projectors]
+    return [
+        ProjectingWorker(
+            member.host,
+            member.pid,
+            member.since,
+            [
+                one
+                for one in sorted(partitions)
+                if any(share.get(one) == member.worker for share in shares)
+            ],
+        )
+        for member in members
+    ]
+
+
+# -------------------------------------------------------------------------------- of late
+
+
+def _recent(
+    db: Connection,
+    rows: Iterable[_Row],
+    since: Mapping[Partition, NextOffset],
+    projectors: Sequence[Projector],
+) -> Recent:
+    spans = []
+    for row in rows:
+        first = since[_place(row)]
+        first = max(first, row.next_offset - RECENT_OFFSETS_MAX)
+        spans.append((row.topic, row.partition, first, row.next_offset))
+    records = repeats = 0
+    bad: dict[str, dict[str, int]] = {}
+    unknown: dict[str, int] = {}
+    found = db.execute(
+        RECENT,
+        {
+            "topics": [topic for topic, *_ in spans],
+            "numbers": [number for _, number, *_ in spans],
+            "first": [first for *_, first, _ in spans],
+            "ends": [end for *_, end in spans],
+        },
+    )
+    for row in found:
+        records += row.records
+        repeats += row.records if row.is_repeat else 0
+        if row.problem is not None:
+            reasons = bad.setdefault(row.topic, {})
+            reasons[row.problem] = reasons.get(row.problem, 0) + row.records
+        if row.event_type and not _is_taken(row.event_type, projectors):
+            unknown[row.event_type] = unknown.get(row.event_type, 0) + row.records
+    return Recent(records, repeats, bad, unknown)
+
+
+def _is_taken(event_type: str, projectors: Iterable[Projector]) -> bool:
+    return any(one.takes(event_type) for one in projectors)

@@ -1,0 +1,55 @@
+"""A batch: the events of one range of one partition that a projector has to take."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.partitions import Offset, OffsetRange, Partition
+
+WHERE = (
+    'e.topic = :topic AND e."partition" = CAST(:number AS integer) '
+    'AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint) '
+    'AND (CAST(:skip AS bigint[]) IS NULL OR e."offset" <> ALL (CAST(:skip AS bigint[]))) '
+    "AND e.repeat_of IS NULL"
+)
+"""The events of a batch, without those that were found guilty and those that repeat others."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which events a projector's statements are about.
+
+    Attributes:
+        partition: The partition of the log.
+        offsets: The range of its offsets.
+        taken: Condition on ``pipeline.events e``: the events that the projector takes.
+        skip: Offsets that were found guilty and are left out.
+    """
+
+    partition: Partition
+    offsets: OffsetRange
+    taken: str
+    skip: frozenset[Offset] = frozenset()
+
+    @property
+    def where(self) -> str:
+        """Condition on ``pipeline.events e`` that selects the batch; goes with ``parameters``."""
+        return f"{WHERE} AND {self.taken}"
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Values of the bound names in ``where`` and in compiled statements."""
+        return {
+            "topic": self.partition.topic,
+            "number": self.partition.number,
+            "first": self.offsets.first,
+            "end": self.offsets.end,
+            "skip": sorted(self.skip) or None,
+        }
+
+    def without(self, guilty: Collection[Offset]) -> "Batch":
+        """The same batch, these events left out too."""
+        return replace(self, skip=self.skip | frozenset(guilty))
+
+    def halves(self) -> Sequence["Batch"]:
+        """The batch cut in two; only for one of two offsets or more."""
+        return [replace(self, offsets=half) for half in self.offsets.halves()]

@@ -1,0 +1,62 @@
+"""What a read model was built by: another fingerprint means that a rebuild is due."""
+
+import hashlib
+from collections.abc import Iterable
+
+from sqlalchemy import Table
+from sqlalchemy.dialects import postgresql
+
+from pipeline.readmodel.fields import Field
+from pipeline.readmodel.model import Custom, Declared, Projector, Source
+
+MEANING = 1
+"""Of the compiler: raise it when the same declaration comes to mean other rows. A change of its SQL
+that leaves the same rows leaves it, or every user would have to rebuild for nothing."""
+
+_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
+
+
+def fingerprint(projector: Projector) -> str:
+    """Hash of all that decides what the tables hold.
+
+    Tables, types, events, paths, ranks and which of two events wins, with the meaning that the
+    compiler gives them; of a ``Custom`` the version that its author counts.
+    """
+    definition = (
+        [_table(table) for table in projector.tables],
+        [_source(source) for source in projector.sources],
+        sorted(projector.except_types),
+        *_rules(projector),
+    )
+    return hashlib.sha256(repr(definition).encode()).hexdigest()
+
+
+def _table(table: Table) -> object:
+    return table.name, [
+        (column.name, column.type.compile(_DIALECT), column.primary_key) for column in table.columns
+    ]
+
+
+def _source(source: Source) -> object:
+    return source.events, source.each, sorted(source.inherit.items())
+
+
+def _rules(projector: Projector) -> Iterable[object]:
+    match projector:
+        case Declared():
+            return (
+                MEANING,
+                projector.keeps_first,
+                projector.clock and projector.clock.column,
+                sorted(projector.unless_unset),
+                _fields(projector.fields),
+                [(child.path, _fields(child.fields)) for child in projector.children],
+            )
+        case Custom():
+            return (projector.version,)
+
+
+def _fields(fields: Iterable[Field]) -> object:
+    return [
+        (one.column, one.path, one.kind.shape.value, one.ranks, one.unknown_rank) for one in fields
+    ]

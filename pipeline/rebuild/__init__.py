@@ -1,0 +1,1 @@
+"""A read model computed beside the live one, compared with it, and put in its place."""

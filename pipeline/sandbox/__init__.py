@@ -1,0 +1,1 @@
+"""What people try first: the simulator, servers that need no installation, the demo."""

@@ -1,0 +1,397 @@
+"""What the demo does, act by act, and the checks that it ends with."""
+
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from pipeline import log_events
+from pipeline.errors import ExitCode, PipelineError
+from pipeline.health.status import look
+from pipeline.projectors import discover
+from pipeline.rebuild.rebuild import rebuild
+from pipeline.sandbox.demo import queries
+from pipeline.sandbox.demo.environment import PARTITIONS, TOPIC, DemoError, Stage, Worker
+from pipeline.sandbox.demo.load import Feed, Ledger
+from pipeline.sandbox.demo.proof import Proof
+from pipeline.sandbox.demo.screen import Screen
+from pipeline.sandbox.simulator import Chaos, Record, Simulation
+from pipeline.schema.migrate import migrate
+
+DEFAULT_SEED = 7
+DEFAULT_EVENTS = 24_000
+
+DAY_RATE = 2_500.0
+"""Records a second while nothing goes wrong."""
+FAULT_RATE = 1_000.0
+"""The same while something does, so that it lasts long enough to be watched."""
+WAIT_S_MAX = 120.0
+"""Longest wait for anything; the machine may be busy."""
+LOOK_S = 0.1
+TYPES_SHOWN = 12
+
+
+def run_demo(
+    seed: int = DEFAULT_SEED, events: int = DEFAULT_EVENTS, *, stay: bool | None = None
+) -> ExitCode:
+    """Show all of it on servers of its own, and check every claim on the way.
+
+    Args:
+        seed: The same seed and number give the same records.
+        events: How many events the simulated broker tells in all; chaos adds to them.
+        stay: Stay up until Ctrl-C when done; None does so on a terminal only.
+
+    Returns:
+        DONE, or FOUND if a check has failed.
+
+    Raises:
+        ConfigurationError: There is no PostgreSQL here, or a server did not start.
+        PipelineError: Something that the demo runs on failed.
+        KeyboardInterrupt: Ctrl-C before the end. Nothing is left behind.
+    """
+    log_events.configure("auto", "error")
+    screen = Screen()
+    try:
+        with Stage() as stage:
+            story = _Story(screen, stage, seed, events)
+            try:
+                story.tell()
+                if screen.is_terminal if stay is None else stay:
+                    story.stay()
+            except PipelineError:
+                story.say_where_the_logs_are()
+                raise
+            return ExitCode.DONE if story.proof.holds else ExitCode.FOUND
+    except KeyboardInterrupt:
+        screen.section("Stopped. Servers, workers and their folder are gone.")
+        raise
+
+
+class _Stopwatch:
+    """Seconds since it was made, for people."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{time.monotonic() - self._begun:.1f} s"
+
+
+class _Story:
+    def __init__(self, screen: Screen, stage: Stage, seed: int, events: int) -> None:
+        self._screen = screen
+        self._stage = stage
+        self._clock = _Stopwatch()
+        self._seed = seed
+        self._later_events = events // 3
+        self._day_events = events - self._later_events
+        self._day = _simulation(seed, self._day_events)
+        # Of another seed, so that its customers and their entities are new.
+        self._later = _simulation(f"{seed} later", self._later_events)
+        self._ledger = Ledger()
+        self.proof = Proof()
+
+    def tell(self) -> None:
+        """All acts, in order."""
+        self._screen.title(
+            "Upvest's events, exactly once, in PostgreSQL",
+            "Broker and Kafka are simulated, the rest is real. Ctrl-C leaves nothing behind.",
+        )
+        self._start()
+        self._live()
+        self._screen.section("3  What is there now")
+        self._show_events()
+        self._show_read_models()
+        self._show_bad_records()
+        self._show_freshness()
+        self._screen.section("4  Faults, on purpose, while more events come in")
+        self._truncate_and_rebuild()
+        self._kill()
+        self._screen.section("5  Everything compared")
+        with self._screen.waiting("comparing"):
+            self.proof.compare(self._engine, self._ledger, [self._day, self._later])
+        self._sum_up()
+
+    # ---------------------------------------------------------------------------------- the servers
+
+    def _start(self) -> None:
+        screen, stage = self._screen, self._stage
+        screen.section("1  Servers and workers")
+        took = _Stopwatch()
+        postgres = stage.start_postgres()
+        screen.fact(f"PostgreSQL {postgres.version}", f"127.0.0.1:{postgres.port}", str(took))
+        took = _Stopwatch()
+        broker = stage.start_broker()
+        screen.fact("Kafka (a mock)", broker.bootstrap_servers, str(took))
+        took = _Stopwatch()
+        with screen.waiting("migrating"):
+            applied = migrate(postgres.url())
+        screen.fact("pipeline migrate", f"{len(applied)} migrations", str(took))
+        self._engine = stage.open_engine()
+        self._start_workers()
+        screen.say("Look inside meanwhile:")
+        screen.copyable(f"{stage.psql} {postgres.dsn()}")
+
+    def _start_workers(self) -> None:
+        took = _Stopwatch()
+        self._workers = [self._stage.start_worker() for _ in range(2)]
+
+        def shares() -> list[int]:
+            owned = queries.owners(self._engine)
+            return [len(owned.get(worker.pid, ())) for worker in self._workers]
+
+        with self._screen.waiting("two workers start"):
+            self._until(
+                lambda: all(shares()) and sum(shares()) == PARTITIONS,
+                "two workers share the partitions",
+            )
+        share = " and ".join(map(str, shares()))
+        self._screen.fact("pipeline run", f"2 workers read {share} partitions", str(took))
+
+    # --------------------------------------------------------------------------------- a whole day
+
+    def _live(self) -> None:
+        screen, events = self._screen, self._day_events
+        screen.section(f"2  A day at a broker: {events:,} events, chaos added, seed {self._seed}")
+        took = _Stopwatch()
+        with screen.progress(round(events * _SHARE_WITH_CHAOS)) as bars:
+
+            def arrived(feed: Feed) -> bool:
+                counts = self._counts()
+                bars.show(counts)
+                return feed.is_done and len(set(counts.values())) == 1
+
+            with self._feed(self._day, DAY_RATE) as feed:
+                self._until(lambda: arrived(feed), "the read models have all events")
+        for name, count in self._counts().items():
+            screen.fact(name, count)
+        screen.say(f"{took} from the first record to the last row.")
+
+    def _counts(self) -> dict[str, int]:
+        now = queries.standing(self._engine, [one.name for one in discover()])
+        return {
+            "records produced": len(self._ledger),
+            "in the log": now.logged,
+            "in the read models": now.projected,
+        }
+
+    # ------------------------------------------------------------------------------ what is there
+
+    def _show_events(self) -> None:
+        types = queries.rows(self._engine, queries.EVENTS_BY_TYPE)
+        shown, rest = types[:TYPES_SHOWN], types[TYPES_SHOWN:]
+        self._screen.caption("Events by type")
+        half = (len(shown) + 1) // 2
+        right = [(row.event_type, row.events) for row in shown[half:]] + [("", None)]
+        self._screen.table(
+            ["type", "events", "type ", "events "],
+            [(row.event_type, row.events, *right[n]) for n, row in enumerate(shown[:half])],
+        )
+        if rest:
+            self._screen.say(f"and {sum(row.events for row in rest):,} of {len(rest)} more types")
+
+    def _show_read_models(self) -> None:
+        screen = self._screen
+        screen.caption("Orders by status")
+        screen.table(
+            ["status", "orders", "executions", "filled, EUR"],
+            map(tuple, queries.rows(self._engine, queries.ORDERS_BY_STATUS)),
+        )
+        screen.caption("Most held instruments")
+        screen.table(
+            ["instrument", "isin", "accounts", "units"],
+            map(tuple, queries.rows(self._engine, queries.TOP_HOLDINGS)),
+        )
+        screen.caption("Cash: the last balances told, and the sums of all entries")
+        screen.table(
+            ["currency", "balances", "entries", "balances sum to", "entries sum to", "breaks"],
+            map(tuple, queries.rows(self._engine, queries.CASH)),
+        )
+        cash = queries.compare_cash(self._engine, [self._day.books])
+        screen.say(
+            f"The simulator's books agree to the cent: {cash.balances:,} balances compared, "
+            f"{cash.differing:,} differ."
+        )
+
+    def _show_bad_records(self) -> None:
+        screen = self._screen
+        screen.caption(
+            "What bad messages became: rows with the reason, and their bytes if not JSON"
+        )
+        screen.table(
+            ["problem", "rows", "bytes kept"],
+            map(tuple, queries.rows(self._engine, queries.PROBLEMS)),
+        )
+        screen.caption("Events with a bad amount: dead letters of their read model, to be retried")
+        screen.table(
+            ["read model", "column", "sqlstate", "events"],
+            map(tuple, queries.rows(self._engine, queries.DEAD_LETTERS)),
+        )
+        screen.say("")
+        repeats = queries.number(self._engine, queries.REPEATS)
+        screen.say(f"Repeats recognized, without effect: {repeats:,}.")
+
+    def _show_freshness(self) -> None:
+        screen = self._screen
+        now = look(self._engine, discover())
+        median, most = queries.delay_ms(self._engine)
+        screen.caption("Freshness")
+        screen.fact("log behind Kafka", now.lag, f"records, in {len(now.partitions)} partitions")
+        behind = max(one.lag for one in now.projectors)
+        screen.fact("read models behind it", behind, f"records, in {len(now.projectors)} models")
+        screen.fact("ms from Kafka to log", median, f"median; {most:,} ms for 99 of 100")
+
+    # -------------------------------------------------------------------------------------- faults
+
+    def _truncate_and_rebuild(self) -> None:
+        records = islice(self._later, self._later_events // 2)
+        with self._feed(records, FAULT_RATE) as feed:
+            self._until_produced(self._later_events // 8)
+            self._truncate()
+            self._rebuild()
+            with self._screen.waiting("producing the rest"):
+                self._until(lambda: feed.is_done, "the broker has everything")
+
+    def _truncate(self) -> None:
+        screen = self._screen
+        screen.caption("TRUNCATE upvest.orders")
+        took = _Stopwatch()
+        cut = queries.truncate_orders(self._engine)
+        with screen.waiting("orders fills again"):
+            self._until(
+                lambda: queries.orders_reach(self._engine, cut.log_ends), "orders has healed"
+            )
+        healed_in = str(took)
+        healed = queries.number(self._engine, queries.COUNT_ORDERS)
+        more = queries.logged(self._engine) - cut.logged
+        screen.fact("rows before", cut.before)
+        screen.fact("rows right after", cut.after)
+        screen.fact("rows healed", healed, f"in {healed_in}, while {more:,} records came in")
+        self.proof.found(
+            "after TRUNCATE",
+            healed,
+            f"rows of orders, healed in {healed_in}",
+            ok=cut.after == 0 and healed >= cut.before > 0,
+        )
+
+    def _rebuild(self) -> None:
+        screen = self._screen
+        screen.caption("Rebuild of orders from the log, beside the live table")
+        took = _Stopwatch()
+        [orders] = [one for one in discover() if one.name == "orders"]
+        with screen.waiting("rebuilding"):
+            rebuilt = rebuild(self._engine, orders)
+        screen.fact("rows made from the log", rebuilt.rows, f"in {took}")
+        screen.fact("rows that differed", rebuilt.differing)
+        self.proof.found(
+            "after rebuild",
+            rebuilt.rows,
+            f"rows of orders, {rebuilt.differing:,} differed",
+            ok=not rebuilt.differing,
+        )
+
+    def _kill(self) -> None:
+        screen = self._screen
+        screen.caption("kill -9 of a worker that is writing")
+        with self._feed(self._later, FAULT_RATE) as feed, screen.waiting("the other takes over"):
+            self._until_produced(self._later_events // 8)
+            owned = queries.owners(self._engine)
+            victim = max(self._workers, key=lambda worker: len(owned.get(worker.pid, ())))
+            [heir] = [worker for worker in self._workers if worker is not victim]
+            under_way = len(self._ledger) - queries.logged(self._engine)
+            victim.kill()
+            took = _Stopwatch()
+            self._until(lambda: self._owns_all(heir), f"{heir.name} has taken over")
+            taken_over_in = str(took)
+            self._until(lambda: feed.is_done, "the broker has everything")
+            self._until(lambda: len(set(self._counts().values())) == 1, "all is in the read models")
+        lost = ", ".join(map(str, owned[victim.pid]))
+        screen.fact("killed", f"{victim.name}, reading partitions {lost}")
+        screen.fact("not in the log yet", under_way, "records that Kafka had by then")
+        read = f"{heir.name} reads all {PARTITIONS} partitions"
+        screen.fact("taken over", read, f"{taken_over_in}; Kafka waits 6 s")
+        self.proof.found(
+            "after kill -9",
+            len(queries.owners(self._engine)[heir.pid]),
+            f"partitions, taken over in {taken_over_in}",
+            ok=self._owns_all(heir),
+        )
+
+    def _owns_all(self, worker: Worker) -> bool:
+        return len(queries.owners(self._engine).get(worker.pid, ())) == PARTITIONS
+
+    # ---------------------------------------------------------------------------------- afterwards
+
+    def _sum_up(self) -> None:
+        checks, failed = self.proof.checks, len(self.proof.failed)
+        for one in checks:
+            self._screen.fact(one.name, one.value, one.remark, ok=one.ok)
+        if failed:
+            self.say_where_the_logs_are()
+        self._screen.verdict(
+            f"{failed} of {len(checks)} checks have FAILED, in {self._clock}."
+            if failed
+            else f"All {len(checks)} checks hold. It took {self._clock}.",
+            ok=not failed,
+        )
+
+    def stay(self) -> None:
+        """Stay up until Ctrl-C, and tell what to try."""
+        screen, stage = self._screen, self._stage
+        screen.section("All of it stays up until Ctrl-C. In another terminal:")
+        screen.copyable(f"{stage.psql} {stage.postgres.dsn()}")
+        screen.copyable("    select * from upvest.holdings limit 5;")
+        screen.copyable("    select * from upvest.order_book order by created_at desc limit 5;")
+        screen.copyable(f"source {stage.write_environment()}   # then:")
+        for command in _TO_TRY:
+            screen.copyable(f"    {command}")
+        try:
+            while True:
+                stage.check()
+                time.sleep(1.0)
+        except KeyboardInterrupt:
+            screen.section("Stopping.")
+
+    def say_where_the_logs_are(self) -> None:
+        """After a failure: the logs, where they outlive the demo."""
+        if folder := self._stage.keep_logs():
+            self._screen.say(f"The logs of the workers and of PostgreSQL: {folder}")
+
+    # --------------------------------------------------------------------------------- in between
+
+    def _feed(self, records: Iterable[Record], rate: float) -> Feed:
+        return Feed(
+            self._stage.broker.bootstrap_servers,
+            records,
+            self._ledger,
+            rate=rate,
+            logged=lambda: queries.logged(self._engine),
+        )
+
+    def _until_produced(self, more: int) -> None:
+        goal = len(self._ledger) + more
+        self._until(lambda: len(self._ledger) >= goal, "the broker has more records")
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for something, and for no longer than everything we started lives."""
+        deadline = time.monotonic() + WAIT_S_MAX
+        while not condition():
+            self._stage.check()
+            if time.monotonic() > deadline:
+                raise DemoError(f"waited {WAIT_S_MAX:.0f} s in vain: {what}")
+            time.sleep(LOOK_S)
+
+
+_CHAOS = Chaos()
+_SHARE_WITH_CHAOS = (
+    1 + _CHAOS.repeats + _CHAOS.unknown_types + _CHAOS.malformed + _CHAOS.bad_amounts
+)
+_TO_TRY = (
+    "pipeline status",
+    "pipeline simulate --rate 200 --chaos --seed 8",
+    "pipeline dead-letters list",
+    "pipeline rebuild orders --check",
+)
+
+
+def _simulation(seed: int | str, events: int) -> Simulation:
+    return Simulation(seed=seed, events=events, topic=TOPIC, partitions=PARTITIONS, chaos=_CHAOS)

@@ -1,0 +1,426 @@
+"""The database's schema, and rights on it: bring it up to date, refuse to work on another one."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from pipeline import failpoints
+from pipeline.db import (
+    LOG_SCHEMA,
+    READ_SCHEMA,
+    locks,
+    metadata,
+    open_engine,
+    transaction,
+    translated,
+)
+from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
+from pipeline.schema import roles
+from pipeline.schema.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
+from pipeline.settings import load_settings
+
+log = structlog.get_logger(__name__)
+
+_IN_WHEEL = Path(__file__).parent / "_migrations"
+_IN_CHECKOUT = Path(__file__).parent.parent / "migrations"
+
+DEADLOCKS_MAX = 5
+"""How often a migration may find its locks crossed with a worker's."""
+FIRST_TRIES_MAX = 5
+"""How often several may begin with an empty database at once."""
+
+ASK_AGAIN_S = 0.5
+"""How often a migration looks whether another one has ended."""
+LOG_WAIT_S = 30.0
+"""How often it logs that it waits."""
+HAS_LOCKS = text("SELECT to_regclass('pipeline.locks') IS NOT NULL")
+# Unique violation, duplicate schema, duplicate table: somebody was quicker.
+_MADE_BY_ANOTHER = frozenset({"23505", "42P06", "42P07"})
+# Rebuilds make and drop tables meanwhile: what should be granted and what is are seen at once.
+_ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+class Migrated(NamedTuple):
+    """What was done.
+
+    Attributes:
+        applied: Revisions, oldest first.
+        grants: Statements that changed roles and rights.
+        role_prefix: With what the names of this database's roles begin; None if it has none.
+    """
+
+    applied: list[str]
+    grants: list[str]
+    role_prefix: str | None
+
+
+def migrate(url: str) -> list[str]:
+    """Bring the database to the schema of this program, and its roles to their rights.
+
+    Returns:
+        The revisions that were applied, oldest first; empty if there was nothing to do.
+
+    Raises:
+        ConfigurationError: A right is missing, or the schema is newer than this program.
+        TransientError: The server went away or a lock was not to be had; repeat.
+    """
+    return set_up(url).applied
+
+
+def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None) -> Migrated:
+    """Bring the database to the schema and the rights of this program; safe to repeat and live.
+
+    Each migration is one transaction, so a crash leaves the database between two of them. Where the
+    database has roles, the owner among them makes everything, and the rights of the others follow.
+
+    Args:
+        url: ``postgresql+psycopg://…`` of a role that may create schemas, or act as the owner.
+        with_roles: Make the roles too, where they are not there.
+        role_prefix: With what their names then begin; None for what they begin with already, or
+            the default.
+
+    Raises:
+        ConfigurationError: A right is missing, or the schema is newer than this program.
+        TransientError: The server went away or a lock was not to be had; repeat.
+    """
+    engine = open_engine(url, application="pipeline migrate")
+    applied: list[str] = []
+
+    def note(*, ctx: Any, step: Any, **_rest: Any) -> None:  # noqa: ANN401 - Alembic's own types
+        _close_what_is_open(ctx.connection, roles.found_prefix(ctx.connection))
+        failpoints.reach("mid_migration")
+        applied.append(step.up_revision_id)
+
+    try:
+        with translated(), engine.connect() as db:
+            found = _found_roles(db, role_prefix)
+            if found is not None:
+                roles.act_as_owner(db, found)
+            db.commit()
+            _make_lock_table(db)
+            with _alone(engine, found):
+                # The migration that was waited for may have made them.
+                found = _found_roles(db, role_prefix)
+                _owner(found)(db)
+                db.commit()
+                _refuse_newer(db)
+                _refuse_dropped_tables(db)
+                _close_personal_columns(db, found)
+                _upgrade(db, note)
+                grants = []
+                if with_roles:
+                    found = found or role_prefix or roles.PREFIX_DEFAULT
+                    grants += _make_roles(db, found)
+                db.commit()
+                grants += _follow_up(db, found)
+                return Migrated(applied, grants, found)
+    finally:
+        engine.dispose()
+
+
+def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
+    """The statements by which a DBA makes roles and rights, where ``migrate`` may not; no change.
+
+    Args:
+        url: A database with the schema of this program, as its migrating login sees it.
+        role_prefix: As for ``set_up``.
+
+    Raises:
+        ConfigurationError: The schema is not current, or the roles serve another database.
+    """
+    engine = open_engine(url, application="pipeline migrate")
+    try:
+        check_schema(engine)
+        with transaction(engine) as db:
+            db.execute(_ONE_SNAPSHOT)
+            found = _found_roles(db, role_prefix) or role_prefix or roles.PREFIX_DEFAULT
+            statements = roles.role_statements(db, found)
+            return Migrated([], [*statements, *_grants(db, found)], found)
+    finally:
+        engine.dispose()
+
+
+def _close_personal_columns(db: Connection, prefix: str | None) -> None:
+    """Committed before anything that can fail; again in each migration, for what that one makes."""
+    db.rollback()
+    with db.begin():
+        _close_what_is_open(db, prefix)
+    failpoints.reach("after_closing")
+
+
+def _close_what_is_open(db: Connection, prefix: str | None) -> None:
+    from pipeline.projectors import discover
+
+    if closed := roles.close_personal_columns(db, prefix, discover()):
+        log.warning("personal_data_closed", statements=closed)
+
+
+def _upgrade(db: Connection, note: Callable[..., None]) -> None:
+    """Run the migrations that are missing; one that crossed a worker's locks is run once more."""
+    for _ in range(DEADLOCKS_MAX):
+        try:
+            with translated(), _dependents_named(db):
+                command.upgrade(_config(connection=db, on_version_apply=note), "head")
+        except TransientError as error:
+            if error.sqlstate != DEADLOCK:
+                raise
+            db.rollback()
+        else:
+            return
+    raise TransientError(f"workers' locks crossed the migration {DEADLOCKS_MAX} times; repeat")
+
+
+# Dependent objects exist; a column that a view reads cannot change its type.
+_BLOCKED = frozenset({"2BP01", "0A000"})
+
+
+@contextmanager
+def _dependents_named(db: Connection) -> Iterator[None]:
+    """Name what others made on our tables where it blocks a migration, and whose it is.
+
+    PostgreSQL's message and DETAIL hold names of objects only, in these two cases.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        diagnostics = getattr(error.orig, "diag", None)
+        if diagnostics is None or diagnostics.sqlstate not in _BLOCKED:
+            raise
+        message, detail = diagnostics.message_primary, diagnostics.message_detail
+        db.rollback()
+        named = dependents(db, message, detail) or ([detail] if detail else [])
+        db.rollback()
+        if not named:
+            raise
+        raise ConfigurationError(
+            f"a migration is blocked, and nothing of it was done. PostgreSQL: {message}. In the "
+            f"way: {'; '.join(named)}. Have its owner drop or change each of them, then repeat "
+            "`pipeline migrate`"
+        ) from None
+
+
+@contextmanager
+def _alone(engine: Engine, prefix: str | None) -> Iterator[None]:
+    """Keep other migrations out until the block ends; the second one waits for the first."""
+    waited_s = 0.0
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locks.held(engine, "migrate", become=_owner(prefix)))
+                break
+            except locks.LockTakenError as taken:
+                if waited_s % LOG_WAIT_S == 0:
+                    log.warning("waiting_for_lock", waited_s=waited_s, reason=str(taken))
+            time.sleep(ASK_AGAIN_S)
+            waited_s += ASK_AGAIN_S
+        yield
+
+
+def _owner(prefix: str | None) -> Callable[[Connection], None]:
+    return lambda db: roles.act_as_owner(db, prefix) if prefix else None
+
+
+def _make_lock_table(db: Connection) -> None:
+    """Have the table of locks before any migration. Others may make it at the same time."""
+    for _ in range(FIRST_TRIES_MAX):
+        try:
+            if not db.execute(HAS_LOCKS).scalar_one():
+                db.execute(text(f"CREATE SCHEMA IF NOT EXISTS {LOG_SCHEMA}"))
+                locks.make_table(db)
+            db.commit()
+        except DBAPIError as refused:
+            db.rollback()
+            if getattr(refused.orig, "sqlstate", None) not in _MADE_BY_ANOTHER:
+                raise
+        else:
+            return
+    raise TransientError(
+        f"other sessions began to make schema {LOG_SCHEMA} {FIRST_TRIES_MAX} times; repeat"
+    )
+
+
+def _found_roles(db: Connection, wanted: str | None) -> str | None:
+    found = roles.found_prefix(db)
+    if wanted is not None:
+        roles.check_prefix(wanted)
+    if None not in (found, wanted) and found != wanted:
+        raise ConfigurationError(
+            f"the roles of this database are called {found}*; they cannot be called {wanted}*: "
+            f"use --role-prefix {found}"
+        )
+    return found
+
+
+def _make_roles(db: Connection, prefix: str) -> list[str]:
+    """Roles, and the owner's ownership; as this login, and as the owner afterwards.
+
+    Each statement commits alone, so that no table's lock is held while another one is waited for.
+    """
+    db.execute(text("RESET ROLE"))
+    statements = roles.role_statements(db, prefix)
+    db.commit()
+    for statement in statements:
+        try:
+            with translated():
+                roles.execute(db, [statement])
+                db.commit()
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"this login may not {statement}: {error}. Have a DBA run what "
+                "`pipeline migrate --print-roles` prints"
+            ) from None
+    roles.act_as_owner(db, prefix)
+    db.commit()
+    return statements
+
+
+def _follow_up(db: Connection, prefix: str | None) -> list[str]:
+    """What the declarations say beyond tables: masked views, and who has rights on what."""
+    from pipeline.projectors import discover
+
+    with db.begin():
+        db.execute(_ONE_SNAPSHOT)
+        roles.mask_personal_columns(db, discover())
+        if prefix is None:
+            return []
+        if missing := roles.missing_roles(db, prefix):
+            raise ConfigurationError(
+                f"role {', '.join(missing)} does not exist: run `pipeline migrate --roles`"
+            )
+        statements = _grants(db, prefix)
+        roles.execute(db, statements)
+        return statements
+
+
+def _grants(db: Connection, prefix: str) -> list[str]:
+    from pipeline.projectors import discover
+
+    return roles.grant_statements(db, prefix, discover())
+
+
+def check_schema(engine: Engine) -> None:
+    """Raise unless the database has exactly the schema of this program.
+
+    Raises:
+        ConfigurationError: The schema is missing, older or newer; the text says what to do.
+    """
+    with transaction(engine) as db:
+        _refuse_newer(db)
+        found, wanted = _revision_of(db), _scripts().get_current_head()
+    if found != wanted:
+        raise ConfigurationError(
+            f"database schema is at revision {found or 'none'}, this program needs {wanted}: "
+            "run `pipeline migrate`"
+        )
+
+
+def check_tables(engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHEMA)) -> None:
+    """Raise if something of others on our tables would change what a command writes.
+
+    Raises:
+        ConfigurationError: A trigger, rule, policy or column of somebody else, or a table that is
+            gone; the text names each and says what to do.
+    """
+    declare_tables()
+    with transaction(engine) as db:
+        refuse_foreign_objects(db, metadata.tables.values(), schemas)
+
+
+def revision(message: str, url: str) -> None:
+    """Write the migration that brings a database to the declared tables.
+
+    Args:
+        message: What it does, in a few words; becomes part of the file's name.
+        url: An empty database to compare with; it is migrated to today's head first.
+    """
+    migrate(url)
+    engine = open_engine(url, application="pipeline migrate")
+    try:
+        with engine.connect() as db:
+            number = len(list(_scripts().walk_revisions())) + 1
+            config = _config(connection=db)
+            for option, value in _FORMATTED.items():
+                config.set_section_option("post_write_hooks", option, value)
+            command.revision(config, message=message, autogenerate=True, rev_id=f"{number:04}")
+    finally:
+        engine.dispose()
+
+
+_FORMATTED = {
+    "hooks": "ruff",
+    "ruff.type": "module",
+    "ruff.module": "ruff",
+    "ruff.options": "format --quiet REVISION_SCRIPT_FILENAME",
+}
+
+
+def declare_tables() -> None:
+    """Import every module that declares a table, so that the metadata is whole."""
+    from pipeline.projectors import discover
+
+    discover()
+
+
+def open_from_settings() -> Connection:
+    """A connection to the configured database, for Alembic's own command line."""
+    return open_engine(load_settings().database(), application="alembic").connect()
+
+
+def _config(**attributes: object) -> Config:
+    config = Config(attributes=attributes)
+    config.set_main_option("script_location", str(_folder()).replace("%", "%%"))
+    return config
+
+
+def _folder() -> Path:
+    return _IN_WHEEL if _IN_WHEEL.exists() else _IN_CHECKOUT
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory(str(_folder()))
+
+
+def _revision_of(db: Connection) -> str | None:
+    context = MigrationContext.configure(db, opts={"version_table_schema": LOG_SCHEMA})
+    return context.get_current_revision()
+
+
+def _refuse_newer(db: Connection) -> None:
+    found = _revision_of(db)
+    if found is not None and found not in {
+        script.revision for script in _scripts().walk_revisions()
+    }:
+        raise ConfigurationError(
+            f"database schema is at revision {found}, which this version of the program does not "
+            "know: it was migrated by a newer one. Install that version"
+        )
+
+
+def _refuse_dropped_tables(db: Connection) -> None:
+    """Migrations make a table once: what was dropped since then they do not bring back."""
+    if _revision_of(db) == _scripts().get_current_head():
+        declare_tables()
+        if gone := dropped_tables(db, metadata.tables.values()):
+            raise ConfigurationError(
+                f"dropped by somebody: {', '.join(gone)}. Migrations have made them before and do "
+                "not make them again: restore them from a backup. Then `pipeline rebuild` fills "
+                "read models"
+            )
+
+
+if __name__ == "__main__":
+    from pipeline.sandbox.servers.postgres import PostgresServer
+
+    with PostgresServer() as server:
+        revision(sys.argv[2], server.url("postgres"))

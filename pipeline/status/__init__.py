@@ -1,9 +1,0 @@
-"""How things stand: lag, freshness, owners, problems. SQL only, so Kafka need not answer.
-
-Shared by `pipeline status` and the demonstration.
-"""
-
-from pipeline.status.gathering import look
-from pipeline.status.report import PartitionStatus, ProjectorStatus, Recent, Status, Trouble
-
-__all__ = ["PartitionStatus", "ProjectorStatus", "Recent", "Status", "Trouble", "look"]

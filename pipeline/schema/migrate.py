@@ -32,8 +32,8 @@ from pipeline.settings import load_settings
 
 log = structlog.get_logger(__name__)
 
-_IN_WHEEL = Path(__file__).parent / "_migrations"
-_IN_CHECKOUT = Path(__file__).parent.parent / "migrations"
+_IN_WHEEL = Path(__file__).parents[1] / "_migrations"
+_IN_CHECKOUT = Path(__file__).parents[2] / "migrations"
 
 DEADLOCKS_MAX = 5
 """How often a migration may find its locks crossed with a worker's."""

@@ -81,6 +81,20 @@ class Row(NamedTuple):
         )
 
 
+class EncodedRow(NamedTuple):
+    """A row in the form in which COPY takes it; the coordinates beside it."""
+
+    topic: str
+    partition: int
+    offset: int
+    copied: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that the row occupies in memory and in COPY, roughly."""
+        return len(self.copied)
+
+
 def read(record: Record, *, keep_raw: bool = False) -> Row:
     """A row for any record whatever: a tombstone, broken JSON, no envelope.
 

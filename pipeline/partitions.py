@@ -25,6 +25,39 @@ class Partition(NamedTuple):
         return f"{self.topic}[{self.number}]"
 
 
+class Ownership(NamedTuple):
+    """Who owns a partition, and where its log ends.
+
+    Attributes:
+        epoch: The number of the newest ownership.
+        next_offset: The first record that is not in the log.
+        is_owned: Whether the newest owner still reads it; False once it was released.
+    """
+
+    epoch: Epoch
+    next_offset: NextOffset
+    is_owned: bool = True
+
+
+class Advance(NamedTuple):
+    """What a batch does to the next offset of one partition.
+
+    Attributes:
+        held: The epoch under which the partition was claimed.
+        expected: The next offset that we stored last; never the first record's, as Kafka's offsets
+            have gaps.
+        new: The next offset after the batch.
+        high_watermark: Kafka's end as last seen; None if not seen.
+        seen_at: When that was, by ``time.monotonic()``; None counts as this moment.
+    """
+
+    held: Epoch
+    expected: NextOffset
+    new: NextOffset
+    high_watermark: int | None
+    seen_at: float | None = None
+
+
 class OffsetRange(NamedTuple):
     """Offsets from ``first`` up to, and without, ``end``. Offsets inside may be unused."""
 

@@ -21,7 +21,7 @@ from pipeline.log import append as writing
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
-from pipeline.partitions import Epoch, NextOffset, Offset, Partition, after
+from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.readmodel import Projector
 from tests.servers.databases import Database
@@ -169,7 +169,7 @@ class Log:
                 )
                 rows.append(encode(self._windows[place].mark(row)))
                 end = after(offset)
-            advance = writing.Advance(self._held[place], expected, end, None)
+            advance = Advance(self._held[place], expected, end, None)
             writing.append(db, rows, {place: advance})
         self._next[place] = end
         return [Offset(row.offset) for row in rows]

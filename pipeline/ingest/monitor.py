@@ -24,9 +24,9 @@ from pipeline.ingest.membership import Assignment, tell_fenced
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Brokers
 from pipeline.log import ownership
-from pipeline.log.ownership import Place, Watermark
+from pipeline.log.ownership import Watermark
 from pipeline.outages import GRACE_S
-from pipeline.partitions import Offset, Partition
+from pipeline.partitions import Offset, Ownership, Partition
 
 log = structlog.get_logger(__name__)
 
@@ -233,6 +233,6 @@ class Lookout:
         """A database that was put back to a backup is noticed before the next record comes."""
         if self._machine.is_with_database:
             return
-        places: dict[Partition, Place] = {}
+        places: dict[Partition, Ownership] = {}
         self._assignment.query(lambda db: places.update(ownership.look(db, self._machine.owned)))
         tell_fenced(self._machine.looked(places, time.monotonic()))

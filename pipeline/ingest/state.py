@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pipeline.log.append import Advance
-from pipeline.log.copying import Encoded
-from pipeline.log.ownership import Place
-from pipeline.partitions import Epoch, NextOffset, Offset, Partition, after, lag
+from pipeline.events import EncodedRow
+from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Ownership, Partition, after, lag
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Bounds:
 class Batch:
     """What goes into one transaction."""
 
-    rows: Sequence[Encoded]
+    rows: Sequence[EncodedRow]
     advances: Mapping[Partition, Advance]
 
     def without(self, partitions: Collection[Partition]) -> "Batch":
@@ -132,7 +130,7 @@ class Machine:
     _owned: dict[Partition, _Owned] = field(default_factory=dict)
     _fenced: dict[Partition, float] = field(default_factory=dict)
     _steals: dict[Partition, list[float]] = field(default_factory=dict)
-    _rows: list[Encoded] = field(default_factory=list)
+    _rows: list[EncodedRow] = field(default_factory=list)
     _bytes: int = 0
     _flight: Batch | None = None
     _flight_state: _Flight = _Flight.READY
@@ -159,7 +157,7 @@ class Machine:
         owned = self._owned.get(partition)
         return None if owned is None else owned.taken
 
-    def received(self, partition: Partition, rows: Sequence[Encoded]) -> None:
+    def received(self, partition: Partition, rows: Sequence[EncodedRow]) -> None:
         """Records of an owned partition came, in offset order, none below ``wants_from``."""
         if rows:
             self._owned[partition].taken = after(Offset(rows[-1].offset))
@@ -205,7 +203,7 @@ class Machine:
         self._flight_state = _Flight.UNKNOWN
         self._try_at = now + min(backoff, self.bounds.backoff_s_max)
 
-    def found(self, places: Mapping[Partition, Place], now: float) -> Outcome:
+    def found(self, places: Mapping[Partition, Ownership], now: float) -> Outcome:
         """Where the batch's partitions stand, read after all that was in flight had ended."""
         batch = self._flight
         if batch is None:
@@ -234,7 +232,7 @@ class Machine:
         self._try_at = now
         return Outcome(0, {}, foreign)
 
-    def looked(self, places: Mapping[Partition, Place], now: float) -> Collection[Partition]:
+    def looked(self, places: Mapping[Partition, Ownership], now: float) -> Collection[Partition]:
         """Where owned partitions stand; those that are not where we left them.
 
         With nothing to write no append is refused, so this is how a worker learns that the database
@@ -375,7 +373,7 @@ class Machine:
         self._flight, self._flight_state, self._failures = None, _Flight.READY, 0
         return batch
 
-    def _fence(self, partition: Partition, place: Place, now: float) -> None:
+    def _fence(self, partition: Partition, place: Ownership, now: float) -> None:
         taken_over = place.epoch > self._owned[partition].held and place.is_owned
         self._forget([partition])
         self._fenced[partition] = now + (self.bounds.reclaim_s_min if taken_over else 0.0)

@@ -19,8 +19,7 @@ from pipeline.errors import (
 from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.log import ownership
 from pipeline.log.append import append
-from pipeline.log.ownership import Place
-from pipeline.partitions import NextOffset, Partition
+from pipeline.partitions import NextOffset, Ownership, Partition
 
 
 class Committed(NamedTuple):
@@ -48,7 +47,7 @@ class Failed(NamedTuple):
 class Found(NamedTuple):
     """Where the batch's partitions stand."""
 
-    places: Mapping[Partition, Place]
+    places: Mapping[Partition, Ownership]
 
 
 class Broken(NamedTuple):

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import psycopg
 from sqlalchemy import Connection, text
@@ -10,29 +9,9 @@ from sqlalchemy import Connection, text
 from pipeline import failpoints
 from pipeline.db import translated
 from pipeline.errors import ConfigurationError, FencedError, InvariantError, PoisonRecordError
-from pipeline.events import Row
-from pipeline.log.copying import COLUMNS, HEADER, TRAILER, Encoded, decode, encode
-from pipeline.partitions import Epoch, NextOffset, Partition
-
-
-class Advance(NamedTuple):
-    """What a batch does to one partition's row.
-
-    Attributes:
-        held: The epoch under which the partition was claimed.
-        expected: The next offset that we stored last; never the first record's, as Kafka's offsets
-            have gaps.
-        new: The next offset behind the batch.
-        high_watermark: Kafka's end as last seen, None if not seen.
-        seen_at: When that was, by ``time.monotonic()``; None counts as this moment.
-    """
-
-    held: Epoch
-    expected: NextOffset
-    new: NextOffset
-    high_watermark: int | None
-    seen_at: float | None = None
-
+from pipeline.events import EncodedRow, Row
+from pipeline.log.copying import COLUMNS, HEADER, TRAILER, decode, encode
+from pipeline.partitions import Advance, Partition
 
 # The rows are locked in one order first, so that two writers cannot deadlock.
 ADVANCE = text("""
@@ -69,7 +48,9 @@ ROWS_AT_ONCE = 100
 """How many rows are handed to the driver in one piece."""
 
 
-def append(db: Connection, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
+def append(
+    db: Connection, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]
+) -> None:
     """Write a batch and move its partitions' next offsets, or write nothing.
 
     Both happen in the caller's transaction, so an event is in the log exactly when its offset is
@@ -135,7 +116,7 @@ def driver_of(db: Connection) -> psycopg.Connection:
     return connection
 
 
-def copy_rows(connection: psycopg.Connection, rows: list[Encoded], statement: str) -> None:
+def copy_rows(connection: psycopg.Connection, rows: list[EncodedRow], statement: str) -> None:
     """COPY rows into the log, or a table like it; those whose payload jsonb refuses without it.
 
     Nobody but PostgreSQL knows what jsonb refuses (a number too large, a nesting too deep), and one
@@ -156,7 +137,7 @@ def copy_rows(connection: psycopg.Connection, rows: list[Encoded], statement: st
         raise InvariantError(f"COPY of the log was refused: {refusal}") from None
 
 
-def _copy(connection: psycopg.Connection, rows: Sequence[Encoded], statement: str) -> None:
+def _copy(connection: psycopg.Connection, rows: Sequence[EncodedRow], statement: str) -> None:
     half = len(rows) // 2
     with connection.cursor() as cursor:
         with cursor.copy(statement) as copy:
@@ -177,13 +158,13 @@ def _copy(connection: psycopg.Connection, rows: Sequence[Encoded], statement: st
         )
 
 
-def _send(copy: psycopg.Copy, rows: Sequence[Encoded]) -> None:
+def _send(copy: psycopg.Copy, rows: Sequence[EncodedRow]) -> None:
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         copy.write(b"".join([row.copied for row in rows[begin : begin + ROWS_AT_ONCE]]))
 
 
 def _give_up_refused_payloads(
-    connection: psycopg.Connection, rows: list[Encoded], doubtful: Callable[[Row], bool]
+    connection: psycopg.Connection, rows: list[EncodedRow], doubtful: Callable[[Row], bool]
 ) -> None:
     for index, row in enumerate(map(decode, rows)):
         if row.payload is None or not doubtful(row):

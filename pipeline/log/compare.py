@@ -14,9 +14,10 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline.db import locks, translated
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.events import EncodedRow
 from pipeline.log import ownership
 from pipeline.log.append import copy_rows, driver_of
-from pipeline.log.copying import COLUMNS, Encoded
+from pipeline.log.copying import COLUMNS
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 
 INTERVALS_MAX = 100
@@ -179,7 +180,7 @@ class Staging:
             connection.invalidate()
             connection.close()
 
-    def compare(self, offsets: OffsetRange, rows: Sequence[Encoded], *, keep: bool) -> None:
+    def compare(self, offsets: OffsetRange, rows: Sequence[EncodedRow], *, keep: bool) -> None:
         """Compare the log with all that Kafka has of a range, behind all that were compared.
 
         Args:

@@ -11,9 +11,8 @@ The form: how many fields, then each with its length before it, -1 for NULL; num
 import struct
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from typing import NamedTuple
 
-from pipeline.events import Row
+from pipeline.events import EncodedRow, Row
 
 COLUMNS = (
     'topic, "partition", "offset", event_id, event_type, created_at, entity_id, repeat_of, '
@@ -34,21 +33,7 @@ _jsonb = struct.Struct("!ib").pack
 _JSONB_VERSION = 1
 
 
-class Encoded(NamedTuple):
-    """A row, ready for COPY."""
-
-    topic: str
-    partition: int
-    offset: int
-    copied: bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes that the row occupies in memory and in COPY, roughly."""
-        return len(self.copied)
-
-
-def encode(row: Row) -> Encoded:
+def encode(row: Row) -> EncodedRow:
     """The row as COPY takes it, for ``COLUMNS``."""
     # fmt: off
     (
@@ -77,8 +62,8 @@ def encode(row: Row) -> Encoded:
     return _encoded((topic, partition, offset, b"".join(fields)))
 
 
-# Encoded's own constructor is a function of Python around this one; it runs once a record.
-_encoded = partial(tuple.__new__, Encoded)
+# EncodedRow's own constructor is a function of Python around this one; it runs once a record.
+_encoded = partial(tuple.__new__, EncodedRow)
 
 
 @lru_cache(maxsize=1000)
@@ -94,7 +79,7 @@ def _text(text: str) -> bytes:
     return _length(len(content)) + content
 
 
-def decode(row: Encoded) -> Row:
+def decode(row: EncodedRow) -> Row:
     """The row that was encoded."""
     fields = list(_fields(row.copied))
     _topic, _partition, _offset, event_id, event_type, created_at, entity_id, repeat_of = fields[:8]

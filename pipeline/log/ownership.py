@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from pipeline.db import locks
 from pipeline.errors import InvariantError, RetentionGapError
 from pipeline.log.tables import consumer_offsets, events, gaps, installation
-from pipeline.partitions import Epoch, NextOffset, Offset, Partition
+from pipeline.partitions import Epoch, NextOffset, Offset, Ownership, Partition
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,6 @@ class Claim(NamedTuple):
     first_offset: NextOffset
     cluster_id: str | None
     topic_id: str | None
-
-
-class Place(NamedTuple):
-    """A partition's row: the epoch of its newest owner, and where the log ends.
-
-    Attributes:
-        is_owned: Whether that owner still reads it; False once it was released.
-    """
-
-    epoch: Epoch
-    next_offset: NextOffset
-    is_owned: bool = True
 
 
 class LastRecord(NamedTuple):
@@ -441,18 +429,18 @@ def release(db: Connection, partitions: Iterable[tuple[Partition, Epoch]]) -> No
         db.execute(RELEASE, {**_of(partition), "held": held})
 
 
-def find(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Place]:
+def find(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Ownership]:
     """Where partitions stand, after every commit that may still be in flight has ended."""
     return {
-        partition: Place(*db.execute(FIND, _of(partition)).one())
+        partition: Ownership(*db.execute(FIND, _of(partition)).one())
         for partition in sorted(partitions)
     }
 
 
-def look(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Place]:
+def look(db: Connection, partitions: Iterable[Partition]) -> dict[Partition, Ownership]:
     """Where partitions stand by what is committed; waits for nobody, so nothing may hang on it."""
     rows = {partition: db.execute(LOOK, _of(partition)).one_or_none() for partition in partitions}
-    return {partition: Place(*row) for partition, row in rows.items() if row is not None}
+    return {partition: Ownership(*row) for partition, row in rows.items() if row is not None}
 
 
 def last_record(db: Connection, partition: Partition, below: NextOffset) -> LastRecord | None:

@@ -1,6 +1,6 @@
 """Two logs behind one interface: the real one in PostgreSQL, and a fake one in memory.
 
-The fake is what the random histories of ``tests/unit/test_machine.py`` and the model check in
+The fake is what the random histories of ``tests/unit/test_state.py`` and the model check in
 ``tests/model/`` write to. That it behaves as the real one does is what ``test_log.py`` proves, on
 both.
 """
@@ -13,12 +13,12 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import transaction
 from pipeline.errors import FencedError, InvariantError
-from pipeline.events import Record, read
+from pipeline.events import EncodedRow, Record, read
 from pipeline.log import ownership
-from pipeline.log.append import Advance, append
-from pipeline.log.copying import Encoded, encode
-from pipeline.log.ownership import Owner, Place
-from pipeline.partitions import Epoch, NextOffset, Partition
+from pipeline.log.append import append
+from pipeline.log.copying import encode
+from pipeline.log.ownership import Owner
+from pipeline.partitions import Advance, Epoch, NextOffset, Ownership, Partition
 
 SPAN = 1000
 
@@ -43,13 +43,13 @@ class Log(Protocol):
     def begin(self, partition: Partition, first: int) -> None:
         """Note where a partition that has never been read is read from."""
 
-    def claim(self, partition: Partition) -> Place:
+    def claim(self, partition: Partition) -> Ownership:
         """Raise the epoch; the new epoch and the next offset."""
 
-    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
         """Write rows and move the next offsets, or raise and write nothing."""
 
-    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
         """Where partitions stand."""
 
     def offsets(self, partition: Partition) -> list[int]:
@@ -61,19 +61,19 @@ class FakeLog:
     """The log in memory. Every call is one transaction."""
 
     guards: Guards = EVERY_GUARD
-    places: dict[Partition, Place] = field(default_factory=dict)
+    places: dict[Partition, Ownership] = field(default_factory=dict)
     rows: dict[Partition, list[int]] = field(default_factory=dict)
 
     def begin(self, partition: Partition, first: int) -> None:
-        self.places[partition] = Place(Epoch(0), NextOffset(first), is_owned=False)
+        self.places[partition] = Ownership(Epoch(0), NextOffset(first), is_owned=False)
         self.rows[partition] = []
 
-    def claim(self, partition: Partition) -> Place:
+    def claim(self, partition: Partition) -> Ownership:
         epoch, next_offset, _ = self.places[partition]
-        self.places[partition] = Place(Epoch(epoch + 1), next_offset)
+        self.places[partition] = Ownership(Epoch(epoch + 1), next_offset)
         return self.places[partition]
 
-    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
         for partition, advance in sorted(advances.items()):
             if not self._passes(partition, advance):
                 raise FencedError(partition, held=advance.held)
@@ -92,12 +92,12 @@ class FakeLog:
             and (not self.guards.expected or place.next_offset == advance.expected)
         )
 
-    def _refuse_what_is_there(self, rows: Sequence[Encoded]) -> None:
+    def _refuse_what_is_there(self, rows: Sequence[EncodedRow]) -> None:
         for row in rows:
             if row.offset in self.rows[Partition(row.topic, row.partition)]:
                 raise InvariantError("a row is in the log already")
 
-    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
         return {partition: self.places[partition] for partition in sorted(partitions)}
 
     def offsets(self, partition: Partition) -> list[int]:
@@ -115,16 +115,16 @@ class RealLog:
             ownership.begin(db, partition, NextOffset(first))
             ownership.make_segment(db, partition.topic, NextOffset(first), SPAN)
 
-    def claim(self, partition: Partition) -> Place:
+    def claim(self, partition: Partition) -> Ownership:
         with transaction(self._engine) as db:
             claim = ownership.claim(db, partition, Owner("contract", "member"))
-        return Place(claim.epoch, claim.next_offset)
+        return Ownership(claim.epoch, claim.next_offset)
 
-    def append(self, rows: Sequence[Encoded], advances: Mapping[Partition, Advance]) -> None:
+    def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
         with transaction(self._engine) as db:
             append(db, rows, advances)
 
-    def find(self, partitions: Collection[Partition]) -> dict[Partition, Place]:
+    def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
         with transaction(self._engine) as db:
             return ownership.find(db, partitions)
 
@@ -142,15 +142,15 @@ class RealLog:
 
 def row_at(
     partition: Partition, offset: int, value: bytes | None = b"", repeat_of: int | None = None
-) -> Encoded:
+) -> EncodedRow:
     """A row of the log for a record of which only the place matters."""
     row = read(Record(*partition, offset, value, None, None, None, 0))
     return encode(row._replace(repeat_of=repeat_of))
 
 
-def place(epoch: int, next_offset: int) -> Place:
+def place(epoch: int, next_offset: int) -> Ownership:
     """A place from plain numbers."""
-    return Place(Epoch(epoch), NextOffset(next_offset))
+    return Ownership(Epoch(epoch), NextOffset(next_offset))
 
 
 def advance(held: int, expected: int, new: int, high: int | None = None) -> Advance:

@@ -23,7 +23,7 @@ from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.copying import decode
 from pipeline.log.ownership import Gap, Owner, Source
-from pipeline.partitions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests import waiting
 from tests.contract.logs import advance, place, row_at
 
@@ -54,7 +54,7 @@ def claim(engine: Engine, partition: Partition) -> ownership.Claim:
         return ownership.claim(db, partition, ME)
 
 
-def find(engine: Engine, partition: Partition = A) -> ownership.Place:
+def find(engine: Engine, partition: Partition = A) -> Ownership:
     with transaction(engine) as db:
         return ownership.find(db, [partition])[partition]
 

@@ -20,7 +20,7 @@ from pipeline.log import append as writing
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
-from pipeline.partitions import NextOffset, Partition
+from pipeline.partitions import Advance, NextOffset, Partition
 from tests.commands import Commands, InProcess
 from tests.given import Given, event, some_id
 from tests.servers.databases import fresh_database
@@ -237,7 +237,7 @@ def append(given, taken):
             encode(reading.read(record._replace(offset=offset)))
             for offset, record in enumerate(taken)
         ]
-        advance = writing.Advance(claim.epoch, claim.next_offset, NextOffset(len(rows)), len(rows))
+        advance = Advance(claim.epoch, claim.next_offset, NextOffset(len(rows)), len(rows))
         writing.append(db, rows, {place: advance})
 
 

@@ -20,8 +20,8 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from pipeline.errors import FencedError, InvariantError
+from pipeline.events import EncodedRow
 from pipeline.ingest.state import Batch, Bounds, Machine, Outcome, Reclaim, Resolve, Write, _Flight
-from pipeline.log.copying import Encoded
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, row_at
 
@@ -492,7 +492,7 @@ class _Numbered:
 def _contents(thing: Any) -> Any:
     """Every field of a thing, whichever it has, so that two are one only where all is equal."""
     match thing:
-        case Encoded():
+        case EncodedRow():
             return thing.partition, thing.offset
         case Mapping():
             return tuple((_contents(key), _contents(value)) for key, value in thing.items())

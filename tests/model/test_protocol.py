@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.ingest.state import Batch, Machine, Outcome
-from pipeline.log.ownership import Place
-from pipeline.partitions import NextOffset
+from pipeline.partitions import NextOffset, Ownership
 from tests.contract.logs import Guards
 from tests.model.protocol import BlindRetry, Model, Protocol, Space, Violation
 
@@ -98,7 +97,7 @@ class TakesForeignForCommitted(Machine):
         batch = self._flight
         assert batch is not None
         here = {
-            partition: Place(advance.held, advance.new)
+            partition: Ownership(advance.held, advance.new)
             for partition, advance in batch.advances.items()
         }
         return super().found(here, now)

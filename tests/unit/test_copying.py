@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.events import Row
-from pipeline.log.copying import Encoded, decode, encode
+from pipeline.events import EncodedRow, Row
+from pipeline.log.copying import decode, encode
 from tests.records import envelope, row_of
 
 LARGE = b"x" * 10_000
@@ -51,4 +51,4 @@ def test_the_size_of_a_row_counts_everything_that_can_be_large():
     sizes = [encode(row).size for row in rows]
 
     assert [size for size in sizes if not 10_000 <= size < 25_000] == []
-    assert isinstance(encode(rows[0]), Encoded)
+    assert isinstance(encode(rows[0]), EncodedRow)

@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import FencedError, InvariantError
 from pipeline.ingest.state import Batch, Bounds, Machine, Reclaim, Resolve, Stolen, Write
-from pipeline.log.ownership import Place
-from pipeline.partitions import Epoch, NextOffset, Partition
+from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, place, row_at
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1)]
@@ -274,7 +273,7 @@ class History:
                 self._let_arrive(partition)
         if not self.looks:
             return {
-                partition: Place(advance.held, advance.expected)
+                partition: Ownership(advance.held, advance.expected)
                 for partition, advance in batch.advances.items()
             }
         return self.log.find(batch.advances)
@@ -628,7 +627,7 @@ def test_an_idle_worker_claims_again_what_another_process_claimed_and_released()
     machine = owning(A)
 
     for epoch in range(2, 2 + 2 * machine.bounds.steals_max):
-        released = Place(Epoch(epoch), NextOffset(0), is_owned=False)
+        released = Ownership(Epoch(epoch), NextOffset(0), is_owned=False)
         assert machine.looked({A: released}, 0.0) == {A}
         assert machine.next_step(0.0) == Reclaim(A)
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))

@@ -7,7 +7,6 @@ and dead letters do their work, and gives the rows of the projector's table.
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from typing import Any, Self
 from sqlalchemy import Engine, Row, text
 
 from pipeline import events as reading
-from pipeline.db import metadata, open_engine, transaction
+from pipeline.db import open_engine, transaction
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import append as writing
 from pipeline.log import ownership
@@ -188,9 +187,18 @@ class Log:
 
 def rows_of(engine: Engine, table: str, *, schema: str = "upvest") -> Sequence[Row[Any]]:
     """Every row of a table, in the order of its primary key."""
-    declared = metadata.tables[f"{schema}.{table}"]
     with transaction(engine) as db:
-        return db.execute(declared.select().order_by(*declared.primary_key)).all()
+        key = db.execute(PRIMARY_KEY, {"table": f"{schema}.{table}"}).scalar_one()
+        return db.execute(text(f"SELECT * FROM {schema}.{table} ORDER BY {key}")).all()
+
+
+PRIMARY_KEY = text("""
+    SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.place)
+    FROM pg_index i
+    CROSS JOIN LATERAL unnest(i.indkey::int[]) WITH ORDINALITY AS k(attnum, place)
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+    WHERE i.indisprimary AND i.indrelid = CAST(:table AS regclass)
+""")
 
 
 def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool = True) -> Any:
@@ -218,19 +226,8 @@ def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool
     return found
 
 
-@contextmanager
-def forgotten_afterwards(*projectors: Projector):
-    """Projectors that a test declares: their tables leave the metadata at the end of the block."""
-    try:
-        yield
-    finally:
-        for projector in projectors:
-            for table in projector.tables:
-                metadata.remove(table)
-
-
 def create_tables(engine: Engine, *projectors: Projector) -> None:
-    """What a migration does for new read models."""
+    """What `pipeline migrate` does for new read models."""
     with transaction(engine) as db:
         for projector in projectors:
             for table in projector.tables:

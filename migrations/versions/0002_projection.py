@@ -20,13 +20,23 @@ END $$;
 COMMENT ON FUNCTION pipeline.reject() IS
     'Raised by a projector''s statement when a value breaks a rule; the event is then looked for.';
 
--- Exact and slow: asked only after a statement has failed. The rules are those of the projectors'
--- compiled statements. One exception block for all values, entered once for each object.
+-- RFC 3339 with its zone, or a bare date; the cast checks the ranges of the numbers.
+CREATE FUNCTION pipeline.is_rfc3339(value text) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN value ~ ('^[0-9]{4}-[0-9]{2}-[0-9]{2}([Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?'
+                '([Zz]|[+-][0-9]{2}:[0-9]{2}))?$');
+COMMENT ON FUNCTION pipeline.is_rfc3339(text) IS
+    'Whether a text is written as a time of RFC 3339 or as a date; NULL for NULL.';
+
+-- Exact and slow: called only after a statement has failed. The rules are those of the projectors'
+-- compiled statements. One exception block for all values, entered once per object. Of several
+-- paths with "|" between them the first that is set counts; no path is the value itself.
 CREATE FUNCTION pipeline.first_fault(object jsonb, columns text[], rules text[], paths text[])
 RETURNS text[] LANGUAGE plpgsql STABLE AS $$
 DECLARE
     place int := 1;
     path text[];
+    alternative text;
     value text;
     as_uuid uuid;
     as_number numeric;
@@ -34,13 +44,18 @@ DECLARE
     as_time timestamptz;
     as_date date;
 BEGIN
-    IF jsonb_typeof(object) IS DISTINCT FROM 'object' THEN
-        RETURN ARRAY['object', '22023'];
-    END IF;
     WHILE place <= cardinality(columns) LOOP
-        path := string_to_array(paths[place], '.');
+        path := '{}';
         value := nullif(object #>> path, '');
+        FOREACH alternative IN ARRAY string_to_array(paths[place], '|') LOOP
+            path := string_to_array(alternative, '.');
+            value := nullif(object #>> path, '');
+            EXIT WHEN value IS NOT NULL;
+        END LOOP;
         IF value IS NULL THEN
+            IF rules[place] = 'object!' THEN
+                RETURN ARRAY[columns[place], '22023'];
+            END IF;
             IF right(rules[place], 1) = '!' THEN
                 RETURN ARRAY[columns[place], '23502'];
             END IF;
@@ -55,8 +70,7 @@ BEGIN
                     IF value ~ '[^0-9.+-]' THEN RETURN ARRAY[columns[place], '22P02']; END IF;
                     as_integer := value::integer;
                 WHEN 'time', 'date' THEN
-                    IF value !~ ('^[0-9]{4}-[0-9]{2}-[0-9]{2}([Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}'
-                                 '(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2}))?$') THEN
+                    IF NOT pipeline.is_rfc3339(value) THEN
                         RETURN ARRAY[columns[place], '22007'];
                     END IF;
                     IF rules[place] LIKE 'time%' THEN
@@ -296,6 +310,7 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION pipeline.watch_read_model(regclass, text)")
     op.execute("DROP FUNCTION pipeline.read_model_truncated()")
     op.execute("DROP FUNCTION pipeline.first_fault(jsonb, text[], text[], text[])")
+    op.execute("DROP FUNCTION pipeline.is_rfc3339(text)")
     op.execute("DROP FUNCTION pipeline.reject()")
     op.drop_table("projectors", schema="pipeline")
     op.drop_table("projection_checkpoints", schema="pipeline")

@@ -2,6 +2,7 @@
 
 from pipeline.db.engine import (
     LOG_SCHEMA,
+    PERSONAL_SCHEMA,
     READ_SCHEMA,
     SHADOW_SCHEMA,
     SessionLimits,
@@ -14,6 +15,7 @@ from pipeline.db.engine import (
 
 __all__ = [
     "LOG_SCHEMA",
+    "PERSONAL_SCHEMA",
     "READ_SCHEMA",
     "SHADOW_SCHEMA",
     "SessionLimits",

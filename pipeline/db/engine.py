@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 LOG_SCHEMA = "pipeline"
 READ_SCHEMA = "upvest"
+PERSONAL_SCHEMA = "upvest_personal"
 SHADOW_SCHEMA = "pipeline_shadow"
 
 LOCK_LOOK_S = 2.0

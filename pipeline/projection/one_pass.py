@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
-from pipeline.db import READ_SCHEMA, descriptor, transaction, translated
+from pipeline.db import descriptor, transaction, translated
 from pipeline.errors import (
     ConfigurationError,
     ExitCode,
@@ -25,9 +25,9 @@ from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, afte
 from pipeline.projection import checkpoints, dead_letters
 from pipeline.projection.dead_letters import Fault
 from pipeline.readmodel.batch import Batch
-from pipeline.readmodel.compiler import compile_declared
+from pipeline.readmodel.compiler import compile_declared, rows_of, screening_of, table_name
 from pipeline.readmodel.fingerprint import fingerprint
-from pipeline.readmodel.model import Custom, Declared, Projector
+from pipeline.readmodel.model import Custom, CustomBatch, Declared, Projector
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +49,6 @@ WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
 MISSING = text(
     "SELECT name FROM unnest(CAST(:tables AS text[])) AS name WHERE to_regclass(name) IS NULL"
 )
-SEARCH_IN = text("SELECT set_config('search_path', :schema, true)")
 
 
 class BrokenProjectorError(PipelineError):
@@ -140,7 +139,7 @@ def _take_turn(db: Connection, projector: Projector, batch: Batch, guilty_max: i
         with _tables_there(db, projector), translated(), db.begin_nested():
             # Not waited for: a TRUNCATE that has them waits for our checkpoint, to put it back.
             lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
-            faults = fill(db, projector, READ_SCHEMA, batch, guilty_max=guilty_max)
+            faults = fill(db, projector, None, batch, guilty_max=guilty_max)
             dead_letters.put_aside(db, projector.name, batch.partition, faults)
     except LockHeldError:
         return Result.LEFT_OUT
@@ -187,7 +186,7 @@ def _tables_there(db: Connection, projector: Projector) -> Iterator[None]:
 def fill(
     db: Connection,
     projector: Projector,
-    schema: str,
+    schema: str | None,
     batch: Batch,
     *,
     guilty_max: int | None = None,
@@ -197,7 +196,7 @@ def fill(
     Args:
         db: An open transaction with pinned settings.
         projector: Whose statements.
-        schema: That of the live tables, or of those beside them.
+        schema: Of the tables that a rebuild computes; None for the live ones.
         batch: The events.
         guilty_max: Most events that may be guilty; None for any number.
 
@@ -241,7 +240,7 @@ class _Budget:
 
 
 def _try(
-    db: Connection, projector: Projector, schema: str, batch: Batch
+    db: Connection, projector: Projector, schema: str | None, batch: Batch
 ) -> PoisonRecordError | None:
     try:
         with translated(), db.begin_nested():
@@ -251,29 +250,31 @@ def _try(
     return None
 
 
-def _run(db: Connection, projector: Projector, schema: str, batch: Batch) -> None:
+def _run(db: Connection, projector: Projector, schema: str | None, batch: Batch) -> None:
     match projector:
         case Declared():
             parameters = batch.parameters
             for statement in compile_declared(projector, schema).clauses:
                 db.execute(statement, parameters)
         case Custom():
-            db.execute(SEARCH_IN, {"schema": schema})
-            projector.apply(db, batch)
+            given = CustomBatch(table_name(projector, schema), rows_of(projector), batch.parameters)
+            projector.apply(db, given)
 
 
 def _screen(db: Connection, projector: Projector, batch: Batch) -> list[Fault]:
-    if not isinstance(projector, Declared):
-        return []
-    query = text(compile_declared(projector, READ_SCHEMA).screening)
+    screening = (
+        screening_of(projector)
+        if isinstance(projector, Custom)
+        else compile_declared(projector).screening
+    )
     found: dict[Offset, Fault] = {}
-    for offset, column, sqlstate in db.execute(query, batch.parameters):
+    for offset, column, sqlstate in db.execute(text(screening), batch.parameters):
         found.setdefault(offset, Fault(Offset(offset), sqlstate, column))
     return list(found.values())
 
 
 def _halve(
-    db: Connection, projector: Projector, schema: str, batch: Batch, budget: _Budget
+    db: Connection, projector: Projector, schema: str | None, batch: Batch, budget: _Budget
 ) -> list[Fault]:
     refusal = _try(db, projector, schema, batch)
     if refusal is None:
@@ -322,7 +323,7 @@ def _retry_one(db: Connection, projector: Projector, letter: dead_letters.DeadLe
         return False
     offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))
     batch = Batch(letter.partition, offsets, projector.condition())
-    faults = fill(db, projector, READ_SCHEMA, batch)
+    faults = fill(db, projector, None, batch)
     if faults:
         dead_letters.put_aside(db, projector.name, letter.partition, faults)
     else:

@@ -4,6 +4,8 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
+from sqlalchemy import Table
+
 from pipeline.errors import ConfigurationError
 from pipeline.readmodel import Projector
 
@@ -21,3 +23,8 @@ def discover() -> tuple[Projector, ...]:
             if isinstance(value, Projector) and found.setdefault(value.name, value) is not value:
                 raise ConfigurationError(f"two projectors are called {value.name}")
     return tuple(found[name] for name in sorted(found))
+
+
+def tables() -> dict[str, Table]:
+    """The tables of all read models, by name."""
+    return {table.name: table for projector in discover() for table in projector.tables}

@@ -1,24 +1,23 @@
-"""Cash balances: what each account group has in each currency, as last told."""
+"""Cash balances: what each account group has in each currency, as last reported."""
 
-from pipeline.readmodel import Snapshot, enum, event_time, money, uuid
+from pipeline.readmodel import EntityTable, money
+from pipeline.readmodel.upvest import as_of, currency, refers_to
 
-cash_balances = Snapshot(
+cash_balances = EntityTable(
     table="cash_balances",
-    comment="One row per account group and currency, as last told. Amounts in `currency`; they may "
-    "be negative, and the parts need not add up to the balance.",
+    comment="One row per account group and currency, as last reported. Amounts in `currency`; they "
+    "may be negative, and the parts need not add up to the balance.",
     events="CASH_BALANCE.UPDATED",
     key=[
-        uuid(
-            "account_group_id", "account_group_id", "Group whose cash it is. Joins account_groups."
-        ),
-        enum("currency", "currency", "Currency of every amount in this row."),
+        refers_to("account_groups", "Group whose cash it is."),
+        currency("every amount in this row"),
     ],
     fields=[
-        event_time("as_of", "When Upvest told it; a balance has no time of its own."),
-        money("balance", "balance", "Cash in total."),
-        money("locked_for_trading", "locked_for_trading", "Cash bound in open buy orders."),
-        money("pending_settlement", "pending_settlement", "Cash from sales not yet settled."),
-        money("available_for_withdrawal", "available_for_withdrawal", "Cash that may be paid out."),
-        money("available_for_trading", "available_for_trading", "Cash that may be invested."),
+        as_of("balance"),
+        money("balance", "Cash in total."),
+        money("locked_for_trading", "Cash bound in open buy orders."),
+        money("pending_settlement", "Cash from sales not yet settled."),
+        money("available_for_withdrawal", "Cash that may be paid out."),
+        money("available_for_trading", "Cash that may be invested."),
     ],
 )

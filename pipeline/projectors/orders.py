@@ -1,47 +1,53 @@
-"""Orders: one row for each order, as of its newest event."""
+"""Orders: one row per order, as of its newest event."""
 
-from pipeline.readmodel import Snapshot, boolean, date, enum, money, quantity, text, time, uuid
+from pipeline.readmodel import (
+    EntityTable,
+    Lifecycle,
+    boolean,
+    date,
+    enum,
+    money,
+    quantity,
+    status,
+    text,
+    uuid,
+)
+from pipeline.readmodel.upvest import created_at, currency, entity_id, isin, refers_to, updated_at
 
-orders = Snapshot(
+LIFECYCLE = Lifecycle("NEW", "PROCESSING", ends={"FILLED", "CANCELLED"})
+
+orders = EntityTable(
     table="orders",
     comment="One row per order, as of its newest event. Amounts in `currency`.",
     events="ORDER.*",
-    key=uuid("order_id", "id", "Upvest's id of the order."),
+    key=entity_id("order"),
     newest_by="updated_at",
-    indexes=["account_id", "user_id"],
     fields=[
-        time("created_at", "created_at", "When the order was placed."),
-        time("updated_at", "updated_at", "When the order last changed."),
-        uuid("user_id", "user_id", "User who ordered; NULL for a business. Joins users."),
-        uuid("business_id", "business_id", "Business that ordered; NULL for a user."),
-        uuid("account_id", "account_id", "Account that trades. Joins accounts."),
-        enum("side", "side", "BUY or SELL."),
-        enum("order_type", "order_type", "MARKET, LIMIT or STOP."),
-        text("isin", "instrument_id", "ISIN of the instrument. Joins instrument_isins."),
-        enum("instrument_id_type", "instrument_id_type", "What `isin` holds; ISIN so far."),
-        money("cash_amount", "cash_amount", "Ordered amount; NULL for orders by quantity."),
-        enum("currency", "currency", "Currency of every amount in this row."),
-        quantity("quantity", "quantity", "Ordered units; NULL for orders by amount."),
-        quantity("limit_price", "limit_price", "Worst acceptable price; NULL without limit."),
-        quantity("stop_price", "stop_price", "Price that triggers the order; NULL without stop."),
-        date("expiry_date", "expiry_date", "Last trading day on which the order may be filled."),
-        money("fee", "fee", "Fee of the order."),
+        created_at("order"),
+        updated_at("order"),
+        refers_to("users", "User who ordered; NULL for a business."),
+        uuid("business_id", "Business that ordered; NULL for a user."),
+        refers_to("accounts", "Account that trades."),
+        enum("side", "BUY or SELL."),
+        enum("order_type", "MARKET, LIMIT or STOP."),
+        isin("ISIN of the instrument, as ordered. Joins instrument_isins.", path="instrument_id"),
+        enum("instrument_id_type", "What `isin` holds; ISIN so far."),
+        money("cash_amount", "Ordered amount; NULL if not given."),
+        currency("every amount in this row"),
+        quantity("quantity", "Ordered units; NULL if not given."),
+        quantity("limit_price", "Worst acceptable price; NULL without limit."),
+        quantity("stop_price", "Price that triggers the order; NULL without stop."),
+        date("expiry_date", "Last trading day on which the order may be filled."),
+        money("fee", "Fee of the order."),
         boolean(
             "fit_acknowledged",
-            "user_instrument_fit_acknowledgement",
-            "The user accepted an instrument that does not fit; NULL where nothing was asked.",
+            "The user accepted an instrument that does not fit; NULL if the question was not put.",
+            path="user_instrument_fit_acknowledgement",
         ),
-        enum(
-            "status",
-            "status",
-            "Where the order stands: NEW, PROCESSING, FILLED or CANCELLED. A cancelled order may "
-            "have executions.",
-            steps=("NEW", "PROCESSING"),
-            ends={"FILLED", "CANCELLED"},
-        ),
-        enum("cancellation_reason", "cancellation_reason", "Who cancelled; NULL if nobody did."),
-        enum("initiation_flow", "initiation_flow", "What gave rise to the order, e.g. API."),
-        enum("execution_flow", "execution_flow", "STRAIGHT_THROUGH or BLOCK."),
-        text("client_reference", "client_reference", "The client's own id of the order."),
+        status(LIFECYCLE, "A cancelled order may have executions."),
+        enum("cancellation_reason", "Who cancelled; NULL if nobody did."),
+        enum("initiation_flow", "Origin of the order, e.g. API."),
+        enum("execution_flow", "STRAIGHT_THROUGH or BLOCK."),
+        text("client_reference", "The client's own id of the order."),
     ],
 )

@@ -1,56 +1,43 @@
-"""Security transactions: the ledger of units, with what caused each entry."""
+"""Security transactions: the ledger of units, with the causes of each entry."""
 
-from pipeline.readmodel import Children, Ledger, enum, quantity, text, time, uuid
+from pipeline.readmodel import LedgerTable, enum, quantity, time
+from pipeline.readmodel.upvest import (
+    created_at,
+    entity_id,
+    instrument,
+    references,
+    refers_to,
+    updated_at,
+)
 
-security_transactions = Ledger(
+security_transactions = LedgerTable(
     table="security_transactions",
     comment="One row per entry of the securities ledger. Their sum per account and instrument is "
-    "the position. A reversal is an entry of its own with the opposite sign.",
+    "the position. A reversal is an entry of its own with the opposite sign; it may have the same "
+    "id, so `transaction_type` belongs to the key.",
     events="SECURITY_TRANSACTION.EXECUTED",
-    key=[
-        uuid(
-            "security_transaction_id",
-            "id",
-            "Upvest's id of the entry; its reversal may have the same, so `transaction_type` "
-            "belongs to the key.",
-        ),
-        enum(
-            "transaction_type",
-            "type",
-            "What was booked, e.g. ORDER_EXECUTION; a reversal ends in _CANCELLATION.",
-        ),
-    ],
+    key=entity_id("security transaction"),
+    entry_type=enum(
+        "transaction_type",
+        "What was booked, e.g. ORDER_EXECUTION; a reversal ends in _CANCELLATION.",
+        path="type",
+    ),
     newest_by="updated_at",
-    indexes=["account_id"],
     fields=[
-        uuid("account_group_id", "account_group_id", "Group of the account. Joins account_groups."),
-        uuid("account_id", "account_id", "Account whose units move. Joins accounts."),
-        uuid("instrument_uuid", "instrument.uuid", "Instrument that moves. Joins instruments."),
-        text("isin", "instrument.isin", "Its ISIN; NULL if not told."),
-        quantity("quantity", "delta.amount", "Change of units: plus is in, minus is out."),
-        time("booking_date", "booking_date", "When it was booked; the ledger is in this order."),
-        time("value_date", "value_date", "From when it counts."),
-        time("created_at", "created_at", "When the entry was created."),
-        time("updated_at", "updated_at", "When the entry last changed; it rarely does."),
+        refers_to("account_groups", "Group of the account."),
+        refers_to("accounts", "Account whose units move."),
+        *instrument("Instrument that moves."),
+        quantity("quantity", "Change of units: plus is in, minus is out.", path="delta.amount"),
+        time("booking_date", "When it was booked; the ledger is in this order."),
+        time("value_date", "From when it counts."),
+        created_at("entry"),
+        updated_at("entry"),
     ],
     children=[
-        Children(
-            table="security_transaction_references",
-            comment="What caused an entry of the securities ledger, one row for each thing.",
-            path="references",
-            indexes=["reference_id"],
-            fields=[
-                uuid(
-                    "reference_id",
-                    "id",
-                    "Id of the thing: of orders for ORDER, of executions for ORDER_EXECUTION.",
-                ),
-                enum(
-                    "reference_type",
-                    "type",
-                    "What the id names: ORDER, ORDER_EXECUTION, CORPORATE_ACTION and others.",
-                ),
-            ],
+        references(
+            "security_transaction_references",
+            "What caused an entry of the securities ledger, one row per cause.",
+            "ORDER, ORDER_EXECUTION, CORPORATE_ACTION",
         )
     ],
 )

@@ -1,20 +1,28 @@
 """What a projector's file imports: the kinds of read model and the kinds of columns.
 
-A projector declares which events feed a table and where each column's value stands in the event.
-How the log is read, cut into batches, checked, repeated and rebuilt is not its business.
+A projector declares which events feed a table and where each column's value is in the event. It
+does not handle how the log is read, divided into batches, checked, repeated and rebuilt.
+``pipeline.readmodel.upvest`` has the columns that mean the same in every read model of Upvest.
 """
 
-from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fields import (
+    ELEMENT,
     Field,
+    Lifecycle,
     boolean,
     date,
+    earliest,
     enum,
+    event_category,
+    event_entity_id,
+    event_id,
     event_time,
+    event_type,
     integer,
     json,
     money,
     quantity,
+    status,
     text,
     text_list,
     time,
@@ -23,33 +31,40 @@ from pipeline.readmodel.fields import (
 from pipeline.readmodel.model import (
     Children,
     Custom,
-    Ledger,
-    Notice,
+    CustomBatch,
+    EntityTable,
+    EventTable,
+    LedgerTable,
     Projector,
-    Snapshot,
     Source,
-    read_model_table,
 )
 
 __all__ = [
-    "Batch",
+    "ELEMENT",
     "Children",
     "Custom",
+    "CustomBatch",
+    "EntityTable",
+    "EventTable",
     "Field",
-    "Ledger",
-    "Notice",
+    "LedgerTable",
+    "Lifecycle",
     "Projector",
-    "Snapshot",
     "Source",
     "boolean",
     "date",
+    "earliest",
     "enum",
+    "event_category",
+    "event_entity_id",
+    "event_id",
     "event_time",
+    "event_type",
     "integer",
     "json",
     "money",
     "quantity",
-    "read_model_table",
+    "status",
     "text",
     "text_list",
     "time",

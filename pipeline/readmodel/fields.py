@@ -1,13 +1,14 @@
-"""The columns of a read model: what they mean, where their values stand in an event, what is legal.
+"""The columns of a read model: meaning, place of the value in an event, which values are valid.
 
 Every value is read as text, ``""`` becomes NULL, its shape is checked and it is cast. PostgreSQL's
-casts alone would take ``now``, ``infinity``, ``NaN`` or ``12.01.2026`` without a word.
+casts alone would accept ``now``, ``infinity``, ``NaN`` or ``12.01.2026``.
 """
 
 import re
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import Boolean, Date, DateTime, Integer, Numeric, Text, Uuid
@@ -22,11 +23,57 @@ _LOOKS_PERSONAL = re.compile(
     r"religion|church|fatca|counterparty|beneficiary|payer|payee)([0-9]*$|[._])"
 )
 PERSONAL_REMARK = " Personal data."
-"""Behind the comment of each column that holds personal data, in the database too."""
+"""At the end of the comment of each column that holds personal data, in the database too."""
+
+ELEMENT = ""
+"""As the path of a child's field: the element of the array itself, not one of its members."""
+
+
+class EventPattern(str):
+    """Event types: ``ORDER.NEW``, a category ``ORDER.*``, an action of any ``*.NEW``, or all ``*``.
+
+    Raises:
+        ValueError: The text is none of these.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> "EventPattern":
+        """Check the text."""
+        if not _EVENTS.fullmatch(text):
+            raise ValueError(f"{text!r} is not an event type like ORDER.NEW, ORDER.*, *.NEW or *")
+        return super().__new__(cls, text)
+
+    def matches(self, event_type: str) -> bool:
+        """Whether events of this type are among them."""
+        category, _, action = self.partition(".")
+        if self == "*":
+            return True
+        if action == "*":
+            return event_type.startswith(f"{category}.")
+        if category == "*":
+            return event_type.split(".")[1:2] == [action]
+        return self == event_type
+
+    @property
+    def condition(self) -> str:
+        """The same as SQL on ``pipeline.events e``."""
+        category, _, action = self.partition(".")
+        if self == "*":
+            return "e.event_type IS NOT NULL"
+        if action == "*":
+            return f"starts_with(e.event_type, '{category}.')"
+        if category == "*":
+            return f"split_part(e.event_type, '.', 2) = '{action}'"
+        return f"e.event_type = '{self}'"
+
+
+_STATE = re.compile(r"[A-Z][A-Z_]*")
+_EVENTS = re.compile(r"\*|[A-Z][A-Z_]*\.(\*|[A-Z_]+)|\*\.[A-Z_]+")
 
 
 class Shape(Enum):
-    """Which rule a text must follow before it is cast; the names are those of ``first_fault``."""
+    """The rule that a text must follow before it is cast, by its name in ``first_fault``."""
 
     FREE = "free"
     UUID = "uuid"
@@ -37,7 +84,6 @@ class Shape(Enum):
     BOOLEAN = "boolean"
     JSON = "json"
     LIST = "list"
-    ENVELOPE = "envelope"
 
 
 @dataclass(frozen=True)
@@ -68,166 +114,355 @@ _DATE = Kind(Date(), Shape.DATE, "CAST(left({}, 10) AS date)")
 _BOOLEAN = Kind(Boolean(), Shape.BOOLEAN, "CAST({} AS boolean)")
 _JSON = Kind(JSONB(), Shape.JSON, "{}")
 _LIST = Kind(ARRAY(Text()), Shape.LIST, _TEXT_LIST)
-# Read from the log's own columns; the path of such a field is the column's name.
-_ENVELOPE_TIME = Kind(DateTime(timezone=True), Shape.ENVELOPE, "{}")
-_ENVELOPE_ID = Kind(Uuid(), Shape.ENVELOPE, "{}")
 
 
-@dataclass(frozen=True)
+class Envelope(Enum):
+    """Parts of an event outside its object, as SQL on ``pipeline.events e``."""
+
+    EVENT_ID = "e.event_id"
+    EVENT_TYPE = "e.event_type"
+    EVENT_TIME = "e.created_at"
+    ENTITY_ID = "e.entity_id"
+    CATEGORY = "split_part(e.event_type, '.', 1)"
+
+
+class Lifecycle:
+    """The states of an entity, in the order in which it reaches them.
+
+    The newest version of an entity is decided by its status where times cannot decide: a later
+    state wins over an earlier one, and a state that we do not know ranks after all steps and before
+    all ends.
+
+    Args:
+        steps: States that may be left again, in order; a set holds states of equal rank.
+        ends: States that are final: a set if they are of equal rank, else a sequence in order.
+    """
+
+    def __init__(
+        self, *steps: str | Set[str], ends: Sequence[str | Set[str]] | Set[str] = ()
+    ) -> None:
+        last = [ends] if isinstance(ends, Set) and ends else [*ends]
+        levels = [*steps, None, *last]
+        self._ranks = tuple(
+            (state, rank)
+            for rank, level in enumerate(levels, start=1)
+            if level is not None
+            for state in ([level] if isinstance(level, str) else sorted(level))
+        )
+        if len(dict(self._ranks)) != len(self._ranks) or not self._ranks:
+            raise ValueError("a lifecycle needs states, each once")
+        if wrong := [state for state in self.states if not _STATE.fullmatch(state)]:
+            raise ValueError(f"{wrong[0]!r} is not a state like PENDING_APPROVAL")
+        self.unknown_rank = len(steps) + 1
+
+    @property
+    def ranks(self) -> tuple[tuple[str, int], ...]:
+        """Each state with its rank, in order."""
+        return self._ranks
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states, in order."""
+        return tuple(state for state, _ in self._ranks)
+
+    def __str__(self) -> str:
+        *others, last = self.states
+        return f"{', '.join(others)} or {last}" if others else last
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Lifecycle) and (self.ranks, self.unknown_rank) == (
+            other.ranks,
+            other.unknown_rank,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ranks, self.unknown_rank))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Field:
     """A column of a read model.
 
     Attributes:
         column: Name of the column.
-        path: Place of the value in the event's ``object``, with dots: ``delta.amount``.
         comment: What an analyst reads about the column.
         kind: What kind of value it is.
-        ranks: For a status: the rank of each known value.
-        unknown_rank: For a status: the rank of any other value.
-        personal: Whether it holds personal data, so that only some may see it. None is no, but will
-            not do for a column or path that looks like yes.
+        paths: Where the value is in the event's ``object``, with dots: ``delta.amount``. Of
+            several, the first that is set counts.
+        envelope: The part of the envelope that it is instead, or that counts where no path is set.
+        by_event: The value by event type, where no path is set; the first pattern that matches
+            counts.
+        only_if: Path and text: NULL unless this text is there.
+        lifecycle: Of a status by which the newest version is decided.
+        keep_lowest: Of all events of a row, the lowest value counts, and not the newest.
+        refers_to: Table whose key it holds.
+        indexed: Whether analysts look rows up by it.
+        personal: Whether it holds personal data. None means no, but is refused for a column or path
+            whose name looks like personal data.
     """
 
     column: str
-    path: str
     comment: str
     kind: Kind
-    ranks: tuple[tuple[str, int], ...] = ()
-    unknown_rank: int = 0
+    paths: tuple[str, ...] = ()
+    envelope: Envelope | None = None
+    by_event: tuple[tuple[EventPattern, str], ...] = ()
+    only_if: tuple[str, str] | None = None
+    lifecycle: Lifecycle | None = None
+    keep_lowest: bool = False
+    refers_to: str | None = None
+    indexed: bool = False
     personal: bool | None = None
 
     def __post_init__(self) -> None:
         if not _COLUMN.fullmatch(self.column):
             raise ValueError(f"{self.column!r} is not a name for a column")
-        if not _PATH.fullmatch(self.path):
-            raise ValueError(f"column {self.column}: {self.path!r} is not a path like delta.amount")
+        for path in self.paths:
+            if path != ELEMENT and not _PATH.fullmatch(path):
+                raise ValueError(f"column {self.column}: {path!r} is not a path like delta.amount")
         if not self.comment:
             raise ValueError(f"column {self.column} has no comment")
-        refuse_unclassified(self.column, self.path, self.personal)
+        if self.personal is None and looks_personal(self.column, *self.paths):
+            raise ValueError(
+                f"column {self.column} looks as if it held personal data: write personal=True or "
+                "personal=False"
+            )
 
-    @property
-    def remark(self) -> str:
-        """The comment, as it stands in the database."""
+    @cached_property
+    def description(self) -> str:
+        """The comment, as it is in the database."""
         return self.comment + (PERSONAL_REMARK if self.personal else "")
-
-    @property
-    def segments(self) -> Sequence[str]:
-        """The path, taken apart."""
-        return self.path.split(".")
-
-
-def refuse_unclassified(column: str, path: str, personal: object) -> None:
-    """Raise for a column that looks personal and of which nobody has said whether it is.
-
-    Raises:
-        ValueError: It does; the text says what to write.
-    """
-    if personal is None and looks_personal(column, path):
-        raise ValueError(
-            f"column {column} looks as if it held personal data: say personal=True or "
-            "personal=False"
-        )
 
 
 def looks_personal(*names: str) -> bool:
-    """Whether columns or paths are called like what tells of a person."""
+    """Whether a column or path has a name of personal data."""
     return any(_LOOKS_PERSONAL.search(name.lower()) for name in names)
 
 
-def uuid(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+Path = str | Sequence[str]
+"""Place of a value in the event's ``object``, or several of which the first that is set counts."""
+
+
+def _field(
+    column: str,
+    comment: str,
+    kind: Kind,
+    path: Path | None,
+    *,
+    personal: bool | None,
+    indexed: bool = False,
+) -> Field:
+    paths = [column if path is None else path] if isinstance(path, str | None) else path
+    return Field(
+        column=column,
+        comment=comment,
+        kind=kind,
+        paths=tuple(paths),
+        personal=personal,
+        indexed=indexed,
+    )
+
+
+def uuid(
+    column: str,
+    comment: str,
+    *,
+    path: Path | None = None,
+    personal: bool | None = None,
+    indexed: bool = False,
+) -> Field:
     """An id."""
-    return Field(column, path, comment, _UUID, personal=personal)
+    return _field(column, comment, _UUID, path, personal=personal, indexed=indexed)
 
 
-def text(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
-    """Any text, as it came."""
-    return Field(column, path, comment, _TEXT, personal=personal)
+def text(
+    column: str,
+    comment: str,
+    *,
+    path: Path | None = None,
+    personal: bool | None = None,
+    indexed: bool = False,
+    only_if: tuple[str, str] | None = None,
+) -> Field:
+    """Any text, as it came.
 
-
-Step = str | Set[str]
-"""One state, or several that stand side by side."""
+    Args:
+        column: Name of the column.
+        comment: Its meaning.
+        path: Place in the event's ``object``; by default the column's name.
+        personal: Whether it holds personal data.
+        indexed: Whether analysts look rows up by it.
+        only_if: Path and text: NULL unless this text is there.
+    """
+    field = _field(column, comment, _TEXT, path, personal=personal, indexed=indexed)
+    return replace(field, only_if=only_if)
 
 
 def enum(
     column: str,
-    path: str,
     comment: str,
     *,
-    steps: Iterable[Step] = (),
-    ends: Sequence[Step] | Set[str] = (),
+    path: Path | None = None,
+    by_event: Mapping[str, str] | None = None,
     personal: bool | None = None,
+    indexed: bool = False,
 ) -> Field:
-    """One of a list of words that grows without notice, so any word is taken.
-
-    With ``steps`` and ``ends`` it is the status that the newest version is told by, where the times
-    cannot tell: a later state beats an earlier one, and a state that we do not know stands behind
-    all steps and before all ends. A tuple is an order; a set stands side by side.
+    """One of a list of words that grows without notice, so any word is accepted.
 
     Args:
         column: Name of the column.
-        path: Place in the event's ``object``.
-        comment: What it says.
-        steps: States that may be left again: ``("NEW", "PROCESSING")``.
-        ends: States that are final: ``{"FILLED", "CANCELLED"}``.
-        personal: Whether it holds personal data; None is no.
+        comment: Its meaning.
+        path: Place in the event's ``object``; by default the column's name.
+        by_event: The word by event type, for what only the type of the event says:
+            ``{"ISA_WRAPPER.*": "ISA"}``. It counts where the object has none.
+        personal: Whether it holds personal data.
+        indexed: Whether analysts look rows up by it.
     """
-    levels = [*steps]
-    last = [ends] if isinstance(ends, Set) and ends else [*ends]
-    if not levels and not last:
-        return Field(column, path, comment, _TEXT, personal=personal)
-    ranked = [*levels, None, *last]
-    ranks = {
-        state: rank
-        for rank, level in enumerate(ranked, start=1)
-        if level is not None
-        for state in sorted({level} if isinstance(level, str) else level)
-    }
-    return Field(column, path, comment, _TEXT, tuple(ranks.items()), len(levels) + 1, personal)
+    field = _field(column, comment, _TEXT, path, personal=personal, indexed=indexed)
+    return replace(field, by_event=_patterns(by_event or {}))
 
 
-def money(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def _patterns(by_event: Mapping[str, str]) -> tuple[tuple[EventPattern, str], ...]:
+    return tuple((EventPattern(pattern), word) for pattern, word in by_event.items())
+
+
+def status(
+    lifecycle: Lifecycle,
+    comment: str = "",
+    *,
+    column: str = "status",
+    path: Path = "status",
+    by_event: Mapping[str, str] | None = None,
+) -> Field:
+    """The state of an entity, by which the newest version is decided where times cannot.
+
+    Where the object has no status, the action of the event is the status if it is one of the states
+    (``USER_CHECK.PASSED`` without ``status`` is PASSED).
+
+    Args:
+        lifecycle: The states and their order; they begin the column's comment.
+        comment: What else there is to know.
+        column: Name of the column.
+        path: Place in the event's ``object``.
+        by_event: The state by event type, where action and state have different names.
+    """
+    actions = {f"*.{state}": state for state in lifecycle.states}
+    return Field(
+        column=column,
+        comment=f"{lifecycle}. {comment}".strip(),
+        kind=_TEXT,
+        paths=(path,) if isinstance(path, str) else tuple(path),
+        by_event=_patterns({**(by_event or {}), **actions}),
+        lifecycle=lifecycle,
+    )
+
+
+def money(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """An amount, exact."""
-    return Field(column, path, comment, _NUMERIC, personal=personal)
+    return _field(column, comment, _NUMERIC, path, personal=personal)
 
 
-def quantity(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
-    """A number of units or a price per unit, exact, up to 27 digits behind the point."""
-    return Field(column, path, comment, _NUMERIC, personal=personal)
+def quantity(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
+    """A number of units or a price per unit, exact, with up to 27 digits after the point."""
+    return _field(column, comment, _NUMERIC, path, personal=personal)
 
 
-def integer(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def integer(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """A whole number."""
-    return Field(column, path, comment, _INTEGER, personal=personal)
+    return _field(column, comment, _INTEGER, path, personal=personal)
 
 
-def time(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
-    """A point in time; a bare date is its midnight in UTC."""
-    return Field(column, path, comment, _TIME, personal=personal)
+def time(
+    column: str,
+    comment: str,
+    *,
+    path: Path | None = None,
+    or_event_time: bool = False,
+    personal: bool | None = None,
+    indexed: bool = False,
+) -> Field:
+    """A point in time; a bare date is its midnight in UTC.
+
+    Args:
+        column: Name of the column.
+        comment: Its meaning.
+        path: Place in the event's ``object``; by default the column's name.
+        or_event_time: Where the object has none, the time of the event counts.
+        personal: Whether it holds personal data.
+        indexed: Whether analysts look rows up by it.
+    """
+    field = _field(column, comment, _TIME, path, personal=personal, indexed=indexed)
+    return replace(field, envelope=Envelope.EVENT_TIME) if or_event_time else field
 
 
-def date(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def date(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """A calendar day; of a time, the day as written."""
-    return Field(column, path, comment, _DATE, personal=personal)
+    return _field(column, comment, _DATE, path, personal=personal)
 
 
-def boolean(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def boolean(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """True or false."""
-    return Field(column, path, comment, _BOOLEAN, personal=personal)
+    return _field(column, comment, _BOOLEAN, path, personal=personal)
 
 
-def json(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def json(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """A part of the event as it is, where its inside is not known or not settled."""
-    return Field(column, path, comment, _JSON, personal=personal)
+    return _field(column, comment, _JSON, path, personal=personal)
 
 
-def text_list(column: str, path: str, comment: str, *, personal: bool | None = None) -> Field:
+def text_list(
+    column: str, comment: str, *, path: Path | None = None, personal: bool | None = None
+) -> Field:
     """A list of words."""
-    return Field(column, path, comment, _LIST, personal=personal)
+    return _field(column, comment, _LIST, path, personal=personal)
+
+
+def earliest(field: Field) -> Field:
+    """The same column with the lowest value that any event of the row had."""
+    return replace(field, keep_lowest=True)
 
 
 def event_time(column: str, comment: str) -> Field:
-    """When the event arose, as its envelope says; for objects that carry no time of their own."""
-    return Field(column, "created_at", comment, _ENVELOPE_TIME)
+    """When the event arose, by its envelope; for objects that have no time of their own."""
+    return Field(column=column, comment=comment, kind=_TIME, envelope=Envelope.EVENT_TIME)
 
 
-EVENT_ID = Field("event_id", "event_id", "Id of the event that says so.", _ENVELOPE_ID)
+def event_type(column: str = "event_type", comment: str = "Type of the event.") -> Field:
+    """The type of the event: ``TAX_EXEMPTION.UPDATE_FAILED``."""
+    return Field(column=column, comment=comment, kind=_TEXT, envelope=Envelope.EVENT_TYPE)
+
+
+def event_category(column: str = "category", comment: str = "Category of the event.") -> Field:
+    """The part of the event's type before the dot: ``ORDER``."""
+    return Field(column=column, comment=comment, kind=_TEXT, envelope=Envelope.CATEGORY)
+
+
+def event_entity_id(
+    column: str = "entity_id", comment: str = "Entity that the event is about."
+) -> Field:
+    """The id of the entity, as ``pipeline.events.entity_id`` has it."""
+    return Field(
+        column=column, comment=comment, kind=_UUID, envelope=Envelope.ENTITY_ID, indexed=True
+    )
+
+
+def event_id(comment: str = "Id of the event.") -> Field:
+    """The id of the event."""
+    return Field(column="event_id", comment=comment, kind=_UUID, envelope=Envelope.EVENT_ID)
+
+
+def columns_of(fields: Iterable[Field]) -> list[str]:
+    """The names of their columns."""
+    return [field.column for field in fields]

@@ -11,7 +11,7 @@ from pipeline.readmodel.model import Custom, Declared, Projector, Source
 
 MEANING = 1
 """Of the compiler: raise it when the same declaration comes to mean other rows. A change of its SQL
-that leaves the same rows leaves it, or every user would have to rebuild for nothing."""
+that gives the same rows does not raise it, or every user would have to rebuild for nothing."""
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
@@ -20,9 +20,10 @@ def fingerprint(projector: Projector) -> str:
     """Hash of all that decides what the tables hold.
 
     Tables, types, events, paths, ranks and which of two events wins, with the meaning that the
-    compiler gives them; of a ``Custom`` the version that its author counts.
+    compiler gives them; of a ``Custom`` what it reads, and the version that its author counts.
     """
     definition = (
+        MEANING,
         [_table(table) for table in projector.tables],
         [_source(source) for source in projector.sources],
         sorted(projector.except_types),
@@ -38,25 +39,34 @@ def _table(table: Table) -> object:
 
 
 def _source(source: Source) -> object:
-    return source.events, source.each, sorted(source.inherit.items())
+    return str(source.events), source.each, sorted(source.inherit.items())
 
 
 def _rules(projector: Projector) -> Iterable[object]:
     match projector:
         case Declared():
             return (
-                MEANING,
                 projector.keeps_first,
                 projector.clock and projector.clock.column,
-                sorted(projector.unless_unset),
-                _fields(projector.fields),
-                [(child.path, _fields(child.fields)) for child in projector.children],
+                sorted(projector.only_with),
+                _fields(projector.columns),
+                [(child.path, _fields(child.fields)) for child in projector.child_tables],
             )
         case Custom():
-            return (projector.version,)
+            return projector.version, _fields(projector.reads)
 
 
 def _fields(fields: Iterable[Field]) -> object:
     return [
-        (one.column, one.path, one.kind.shape.value, one.ranks, one.unknown_rank) for one in fields
+        (
+            field.column,
+            field.paths,
+            field.kind.shape.value,
+            field.envelope and field.envelope.name,
+            [(str(pattern), word) for pattern, word in field.by_event],
+            field.only_if,
+            field.keep_lowest,
+            field.lifecycle and (field.lifecycle.ranks, field.lifecycle.unknown_rank),
+        )
+        for field in fields
     ]

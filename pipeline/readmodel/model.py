@@ -1,39 +1,21 @@
-"""What a projector declares: which events feed which table, and which of two events wins."""
+"""What a projector declares: which events build which table, and which of two events wins.
+
+Declarations are frozen values: to construct one changes nothing else.
+"""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    DateTime,
-    Index,
-    Integer,
-    SmallInteger,
-    Table,
-    Text,
-    Uuid,
-)
+from sqlalchemy import Connection, Table
 
-from pipeline.db import READ_SCHEMA, metadata
-from pipeline.readmodel.batch import Batch
-from pipeline.readmodel.fields import EVENT_ID, PERSONAL_REMARK, Field, Shape, refuse_unclassified
+from pipeline.readmodel import tables
+from pipeline.readmodel.fields import EventPattern, Field, Shape, event_id
 
-VERSION_COLUMNS = (
-    "_version_time",
-    "_version_rank",
-    "_version_created",
-    "_topic",
-    "_partition",
-    "_offset",
-)
-"""The version of a row, compared as one tuple. None is ever NULL: a NULL loses updates silently."""
-
-COORDINATES = VERSION_COLUMNS[3:]
-
-_EVENTS = re.compile(r"[A-Z][A-Z_]*\.(\*|[A-Z_]+)")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -41,8 +23,8 @@ class Source:
     """Events that feed a table.
 
     Attributes:
-        events: A type, ``POSITION.UPDATED``, or all of a category, ``ORDER.*``.
-        each: Where the object holds a list with one row in each element: the list's path.
+        events: A type, ``POSITION.UPDATED``, all of a category, ``ORDER.*``, or ``*`` for all.
+        each: Where the object holds an array with one row in each element: the array's path.
         inherit: For ``each``: columns that an element may lack, and the path in the object around
             it from which they are then taken.
     """
@@ -52,389 +34,359 @@ class Source:
     inherit: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _EVENTS.fullmatch(self.events):
-            raise ValueError(f"{self.events!r} is neither a type like ORDER.NEW nor ORDER.*")
+        object.__setattr__(self, "events", EventPattern(self.events))
 
-    def takes(self, event_type: str) -> bool:
-        """Whether events of this type belong here."""
-        if self.events.endswith(".*"):
-            return event_type.startswith(self.events[:-1])
-        return event_type == self.events
+    def __hash__(self) -> int:
+        return hash((self.events, self.each, tuple(sorted(self.inherit.items()))))
 
     @property
-    def condition(self) -> str:
-        """The same as SQL on ``pipeline.events e``."""
-        if self.events.endswith(".*"):
-            return f"starts_with(e.event_type, '{self.events[:-1]}')"
-        return f"e.event_type = '{self.events}'"
+    def pattern(self) -> EventPattern:
+        """The events, as a pattern."""
+        return EventPattern(self.events)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Children:
-    """A table with one row for each element of a list in the parent's object.
+    """A table with one row per element of an array in the parent's object.
 
     The rows belong to the version of the parent that won: they are replaced with it. A parent
-    without the list has none.
+    without the array has none. The key is the parent's and the element's ``position``, from 1.
 
     Attributes:
         table: Name of the table.
         comment: What one row is.
-        path: The list's place in the object.
-        fields: The columns, with paths inside an element.
-        key: Columns of ``fields`` that tell the elements of one parent apart; of two alike the
-            first stays. Without it an element is known by its place in the list, in the column
-            ``position``.
-        indexes: Columns that analysts look up by.
+        path: The array's place in the object.
+        fields: The columns, with paths inside an element; ``ELEMENT`` is the element itself.
     """
 
     table: str
     comment: str
     path: str
     fields: Sequence[Field]
-    key: Sequence[str] = ()
-    indexes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _freeze(self, "fields")
+        _refuse_bad_name(self.table)
 
 
-class Base:
-    """What every kind has: a name, the events it takes, the tables it owns.
+class Base(ABC):
+    """What every kind has: a name, the events that it takes, the tables that it owns."""
 
-    Attributes:
-        name: The name of its first table.
-        tables: Its tables, the parent first.
-        sources: The events it takes.
-        except_types: Types that are not taken though a source names them.
-    """
+    table: str
+    sources: Sequence[Source]
+    except_types: Sequence[str]
 
-    def __init__(
-        self,
-        name: str,
-        tables: Sequence[Table],
-        sources: Sequence[Source],
-        except_types: Sequence[str],
-    ) -> None:
-        self.name = name
-        self.tables = tuple(tables)
-        self.sources = tuple(sources)
-        self.except_types = frozenset(except_types)
+    @property
+    def name(self) -> str:
+        """The name of the projector: that of its first table."""
+        return self.table
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name})"
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[Table, ...]:
+        """Its tables, the parent first."""
 
     def takes(self, event_type: str) -> bool:
-        """Whether events of this type concern the projector."""
+        """Whether the projector uses events of this type."""
         return event_type not in self.except_types and any(
-            source.takes(event_type) for source in self.sources
+            source.pattern.matches(event_type) for source in self.sources
         )
 
     def condition(self, *sources: Source) -> str:
-        """SQL on ``pipeline.events e``: the events of these sources; of all, if none is named."""
-        taken = " OR ".join(source.condition for source in sources or self.sources)
+        """SQL on ``pipeline.events e``: the events of these sources; of all, if none is given."""
+        taken = " OR ".join(source.pattern.condition for source in sources or self.sources)
         left_out = ", ".join(f"'{name}'" for name in sorted(self.except_types))
         return f"({taken})" + (f" AND e.event_type NOT IN ({left_out})" if left_out else "")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Declared(Base):
-    """A projector whose SQL is compiled from its columns."""
+    """A projector whose SQL is compiled from its columns.
 
-    keeps_first = False
-    """Of two events with the same key the one that stands first in the log wins, not the newest."""
+    Attributes:
+        table: Name of the table, and of the projector.
+        comment: What one row is.
+        events: The type or category that feeds the table, or several.
+        sources: Instead of ``events``, where rows come from arrays inside other objects too.
+        except_types: Types that are left out: they hold no whole object.
+        fields: The columns beside the key.
+        only_with: Columns without whose value an event makes no row here.
+        indexes: Further indexes, of several columns each; of one column, the field says it.
+    """
 
-    def __init__(
-        self,
-        *,
-        table: str,
-        comment: str,
-        sources: Sequence[Source],
-        except_types: Sequence[str],
-        key: Sequence[Field],
-        newest_by: str | None,
-        fields: Sequence[Field],
-        children: Sequence[Children],
-        unless_unset: Sequence[str],
-        indexes: Sequence[str],
-    ) -> None:
-        except_types = [Source(name).events for name in except_types]
-        self.key = tuple(key)
-        self.fields = (*self.key, *fields)
-        self.children = tuple(children)
-        self.unless_unset = frozenset(unless_unset)
-        self.clock = self._clock(newest_by)
-        self.status = self._status()
-        parent = _parent_table(table, comment, self.key, fields, indexes)
-        tables = [parent, *(_child_table(table, self.key, child) for child in children)]
-        super().__init__(table, tables, sources, except_types)
+    table: str
+    comment: str
+    events: str | Sequence[str] = ()
+    sources: Sequence[Source] = ()
+    except_types: Sequence[str] = ()
+    fields: Sequence[Field]
+    only_with: Sequence[str] = ()
+    indexes: Sequence[Sequence[str]] = ()
 
-    def _clock(self, newest_by: str | None) -> Field | None:
-        if newest_by is None:
-            return None
-        clock = self.column(newest_by)
-        if clock.kind.shape is not Shape.TIME:
-            raise ValueError(f"newest_by: {newest_by} is not a time")
-        return clock
+    keeps_first: ClassVar[bool] = False
+    """Of two events with the same key, the one that is first in the log wins, not the newest."""
 
-    def _status(self) -> Field | None:
-        ranked = [one for one in self.fields if one.ranks]
-        if len(ranked) > 1:
-            raise ValueError(
-                f"two columns have steps and ends: {ranked[0].column}, {ranked[1].column}"
-            )
-        return ranked[0] if ranked else None
+    def __post_init__(self) -> None:
+        _freeze(self, "fields", "only_with", "except_types")
+        object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
+        object.__setattr__(self, "sources", tuple(self.sources) or _sources(self.events))
+        _refuse_bad_name(self.table)
+        for name in self.except_types:
+            EventPattern(name)
+        for name in (name for columns in self.indexes for name in columns):
+            self.column(name)
+        for name in self.only_with:
+            if not (self.column(name).paths or self.column(name).by_event):
+                raise ValueError(f"{self.table}: only_with: {name} is not read from the object")
+        names = [column.column for column in self.columns]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{self.table}: column {doubled[0]} is declared twice")
+
+    @property
+    @abstractmethod
+    def key_fields(self) -> tuple[Field, ...]:
+        """The columns of the primary key."""
+
+    @property
+    def clock(self) -> Field | None:
+        """The column with the time that decides which event is newest, if there is one."""
+        return None
+
+    @property
+    def status(self) -> Field | None:
+        """The column whose lifecycle decides where times cannot."""
+        return None
+
+    @property
+    def child_tables(self) -> tuple[Children, ...]:
+        """The tables that are fed by arrays of the object."""
+        return ()
+
+    @cached_property
+    def columns(self) -> tuple[Field, ...]:
+        """The columns of the table, the key first."""
+        return (*self.key_fields, *self.fields)
 
     def column(self, name: str) -> Field:
-        """The field behind a column.
+        """The field of a column.
 
         Raises:
             ValueError: There is none of that name.
         """
-        for one in self.fields:
-            if one.column == name:
-                return one
-        raise ValueError(f"{name} is not a column")
+        for column in self.columns:
+            if column.column == name:
+                return column
+        raise ValueError(f"{self.table}: {name} is not a column")
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Its tables, the parent first."""
+        parent = tables.parent(
+            self.table, self.comment, self.key_fields, self.fields, self.indexes, self.name
+        )
+        return (
+            parent,
+            *(
+                tables.child(child.table, child.comment, self.key_fields, child.fields, self.name)
+                for child in self.child_tables
+            ),
+        )
 
 
-class Snapshot(Declared):
-    """One row for each entity: its newest event wins, in whatever order they arrive.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EntityTable(Declared):
+    """One row per entity: its newest event wins, in whatever order they arrive.
 
-    Newest by the object's own time where it has one (``newest_by``), else by the rank of its status
-    (an ``enum`` with ``steps`` and ``ends``), then by the envelope's time, and always, last, by the
+    Newest by the object's own time where it has one (``newest_by``), else by the rank of its
+    status (a ``status`` with its lifecycle), then by the envelope's time, and always, last, by the
     place in the log.
 
-    Args:
-        table: Name of the table, and of the projector.
-        comment: What one row is.
-        key: Column or columns that name the entity. An event without is put aside.
-        fields: The other columns.
-        events: The type or category that feeds the table, or several.
-        sources: Instead of ``events``, where rows come from lists inside other objects too.
-        except_types: Types of the category that hold no whole object and must not touch the table.
+    Attributes:
+        key: Column or columns that name the entity. An event without is a dead letter.
         newest_by: Column with the time of the object's last change.
-        children: Tables fed by lists of the object.
-        unless_unset: Columns without whose value the event makes no row here.
-        indexes: Columns that analysts look up by.
+        children: Tables fed by arrays of the object.
     """
 
-    def __init__(
-        self,
-        *,
-        table: str,
-        comment: str,
-        key: Field | Sequence[Field],
-        fields: Sequence[Field],
-        events: str | Sequence[str] = (),
-        sources: Sequence[Source] = (),
-        except_types: Sequence[str] = (),
-        newest_by: str | None = None,
-        children: Sequence[Children] = (),
-        unless_unset: Sequence[str] = (),
-        indexes: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            table=table,
-            comment=comment,
-            sources=sources or _sources(events),
-            except_types=except_types,
-            key=[key] if isinstance(key, Field) else key,
-            newest_by=newest_by,
-            fields=fields,
-            children=children,
-            unless_unset=unless_unset,
-            indexes=indexes,
-        )
+    key: Field | Sequence[Field]
+    newest_by: str | None = None
+    children: Sequence[Children] = ()
+
+    def __post_init__(self) -> None:
+        _freeze(self, "children")
+        super().__post_init__()
+        if self.clock and self.clock.kind.shape is not Shape.TIME:
+            raise ValueError(f"{self.table}: newest_by: {self.newest_by} is not a time")
+        ranked = [column.column for column in self.columns if column.lifecycle]
+        if len(ranked) > 1:
+            raise ValueError(f"{self.table}: two columns have a lifecycle: {', '.join(ranked)}")
+
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """The columns of the primary key."""
+        return (self.key,) if isinstance(self.key, Field) else tuple(self.key)
+
+    @property
+    def clock(self) -> Field | None:
+        """The column with the time that decides which event is newest, if there is one."""
+        return self.column(self.newest_by) if self.newest_by else None
+
+    @property
+    def status(self) -> Field | None:
+        """The column whose lifecycle decides where times cannot."""
+        return next((column for column in self.columns if column.lifecycle), None)
+
+    @property
+    def child_tables(self) -> tuple[Children, ...]:
+        """The tables that are fed by arrays of the object."""
+        return tuple(self.children)
 
 
-class Ledger(Snapshot):
-    """One row for each entry of a ledger, corrected only by a newer version of the same entry.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LedgerTable(EntityTable):
+    """One row per entry of a ledger, corrected only by a newer version of the same entry.
 
-    The key is the entry's id and its type, because an entry and its reversal may share the id.
+    The key is the entry's id together with its type, since an entry and its reversal may share the
+    id. An entry has no lifecycle: what is undone is undone by an entry of its own.
+
+    Attributes:
+        key: The entry's id.
+        entry_type: The column with the type, the second column of the key.
     """
 
+    entry_type: Field
 
-class Notice(Declared):
-    """One row for each event, for what has no state of its own: failures, refusals, history.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.status:
+            raise ValueError(f"{self.table}: an entry of a ledger has no lifecycle")
 
-    The key is the envelope's id, in the column ``event_id``; of several copies the first in the log
-    stays.
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """The columns of the primary key."""
+        return (*super().key_fields, self.entry_type)
 
-    Args:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EventTable(Declared):
+    """One row per event, for what has no state of its own: failures, refusals, history.
+
+    The key is the id of the event, in the column ``event_id``; of several copies the first in the
+    log stays.
+    """
+
+    keeps_first: ClassVar[bool] = True
+
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """The columns of the primary key."""
+        return (event_id(),)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Custom(Base):
+    """What no other kind can express: set-based SQL of its own, run once per batch.
+
+    Its author promises that the table comes out the same however the log is divided, ordered or
+    repeated, and proves it by a test.
+
+    Attributes:
         table: Name of the table, and of the projector.
         comment: What one row is.
-        events: The type or category that feeds the table, or several.
-        fields: The columns.
-        except_types: Types of the category that are left out.
-        indexes: Columns that analysts look up by.
-    """
-
-    keeps_first = True
-
-    def __init__(
-        self,
-        *,
-        table: str,
-        comment: str,
-        events: str | Sequence[str],
-        fields: Sequence[Field],
-        except_types: Sequence[str] = (),
-        indexes: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            table=table,
-            comment=comment,
-            sources=_sources(events),
-            except_types=except_types,
-            key=[EVENT_ID],
-            newest_by=None,
-            fields=fields,
-            children=(),
-            unless_unset=(),
-            indexes=indexes,
-        )
-
-
-class Custom(Base):
-    """Anything that no declaration can say: SQL of its own, set-based, once for each batch.
-
-    Its author promises that the tables come out the same however the log is cut, ordered or
-    repeated, and proves it by a test. The function names its tables without a schema, so that the
-    same SQL fills the live table and, in a rebuild, the one beside it; the batch's events are
-    ``pipeline.events e`` under the condition ``batch.where``.
-
-    Args:
-        tables: Made by ``read_model_table``; the first one names the projector.
-        events: The type or category that feeds them, or several.
-        apply: Writes what the batch says. Raise nothing for bad data: PostgreSQL does.
+        events: The type or category that feeds it, or several.
+        except_types: Types that are left out.
+        key: Columns of the primary key; their paths mean nothing.
+        fields: The other columns; the same.
+        indexes: Further indexes, of several columns each.
+        reads: What ``apply`` reads of each event: the columns of ``batch.rows``, typed and checked.
+            An event with a value of the wrong shape becomes a dead letter.
+        apply: Writes what the batch says, by one or more statements on ``batch.rows`` and
+            ``batch.table``. It raises nothing for bad data: PostgreSQL does.
         version: Raise it whenever ``apply`` changes its meaning; a rebuild is then due.
     """
 
-    def __init__(
-        self,
-        *,
-        tables: Sequence[Table],
-        events: str | Sequence[str],
-        apply: Callable[[Connection, Batch], None],
-        version: int = 1,
-        except_types: Sequence[str] = (),
-    ) -> None:
-        left_out = [Source(name).events for name in except_types]
-        super().__init__(tables[0].name, tables, _sources(events), left_out)
-        self.apply = apply
-        self.version = version
-        for table in tables:
-            table.info["projector"] = self.name
+    table: str
+    comment: str
+    events: str | Sequence[str]
+    except_types: Sequence[str] = ()
+    key: Sequence[Field]
+    fields: Sequence[Field] = ()
+    indexes: Sequence[Sequence[str]] = ()
+    reads: Sequence[Field]
+    apply: Callable[[Connection, "CustomBatch"], None]
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _freeze(self, "key", "fields", "reads", "except_types")
+        object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
+        _refuse_bad_name(self.table)
+
+    @cached_property
+    def input(self) -> "CustomInput":
+        """What it reads, as a declaration that the compiler knows."""
+        return CustomInput(
+            table=self.table,
+            comment=self.comment,
+            events=self.events,
+            except_types=self.except_types,
+            fields=self.reads,
+        )
+
+    @property
+    def sources(self) -> Sequence[Source]:  # type: ignore[override]  # derived, not declared
+        """The events that it takes."""
+        return self.input.sources
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Its table."""
+        return (tables.custom(self.table, self.comment, self.key, self.fields, self.indexes),)
 
 
-Projector = Declared | Custom
-"""One read model: what builds it from which events, and the tables it owns."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CustomInput(Declared):
+    """What a ``Custom`` reads of each event; it has no table of its own."""
+
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """None: ``apply`` decides what a row is."""
+        return ()
 
 
-def read_model_table(name: str, *parts: "Column[object] | Index", comment: str) -> Table:
-    """The table of a ``Custom``: its columns, each with a comment, and its indexes.
+@dataclass(frozen=True)
+class CustomBatch:
+    """The events that a ``Custom`` has to take, and the table that it has to write.
 
-    A column with personal data says so: ``Column(…, info={"personal": True})``.
-
-    Raises:
-        ValueError: A column looks personal and says neither True nor False.
+    Attributes:
+        table: The table, quoted and with its schema: the live one, or that of a rebuild.
+        rows: A query on the events of the batch: the columns of ``reads``, and ``_event_id``,
+            ``_event_type``, ``_event_time``, ``_ingested_at``, ``_topic``, ``_partition``,
+            ``_offset``.
+        parameters: Values of the names that ``rows`` binds.
     """
-    for part in parts:
-        if isinstance(part, Column):
-            refuse_unclassified(part.name, part.name, part.info.get("personal"))
-            if part.info.get("personal"):
-                part.comment = (part.comment or "") + PERSONAL_REMARK
-    return Table(name, metadata, *parts, schema=READ_SCHEMA, comment=comment)
+
+    table: str
+    rows: str
+    parameters: Mapping[str, Any]
+
+
+Projector = EntityTable | LedgerTable | EventTable | Custom
+"""The declaration of a read model: what builds it from which events, and its tables."""
 
 
 def personal_columns(table: Table) -> frozenset[str]:
-    """Columns of a read model that hold personal data."""
+    """Columns of a read model's table that hold personal data."""
     return frozenset(column.name for column in table.columns if column.info.get("personal"))
 
 
-def _sources(events: str | Sequence[str]) -> list[Source]:
-    return [Source(one) for one in ([events] if isinstance(events, str) else events)]
+def _sources(events: str | Sequence[str]) -> tuple[Source, ...]:
+    return tuple(Source(each) for each in ([events] if isinstance(events, str) else events))
 
 
-# --------------------------------------------------------------------------------------- the tables
+def _freeze(declaration: object, *names: str) -> None:
+    for name in names:
+        object.__setattr__(declaration, name, tuple(getattr(declaration, name)))
 
 
-def _column(one: Field, *, primary_key: bool = False) -> "Column[object]":
-    return Column(
-        one.column,
-        one.kind.type,
-        primary_key=primary_key,
-        comment=one.remark,
-        info={"personal": bool(one.personal)},
-    )
-
-
-def _version_columns() -> "list[Column[object]]":
-    """Where a row comes from; a table starts with what it means, so these come last."""
-    return [
-        Column("_event_id", Uuid, comment="Event that wrote this row."),
-        Column(
-            "_version_time",
-            DateTime(timezone=True),
-            nullable=False,
-            comment="Version: the object's own time of change, else the event's; "
-            "1970 where time does not come first.",
-        ),
-        Column(
-            "_version_rank",
-            SmallInteger,
-            nullable=False,
-            comment="Version: how far its status has come; 0 without status.",
-        ),
-        Column(
-            "_version_created",
-            DateTime(timezone=True),
-            nullable=False,
-            comment="Version: when the event arose.",
-        ),
-        Column(
-            "_topic",
-            Text(collation="C"),
-            nullable=False,
-            comment="Topic of the event that wrote this row.",
-        ),
-        Column("_partition", Integer, nullable=False, comment="Partition of that event."),
-        Column("_offset", BigInteger, nullable=False, comment="Offset of that event."),
-    ]
-
-
-def _parent_table(
-    name: str, comment: str, key: Sequence[Field], fields: Sequence[Field], indexes: Sequence[str]
-) -> Table:
-    return Table(
-        name,
-        metadata,
-        *(_column(one, primary_key=True) for one in key),
-        *(_column(one) for one in fields),
-        *_version_columns(),
-        *(Index(None, column) for column in indexes),
-        schema=READ_SCHEMA,
-        comment=comment,
-        info={"projector": name},
-    )
-
-
-def _child_table(parent: str, key: Sequence[Field], child: Children) -> Table:
-    own_key = set(child.key)
-    place: list[Column[object]] = []
-    if not own_key:
-        place = [
-            Column(
-                "position",
-                Integer,
-                primary_key=True,
-                autoincrement=False,
-                comment="Place in the list, from 1.",
-            )
-        ]
-    return Table(
-        child.table,
-        metadata,
-        *(_column(one, primary_key=True) for one in key),
-        *place,
-        *(_column(one, primary_key=one.column in own_key) for one in child.fields),
-        *(Index(None, column) for column in child.indexes),
-        schema=READ_SCHEMA,
-        comment=child.comment,
-        info={"projector": parent},
-    )
+def _refuse_bad_name(table: str) -> None:
+    if not _NAME.fullmatch(table):
+        raise ValueError(f"{table!r} is not a name for a table")

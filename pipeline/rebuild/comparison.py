@@ -19,7 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-from pipeline.db import READ_SCHEMA, SHADOW_SCHEMA
+from pipeline.db import SHADOW_SCHEMA
 from pipeline.readmodel.model import Projector
 
 
@@ -77,8 +77,12 @@ def repair(db: Connection, projector: Projector) -> None:
             db.execute(text(statement(table)))
 
 
-def _in(schema: str, table: Table) -> str:
-    return f'"{schema}"."{table.name}"'
+def _live(table: Table) -> str:
+    return f'"{table.schema}"."{table.name}"'
+
+
+def _beside(table: Table) -> str:
+    return f'"{SHADOW_SCHEMA}"."{table.name}"'
 
 
 def _key(table: Table) -> list[str]:
@@ -111,15 +115,15 @@ def _compare(table: Table) -> str:
         f"count(*) FILTER (WHERE s.{key} IS NULL) AS surplus, "
         f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL "
         f"AND {_differs(table)}) "
-        f"AS changed FROM {_in(READ_SCHEMA, table)} AS t "
-        f"FULL JOIN {_in(SHADOW_SCHEMA, table)} AS s ON {_same_key(table)}"
+        f"AS changed FROM {_live(table)} AS t "
+        f"FULL JOIN {_beside(table)} AS s ON {_same_key(table)}"
     )
 
 
 def _delete(table: Table) -> str:
     return (
-        f"DELETE FROM {_in(READ_SCHEMA, table)} AS t WHERE NOT EXISTS "  # noqa: S608 - declared names
-        f"(SELECT FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)})"
+        f"DELETE FROM {_live(table)} AS t WHERE NOT EXISTS "  # noqa: S608 - declared names
+        f"(SELECT FROM {_beside(table)} AS s WHERE {_same_key(table)})"
     )
 
 
@@ -127,15 +131,15 @@ def _change(table: Table) -> str:
     columns = [f'"{column.name}"' for column in table.columns]
     changes = ", ".join(f"{name} = s.{name}" for name in columns)
     return (
-        f"UPDATE {_in(READ_SCHEMA, table)} AS t SET {changes} "  # noqa: S608 - declared names
-        f"FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
+        f"UPDATE {_live(table)} AS t SET {changes} "  # noqa: S608 - declared names
+        f"FROM {_beside(table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
     )
 
 
 def _insert(table: Table) -> str:
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
     return (
-        f"INSERT INTO {_in(READ_SCHEMA, table)} ({columns}) "  # noqa: S608 - declared names
-        f"SELECT {columns} FROM {_in(SHADOW_SCHEMA, table)} AS s WHERE NOT EXISTS "
-        f"(SELECT FROM {_in(READ_SCHEMA, table)} AS t WHERE {_same_key(table)})"
+        f"INSERT INTO {_live(table)} ({columns}) "  # noqa: S608 - declared names
+        f"SELECT {columns} FROM {_beside(table)} AS s WHERE NOT EXISTS "
+        f"(SELECT FROM {_live(table)} AS t WHERE {_same_key(table)})"
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Engine, text
 
-from pipeline.db import READ_SCHEMA, transaction
+from pipeline.db import transaction
 from pipeline.errors import TransientError
 from pipeline.projection import checkpoints
 from pipeline.projection.loop import Limits, Progress, run_projection
@@ -142,5 +142,5 @@ def _truncate(engine: Engine, projector: Projector) -> None:
     with transaction(engine) as db:
         checkpoints.register(db, [projector.name])
         db.execute(LOCK_WAIT)
-        names = ", ".join(sorted(f'"{READ_SCHEMA}"."{one.name}"' for one in projector.tables))
+        names = ", ".join(sorted(f'"{one.schema}"."{one.name}"' for one in projector.tables))
         db.execute(text(f"TRUNCATE {names}"))

@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
-from pipeline.db import READ_SCHEMA, SHADOW_SCHEMA, descriptor, locks, translated
+from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated
 from pipeline.errors import DEADLOCK, ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints, dead_letters
@@ -307,7 +307,12 @@ class Shadow:
         return True
 
     def _fill(
-        self, db: Connection, schema: str, name: str, partition: Partition, offsets: OffsetRange
+        self,
+        db: Connection,
+        schema: str | None,
+        name: str,
+        partition: Partition,
+        offsets: OffsetRange,
     ) -> None:
         """Bring a range into the tables of a schema, with its dead letters."""
         batch = Batch(partition, offsets, self._projector.condition())
@@ -316,7 +321,7 @@ class Shadow:
 
     def _bring(
         self,
-        schema: str,
+        schema: str | None,
         name: str,
         places: Mapping[Partition, NextOffset],
         goal: Mapping[Partition, NextOffset],
@@ -366,7 +371,7 @@ class Shadow:
             self._bring(SHADOW_SCHEMA, self._name, beside, goal)
             behind = sum(lag(live.get(place, NextOffset(0)), end) for place, end in goal.items())
             if behind < self._chunk_offsets and checkpoints.is_live(db, name):
-                self._bring(READ_SCHEMA, name, live, goal)
+                self._bring(None, name, live, goal)
                 behind = 0
             failpoints.reach("before_swap", connection_fd=descriptor(db))
             difference = self._measured(behind=behind)

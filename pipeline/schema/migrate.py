@@ -1,6 +1,5 @@
 """The database's schema, and rights on it: bring it up to date, refuse to work on another one."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Table, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints
@@ -26,7 +25,7 @@ from pipeline.db import (
     translated,
 )
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
-from pipeline.schema import roles
+from pipeline.schema import read_models, roles
 from pipeline.schema.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
 from pipeline.settings import load_settings
 
@@ -290,6 +289,8 @@ def _follow_up(db: Connection, prefix: str | None) -> list[str]:
     from pipeline.projectors import discover
 
     with db.begin():
+        read_models.make_missing(db, discover())
+    with db.begin():
         db.execute(_ONE_SNAPSHOT)
         roles.mask_personal_columns(db, discover())
         if prefix is None:
@@ -334,42 +335,19 @@ def check_tables(engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHE
     """
     declare_tables()
     with transaction(engine) as db:
-        refuse_foreign_objects(db, metadata.tables.values(), schemas)
+        refuse_foreign_objects(db, our_tables(), schemas)
 
 
-def revision(message: str, url: str) -> None:
-    """Write the migration that brings a database to the declared tables.
+def our_tables() -> list[Table]:
+    """Every table that this program makes: of the log, of the bookkeeping, of the read models."""
+    from pipeline import projectors
 
-    Args:
-        message: What it does, in a few words; becomes part of the file's name.
-        url: An empty database to compare with; it is migrated to today's head first.
-    """
-    migrate(url)
-    engine = open_engine(url, application="pipeline migrate")
-    try:
-        with engine.connect() as db:
-            number = len(list(_scripts().walk_revisions())) + 1
-            config = _config(connection=db)
-            for option, value in _FORMATTED.items():
-                config.set_section_option("post_write_hooks", option, value)
-            command.revision(config, message=message, autogenerate=True, rev_id=f"{number:04}")
-    finally:
-        engine.dispose()
-
-
-_FORMATTED = {
-    "hooks": "ruff",
-    "ruff.type": "module",
-    "ruff.module": "ruff",
-    "ruff.options": "format --quiet REVISION_SCRIPT_FILENAME",
-}
+    declare_tables()
+    return [*metadata.tables.values(), *projectors.tables().values()]
 
 
 def declare_tables() -> None:
     """Import every module that declares a table, so that the metadata is whole."""
-    from pipeline.projectors import discover
-
-    discover()
 
 
 def open_from_settings() -> Connection:
@@ -417,10 +395,3 @@ def _refuse_dropped_tables(db: Connection) -> None:
                 "not make them again: restore them from a backup. Then `pipeline rebuild` fills "
                 "read models"
             )
-
-
-if __name__ == "__main__":
-    from pipeline.sandbox.servers.postgres import PostgresServer
-
-    with PostgresServer() as server:
-        revision(sys.argv[2], server.url("postgres"))

@@ -36,9 +36,10 @@ def downgrade() -> None:
 MIGRATE = """
 import os, sys
 from pathlib import Path
-from pipeline import failpoints, logs, migrate
+from pipeline import failpoints, log_events
+from pipeline.schema import migrate
 migrate._folder = lambda: Path(sys.argv[1])
-logs.configure()
+log_events.configure()
 failpoints.arm(os.environ)
 print(*migrate.migrate(sys.argv[2]))
 """

@@ -16,14 +16,13 @@ from urllib.parse import quote
 import pytest
 from confluent_kafka import Producer
 from psycopg.sql import SQL, Identifier, Literal
-from sqlalchemy import Column, Integer, Table
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from pipeline.cli.app import app
-from pipeline.db import READ_SCHEMA, metadata, open_engine
+from pipeline.db import open_engine
 from pipeline.projectors import discover
-from pipeline.readmodel import Custom
+from pipeline.readmodel import Custom, integer
 from pipeline.sandbox.servers.broker import MockBroker
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from pipeline.schema.migrate import migrate
@@ -34,7 +33,6 @@ from tests.given import (
     create_tables,
     event,
     execution_event,
-    forgotten_afterwards,
     order_event,
     some_id,
 )
@@ -420,20 +418,23 @@ def raising(_db: object, _batch: object) -> None:
 
 @pytest.mark.parametrize("command", ["project", "run"])
 def test_a_projector_that_raises_shows_nothing_of_its_event(house, pipeline, monkeypatch, command):
-    table = Table(
-        f"raising_{command}", metadata, Column("id", Integer, primary_key=True), schema=READ_SCHEMA
+    faulty = Custom(
+        table=f"raising_{command}",
+        comment="Nothing.",
+        events="ORDER.*",
+        key=[integer("id", "Id.")],
+        reads=[],
+        apply=raising,
     )
-    faulty = Custom(tables=(table,), events=("ORDER.*",), apply=raising)
-    with forgotten_afterwards(faulty):
-        engine = open_engine(house.database.url, application="test")
-        create_tables(engine, faulty)
-        engine.dispose()
-        monkeypatch.setattr("pipeline.cli.flow.discover", lambda: [faulty])
+    engine = open_engine(house.database.url, application="test")
+    create_tables(engine, faulty)
+    engine.dispose()
+    monkeypatch.setattr("pipeline.cli.flow.discover", lambda: [faulty])
 
-        result = pipeline(house.commands, command, "--until-end")
+    result = pipeline(house.commands, command, "--until-end")
 
-        with house.database.connect() as db:
-            db.execute(f"DROP TABLE {table.fullname}".encode())
+    with house.database.connect() as db:
+        db.execute(f"DROP TABLE {faulty.tables[0].fullname}".encode())
     assert result.code == 70
     assert "ValueError: ***" in result.err
     assert "in raising" in result.err

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import HealthCheck, example, settings
 from hypothesis import given as over
 from hypothesis import strategies as st
-from sqlalchemy import Column, Integer, Table, Text, text
+from sqlalchemy import text
 
-from pipeline.db import READ_SCHEMA, metadata, transaction
+from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.projection import dead_letters
 from pipeline.projection.loop import Limits
 from pipeline.projection.one_pass import BrokenProjectorError, retry
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
-from pipeline.readmodel import Children, Custom, Notice, Snapshot, integer, uuid
+from pipeline.readmodel import Children, Custom, EntityTable, EventTable, integer, uuid
 from pipeline.readmodel import text as text_field
 from pipeline.readmodel.compiler import USUAL, USUAL_DATE, USUAL_DIGITS
 from pipeline.rebuild.rebuild import rebuild
@@ -28,7 +28,6 @@ from tests.given import (
     event,
     execution,
     execution_event,
-    forgotten_afterwards,
     order_event,
     some_id,
 )
@@ -459,39 +458,38 @@ def exists(moment: str) -> bool:
 
 
 def test_a_custom_projector_loses_only_the_guilty_event(given: Given):
-    letters = Table(
-        "letters",
-        metadata,
-        Column("letter", Text, primary_key=True),
-        Column("seen", Integer, nullable=False),
-        schema=READ_SCHEMA,
-    )
-
     def count_letters(db, batch) -> None:
         db.execute(
             text(
-                "INSERT INTO letters AS l SELECT e.payload -> 'object' ->> 'letter', "
-                "sum((e.payload -> 'object' ->> 'seen')::integer) FROM pipeline.events e "
-                f"WHERE {batch.where} GROUP BY 1 ON CONFLICT (letter) "
+                f"INSERT INTO {batch.table} AS l (letter, seen) "
+                f"SELECT letter, sum(seen) FROM {batch.rows} AS r "
+                "GROUP BY letter ORDER BY letter ON CONFLICT (letter) "
                 "DO UPDATE SET seen = l.seen + excluded.seen"
             ),
             batch.parameters,
         )
 
-    counted = Custom(tables=[letters], events="LETTER.*", apply=count_letters)
+    counted = Custom(
+        table="letters",
+        comment="Letters.",
+        events="LETTER.*",
+        key=[text_field("letter", "Letter.")],
+        fields=[integer("seen", "How often it was seen.")],
+        reads=[text_field("letter", "Letter."), integer("seen", "How often.")],
+        apply=count_letters,
+    )
     events = [
         event("LETTER.SEEN", {"letter": letter, "seen": 1 if letter != "q" else "many"})
         for letter in string.ascii_lowercase + "aab"
     ]
-    with forgotten_afterwards(counted):
-        create_tables(given.engine, counted)
+    create_tables(given.engine, counted)
 
-        rows = given(events).project(counted, orders)
+    rows = given(events).project(counted, orders)
 
-        assert {row.letter: row.seen for row in rows if row.seen > 1} == {"a": 3, "b": 2}
-        assert "q" not in {row.letter for row in rows}
-        assert found(given) == [("letters", 16, None, "22P02")]
-        assert rebuild(given.engine, counted).differing == 0
+    assert {row.letter: row.seen for row in rows if row.seen > 1} == {"a": 3, "b": 2}
+    assert "q" not in {row.letter for row in rows}
+    assert found(given) == [("letters", 16, "seen", "22P02")]
+    assert rebuild(given.engine, counted).differing == 0
 
 
 @pytest.mark.both_postgres
@@ -499,46 +497,44 @@ def test_a_custom_projector_loses_only_the_guilty_event(given: Given):
 def test_a_notice_keeps_the_first_of_its_copies_and_an_event_without_id_is_named(
     given: Given, batch
 ):
-    refused = Notice(
+    refused = EventTable(
         table="refusals",
         comment="Refusals.",
         events="REFUSAL.TOLD",
-        fields=[text_field("reason", "reason", "Why.")],
+        fields=[text_field("reason", "Why.")],
     )
     first = event("REFUSAL.TOLD", {"reason": "first"}, name="same")
-    with forgotten_afterwards(refused):
-        create_tables(given.engine, refused)
-        given([{**first, "object": {"reason": "later copy"}}], partition=1)
-        given.project(refused)
-        without_object = {"id": some_id("x"), "type": "REFUSAL.TOLD", "created_at": "2026-01-12"}
-        given([first, {**first, "id": "not a uuid"}, without_object], partition=0)
+    create_tables(given.engine, refused)
+    given([{**first, "object": {"reason": "later copy"}}], partition=1)
+    given.project(refused)
+    without_object = {"id": some_id("x"), "type": "REFUSAL.TOLD", "created_at": "2026-01-12"}
+    given([first, {**first, "id": "not a uuid"}, without_object], partition=0)
 
-        rows = given.project(refused, limits=Limits(batch_offsets_max=batch))
+    rows = given.project(refused, limits=Limits(batch_offsets_max=batch))
 
-        assert [(row.reason, row._partition) for row in rows] == [("first", 0)]
-        named = [(offset, sqlstate) for _, offset, _, sqlstate in found(given)]
-        assert named == [(1, "23502"), (2, "22023")]
-        assert rebuild(given.engine, refused).differing == 0
+    assert [(row.reason, row._partition) for row in rows] == [("first", 0)]
+    named = [(offset, sqlstate) for _, offset, _, sqlstate in found(given)]
+    assert named == [(1, "23502"), (2, "22023")]
+    assert rebuild(given.engine, refused).differing == 0
 
 
 @pytest.mark.both_postgres
-def test_children_with_keys_of_their_own_and_nested_values(given: Given):
-    clubs = Snapshot(
+def test_children_are_one_row_per_element_and_values_may_be_nested(given: Given):
+    clubs = EntityTable(
         table="clubs",
         comment="Clubs.",
         events="CLUB.*",
-        key=uuid("club_id", "id", "Id."),
-        fields=[integer("size", "facts.deep.size", "Members.")],
-        unless_unset=["size"],
+        key=uuid("club_id", "Id.", path="id"),
+        fields=[integer("size", "Members.", path="facts.deep.size")],
+        only_with=["size"],
         children=[
             Children(
                 table="club_members",
                 comment="Members.",
                 path="facts.members",
-                key=("member_id",),
                 fields=[
-                    uuid("member_id", "who.id", "Member."),
-                    text_field("name", "who.name", "Name.", personal=False),
+                    uuid("member_id", "Member.", path="who.id"),
+                    text_field("name", "Name.", path="who.name", personal=False),
                 ],
             )
         ],
@@ -551,33 +547,33 @@ def test_children_with_keys_of_their_own_and_nested_values(given: Given):
     def member(name, who="one"):
         return {"who": {"id": some_id(who), "name": name}}
 
-    with forgotten_afterwards(clubs):
-        create_tables(given.engine, clubs)
-        given(
-            [
-                club(
-                    [member("of two alike the first stays"), member("second"), member("x", "two")]
-                ),
-                club([{"who": "nobody"}]),
-                club([{"who": {"name": "without id"}}]),
-                club([], size="5.0"),
-                club([], size=""),
-                club([], facts="none, so no size either"),
-            ]
-        )
-
-        rows = given.project(clubs)
-
-        assert [row.size for row in rows] == [1]
-        assert sorted(row.name for row in given.rows("club_members")) == [
-            "of two alike the first stays",
-            "x",
+    create_tables(given.engine, clubs)
+    given(
+        [
+            club([member("first"), member("the same again"), member("x", "two")]),
+            club([{"who": "nobody"}]),
+            club([{"who": {"id": "no id"}}]),
+            club([], size="5.0"),
+            club([], size=""),
+            club([], facts="none, so no size either"),
         ]
-        assert found(given) == [
-            ("clubs", 1, "who", "22023"),
-            ("clubs", 2, "member_id", "23502"),
-            ("clubs", 3, "size", "22P02"),
-        ]
-        given([club([member("alone")], size="+7")]).project(clubs)
-        assert [row.name for row in given.rows("club_members")] == ["alone"]
-        assert rebuild(given.engine, clubs).differing == 0
+    )
+
+    rows = given.project(clubs)
+
+    assert [row.size for row in rows] == [1]
+    members = given.rows("club_members")
+    assert [(row.position, row.name) for row in members] == [
+        (1, "first"),
+        (2, "the same again"),
+        (3, "x"),
+    ]
+    assert {row._event_type for row in members} == {"CLUB.TOLD"}
+    assert found(given) == [
+        ("clubs", 1, "who", "22023"),
+        ("clubs", 2, "member_id", "22P02"),
+        ("clubs", 3, "size", "22P02"),
+    ]
+    given([club([member("alone")], size="+7")]).project(clubs)
+    assert [row.name for row in given.rows("club_members")] == ["alone"]
+    assert rebuild(given.engine, clubs).differing == 0

@@ -155,7 +155,7 @@ def test_access_given_by_other_ways_is_closed_too(given, cast, personal, to):
 
 def test_a_column_is_closed_although_migrate_is_killed(given, cast):
     script = (
-        "import os, sys; from pipeline import failpoints, migrate; "
+        "import os, sys; from pipeline import failpoints; from pipeline.schema import migrate; "
         "from pipeline.projectors.orders import orders; "
         "orders.tables[0].columns['client_reference'].info['personal'] = True; "
         "failpoints.arm(os.environ); migrate.migrate(sys.argv[1])"

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.projection.loop import run_projection
 from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
-from pipeline.readmodel import Snapshot, uuid
+from pipeline.readmodel import EntityTable, uuid
 from pipeline.readmodel import text as text_field
 from pipeline.readmodel.fields import looks_personal
 from pipeline.readmodel.model import personal_columns
@@ -33,7 +33,6 @@ from pipeline.schema.roles.rights import REVIEWED_VIEWS
 from tests.commands import InProcess, on_mock
 from tests.given import (
     create_tables,
-    forgotten_afterwards,
     order_event,
     sample_events,
     some_id,
@@ -458,17 +457,17 @@ def test_a_view_that_nobody_has_reviewed_is_for_those_who_may_see_personal_data(
 
 
 def test_a_new_read_model_has_its_rights_without_anybody_thinking_of_them(given, cast):
-    letters = Snapshot(
+    letters = EntityTable(
         table="letters",
         comment="Letters.",
         events="LETTER.*",
-        key=uuid("letter_id", "id", "Id."),
+        key=uuid("letter_id", "Id.", path="id"),
         fields=[
-            text_field("street", "to.street", "Where to.", personal=True),
-            text_field("stamp", "stamp", "Stamp."),
+            text_field("street", "Where to.", path="to.street", personal=True),
+            text_field("stamp", "Stamp."),
         ],
     )
-    with forgotten_afterwards(letters), cast.acting_as_owner() as owner:
+    with cast.acting_as_owner() as owner:
         create_tables(owner, letters)
         # From its first moment, before any grant, whoever projects may fill it.
         with cast.connect("project") as db:

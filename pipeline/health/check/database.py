@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Row, text
 
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA, metadata, transaction
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import NEWEST
 from pipeline.db.session_settings import is_sorted
 from pipeline.errors import ConfigurationError, ExitCode
@@ -19,7 +19,7 @@ from pipeline.projection.checkpoints import fingerprints
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema.foreign_objects import foreign_objects
-from pipeline.schema.migrate import check_schema, declare_tables
+from pipeline.schema.migrate import check_schema, our_tables
 
 
 def look_at_database(engine: Engine, projectors: Sequence[Projector]) -> Iterator[Finding]:
@@ -227,8 +227,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _foreign_objects(db: Connection) -> Iterator[Finding]:
-    declare_tables()
-    found = foreign_objects(db, metadata.tables.values())
+    found = foreign_objects(db, our_tables())
     for one in found:
         yield wrong(
             "database",

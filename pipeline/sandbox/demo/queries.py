@@ -8,7 +8,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, Row, select, text
 
-from pipeline.db import READ_SCHEMA, metadata, transaction
+from pipeline import projectors
+from pipeline.db import transaction
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection import checkpoints
 from pipeline.sandbox.simulator import Books
@@ -176,8 +177,9 @@ def compare_cash(engine: Engine, books: Iterable[Books]) -> CashComparison:
 def compare_books(engine: Engine, books: Sequence[Books]) -> tuple[int, int, int]:
     """Every read model against the books: how many tables, rows, and rows that differ."""
     compared = differing = 0
+    declared = projectors.tables()
     for name in books[0].tables:
-        table = metadata.tables[f"{READ_SCHEMA}.{name}"]
+        table = declared[name]
         columns = [table.c[column] for column in books[0].columns(name)]
         found = Counter(tuple(row) for row in rows(engine, select(*columns)))
         wanted = Counter(row for one in books for row in one.rows(name))

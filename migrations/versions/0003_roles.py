@@ -1,13 +1,12 @@
 """What roles with few rights need: functions that do with the owner's rights what they may not.
 
-Lock: ACCESS EXCLUSIVE on the view order_status_history for an instant; SHARE UPDATE EXCLUSIVE on
-three read models while their comments change. The service may run meanwhile.
+Lock: none that matters, everything is new. The service may run meanwhile.
 """
 
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0003"
+down_revision = "0002"
 
 FUNCTIONS = """
 -- A rebuild may be begun by one login and gone on with by another, so the tables are the owner's,
@@ -82,41 +81,18 @@ COMMENT ON FUNCTION pipeline.accept_gap(text, integer) IS
     'Goes on behind the open gap of a partition, which stays in pipeline.gaps with who decided it. '
     'NULLs if there is none; goes_on is false, and nothing done, if the partition has moved.';
 REVOKE ALL ON FUNCTION pipeline.accept_gap(text, integer) FROM PUBLIC;
-
--- It leaves out rows of the log, so no condition of a reader's may see them first.
-ALTER VIEW upvest.order_status_history SET (security_barrier);
 """
 
 BACK = """
-ALTER VIEW upvest.order_status_history RESET (security_barrier);
 DROP FUNCTION pipeline.accept_gap(text, integer);
 DROP FUNCTION pipeline.drop_shadow(text);
 DROP FUNCTION pipeline.make_shadow(text);
 """
 
-COMMENTS = {
-    "account_groups.securities_account_number": (
-        "Official depot number, nine digits, leading zeros count.",
-        "Official depot number, nine digits, leading zeros count. Personal data.",
-    ),
-    "accounts.name": (
-        "Label, free text; NULL without. May hold personal data.",
-        "Label, free text; NULL without. Personal data.",
-    ),
-    "cash_transactions.tax_details": (
-        "Details of the tax as they came; NULL without tax.",
-        "Details of the tax as they came; NULL without tax. Personal data.",
-    ),
-}
-
 
 def upgrade() -> None:
     op.execute(FUNCTIONS)
-    for column, (_, comment) in COMMENTS.items():
-        op.execute(f"COMMENT ON COLUMN upvest.{column} IS '{comment}'")
 
 
 def downgrade() -> None:
-    for column, (comment, _) in COMMENTS.items():
-        op.execute(f"COMMENT ON COLUMN upvest.{column} IS '{comment}'")
     op.execute(BACK)

@@ -7,8 +7,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0009"
-down_revision = "0008"
+revision = "0007"
+down_revision = "0006"
 
 FUNCTIONS = """
 CREATE FUNCTION pipeline.drop_own_views(like_this text) RETURNS void

@@ -6,8 +6,8 @@ Lock: ACCESS EXCLUSIVE on `pipeline.consumer_offsets`, for a moment; no row is r
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0011"
-down_revision = "0010"
+revision = "0009"
+down_revision = "0008"
 
 
 def upgrade() -> None:

@@ -6,8 +6,8 @@ Lock: none that matters, the table is new. The service may run meanwhile.
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0007"
-down_revision = "0006"
+revision = "0005"
+down_revision = "0004"
 
 
 def upgrade() -> None:

@@ -65,7 +65,7 @@ class OutagePolicy:
             if self._refused_since is None:
                 self._refused_since = now
                 # The time until we end begins now, so it is logged, whatever was logged before.
-                self._reported.pop(_cause(error), None)
+                self._reported.pop(without_numbers(str(error)), None)
             self._refused_at = now
             if not self._has_run or now - self._refused_since > GRACE_S:
                 raise error
@@ -94,7 +94,7 @@ class OutagePolicy:
     def _report(self, error: PipelineError, now: float) -> None:
         """Log a new cause at once, and any cause again at growing intervals."""
         reason = str(error)
-        cause = _cause(error)
+        cause = without_numbers(str(error))
         lasts_s = now - (self._since or now)
         due = _reports_due(lasts_s)
         if self._reported.get(cause, -1) >= due:
@@ -141,12 +141,9 @@ def in_words(seconds: float) -> str:
 _MINUTE_S, _HOUR_S = 60.0, 3600.0
 
 
-def _cause(error: PipelineError) -> str:
-    """The same for the same cause: its message may count seconds or name a port."""
-    return _NUMBERS.sub("", str(error))
-
-
-_NUMBERS = re.compile(r"[0-9]+")
+def without_numbers(message: str) -> str:
+    """The same for every message about one cause: it may count seconds or name a port."""
+    return re.sub(r"[0-9]+", "", message)
 
 
 def _reports_due(lasts_s: float) -> int:

@@ -87,18 +87,18 @@ def plan(
     """
     cluster_id = brokers.cluster_id()
     topic_ids = brokers.topic_ids({partition.topic for partition in partitions})
-    counts = brokers.topics_there()
+    counts = brokers.partition_counts()
     steps = []
-    with brokers.probing():
+    with brokers.record_reader() as reader:
         for partition in sorted(partitions):
             if partition.number >= counts.get(partition.topic, 0):
-                raise brokers.why_gone(partition)
+                raise brokers.missing_topic_error(partition)
             with transaction(engine) as db:
                 claim = ownership.recorded(db)[partition]
                 last = ownership.last_record(db, partition, claim.next_offset)
             there = brokers.watermarks(partition)
             source = Source(cluster_id, topic_ids.get(partition.topic), *there)
-            if refusal := another_topic(brokers, partition, claim, source, last):
+            if refusal := another_topic(reader, partition, claim, source, last):
                 raise refusal
             steps.append(_step(engine, brokers, partition, claim, there, to))
     return steps
@@ -235,14 +235,14 @@ def compare(
     with transaction(engine) as db:
         window = RepeatWindow(size, ownership.recent(db, partition, offsets.first, size))
     begins = behind = offsets.first
-    for piece in brokers.read(partition, offsets):
-        if piece.offsets.first != behind:
-            begins = piece.offsets.first
-        behind = piece.offsets.end
+    for batch in brokers.read(partition, offsets):
+        if batch.offsets.first != behind:
+            begins = batch.offsets.first
+        behind = batch.offsets.end
         rows = [
             encode(window.mark(read(record, keep_raw=settings.keep_raw)))
-            for record in piece.records
+            for record in batch.records
         ]
-        staging.compare(piece.offsets, rows, keep=keep)
+        staging.compare(batch.offsets, rows, keep=keep)
         told(behind - offsets.first)
     return begins if behind == offsets.end else offsets.end

@@ -217,7 +217,7 @@ def verify_kafka(
         return
     brokers = Brokers(settings)
     try:
-        cluster_id, there = brokers.cluster_id(), brokers.topics_there()
+        cluster_id, there = brokers.cluster_id(), brokers.partition_counts()
         topic_ids = brokers.topic_ids({partition.topic for partition in known} & set(there))
         for partition, claim in known.items():
             if partition.number >= there.get(partition.topic, 0):
@@ -250,8 +250,8 @@ def _against_kafka(
     observe: Observe,
 ) -> Iterator[Evidence]:
     subject = str(partition)
-    with brokers.probing():
-        refusal = another_topic(brokers, partition, claim, source, last)
+    with brokers.record_reader() as reader:
+        refusal = another_topic(reader, partition, claim, source, last)
     if refusal is not None:
         words = str(refusal).removeprefix(f"{subject}: ")
         yield Evidence("kafka", subject, _FAITHFUL, 0, 1, words)

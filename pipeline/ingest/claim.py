@@ -22,7 +22,7 @@ from pipeline.errors import (
 )
 from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.kafka import Brokers, KafkaSource, why_not_readable
+from pipeline.kafka import GroupConsumer, RecordReader, why_not_readable
 from pipeline.log import ownership
 from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
 from pipeline.partitions import Epoch, NextOffset, Partition
@@ -55,7 +55,7 @@ class Taken(NamedTuple):
 class Takeover:
     """Takes partitions over for one membership in the group."""
 
-    def __init__(self, engine: Engine, source: KafkaSource, settings: Settings) -> None:
+    def __init__(self, engine: Engine, source: GroupConsumer, settings: Settings) -> None:
         self._engine = engine
         self._source = source
         self._settings = settings
@@ -74,7 +74,7 @@ class Takeover:
         """
         cluster_id = self._source.brokers.cluster_id()
         # All of them are asked for: a broker may make a topic that it is asked for by name.
-        counts = self._source.brokers.topics_there()
+        counts = self._source.brokers.partition_counts()
         topics = sorted({partition.topic for partition in partitions} & counts.keys())
         topic_ids = self._source.brokers.topic_ids(topics)
         taken: dict[Partition, Taken | RefusedError] = {}
@@ -84,12 +84,14 @@ class Takeover:
             now = Origin(cluster_id, topic_ids.get(topic))
             taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
         others = self.other_databases(topics)
-        with self._source.brokers.probing():
-            readable = {topic for topic in topics if self._source.brokers.may_read(topic)}
+        with self._source.brokers.record_reader() as reader:
+            readable = {topic for topic in topics if reader.may_read(topic)}
             for partition in sorted(set(partitions) - taken.keys()):
                 if partition.topic in readable:
                     now = Origin(cluster_id, topic_ids.get(partition.topic))
-                    taken[partition] = self._take(partition, now, others.get(partition.topic))
+                    taken[partition] = self._take(
+                        partition, now, others.get(partition.topic), reader
+                    )
                 elif partition.topic in topics:
                     why = why_not_readable(self._settings, partition.topic)
                     taken[partition] = self._halt(partition, ForbiddenTopicError(partition, why))
@@ -110,7 +112,7 @@ class Takeover:
             self._miss(partition)
 
     def _miss(self, partition: Partition) -> RefusedError:
-        return self._halt(partition, self._source.brokers.why_gone(partition))
+        return self._halt(partition, self._source.brokers.missing_topic_error(partition))
 
     def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
         with transaction(self._engine) as db:
@@ -132,7 +134,7 @@ class Takeover:
         ]
         return {
             partition.topic: fed.installation
-            for partition, fed in self._source.brokers.feeds(partitions).items()
+            for partition, fed in self._source.brokers.group.last_commits(partitions).items()
             if fed.installation != self.installation
         }
 
@@ -173,7 +175,9 @@ class Takeover:
     def _owner(self) -> Owner:
         return Owner(self._settings.group_id, self._source.member_id)
 
-    def _take(self, partition: Partition, now: Origin, other: UUID | None) -> Taken | RefusedError:
+    def _take(
+        self, partition: Partition, now: Origin, other: UUID | None, reader: RecordReader
+    ) -> Taken | RefusedError:
         try:
             with transaction(self._engine) as db:
                 claim = ownership.claim(db, partition, self._owner)
@@ -186,7 +190,7 @@ class Takeover:
         # and the topic would seem to end in front of us.
         low, high = self._source.brokers.watermarks(partition)
         source = Source(str(now.cluster_id), now.topic_id, low, high)
-        refusal = self._objection(partition, claim, source, last, other)
+        refusal = self._objection(partition, claim, source, last, other, reader)
         with transaction(self._engine) as db:
             if refusal is not None:
                 ownership.stand_still(db, partition, claim.epoch, refusal)
@@ -220,6 +224,7 @@ class Takeover:
         source: Source,
         last: LastRecord | None,
         other: UUID | None,
+        reader: RecordReader,
     ) -> RefusedError | None:
         """Why the partition must not go on; None if all is well."""
         if other is not None:
@@ -229,7 +234,7 @@ class Takeover:
                 expected=str(self.installation),
                 found=str(other),
             )
-        if other_topic := another_topic(self._source.brokers, partition, claim, source, last):
+        if other_topic := another_topic(reader, partition, claim, source, last):
             return other_topic
         if claim.next_offset < source.low:
             return RetentionGapError(partition, expected=claim.next_offset, low=source.low)
@@ -237,7 +242,7 @@ class Takeover:
 
 
 def another_topic(
-    brokers: Brokers,
+    reader: RecordReader,
     partition: Partition,
     claim: Claim,
     source: Source,
@@ -246,7 +251,7 @@ def another_topic(
     """Why Kafka is not what the log was read from; None if it is, as far as can be told.
 
     Args:
-        brokers: They are asked for the last stored record, within ``probing``.
+        reader: Reads the last stored record.
         partition: Which.
         claim: What the log knows of it.
         source: What Kafka says of it now.
@@ -262,11 +267,11 @@ def another_topic(
             expected=f"to read on at offset {claim.next_offset}",
             found=f"a topic that ends at {source.high}",
         )
-    return _other_record(brokers, partition, last, source, is_same=is_same) if last else None
+    return _other_record(reader, partition, last, source, is_same=is_same) if last else None
 
 
 def _other_record(
-    brokers: Brokers, partition: Partition, last: LastRecord, source: Source, *, is_same: bool
+    reader: RecordReader, partition: Partition, last: LastRecord, source: Source, *, is_same: bool
 ) -> RefusedError | None:
     """The last stored record must still be the one at its offset.
 
@@ -275,7 +280,7 @@ def _other_record(
     """
     if last.offset < source.low:
         return None
-    there = brokers.record_at(partition, last.offset)
+    there = reader.record_at(partition, last.offset)
     # None: compacted away, or an aborted transaction's; then nothing can be said.
     if there is None or read(there).digest == last.digest:
         return None

@@ -20,8 +20,8 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from pipeline.db import transaction
-from pipeline.errors import CopiedDatabaseError, TransientError
-from pipeline.kafka import Fed, KafkaSource, Member
+from pipeline.errors import CopiedDatabaseError
+from pipeline.kafka import GroupCommit, GroupConsumer, Member
 from pipeline.kafka.client import consumer_config
 from pipeline.log import ownership, workers
 from pipeline.log.workers import Server
@@ -39,8 +39,6 @@ BEATS_MIN = 2
 this database took over from the one that it was written to."""
 REGISTER_S_MAX = 2 * BEAT_S
 """How long a worker of this database needs at most to register after it has joined."""
-COORDINATOR_S_MAX = 15.0
-"""Longest wait for a broker to coordinate the group; a young cluster takes a few seconds."""
 SESSION_MS_DEFAULT = 45_000
 
 
@@ -59,7 +57,7 @@ class CopyCheck:
     def __init__(
         self,
         engine: Engine,
-        source: KafkaSource,
+        source: GroupConsumer,
         settings: Settings,
         stop: threading.Event,
         *,
@@ -165,7 +163,7 @@ class CopyCheck:
             everything = self._fed()
             if any(one.installation != self._installation for one in everything):
                 return  # another installation: refused for each partition, when it is claimed
-            members = self._source.brokers.members()
+            members = self._source.brokers.group.members()
             own = self._own()
             strangers = self._strangers(everything, members, own)
             if not strangers:
@@ -191,7 +189,10 @@ class CopyCheck:
             self._stop.wait(LOOK_AGAIN_S)
 
     def _strangers(
-        self, fed: Collection[Fed], members: Mapping[str, Member] | None, own: Collection[str]
+        self,
+        fed: Collection[GroupCommit],
+        members: Mapping[str, Member] | None,
+        own: Collection[str],
     ) -> set[str]:
         """The members that live, work as we do, and do not write to this database."""
         committed = {one.member for one in fed if one.member}
@@ -207,14 +208,14 @@ class CopyCheck:
 
     def _note_beats(
         self,
-        fed: Collection[Fed],
+        fed: Collection[GroupCommit],
         strangers: Collection[str],
         members: Mapping[str, Member] | None,
     ) -> None:
         for one in fed:
             if one.member in strangers:
                 seen = self._beats.setdefault(one.member, set())
-                seen.add(one.beat)
+                seen.add(one.heartbeat)
                 if len(seen) > BEATS_MIN:
                     raise self._refusal(one.member, members)
 
@@ -227,7 +228,7 @@ class CopyCheck:
         return ours is not None and all(members[one].instance == ours for one in strangers)
 
     def _was_first(
-        self, fed: Collection[Fed], members: Mapping[str, Member], own: Collection[str]
+        self, fed: Collection[GroupCommit], members: Mapping[str, Member], own: Collection[str]
     ) -> bool:
         """Of two that join at once: whose database the group fed last, else by their ids."""
         if fed:
@@ -238,25 +239,18 @@ class CopyCheck:
         with transaction(self._engine) as db:
             return workers.registered(db, workers.here(db)) | {self._source.member_id}
 
-    def _committed(self) -> list[Fed]:
+    def _committed(self) -> list[GroupCommit]:
         return [one for one in self._fed() if one.installation == self._installation]
 
-    def _fed(self) -> list[Fed]:
+    def _fed(self) -> list[GroupCommit]:
         brokers = self._source.brokers
-        counts = brokers.topics_there()
+        counts = brokers.partition_counts()
         partitions = [
             Partition(topic, number)
             for topic in self._settings.topics
             for number in range(counts.get(topic, 0))
         ]
-        deadline = time.monotonic() + COORDINATOR_S_MAX
-        while True:
-            try:
-                return list(brokers.feeds(partitions).values()) if partitions else []
-            except TransientError as error:
-                if "COORDINATOR" not in str(error) or time.monotonic() > deadline:
-                    raise
-            self._stop.wait(LOOK_AGAIN_S)
+        return list(brokers.group.last_commits(partitions).values())
 
     def _refusal(self, member: str, members: Mapping[str, Member] | None) -> CopiedDatabaseError:
         with transaction(self._engine) as db:

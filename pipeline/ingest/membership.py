@@ -16,7 +16,7 @@ from pipeline.errors import ConfigurationError, RefusedError, TransientError
 from pipeline.ingest.claim import Taken, Takeover
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.state import Machine
-from pipeline.kafka import KafkaSource
+from pipeline.kafka import GroupConsumer
 from pipeline.log import ownership
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Epoch, NextOffset, Partition, lag
@@ -45,7 +45,7 @@ class Assignment:
         self,
         engine: Engine,
         machine: Machine,
-        source: KafkaSource,
+        source: GroupConsumer,
         takeover: Takeover,
         outages: OutagePolicy,
         stop: threading.Event,
@@ -109,7 +109,7 @@ class Assignment:
         """Claim partitions again that are assigned to us, and read on where the log ends."""
         for partition, begin in self.take(partitions).items():
             self._source.seek(partition, begin)
-            self._source.let_flow([partition])
+            self._source.resume([partition])
 
     def retake_topics(self, topics: Collection[str]) -> None:
         """The same, for the partitions of these topics that are ours."""
@@ -194,7 +194,7 @@ class Assignment:
     def _refuse(self, partition: Partition, refusal: RefusedError) -> None:
         self._machine.released([partition])
         self._windows.pop(partition, None)
-        self._source.hold([partition])
+        self._source.pause([partition])
         known = self._refusals.get(partition)
         self._refusals[partition] = refusal
         if str(known) != str(refusal):

@@ -93,7 +93,7 @@ class Lookout:
         return [self._why_gone(topic) for topic in sorted(self.absent - self.optional)]
 
     def _why_gone(self, topic: str) -> RefusedError:
-        return self._brokers.why_gone(Partition(topic, 0))
+        return self._brokers.missing_topic_error(Partition(topic, 0))
 
     def _see_rights(self) -> None:
         """Topics that we were not allowed to read continue once we are.
@@ -108,8 +108,8 @@ class Lookout:
         ]
         topics = {refusal.partition.topic for refusal in forbidden} - self.absent
         if topics:  # each client is one more login
-            with self._brokers.probing():
-                readable = {topic for topic in topics if self._brokers.may_read(topic)}
+            with self._brokers.record_reader() as reader:
+                readable = {topic for topic in topics if reader.may_read(topic)}
             self._assignment.retake([p for p in self._assignment.refusals if p.topic in readable])
         if not forbidden or self._machine.owned:
             self._forbidden_since = None
@@ -133,14 +133,14 @@ class Lookout:
         stored = self._machine.stored
         try:
             retention_ms = self._brokers.retention_ms({partition.topic for partition in stored})
-            with self._brokers.probing():
+            with self._brokers.record_reader() as reader:
                 for partition, offset in stored.items():
                     low, high = self._brokers.watermarks(partition)
                     if offset < low:
                         return 0.0
                     retention = retention_ms.get(partition.topic)
                     if offset < high and retention is not None:
-                        record = self._brokers.record_at(partition, Offset(offset))
+                        record = reader.record_at(partition, Offset(offset))
                         if record is not None and record.timestamp_ms is not None:
                             times.append(record.timestamp_ms + retention)
         except PipelineError as error:
@@ -172,7 +172,7 @@ class Lookout:
             Whether Kafka answers.
         """
         try:
-            there = self._brokers.topics_there()
+            there = self._brokers.partition_counts()
         except TransientError as error:
             self.kafka_error = error
             return False

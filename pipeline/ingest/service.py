@@ -42,7 +42,7 @@ from pipeline.ingest.membership import RETRY_S, Assignment, tell_fenced
 from pipeline.ingest.monitor import Lookout
 from pipeline.ingest.state import Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
-from pipeline.kafka import Access, KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
+from pipeline.kafka import Access, GroupConsumer, OutOfRange, Polled, ReachedEnd, RebalanceListener
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.outages import OutagePolicy
@@ -193,7 +193,7 @@ class Ingest:
         )
         self._goal: Mapping[Partition, int] | None = None
         self._assigned = False
-        self._source = KafkaSource(self._settings)
+        self._source = GroupConsumer(self._settings)
         try:
             self._takeover = Takeover(self._engine, self._source, self._settings)
             self._assignment = Assignment(
@@ -222,9 +222,9 @@ class Ingest:
             self._ask_kept_until = self._lookout.kept_until
             with transaction(self._engine) as db:
                 begun = ownership.known_topics(db)
-            listener = Listener(self._on_assign, self._on_revoke, self._on_lost)
+            listener = RebalanceListener(self._on_assign, self._on_revoke, self._on_lost)
             self._lookout.optional = self._source.join(
-                listener, begun, before=self._copies.before_joining
+                listener, begun, before_joining=self._copies.before_joining
             )
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
@@ -275,7 +275,7 @@ class Ingest:
         """Poll once, and hand on what is ready."""
         self._advance(wait_s=0.0)
         if self._machine.room:
-            self._source.let_flow(self._machine.owned)
+            self._source.resume(self._machine.owned)
             # What has come meanwhile is written as soon as the database is free.
             gathers = self._machine.has_waiting and self._machine.is_with_database
             received = self._receive(wait_s=0.0 if gathers else IDLE_WAIT_S)
@@ -283,7 +283,7 @@ class Ingest:
                 self._advance(wait_s=BUSY_WAIT_S)
         elif not self._advance(wait_s=FULL_WAIT_S):
             # The database is slow or away: stay in the group, and fetch no more meanwhile.
-            self._source.hold(self._machine.owned)
+            self._source.pause(self._machine.owned)
             self._receive(wait_s=0.0)
         self._look_around()
         self._observe(Progress(self._written, self._machine.behind))
@@ -311,7 +311,7 @@ class Ingest:
             self._machine.received(
                 partition, [encode(mark(read(record, keep_raw=keep_raw))) for record in records]
             )
-        for happening in polled.happenings:
+        for happening in polled.notices:
             match happening:
                 case ReachedEnd(partition, offset):
                     self._machine.reached_end(partition, offset)
@@ -404,7 +404,7 @@ class Ingest:
         expected = {topic: ids[topic] for topic in topics if topic in ids}
         if not expected:
             return tuple
-        wait = self._source.brokers.ask_topic_ids(expected)
+        wait = self._source.brokers.request_topic_ids(expected)
 
         def replaced() -> Collection[str]:
             now_there = wait()

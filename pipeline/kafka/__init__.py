@@ -1,35 +1,44 @@
-"""Kafka: which partitions are ours, what is in them, from where on.
+"""Kafka: our membership in the consumer group, and requests to the brokers.
 
 The only package of the pipeline that imports the Kafka client. Kafka's committed offsets are
-written for monitoring and never read to decide where to go on; ``auto.offset.reset`` is ``error``,
-always.
+written for monitoring and never decide where to read; ``auto.offset.reset`` is always ``error``.
 """
 
 from pipeline.kafka.access import (
     Access,
-    right_to_ask_for,
+    right_to_request,
     user_of,
     why_not_readable,
     why_not_visible,
 )
 from pipeline.kafka.client import client_version
-from pipeline.kafka.consumer import KafkaSource, Listener, OutOfRange, Polled, ReachedEnd
-from pipeline.kafka.metadata import Brokers, Fed, Member, Piece, Watermarks
+from pipeline.kafka.consumer import (
+    GroupConsumer,
+    OutOfRange,
+    Polled,
+    ReachedEnd,
+    RebalanceListener,
+)
+from pipeline.kafka.group import ConsumerGroup, GroupCommit, Member
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.records import RecordBatch, RecordReader, Watermarks
 
 __all__ = [
     "Access",
     "Brokers",
-    "Fed",
-    "KafkaSource",
-    "Listener",
+    "ConsumerGroup",
+    "GroupCommit",
+    "GroupConsumer",
     "Member",
     "OutOfRange",
-    "Piece",
     "Polled",
     "ReachedEnd",
+    "RebalanceListener",
+    "RecordBatch",
+    "RecordReader",
     "Watermarks",
     "client_version",
-    "right_to_ask_for",
+    "right_to_request",
     "user_of",
     "why_not_readable",
     "why_not_visible",

@@ -1,4 +1,4 @@
-"""One member of the consumer group: which partitions are ours, and what comes out of them."""
+"""One member of the consumer group: the partitions that it is assigned, and the records in them."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,64 +16,68 @@ from pipeline.kafka.access import Access, why_not_visible
 from pipeline.kafka.client import (
     CLOSE_S_MAX,
     COMMIT_METADATA,
-    LIBRARY_LOG,
+    REPORTING,
+    REQUEST_S_MAX,
+    Config,
+    RecordMessage,
+    close,
+    consumer_config,
+    create,
+    record_of,
+)
+from pipeline.kafka.errors import (
     LOGIN_REFUSED,
     OUT_OF_RANGE,
     PARTITION_END,
     POLLED_TOO_LATE,
-    TOPICS_OWN,
-    Config,
-    GoodMessage,
-    asked,
-    closes,
-    consumer_config,
+    TOPIC_ERRORS,
     log_commit_failure,
-    opened,
-    record_of,
-    report,
+    on_client_error,
+    request,
     translated,
 )
-from pipeline.kafka.metadata import ASK_S_MAX, Brokers
+from pipeline.kafka.metadata import Brokers
 from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-ANSWER_S = 0.5
-"""How long the first answer is waited for before we see whether the login was refused."""
+FIRST_REQUEST_S = 0.5
+"""Maximum wait for one attempt of the first request; then we check if the login was refused."""
 
 
 class ReachedEnd(NamedTuple):
-    """Everything below ``offset`` was given out, and Kafka has no more at the moment."""
+    """Every record below ``offset`` was returned, and Kafka has no more at the moment."""
 
     partition: Partition
     offset: NextOffset
 
 
 class OutOfRange(NamedTuple):
-    """Kafka does not give the records that we asked for; taking over again tells why."""
+    """Kafka does not return the records that we request; claiming the partition finds out why."""
 
     partition: Partition
 
 
-Happening = ReachedEnd | OutOfRange
+Notice = ReachedEnd | OutOfRange
 
 
 class Polled(NamedTuple):
-    """What one poll gave."""
+    """The result of one poll."""
 
     records: Sequence[Record]
-    happenings: Sequence[Happening]
+    notices: Sequence[Notice]
 
 
 @dataclass(frozen=True)
-class Listener:
-    """What to do when partitions come and go; called from within ``poll``.
+class RebalanceListener:
+    """What to do when partitions are assigned or taken away; called within ``poll``.
 
     Attributes:
-        on_assign: Partitions are ours. Returns where each is to be read from.
-        on_revoke: Partitions will go when this returns. Drain them.
-        on_lost: Partitions are gone already. Drop them.
+        on_assign: The partitions are ours. Returns the offset at which to start each; one that is
+            omitted is paused.
+        on_revoke: The partitions are taken away when this returns. Write what we hold of them.
+        on_lost: The partitions were taken away already. Drop what we hold of them.
     """
 
     on_assign: Callable[[Collection[Partition]], Mapping[Partition, NextOffset]]
@@ -81,15 +85,17 @@ class Listener:
     on_lost: Callable[[Collection[Partition]], None]
 
 
-class KafkaSource:
-    """One member of the consumer group, from its joining to its leaving.
+class GroupConsumer:
+    """One member of the consumer group, until it leaves.
+
+    Kafka's committed offsets are for monitoring; they never decide where to read.
 
     Attributes:
-        brokers: Answers what has nothing to do with the membership.
+        brokers: For requests that have nothing to do with the membership.
 
     Raises (any method):
         TransientError: The brokers did not answer in time.
-        MemberReplacedError: Kafka knows another member in our place; join anew.
+        MemberReplacedError: Kafka has another member in our place; join again.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -97,45 +103,43 @@ class KafkaSource:
         self._settings = settings
         self._topics = settings.topics
         self._subscribed: set[str] = set()
-        listening: Config = {
-            "error_cb": self._heard_of,
-            "logger": LIBRARY_LOG,
-            "on_commit": _on_commit,
-        }
+        callbacks: Config = {"error_cb": self._on_error, "on_commit": _on_commit}
         self._refused_login: KafkaError | None = None
-        self._consumer = opened(lambda: Consumer({**config, **listening}), settings)
+        self._consumer = create(lambda: Consumer({**config, **REPORTING, **callbacks}), settings)
         try:
             self._cluster = self._first_answer()
         except BaseException:
-            closes(self._consumer)
+            close(self._consumer)
             raise
-        # Not before: each client is one more login that may be refused.
+        # Only now: each client is one more login that may be refused.
         self.brokers = Brokers(settings)
-        self._cooperates = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
+        self._is_cooperative = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")
         )
-        self._listener: Listener | None = None
+        self._listener: RebalanceListener | None = None
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
 
-    # -------------------------------------------------------------------------------- membership
+    # ---------------------------------------------------------------------------------- membership
 
     def _first_answer(self) -> ClusterMetadata:
-        """What Kafka shows us; a login that is refused is not tried for longer than it takes."""
-        deadline = time.monotonic() + ASK_S_MAX
+        """What Kafka shows us. A refused login is raised as soon as the client reports it."""
+        deadline = time.monotonic() + REQUEST_S_MAX
         while True:
             try:
-                return self._ask_for_topics()
+                return self._request_topics()
             except TransientError:
-                # Nothing is subscribed, so this runs callbacks only.
+                # Nothing is subscribed, so this only runs callbacks.
                 self._consumer.poll(0)
                 self._raise_refused_login()
                 if time.monotonic() > deadline:
-                    # The reason may have been reported just now.
-                    return self._ask_for_topics()
+                    # Once more: the reason may have been reported just now.
+                    return self._request_topics()
 
-    def _ask_for_topics(self) -> ClusterMetadata:
-        cluster: ClusterMetadata = asked(lambda: self._consumer.list_topics(timeout=ANSWER_S))
+    def _request_topics(self) -> ClusterMetadata:
+        cluster: ClusterMetadata = request(
+            lambda: self._consumer.list_topics(timeout=FIRST_REQUEST_S)
+        )
         return cluster
 
     def _raise_refused_login(self) -> None:
@@ -144,19 +148,19 @@ class KafkaSource:
 
     def join(
         self,
-        listener: Listener,
-        begun: Collection[str] = (),
-        before: Callable[[], None] = lambda: None,
+        listener: RebalanceListener,
+        known_topics: Collection[str] = (),
+        before_joining: Callable[[], None] = lambda: None,
     ) -> frozenset[str]:
         """Join the group for the configured topics.
 
         A topic of the default list that was never read may be missing: not every client of Upvest
-        has it. One that somebody configured must be there, or a typing error would pass.
+        has it. One that somebody configured must exist, or a typing error would go unnoticed.
 
         Args:
-            listener: What to do when partitions come and go.
-            begun: Topics that have been read before. One of them that is gone is waited for.
-            before: Called when the brokers answer, before the group sees anything of us.
+            listener: What to do when partitions are assigned or taken away.
+            known_topics: Topics that were read before. If one of them is missing, we wait for it.
+            before_joining: Called when the brokers answer, before the group sees this process.
 
         Returns:
             Topics of the default list that Kafka does not show.
@@ -165,16 +169,16 @@ class KafkaSource:
             ConfigurationError: A topic does not exist.
         """
         self._listener = listener
-        cluster = self._cluster
-        absent = [topic for topic in self._topics if topic not in {*cluster.topics, *begun}]
+        shown = self._cluster.topics
+        absent = [topic for topic in self._topics if topic not in {*shown, *known_topics}]
         if absent:
-            self._miss(absent, cluster.topics)
-        before()
+            self._refuse_or_warn(absent, shown)
+        before_joining()
         self.subscribe(set(self._topics) - set(absent))
         return frozenset(absent)
 
-    def _miss(self, absent: Sequence[str], shown: Collection[str]) -> None:
-        """Refuse or warn of topics that were never read and that Kafka does not show."""
+    def _refuse_or_warn(self, absent: Sequence[str], shown: Collection[str]) -> None:
+        """For topics that were never read and that Kafka does not show."""
         access = self.brokers.access(absent)
         reasons = "; ".join(
             why_not_visible(self._settings, topic, access.get(topic, Access.ABSENT))
@@ -192,9 +196,9 @@ class KafkaSource:
                 f"PIPELINE_TOPICS={rest}",
             )
             return
-        there = ", ".join(sorted(name for name in shown if name[:2] != "__")[:20])
+        names = ", ".join(sorted(name for name in shown if name[:2] != "__")[:20])
         raise ConfigurationError(
-            f"PIPELINE_TOPICS: {reasons}. The brokers show {there or 'no topic'}"
+            f"PIPELINE_TOPICS: {reasons}. The brokers show {names or 'no topic'}"
         )
 
     def subscribe(self, topics: Collection[str]) -> None:
@@ -202,51 +206,23 @@ class KafkaSource:
         self._subscribed |= set(topics)
         self._consumer.subscribe(
             sorted(self._subscribed),
-            on_assign=self._assigned,
-            on_revoke=self._revoked,
-            on_lost=self._lost,
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_lost,
         )
 
-    def poll(self, records_max: int, wait_s: float, linger_s: float = 0.0) -> Polled:
-        """Records and happenings that are there; serves the listener.
-
-        Args:
-            records_max: Most records; at least 1.
-            wait_s: Longest wait where there is nothing.
-            linger_s: Longest wait for more once there is something.
-        """
-        self.brokers.serve()
-        try:
-            messages = self._consumer.consume(1, wait_s)
-            if messages and records_max > 1:
-                messages += self._consumer.consume(records_max - 1, linger_s)
-        except KafkaException as error:
-            raise translated(error.args[0]) from None
-        if self._raised is not None:
-            raise self._raised
-        self._raise_refused_login()
-        records: list[Record] = []
-        happenings: list[Happening] = []
-        for message in messages:
-            trouble = message.error()
-            if trouble is None:
-                records.append(record_of(cast("GoodMessage", message)))
-            elif happening := self._happening(message, trouble):
-                happenings.append(happening)
-        return Polled(records, happenings)
-
     def leave(self) -> None:
-        """Leave the group, so that others get the partitions at once; serves ``on_revoke``.
+        """Leave the group, so that others get the partitions at once; calls ``on_revoke``.
 
-        Where Kafka does not answer, the client is let go alone: Kafka finds this member gone after
-        its ``session.timeout.ms``, as after a crash.
+        If Kafka does not answer, the client is left behind. Kafka removes this member after its
+        ``session.timeout.ms``, as after a crash.
         """
-        if not closes(self._consumer):
+        if not close(self._consumer):
             self._listener = None
             log.warning(
                 "group_not_left",
                 waited_s=CLOSE_S_MAX,
-                effect="Kafka notices within session.timeout.ms; nothing is lost",
+                effect="Kafka removes this member after session.timeout.ms; nothing is lost",
             )
         self.brokers.close()
         if self._raised is not None:
@@ -257,112 +233,45 @@ class KafkaSource:
         """Kafka's id of this member; empty before it has joined."""
         return self._consumer.memberid() or ""
 
-    # -------------------------------------------------------------------------------- flow
+    # ------------------------------------------------------------------------------------- records
 
-    def seek(self, partition: Partition, to: NextOffset) -> None:
-        """Read on at ``to``."""
-        asked(lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to)))
+    def poll(self, records_max: int, wait_s: float, linger_s: float = 0.0) -> Polled:
+        """Records and notices that have arrived; calls the listener.
 
-    def hold(self, partitions: Iterable[Partition]) -> None:
-        """Fetch no more of these partitions; what was fetched is fetched again later."""
-        fresh = set(partitions) - self._paused
-        if fresh:
-            self._consumer.pause([TopicPartition(*partition) for partition in fresh])
-            self._paused |= fresh
-
-    def let_flow(self, partitions: Iterable[Partition]) -> None:
-        """Fetch these partitions again."""
-        held = set(partitions) & self._paused
-        if held:
-            self._consumer.resume([TopicPartition(*partition) for partition in held])
-            self._paused -= held
-
-    def commit(
-        self, offsets: Mapping[Partition, NextOffset], installation: UUID, beat: int = 0
-    ) -> None:
-        """Tell Kafka's tools how far the log is; best effort, waits for nothing.
-
-        The offsets decide nothing. The metadata name the database and this member, and ``beat``
-        rises while it writes there, so that two databases are noticed in one group.
+        Args:
+            records_max: Maximum number of records; at least 1.
+            wait_s: Maximum wait for the first record.
+            linger_s: Maximum wait for more after the first.
         """
-        if not offsets:
-            return
-        metadata = f"{COMMIT_METADATA}{installation}:{beat}:{self.member_id}"
-        places = [
-            TopicPartition(partition.topic, partition.number, offset, metadata)
-            for partition, offset in offsets.items()
-        ]
+        self.brokers.run_callbacks()
         try:
-            self._consumer.commit(offsets=places, asynchronous=True)
+            messages = self._consumer.consume(1, wait_s)
+            if messages and records_max > 1:
+                messages += self._consumer.consume(records_max - 1, linger_s)
         except KafkaException as error:
-            log_commit_failure(error.args[0])
+            raise translated(error.args[0]) from None
+        if self._raised is not None:
+            raise self._raised
+        self._raise_refused_login()
+        records: list[Record] = []
+        notices: list[Notice] = []
+        for message in messages:
+            problem = message.error()
+            if problem is None:
+                records.append(record_of(cast("RecordMessage", message)))
+            elif notice := self._notice(message, problem):
+                notices.append(notice)
+        return Polled(records, notices)
 
-    # -------------------------------------------------------------------------------- callbacks
-
-    # An exception in a callback would leave poll() while the assignment is made all the same, at
-    # Kafka's offset and not ours (confluent-kafka-python). So it is kept, nothing is fetched, and
-    # poll() raises it.
-
-    def _assigned(self, consumer: Consumer, places: list[TopicPartition]) -> None:
-        partitions = [Partition(place.topic, place.partition) for place in places]
-        try:
-            begin = self._heard().on_assign(partitions)
-        except Exception as error:  # noqa: BLE001 - kept for poll(), which raises it
-            self._raised = error
-            begin = {}
-        offsets = [
-            TopicPartition(partition.topic, partition.number, begin.get(partition, 0))
-            for partition in partitions
-        ]
-        if self._cooperates:
-            consumer.incremental_assign(offsets)
-        else:
-            consumer.assign(offsets)
-        self.hold(partition for partition in partitions if partition not in begin)
-
-    def _revoked(self, consumer: Consumer, places: list[TopicPartition]) -> None:
-        self._gone(consumer, places, self._heard().on_revoke)
-
-    def _lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
-        self._gone(consumer, places, self._heard().on_lost)
-
-    def _gone(
-        self,
-        consumer: Consumer,
-        places: list[TopicPartition],
-        tell: Callable[[Collection[Partition]], None],
-    ) -> None:
-        partitions = [Partition(place.topic, place.partition) for place in places]
-        try:
-            tell(partitions)
-        except Exception as error:  # noqa: BLE001 - kept for poll(), which raises it
-            self._raised = error
-        # librdkafka keeps a partition held that goes and comes back.
-        self.let_flow(partitions)
-        if self._cooperates:
-            consumer.incremental_unassign(places)
-        else:
-            consumer.unassign()
-
-    def _heard_of(self, error: KafkaError) -> None:
-        if error.code() in LOGIN_REFUSED:
-            self._refused_login = error
-        report(error)
-
-    def _heard(self) -> Listener:
-        if self._listener is None:
-            raise InvariantError("the group was not joined")
-        return self._listener
-
-    def _happening(self, message: Message, error: KafkaError) -> Happening | None:
+    def _notice(self, message: Message, error: KafkaError) -> Notice | None:
         topic, number, offset = message.topic(), message.partition(), message.offset()
         code = error.code()
         if code == KafkaError.TOPIC_AUTHORIZATION_FAILED and topic and number is not None:
-            # Fetching was refused; a subscription that is refused names no partition.
-            report(error)
+            # Fetching was refused. If the subscription was refused, no partition is named.
+            on_client_error(error)
             return OutOfRange(Partition(topic, number)) if number >= 0 else None
-        if code in TOPICS_OWN or code == POLLED_TOO_LATE:
-            report(error)
+        if code in TOPIC_ERRORS or code == POLLED_TOO_LATE:
+            on_client_error(error)
             return None
         if topic is None or number is None or offset is None:
             raise translated(error)
@@ -371,10 +280,109 @@ class KafkaSource:
             return ReachedEnd(partition, NextOffset(offset))
         if code in OUT_OF_RANGE:
             return OutOfRange(partition)
-        report(error)
+        on_client_error(error)
         return None
 
+    def seek(self, partition: Partition, to: NextOffset) -> None:
+        """Continue reading at ``to``."""
+        request(lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to)))
 
-def _on_commit(error: KafkaError | None, _places: list[TopicPartition]) -> None:
+    def pause(self, partitions: Iterable[Partition]) -> None:
+        """Stop fetching these partitions; records that were fetched are fetched again later."""
+        to_pause = set(partitions) - self._paused
+        if to_pause:
+            self._consumer.pause([TopicPartition(*partition) for partition in to_pause])
+            self._paused |= to_pause
+
+    def resume(self, partitions: Iterable[Partition]) -> None:
+        """Fetch these partitions again."""
+        to_resume = set(partitions) & self._paused
+        if to_resume:
+            self._consumer.resume([TopicPartition(*partition) for partition in to_resume])
+            self._paused -= to_resume
+
+    def commit(
+        self, offsets: Mapping[Partition, NextOffset], installation: UUID, heartbeat: int = 0
+    ) -> None:
+        """Show Kafka's tools how far the log is; best effort, waits for nothing.
+
+        The offsets decide nothing. The metadata name the database and this member; ``heartbeat``
+        rises while it writes there, which reveals a second database in the same group.
+        """
+        if not offsets:
+            return
+        metadata = f"{COMMIT_METADATA}{installation}:{heartbeat}:{self.member_id}"
+        commits = [
+            TopicPartition(partition.topic, partition.number, offset, metadata)
+            for partition, offset in offsets.items()
+        ]
+        try:
+            self._consumer.commit(offsets=commits, asynchronous=True)
+        except KafkaException as error:
+            log_commit_failure(error.args[0])
+
+    # ----------------------------------------------------------------------------------- callbacks
+
+    # An exception in a callback would leave poll() although the partitions are assigned, at Kafka's
+    # offset and not at ours (confluent-kafka-python). So it is stored, nothing is fetched, and
+    # poll() raises it.
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        partitions = _partitions(assigned)
+        try:
+            starts = self._listener_of_group().on_assign(partitions)
+        except Exception as error:  # noqa: BLE001 - stored for poll(), which raises it
+            self._raised = error
+            starts = {}
+        offsets = [
+            TopicPartition(partition.topic, partition.number, starts.get(partition, 0))
+            for partition in partitions
+        ]
+        if self._is_cooperative:
+            consumer.incremental_assign(offsets)
+        else:
+            consumer.assign(offsets)
+        self.pause(partition for partition in partitions if partition not in starts)
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        self._unassign(consumer, revoked, self._listener_of_group().on_revoke)
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        self._unassign(consumer, lost, self._listener_of_group().on_lost)
+
+    def _unassign(
+        self,
+        consumer: Consumer,
+        taken: list[TopicPartition],
+        notify: Callable[[Collection[Partition]], None],
+    ) -> None:
+        partitions = _partitions(taken)
+        try:
+            notify(partitions)
+        except Exception as error:  # noqa: BLE001 - stored for poll(), which raises it
+            self._raised = error
+        # librdkafka keeps a partition paused that is taken away and assigned again.
+        self.resume(partitions)
+        if self._is_cooperative:
+            consumer.incremental_unassign(taken)
+        else:
+            consumer.unassign()
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() in LOGIN_REFUSED:
+            self._refused_login = error
+        on_client_error(error)
+
+    def _listener_of_group(self) -> RebalanceListener:
+        if self._listener is None:
+            raise InvariantError("the group was not joined")
+        return self._listener
+
+
+def _partitions(assigned: Iterable[TopicPartition]) -> list[Partition]:
+    return [Partition(partition.topic, partition.partition) for partition in assigned]
+
+
+def _on_commit(error: KafkaError | None, _commits: list[TopicPartition]) -> None:
     if error is not None:
         log_commit_failure(error)

@@ -34,7 +34,7 @@ def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
 ):
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 1.0)
     monkeypatch.setattr(service, "LOOK_S", 0.5)
-    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.kafka.metadata.REQUEST_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)
     producer = Producer({"bootstrap.servers": mock_broker.bootstrap_servers, "log_level": 0})
     for _ in range(RECORDS):
@@ -145,7 +145,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
     monkeypatch.setattr(outages, "RETRY_S_MAX", 0.5)
     monkeypatch.setattr(service, "LOOK_S", 0.2)
-    monkeypatch.setattr(metadata, "ASK_S_MAX", 0.5)
+    monkeypatch.setattr(metadata, "REQUEST_S_MAX", 0.5)
     monkeypatch.setattr(metadata, "TOPIC_ID_S_MAX", 0.5)
     with capture_logs() as lines:
         yield lines

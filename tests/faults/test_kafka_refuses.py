@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin._acl import (
+from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
 )
-from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
 from pipeline.partitions import Partition
 from pipeline.sandbox.servers.postgres import free_port

@@ -180,7 +180,7 @@ def _filled(house: House, commands: Commands) -> House:
 def pipeline(monkeypatch, capfd) -> InProcess:
     """Runs commands here; what libraries in C write is seen too."""
     # Brokers of the mock never tell it, and need not be waited for so often.
-    monkeypatch.setattr("pipeline.kafka.metadata.TOPIC_ID_S_MAX", 0.2)
+    monkeypatch.setattr("pipeline.kafka.metadata.OPTIONAL_REQUEST_S_MAX", 0.2)
     return InProcess(monkeypatch, capfd)
 
 
@@ -336,7 +336,7 @@ NEEDS_DATABASE = sorted(set(RUNS) - {"demo", "simulate"})
 def impatient(monkeypatch):
     """One-shot commands give servers up that are away after a moment, not after a minute."""
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
-    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 1.0)
+    monkeypatch.setattr("pipeline.kafka.metadata.REQUEST_S_MAX", 1.0)
     monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
 
 
@@ -359,10 +359,10 @@ def test_no_command_shows_the_password_of_a_database_that_refuses_it(
 def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypatch, command):
     # A login takes the client a second or two, so questions get some more.
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
-    monkeypatch.setattr("pipeline.kafka.metadata.ASK_S_MAX", 6.0)
+    monkeypatch.setattr("pipeline.kafka.metadata.REQUEST_S_MAX", 6.0)
     monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 6.0)
     # What another test has heard already is told again.
-    monkeypatch.setattr("pipeline.kafka.client.COMPLAINT_S_MIN", 0.0)
+    monkeypatch.setattr("pipeline.kafka.errors.SAME_ERROR_S_MIN", 0.0)
     with RefusingBroker() as broker:
         refused = house.commands.with_(
             kafka_bootstrap_servers=broker.bootstrap_servers,

@@ -12,8 +12,7 @@ from confluent_kafka import KafkaError, Uuid
 from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
 from pipeline.ingest.claim import Taken, Takeover
-from pipeline.kafka import Brokers, KafkaSource, client
-from pipeline.kafka import metadata as kafka_questions
+from pipeline.kafka import Brokers, GroupConsumer, errors, group, metadata
 from pipeline.log import ownership
 from pipeline.log.append import append
 from pipeline.log.ownership import Owner
@@ -42,8 +41,9 @@ TOPIC = "orders"
 @pytest.fixture(autouse=True)
 def asks_briefly(monkeypatch):
     """This broker never answers some questions, and one that is down none."""
-    monkeypatch.setattr(kafka_questions, "TOPIC_ID_S_MAX", 0.3)
-    monkeypatch.setattr(kafka_questions, "ASK_S_MAX", 2.0)
+    monkeypatch.setattr(metadata, "OPTIONAL_REQUEST_S_MAX", 0.3)
+    monkeypatch.setattr(metadata, "REQUEST_S_MAX", 2.0)
+    monkeypatch.setattr(group, "REQUEST_S_MAX", 2.0)
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
             ownership.begin(db, Partition(TOPIC, number), NextOffset(0))
         ownership.make_segment(db, TOPIC, NextOffset(0), 1000)
         held = ownership.claim(db, partition, Owner("group", "former")).epoch
-    source = KafkaSource(settings())
+    source = GroupConsumer(settings())
     takeover = Takeover(engine, source, settings())
     taken = []
 
@@ -286,10 +286,10 @@ def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, moc
 def test_a_lost_connection_is_explained_without_a_request_that_kafka_cannot_read(capfd):
     """A broker without TLS logs an error for each TLS handshake."""
     with MockBroker() as there:
-        client.begins({"bootstrap.servers": there.bootstrap_servers}, "pipeline")
+        errors.client_created({"bootstrap.servers": there.bootstrap_servers}, "pipeline")
         lost = KafkaError(KafkaError._TRANSPORT, f"{there.bootstrap_servers}/1: Disconnected")
 
-        told = client.translated(lost)
+        told = errors.translated(lost)
 
     assert "Disconnected" in str(told)
     assert "PROTOERR" not in capfd.readouterr().err

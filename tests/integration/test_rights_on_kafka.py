@@ -89,7 +89,7 @@ def test_read_on_the_group_is_enough_to_see_its_members(client, protocol):
 
     def is_seen() -> bool:
         other.poll(0.1)
-        members = Brokers(settings).members()
+        members = Brokers(settings).group.members()
         assert members is not None, "not authorized"
         return other.memberid() in members
 

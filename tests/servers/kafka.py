@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewPartitions, NewTopic
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from pipeline.sandbox.servers.guard import Guarded
 from pipeline.sandbox.servers.postgres import free_port

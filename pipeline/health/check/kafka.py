@@ -1,24 +1,19 @@
 """Kafka's half: connection, topics, group, and whether it still is what the log was read from."""
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from sqlalchemy import Connection, text
 
-from pipeline.errors import ExitCode, TransientError
+from pipeline.errors import ExitCode
 from pipeline.health.check.database import is_loopback
 from pipeline.health.check.findings import Finding, ok, unknown, warning, wrong
 from pipeline.health.check.promises import Promise
-from pipeline.kafka import Access, Brokers, Fed, right_to_ask_for, user_of, why_not_visible
+from pipeline.kafka import Access, Brokers, right_to_request, user_of, why_not_visible
 from pipeline.log import ownership
 from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
-
-COORDINATOR_S_MAX = 15.0
-"""Longest wait for a broker to coordinate our group; a young cluster takes a few seconds."""
-COORDINATOR_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def look_at_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Fin
     yield kafka_tls(str(servers), settings.kafka_security_protocol)
     brokers = Brokers(settings)
     try:
-        there = brokers.topics_there()
+        there = brokers.partition_counts()
         cluster = brokers.cluster_id()
         yield ok("kafka", f"cluster {cluster} at {servers} answers, {len(there)} topics to be seen")
         known = recorded.partitions if recorded else []
@@ -148,13 +143,13 @@ def missing_topic(
 
 def may_read(brokers: Brokers, settings: Settings, topic: str) -> Finding:
     """Whether Kafka gives a record of a topic; it is asked for one."""
-    with brokers.probing():
-        if brokers.may_read(topic):
+    with brokers.record_reader() as reader:
+        if reader.may_read(topic):
             return ok("kafka", f"topic {topic}: {user_of(settings)} may read it")
     return wrong(
         "kafka",
         f"topic {topic}: {user_of(settings)} may not read it (TOPIC_AUTHORIZATION_FAILED)",
-        f"ask for {right_to_ask_for(settings, 'READ', 'topic', topic)}",
+        f"ask for {right_to_request(settings, 'READ', 'topic', topic)}",
         Promise.NO_SILENT_LOSS,
         code=ExitCode.CONFIGURATION,
     )
@@ -289,25 +284,25 @@ def _group(
     partitions: Sequence[Partition],
     recorded: Recorded | None,
 ) -> Iterator[Finding]:
-    allowed = brokers.group_operations()
+    allowed = brokers.group.operations()
     if allowed and not allowed & {"READ", "ALL"}:
         yield wrong(
             "kafka",
             f"{user_of(settings)} may not join consumer group {settings.group_id!r} "
             "(GROUP_AUTHORIZATION_FAILED)",
-            f"ask for {right_to_ask_for(settings, 'READ', 'group', settings.group_id)}; or set "
+            f"ask for {right_to_request(settings, 'READ', 'group', settings.group_id)}; or set "
             "PIPELINE_GROUP_ID to a group that you may use",
             Promise.NO_SILENT_LOSS,
             code=ExitCode.CONFIGURATION,
         )
         return
-    feeds = _feeds(brokers, partitions)
+    commits = brokers.group.last_commits(partitions)
     if not allowed:
         yield unknown("kafka", f"whether {user_of(settings)} may join group {settings.group_id}")
     others = {
-        str(one.installation)
-        for one in feeds.values()
-        if recorded and one.installation != recorded.installation
+        str(commit.installation)
+        for commit in commits.values()
+        if recorded and commit.installation != recorded.installation
     }
     if others:
         yield wrong(
@@ -319,18 +314,6 @@ def _group(
         )
     else:
         yield ok("kafka", f"group {settings.group_id} may be used", Promise.NO_SILENT_LOSS)
-
-
-def _feeds(brokers: Brokers, partitions: Sequence[Partition]) -> Mapping[Partition, Fed]:
-    """What the group says that it feeds; asked again while its coordinator moves or comes up."""
-    deadline = time.monotonic() + COORDINATOR_S_MAX
-    while True:
-        try:
-            return brokers.feeds(partitions)
-        except TransientError as error:
-            if "COORDINATOR" not in str(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(COORDINATOR_POLL_S)
 
 
 def _topic_ids(brokers: Brokers, known: _Known, there: Mapping[str, int]) -> Iterator[Finding]:

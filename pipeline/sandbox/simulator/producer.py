@@ -8,12 +8,11 @@ from typing import Any, Final, Self
 
 from confluent_kafka import KafkaError, KafkaException, Message
 from confluent_kafka import Producer as KafkaProducer
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.causes import KAFKA_CODES
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.kafka.client import begins, report, translated
+from pipeline.kafka.errors import client_created, on_client_error, translated
 from pipeline.partitions import Offset
 from pipeline.redaction import without
 from pipeline.sandbox.simulator.records import Record
@@ -64,7 +63,7 @@ class Producer:
     ) -> None:
         self._options = {
             "logger": logging.getLogger("librdkafka"),
-            "error_cb": report,
+            "error_cb": on_client_error,
             **options,
         }
         self._on_delivery = on_delivery
@@ -73,7 +72,7 @@ class Producer:
         self._topic_failed: str | None = None
         self._topic_last: str | None = None
         self._topics: dict[str, int] = {}
-        begins(options)
+        client_created(options)
         try:
             self._client = KafkaProducer(
                 {

@@ -156,7 +156,7 @@ COMMENT ON COLUMN pipeline.projection_lag.next_offset IS
 COMMENT ON COLUMN pipeline.projection_lag.log_end IS 'First offset not yet in the log.';
 COMMENT ON COLUMN pipeline.projection_lag.lag_events IS 'Offsets between the two.';
 COMMENT ON COLUMN pipeline.projection_lag.moved_at IS 'When the read model last moved on.';
-COMMENT ON COLUMN pipeline.projection_lag.state IS 'live, or broken: it stands still.';
+COMMENT ON COLUMN pipeline.projection_lag.state IS 'live, or broken: halted.';
 COMMENT ON COLUMN pipeline.projection_lag.problem IS 'Why it is broken.';
 """
 
@@ -170,7 +170,7 @@ def upgrade() -> None:
             "projector",
             sa.Text(),
             nullable=False,
-            comment="Projector that could not take the event.",
+            comment="Projector that rejected the event.",
         ),
         sa.Column("topic", sa.Text(collation="C"), nullable=False, comment="Kafka topic."),
         sa.Column(
@@ -222,7 +222,7 @@ def upgrade() -> None:
             "projector", "topic", "partition", "offset", name=op.f("dead_letters_pkey")
         ),
         schema="pipeline",
-        comment="Events that a projector could not take. Everything else went on without them.",
+        comment="Events that a projector rejected. All other events were applied.",
     )
     op.create_table(
         "projection_checkpoints",
@@ -250,7 +250,8 @@ def upgrade() -> None:
         ),
         schema="pipeline",
         comment=(
-            "How far each projector has come. Moves in the transaction that writes the read model."
+            "First offset that each projector has not taken yet. Moves in the transaction that "
+            "writes the read model."
         ),
         postgresql_with={"fillfactor": "50"},
     )
@@ -282,9 +283,7 @@ def upgrade() -> None:
             sa.Text(),
             server_default=sa.text("'live'"),
             nullable=False,
-            comment=(
-                "live, or broken: it stands still, and a rebuild after its repair sets it going."
-            ),
+            comment=("live, or broken: halted until it is repaired and rebuilt."),
         ),
         sa.Column(
             "problem", sa.Text(), nullable=True, comment="Why it is broken; NULL when it is live."

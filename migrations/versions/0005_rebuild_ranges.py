@@ -38,7 +38,7 @@ def upgrade() -> None:
             "end_offset",
             sa.BigInteger(),
             nullable=False,
-            comment="First offset behind the range.",
+            comment="First offset after the range.",
         ),
         sa.PrimaryKeyConstraint(
             "projector",

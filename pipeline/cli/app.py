@@ -208,6 +208,6 @@ def projection_limits(settings: Settings) -> Limits:
     """The bounds of the projection, as they are set."""
     return Limits(
         batch_offsets_max=settings.project_batch_offsets,
-        guilty_max=settings.dead_letter_budget,
+        rejected_max=settings.dead_letter_budget,
         poll_interval=timedelta(milliseconds=settings.poll_interval_ms),
     )

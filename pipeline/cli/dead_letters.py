@@ -15,7 +15,7 @@ from pipeline.errors import ExitCode
 from pipeline.log.search import newest
 from pipeline.log_events import printable
 from pipeline.projection.dead_letters import DeadLetter, listed
-from pipeline.projection.one_pass import retry as try_again
+from pipeline.projection.dead_letters import retry as try_again
 from pipeline.projectors import discover
 from pipeline.schema.migrate import check_schema
 

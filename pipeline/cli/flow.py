@@ -30,7 +30,7 @@ from pipeline.ingest import Progress as Ingested
 from pipeline.kafka import Brokers
 from pipeline.outages import OutagePolicy
 from pipeline.projection.checkpoints import fingerprints
-from pipeline.projection.loop import Progress as Projected
+from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
 from pipeline.projectors import discover
 from pipeline.readmodel.fingerprint import fingerprint
@@ -387,7 +387,7 @@ def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
                 rebuild(
                     engine,
                     projector,
-                    guilty_max=job.settings.dead_letter_budget,
+                    rejected_max=job.settings.dead_letter_budget,
                     stop=job.stop,
                 )
         except TransientError as error:

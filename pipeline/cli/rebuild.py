@@ -132,7 +132,7 @@ def _compute(
         return compute(
             engine,
             projector,
-            guilty_max=settings.dead_letter_budget,
+            rejected_max=settings.dead_letter_budget,
             jobs=jobs // at_once,
             stop=stop,
             observe=partial(shown.show, projector),

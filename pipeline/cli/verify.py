@@ -68,7 +68,7 @@ def verify(
             _Proof.LOG: lambda: verify_log(engine, observe),
             _Proof.KAFKA: lambda: verify_kafka(engine, settings, observe),
             _Proof.READ_MODELS: lambda: verify_read_models(
-                engine, chosen, guilty_max=settings.dead_letter_budget, observe=observe
+                engine, chosen, rejected_max=settings.dead_letter_budget, observe=observe
             ),
         }
         for proof, prove in proofs.items():

@@ -309,7 +309,7 @@ def verify_read_models(
     engine: Engine,
     projectors: Sequence[Projector],
     *,
-    guilty_max: int,
+    rejected_max: int,
     observe: Observe = lambda *_: None,
 ) -> Iterator[Evidence]:
     """Each read model against the log, as far as its checkpoints are.
@@ -324,7 +324,7 @@ def verify_read_models(
             observe(name, progress.done, progress.total)
 
         try:
-            found = check(engine, projector, guilty_max=guilty_max, observe=told)
+            found = check(engine, projector, rejected_max=rejected_max, observe=told)
         except TransientError:
             raise
         except PipelineError as error:

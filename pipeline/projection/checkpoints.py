@@ -1,4 +1,4 @@
-"""The bookkeeping of projection: projectors, and how far each has come in each partition."""
+"""The bookkeeping of projection: projectors, and the checkpoint of each in each partition."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -44,7 +44,7 @@ projectors = Table(
         Text,
         nullable=False,
         server_default=text("'live'"),
-        comment="live, or broken: it stands still, and a rebuild after its repair sets it going.",
+        comment="live, or broken: halted until it is repaired and rebuilt.",
     ),
     Column("problem", Text, comment="Why it is broken; NULL when it is live."),
     Column("problem_at", DateTime(timezone=True), comment="Since when it is broken."),
@@ -74,21 +74,22 @@ projection_checkpoints = Table(
     ),
     Column("moved_at", DateTime(timezone=True), comment="When it last moved."),
     schema=LOG_SCHEMA,
-    comment="How far each projector has come. Moves in the transaction that writes the read model.",
+    comment="First offset that each projector has not taken yet. Moves in the transaction that "
+    "writes the read model.",
     # A few rows, rewritten with every pass: room for the new version on the same page.
     postgresql_with={"fillfactor": "50"},
 )
 
 REBUILD = "@rebuild"
-"""Behind a projector's name: the rebuild of it that is in progress."""
+"""Suffix of a projector's name: the rebuild of it that is in progress."""
 
 
-class Standing(NamedTuple):
-    """Where a projector stands in one partition.
+class Progress(NamedTuple):
+    """How far a projector is in one partition.
 
     Attributes:
         next_offset: First offset that is not yet in the read model.
-        log_first: Where the log of the partition begins.
+        log_first: First offset of the partition that the log has.
         log_end: First offset that is not yet in the log.
     """
 
@@ -104,7 +105,7 @@ class Standing(NamedTuple):
         return max(0, self.log_end - max(self.next_offset, self.log_first))
 
     def next_range(self, offsets_max: int) -> OffsetRange:
-        """The next offsets to take; what lies below the log's beginning costs nothing."""
+        """The next offsets to take. Offsets below the log's beginning hold nothing and are free."""
         begin = max(self.next_offset, self.log_first)
         return OffsetRange(self.next_offset, NextOffset(min(self.log_end, begin + offsets_max)))
 
@@ -116,14 +117,14 @@ SELECT p.projector, o.topic, o."partition"
 FROM unnest(CAST(:names AS text[])) AS p(projector) CROSS JOIN pipeline.consumer_offsets o
 ON CONFLICT DO NOTHING
 """)
-STANDINGS = text("""
+PROGRESS = text("""
 SELECT p.projector, o.topic, o."partition", c.next_offset, o.first_offset, o.next_offset AS log_end
 FROM pipeline.projectors p
 CROSS JOIN pipeline.consumer_offsets o
 LEFT JOIN pipeline.projection_checkpoints c
        ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
 WHERE p.projector = ANY (CAST(:names AS text[])) AND p.state = 'live'
-  AND (NOT CAST(:only_behind AS boolean)
+  AND (NOT CAST(:only_lagging AS boolean)
        OR c.next_offset IS NULL OR o.next_offset > greatest(c.next_offset, o.first_offset))
 ORDER BY o.topic, o."partition", c.next_offset, p.projector
 """)
@@ -133,7 +134,7 @@ _this = (
     projection_checkpoints.c.topic == bindparam("of_topic"),
     projection_checkpoints.c.partition == bindparam("of_number"),
 )
-PLACES = (
+NEXT_OFFSETS = (
     select(
         projection_checkpoints.c.topic,
         projection_checkpoints.c.partition,
@@ -142,19 +143,19 @@ PLACES = (
     .where(projection_checkpoints.c.projector == bindparam("of_projector"))
     .order_by(projection_checkpoints.c.topic, projection_checkpoints.c.partition)
 )
-HOLD_ALL = PLACES.with_for_update()
-_place = insert(projection_checkpoints)
-PLACE = _place.on_conflict_do_update(
+LOCK_ALL = NEXT_OFFSETS.with_for_update()
+_checkpoint = insert(projection_checkpoints)
+SET_NEXT_OFFSET = _checkpoint.on_conflict_do_update(
     index_elements=["projector", "topic", "partition"],
-    set_={"next_offset": _place.excluded.next_offset, "moved_at": func.now()},
+    set_={"next_offset": _checkpoint.excluded.next_offset, "moved_at": func.now()},
 )
 MOVE = (
     update(projection_checkpoints)
     .where(*_this, projection_checkpoints.c.next_offset == bindparam("expected"))
     .values(next_offset=bindparam("to"), moved_at=func.now())
 )
-# Somebody else's turn is left alone: nobody waits here.
-HOLD_TOGETHER = (
+# SKIP LOCKED: a checkpoint that another worker holds is not waited for.
+LOCK_TOGETHER = (
     select(projection_checkpoints.c.projector)
     .where(
         projection_checkpoints.c.topic == bindparam("of_topic"),
@@ -174,9 +175,9 @@ MOVE_TOGETHER = (
     )
     .values(next_offset=bindparam("to"), moved_at=func.now())
 )
-# All of them: a pass that is under way may have looked at the log already, wherever it stands. In
-# one order, as a rebuild takes them: the live projector's first, then its own.
-HOLD_PARTITION = (
+# All checkpoints: a pass in progress may have read the log already, whatever its next offset. In the
+# same order as a rebuild locks them: the live projector's, then its own.
+LOCK_PARTITION = (
     select(projection_checkpoints.c.projector)
     .where(
         projection_checkpoints.c.topic == bindparam("of_topic"),
@@ -214,8 +215,8 @@ BUILT = (
     )
     .returning(projectors.c.built_at)
 )
-# Whoever builds anew, or goes on with it, waits for those who share the row, and they find another
-# time in it afterwards.
+# Who starts or resumes a build waits for those who share the row; afterwards they find another
+# time in it.
 BUILDING = (
     select(projectors.c.projector)
     .where(
@@ -235,30 +236,30 @@ DROP = delete(projectors).where(projectors.c.projector == bindparam("of_projecto
 
 
 def register(db: Connection, names: Iterable[str]) -> None:
-    """Make projectors known; those that are known stay as they are."""
+    """Insert projectors that are not in the table yet; the others stay as they are."""
     for name in names:
         db.execute(REGISTER, {"projector": name})
 
 
-def standings(
-    db: Connection, names: Collection[str], *, only_behind: bool = False
-) -> Sequence[Standing]:
-    """Where registered projectors stand, broken ones left out.
+def progress(
+    db: Connection, names: Collection[str], *, only_lagging: bool = False
+) -> Sequence[Progress]:
+    """The progress of registered projectors in every partition, without broken ones.
 
-    Projectors that stand at the same place come one after another, by name.
+    Ordered by partition, next offset and name.
 
     Args:
         db: An open transaction.
         names: Which projectors.
-        only_behind: Only places where there is something to take.
+        only_lagging: Only where the log has offsets to take.
     """
-    wanted = {"names": list(names), "only_behind": only_behind}
-    rows = db.execute(STANDINGS, wanted).all()
+    wanted = {"names": list(names), "only_lagging": only_lagging}
+    rows = db.execute(PROGRESS, wanted).all()
     if any(row.next_offset is None for row in rows):
         db.execute(BEGIN, {"names": list(names)})
-        rows = db.execute(STANDINGS, wanted).all()
+        rows = db.execute(PROGRESS, wanted).all()
     return [
-        Standing(
+        Progress(
             row.projector,
             Partition(row.topic, row.partition),
             NextOffset(row.next_offset),
@@ -266,28 +267,30 @@ def standings(
             NextOffset(row.log_end),
         )
         for row in rows
-        # A partition that came into being just now has its turn next time.
+        # NULL: the partition is newer than BEGIN's snapshot; the next call has it.
         if row.next_offset is not None
     ]
 
 
-def hold_all(db: Connection, projector: str) -> dict[Partition, NextOffset]:
-    """Take the projector's turn in every partition that has begun, waiting for others to end."""
-    rows = db.execute(HOLD_ALL, {"of_projector": projector})
+def lock_all(db: Connection, projector: str) -> dict[Partition, NextOffset]:
+    """Lock the projector's checkpoints, waiting for passes in progress; the next offset of each."""
+    rows = db.execute(LOCK_ALL, {"of_projector": projector})
     return {Partition(row.topic, row.partition): NextOffset(row.next_offset) for row in rows}
 
 
-def places(db: Connection, projector: str) -> dict[Partition, NextOffset]:
-    """Where the projector stands in every partition that has begun."""
-    rows = db.execute(PLACES, {"of_projector": projector})
+def next_offsets(db: Connection, projector: str) -> dict[Partition, NextOffset]:
+    """The projector's next offset in every partition that it has a checkpoint of."""
+    rows = db.execute(NEXT_OFFSETS, {"of_projector": projector})
     return {Partition(row.topic, row.partition): NextOffset(row.next_offset) for row in rows}
 
 
-def place(db: Connection, projector: str, at: Mapping[Partition, NextOffset]) -> None:
-    """Put the projector where its tables are; only while nobody else can have a turn."""
-    for partition, next_offset in sorted(at.items()):
+def set_next_offsets(
+    db: Connection, projector: str, next_offsets: Mapping[Partition, NextOffset]
+) -> None:
+    """Write the projector's checkpoints; the caller keeps every other worker out meanwhile."""
+    for partition, next_offset in sorted(next_offsets.items()):
         db.execute(
-            PLACE,
+            SET_NEXT_OFFSET,
             {
                 "projector": projector,
                 "topic": partition.topic,
@@ -298,90 +301,96 @@ def place(db: Connection, projector: str, at: Mapping[Partition, NextOffset]) ->
 
 
 def move(db: Connection, projector: str, partition: Partition, offsets: OffsetRange) -> None:
-    """Note that a range is in the read model.
+    """Move a locked checkpoint to the end of a range that is now in the read model.
 
     Raises:
-        InvariantError: The checkpoint is not where the caller holds it.
+        InvariantError: The checkpoint is not at the beginning of the range.
     """
     moved = db.execute(
         MOVE,
         {**_of(projector, partition), "expected": offsets.first, "to": offsets.end},
     )
     if moved.rowcount != 1:
-        raise InvariantError(f"{projector}: {partition} no longer stands at {offsets.first}")
+        raise InvariantError(
+            f"{projector}: the checkpoint of {partition} is locked, but not at {offsets.first}"
+        )
 
 
-def hold_together(
+def lock_together(
     db: Connection, names: Collection[str], partition: Partition, at: NextOffset
 ) -> frozenset[str]:
-    """Take the turns of projectors that stand at one place until the transaction ends.
+    """Lock the checkpoints of projectors with the same next offset until the transaction ends.
 
-    Whoever looks at the log for them must do so afterwards: only then a rewind, which fills it
-    below, waits for their end.
+    Read the log for them only afterwards: then a rewind, which fills the log below, waits for the
+    end of the transaction.
 
     Returns:
-        Those whose turn it is; the others stand elsewhere by now, or somebody else has it.
+        The projectors that are locked. The others have another next offset by now, or another
+        worker has locked them.
     """
-    place = {"of_topic": partition.topic, "of_number": partition.number}
-    rows = db.execute(HOLD_TOGETHER, {**place, "expected": at, "names": list(names)})
+    key = {"of_topic": partition.topic, "of_number": partition.number}
+    rows = db.execute(LOCK_TOGETHER, {**key, "expected": at, "names": list(names)})
     return frozenset(rows.scalars())
 
 
 def move_together(
     db: Connection, names: Collection[str], partition: Partition, offsets: OffsetRange
 ) -> None:
-    """Note that a range is behind projectors whose turns are ours.
+    """Move locked checkpoints to the end of a range that is now in the read models.
 
     Raises:
-        InvariantError: One of them no longer stands where the caller holds it.
+        InvariantError: One of them is not at the beginning of the range.
     """
-    place = {"of_topic": partition.topic, "of_number": partition.number}
+    key = {"of_topic": partition.topic, "of_number": partition.number}
     moved = db.execute(
         MOVE_TOGETHER,
-        {**place, "expected": offsets.first, "to": offsets.end, "names": list(names)},
+        {**key, "expected": offsets.first, "to": offsets.end, "names": list(names)},
     )
     if moved.rowcount != len(names):
-        raise InvariantError(f"{partition}: {len(names)} checkpoints left {offsets.first} unseen")
+        raise InvariantError(
+            f"{partition}: only {moved.rowcount} of {len(names)} locked checkpoints were at "
+            f"{offsets.first}"
+        )
 
 
 def move_back(db: Connection, partition: Partition, to: NextOffset) -> None:
-    """Have every projector, and every rebuild in progress, take the log from here once more.
+    """Move the checkpoints of every projector and rebuild in progress back to an offset.
 
-    Waits for passes that are under way, and keeps new ones out until the transaction ends, so that
-    each sees all or nothing of what the caller has written to the log. What they take twice
-    changes nothing: the newest version wins, whenever it comes.
+    Waits for passes in progress and keeps new ones out until the transaction ends, so each pass
+    sees all or nothing of what the caller has written to the log. To take an event twice changes
+    nothing: the newest version wins, in whatever order they come.
     """
-    place = {"of_topic": partition.topic, "of_number": partition.number}
-    db.execute(HOLD_PARTITION, place)
-    db.execute(MOVE_BACK, {**place, "back_to": to})
+    key = {"of_topic": partition.topic, "of_number": partition.number}
+    db.execute(LOCK_PARTITION, key)
+    db.execute(MOVE_BACK, {**key, "back_to": to})
 
 
 def forget(db: Connection, projector: str) -> None:
-    """Drop every checkpoint and the registration of a name."""
+    """Delete every checkpoint and the registration of a projector."""
     db.execute(FORGET, {"of_projector": projector})
     db.execute(DROP, {"of_projector": projector})
 
 
 def fingerprints(db: Connection) -> Mapping[str, str | None]:
-    """With which definition each projector's table was last built; None while it is empty."""
+    """The fingerprint with which each table was last built; None while it is empty."""
     return {row.projector: row.fingerprint for row in db.execute(FINGERPRINTS)}
 
 
 def is_live(db: Connection, projector: str) -> bool:
-    """Whether the projector is known and not broken."""
+    """Whether the projector is registered and not broken."""
     return db.execute(STATE, {"of_projector": projector}).scalar_one_or_none() == "live"
 
 
 def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:
-    """The table is being filled from the log's beginning; no effect if that is known."""
+    """Record the definition that fills an empty table; no effect if one is recorded."""
     db.execute(BUILD_BEGUN, {"of_projector": projector, "of_code": fingerprint})
 
 
 def note_built(db: Connection, projector: str, fingerprint: str) -> datetime:
-    """The table is now what this definition makes of the log; a broken projector is live again.
+    """Record the definition that built the table; a broken projector is live again.
 
     Returns:
-        Since when: no two builds have the same.
+        The time of this build; no two builds have the same.
     """
     built = {"of_projector": projector, "of_code": fingerprint}
     since: datetime = db.execute(BUILT, built).scalar_one()
@@ -389,13 +398,13 @@ def note_built(db: Connection, projector: str, fingerprint: str) -> datetime:
 
 
 def is_building(db: Connection, projector: str, since: datetime) -> bool:
-    """Whether nobody has begun or taken up the build after us; so it stays in this transaction."""
+    """Whether no other process has started or resumed the build since; locks that until commit."""
     found = db.execute(BUILDING, {"of_projector": projector, "since": since})
     return found.one_or_none() is not None
 
 
 def note_broken(db: Connection, projector: str, why: str) -> None:
-    """The projector stands still until it is rebuilt."""
+    """Halt the projector until it is rebuilt."""
     db.execute(BREAK, {"of_projector": projector, "why": why})
 
 

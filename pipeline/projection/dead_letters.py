@@ -1,10 +1,10 @@
-"""Events that a projector could not take: put aside with their reason, listed, tried again.
+"""Dead letters: events that a projector rejected. Put aside, listed, retried.
 
-What is kept is where the event stands and which column refused it, never a value: the event itself
+The table has the event's coordinates, the column and the SQLSTATE, never a value: the event itself
 is in the log.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Column,
     Connection,
     DateTime,
+    Engine,
     Integer,
     Table,
     Text,
@@ -23,13 +24,16 @@ from sqlalchemy import (
     update,
 )
 
-from pipeline.db import LOG_SCHEMA, metadata
-from pipeline.partitions import Offset, Partition
+from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.projection.apply import RejectedEvent, apply_batch, lock_tables, pin
+from pipeline.readmodel.batch import Batch
+from pipeline.readmodel.model import Projector
 
 dead_letters = Table(
     "dead_letters",
     metadata,
-    Column("projector", Text, primary_key=True, comment="Projector that could not take the event."),
+    Column("projector", Text, primary_key=True, comment="Projector that rejected the event."),
     Column("topic", Text(collation="C"), primary_key=True, comment="Kafka topic."),
     Column(
         "partition",
@@ -70,20 +74,8 @@ dead_letters = Table(
         comment="When it was last tried.",
     ),
     schema=LOG_SCHEMA,
-    comment="Events that a projector could not take. Everything else went on without them.",
+    comment="Events that a projector rejected. All other events were applied.",
 )
-
-
-class Fault(NamedTuple):
-    """Why one event cannot be taken.
-
-    Attributes:
-        column: The column whose value is wrong; None where it is not known.
-    """
-
-    offset: Offset
-    sqlstate: str
-    column: str | None
 
 
 class DeadLetter(NamedTuple):
@@ -141,7 +133,7 @@ EVENT = text("""
 SELECT 1 FROM pipeline.events
 WHERE topic = :of_topic AND "partition" = :of_number AND "offset" = :at_offset
 """)
-TAKE_BACK = delete(dead_letters).where(*_this)
+REMOVE = delete(dead_letters).where(*_this)
 FORGET = delete(dead_letters).where(dead_letters.c.projector == bindparam("of_projector"))
 HAND_OVER = (
     update(dead_letters)
@@ -151,25 +143,25 @@ HAND_OVER = (
 
 
 def put_aside(
-    db: Connection, projector: str, partition: Partition, faults: Iterable[Fault]
+    db: Connection, projector: str, partition: Partition, rejected: Iterable[RejectedEvent]
 ) -> None:
-    """Note events that ``projector`` could not take; a second time counts as another attempt."""
-    for fault in faults:
+    """Write dead letters; for an event that is one already, count another attempt."""
+    for event in rejected:
         db.execute(
             PUT_ASIDE,
             {
                 "projector": projector,
                 "topic": partition.topic,
                 "number": partition.number,
-                "at_offset": fault.offset,
-                "sqlstate": fault.sqlstate,
-                "column_name": fault.column,
+                "at_offset": event.offset,
+                "sqlstate": event.sqlstate,
+                "column_name": event.column,
             },
         )
 
 
 def listed(db: Connection, projectors: Iterable[str] | None = None) -> Sequence[DeadLetter]:
-    """What has been put aside, in the order of the log; of all projectors, or of these."""
+    """The dead letters of all projectors, or of these, in the order of the log."""
     query = LIST if projectors is None else LIST.where(dead_letters.c.projector.in_(projectors))
     return [
         DeadLetter(
@@ -188,28 +180,73 @@ def listed(db: Connection, projectors: Iterable[str] | None = None) -> Sequence[
 
 
 def lock(db: Connection, letter: DeadLetter) -> bool:
-    """Hold the letter until the transaction ends; False if somebody took it back meanwhile."""
+    """Lock the dead letter until the transaction ends; False if it no longer exists."""
     return db.execute(LOCK, _of(letter)).one_or_none() is not None
 
 
 def has_event(db: Connection, letter: DeadLetter) -> bool:
-    """Whether the event is in the log; a segment that was detached takes its events along."""
+    """Whether the event is in the log: a detached segment's events are not."""
     return db.execute(EVENT, _of(letter)).one_or_none() is not None
 
 
-def take_back(db: Connection, letter: DeadLetter) -> None:
-    """The event has landed: it is no dead letter any more."""
-    db.execute(TAKE_BACK, _of(letter))
+def remove(db: Connection, letter: DeadLetter) -> None:
+    """Delete the dead letter of an event that was applied."""
+    db.execute(REMOVE, _of(letter))
 
 
 def forget(db: Connection, projector: str) -> None:
-    """Drop every letter of a projector, because its table is computed anew."""
+    """Delete all dead letters of a projector, because its table is recomputed."""
     db.execute(FORGET, {"of_projector": projector})
 
 
 def hand_over(db: Connection, projector: str, to: str) -> None:
-    """Give a projector's letters to another name, as its table is."""
+    """Give a projector's dead letters to another projector."""
     db.execute(HAND_OVER, {"of_projector": projector, "to_projector": to})
+
+
+def retry(
+    engine: Engine, projectors: Collection[Projector], names: Collection[str] | None = None
+) -> tuple[int, int]:
+    """Apply dead letters again, each in its own transaction; checkpoints do not move.
+
+    The result is right whenever that is: the version of an event decides, not the moment.
+
+    Args:
+        engine: The database.
+        projectors: Every projector.
+        names: Of which projectors; None for all.
+
+    Returns:
+        How many were applied, and how many are still rejected.
+    """
+    by_name = {projector.name: projector for projector in projectors}
+    wanted = set(by_name) if names is None else set(names)
+    with transaction(engine) as db:
+        letters = listed(db, wanted & set(by_name))
+    applied = 0
+    for letter in letters:
+        with transaction(engine) as db:
+            applied += retry_letter(db, by_name[letter.projector], letter)
+    return applied, len(letters) - applied
+
+
+def retry_letter(db: Connection, projector: Projector, letter: DeadLetter) -> bool:
+    """Apply one dead letter again; whether it is none any more."""
+    pin(db)
+    # Tables first, as TRUNCATE does. A TRUNCATE before us has deleted the dead letter.
+    lock_tables(db, projector, "ROW EXCLUSIVE MODE")
+    if not lock(db, letter):
+        return True
+    if not has_event(db, letter):
+        return False
+    offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))
+    batch = Batch(letter.partition, offsets, projector.condition())
+    rejected = apply_batch(db, projector, None, batch)
+    if rejected:
+        put_aside(db, projector.name, letter.partition, rejected)
+    else:
+        remove(db, letter)
+    return not rejected
 
 
 def _of(letter: DeadLetter) -> dict[str, object]:

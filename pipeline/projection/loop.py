@@ -1,9 +1,9 @@
-"""The projection loop: read models follow the log until told to stop.
+"""The projection loop: read models follow the log until they are stopped.
 
-1. see where every projector stands and where the log ends, in one query
-2. projectors that stand at the same place take the same range together, in one transaction;
-   those further behind are brought up to them first
-3. nothing to do: wait for a hint (NOTIFY), and at most the poll interval, for hints may be lost
+1. one query: the checkpoint of every projector and the end of the log
+2. projectors with the same next offset take the same range together, in one transaction; those
+   further behind are brought up to them first
+3. nothing to do: wait for a NOTIFY, and at most the poll interval, since a NOTIFY may be lost
 
 Several workers may run at once: they share the partitions, and the checkpoint's row is the lock.
 """
@@ -26,9 +26,9 @@ from pipeline.errors import ConfigurationError, TransientError
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
-from pipeline.projection.checkpoints import Standing
+from pipeline.projection.checkpoints import Progress
 from pipeline.projection.one_pass import Result, project
-from pipeline.projection.workers import Crew
+from pipeline.projection.workers import WorkerRegistry
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 
@@ -38,9 +38,9 @@ CHANNEL = "pipeline_events"
 GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
 CAUGHT_UP_S_MIN = 60.0
-"""How often, at most, the log says that a backlog is worked off."""
+"""Shortest time between two log lines about a backlog that was worked off."""
 LISTEN_SLICE_S = 0.2
-"""How often a wait looks whether it should stop."""
+"""How often a wait checks whether it should stop."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Limits:
 
     Attributes:
         batch_offsets_max: Most offsets in one pass.
-        guilty_max: Most events that one projector may put aside in one pass.
-        poll_interval: Longest wait before the log is looked at unasked.
+        rejected_max: Most events that one projector may reject in one pass.
+        poll_interval: Longest wait before the log is read without a NOTIFY.
     """
 
     batch_offsets_max: int = 20_000
-    guilty_max: int = 1000
+    rejected_max: int = 1000
     poll_interval: timedelta = timedelta(milliseconds=500)
 
 
-class Progress(NamedTuple):
+class ProjectionProgress(NamedTuple):
     """How far the read models are, for a progress bar.
 
     Attributes:
-        taken: Offsets taken by this process, each counted once for a range, not for a projector.
-        behind: Offsets that the projector furthest behind still has to take, over all partitions.
+        taken: Offsets taken by this process, counted per range, not per projector.
+        behind: Offsets that the most lagging projector still has to take, over all partitions.
     """
 
     taken: int
@@ -72,14 +72,14 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """A range of one partition and the projectors that stand at its beginning."""
+    """A range of one partition and the projectors whose next offset is its first."""
 
     partition: Partition
     offsets: OffsetRange
     names: tuple[str, ...]
 
     def joined_by(self, others: "Work | None") -> "Work":
-        """The same with ``others`` too, if they have come to where it begins."""
+        """The same with ``others`` too, if they have arrived where it begins."""
         if others is None:
             return self
         if (others.partition, others.offsets.end) != (self.partition, self.offsets.first):
@@ -94,25 +94,25 @@ def run_projection(
     *,
     stop: threading.Event | None = None,
     until_end: bool = False,
-    observe: Callable[[Progress], None] = lambda _: None,
+    observe: Callable[[ProjectionProgress], None] = lambda _: None,
 ) -> None:
     """Bring read models up to the log, and keep them there.
 
-    A server that is away is waited for, with growing pauses, for as long as it takes; a one-shot
-    run gives up after a minute. A projector that breaks stands still, and the others go on.
+    An unavailable server is waited for, with growing pauses, for as long as it takes; a one-shot
+    run gives up after a minute. A projector that breaks is halted; the others continue.
 
     Args:
         engine: The database, with the schema of this program.
         projectors: Every read model to keep.
         limits: The bounds.
-        stop: Set it to finish the pass in hand and return.
+        stop: Set it to finish the present pass and return.
         until_end: Return when every live projector has what was in the log at the start.
         observe: Called after each round.
 
     Raises:
-        TransientError: With ``until_end``: the server stayed away.
+        TransientError: With ``until_end``: the server stayed unavailable.
         ConfigurationError: Login, rights or schema are wrong, from the start or for a minute.
-        InvariantError: What must be impossible has happened.
+        InvariantError: An invariant of the log is violated.
     """
     limits, stop = limits or Limits(), stop or threading.Event()
     _Loop(engine, projectors, limits, stop, observe, until_end=until_end).run()
@@ -125,13 +125,13 @@ class _Loop:
         projectors: Sequence[Projector],
         limits: Limits,
         stop: threading.Event,
-        observe: Callable[[Progress], None],
+        observe: Callable[[ProjectionProgress], None],
         *,
         until_end: bool,
     ) -> None:
         self._engine = engine
-        self._projectors = {one.name: one for one in projectors}
-        self._crew = Crew(engine, self._projectors)
+        self._projectors = {projector.name: projector for projector in projectors}
+        self._registry = WorkerRegistry(engine, self._projectors)
         self._limits = limits
         self._stop = stop
         self._observe = observe
@@ -144,10 +144,10 @@ class _Loop:
     def run(self) -> None:
         while not self._stop.is_set():
             try:
-                with _Hints.of(self._engine) as hints:
+                with _Notifications.of(self._engine) as notifications:
                     self._register()
-                    self._follow(hints)
-                    self._crew.leave()
+                    self._follow(notifications)
+                    self._registry.leave()
                     return
             except (TransientError, ConfigurationError) as error:
                 self._wait_for_server(error)
@@ -158,8 +158,8 @@ class _Loop:
             built = checkpoints.fingerprints(db)
         stale = [
             name
-            for name, one in sorted(self._projectors.items())
-            if built[name] not in (None, fingerprint(one))
+            for name, projector in sorted(self._projectors.items())
+            if built[name] not in (None, fingerprint(projector))
         ]
         if stale:
             log.warning(
@@ -168,46 +168,48 @@ class _Loop:
                 effect="their tables mix two definitions until `pipeline rebuild`",
             )
 
-    def _follow(self, hints: "_Hints") -> None:
+    def _follow(self, notifications: "_Notifications") -> None:
         while not self._stop.is_set():
-            self._crew.check_in()
+            self._registry.heartbeat()
             with transaction(self._engine) as db:
-                standings = checkpoints.standings(db, self._projectors, only_behind=True)
-            if self._until_end and self._has_arrived(standings):
+                lagging = checkpoints.progress(db, self._projectors, only_lagging=True)
+            if self._until_end and self._has_arrived(lagging):
                 return
             begun = time.monotonic()
-            moved = self._round(self._crew.share(standings))
+            moved = self._round(self._registry.share(lagging))
             self._outages.on_success()
-            self._observe(Progress(self._taken, _furthest_behind(standings)))
-            self._caught_up.saw(max((one.lag for one in standings), default=0), time.monotonic())
+            self._observe(ProjectionProgress(self._taken, _lag_of_partitions(lagging)))
+            lag_max = max((progress.lag for progress in lagging), default=0)
+            self._caught_up.observe(lag_max, time.monotonic())
             if not moved:
-                hints.wait(self._limits.poll_interval, self._stop)
-            elif not self._until_end and self._takes_all(standings):
+                notifications.wait(self._limits.poll_interval, self._stop)
+            elif not self._until_end and self._takes_all(lagging):
                 # Small passes cost nearly as much as large ones: let more come meanwhile.
                 self._stop.wait(min(GATHER_S_MAX, time.monotonic() - begun))
 
-    def _takes_all(self, standings: Iterable[Standing]) -> bool:
-        """Whether one pass a partition reaches the end of the log."""
-        return all(one.lag <= self._limits.batch_offsets_max for one in standings)
+    def _takes_all(self, lagging: Iterable[Progress]) -> bool:
+        """Whether one pass per partition reaches the end of the log."""
+        return all(progress.lag <= self._limits.batch_offsets_max for progress in lagging)
 
-    def _has_arrived(self, standings: Iterable[Standing]) -> bool:
+    def _has_arrived(self, lagging: Iterable[Progress]) -> bool:
         if self._goal is None:
-            self._goal = {one.partition: one.log_end for one in standings}
-        # Of a log that begins later there is nothing to take below its beginning.
+            self._goal = {progress.partition: progress.log_end for progress in lagging}
+        # Below its first offset the log has nothing to take.
         return all(
-            max(one.next_offset, one.log_first) >= self._goal.get(one.partition, NextOffset(0))
-            for one in standings
+            max(progress.next_offset, progress.log_first)
+            >= self._goal.get(progress.partition, NextOffset(0))
+            for progress in lagging
         )
 
-    def _round(self, standings: Sequence[Standing]) -> bool:
-        """Each partition one range further, for each place where projectors stand in it."""
+    def _round(self, lagging: Sequence[Progress]) -> bool:
+        """One range per partition and per checkpoint in it."""
         moved = False
         arrived: Work | None = None
-        for work in plan(standings, self._limits.batch_offsets_max):
+        for work in plan(lagging, self._limits.batch_offsets_max):
             if self._stop.is_set():
                 break
-            self._crew.check_in()
-            # Those who have just come here go on together with those who stood here.
+            self._registry.heartbeat()
+            # Those that have just arrived here continue together with those that were here.
             joined = work.joined_by(arrived)
             done = self._pass(joined)
             moved = moved or bool(done)
@@ -215,14 +217,14 @@ class _Loop:
         return moved
 
     def _pass(self, work: Work) -> tuple[str, ...]:
-        """Take one range; the names of those who have it now."""
+        """Take one range; the names of the projectors that have it now."""
         begun = time.monotonic()
         results = project(
             self._engine,
             [self._projectors[name] for name in work.names],
             work.partition,
             work.offsets,
-            guilty_max=self._limits.guilty_max,
+            rejected_max=self._limits.rejected_max,
         )
         done = tuple(name for name, result in results.items() if result is Result.DONE)
         if done:
@@ -244,7 +246,7 @@ class _Loop:
 
 
 class CaughtUp:
-    """Logs that a backlog is worked off; events that come and go leave no line.
+    """Logs that a backlog is worked off. Everyday traffic logs nothing.
 
     Args:
         offsets_max: A lag of more than this, what one pass takes, is a backlog.
@@ -253,49 +255,51 @@ class CaughtUp:
     def __init__(self, offsets_max: int) -> None:
         self._offsets_max = offsets_max
         self._since: float | None = None
-        self._told_at = float("-inf")
+        self._logged_at = float("-inf")
 
-    def saw(self, lag: int, now: float) -> None:
-        """Note the largest lag of any partition, before a round."""
+    def observe(self, lag: int, now: float) -> None:
+        """Take the largest lag of any partition, before a round."""
         if lag > self._offsets_max:
             self._since = self._since or now
-        elif self._since is not None and now - self._told_at > CAUGHT_UP_S_MIN:
+        elif self._since is not None and now - self._logged_at > CAUGHT_UP_S_MIN:
             log.info("projection_caught_up", after_s=round(now - self._since))
-            self._since, self._told_at = None, now
+            self._since, self._logged_at = None, now
 
 
-def plan(standings: Sequence[Standing], offsets_max: int) -> list[Work]:
-    """What to do in one round: for each partition, each place where projectors stand behind.
+def plan(lagging: Sequence[Progress], offsets_max: int) -> list[Work]:
+    """What to do in one round: a range for each group of projectors with the same checkpoint.
 
-    A range never passes the next place where others stand, so those behind catch up to them and
-    from then on all go together.
+    A range ends at the next group's checkpoint at the latest, so a group catches up with the next
+    one, and from then on they take their ranges together.
 
     Args:
-        standings: By partition, then place, then name.
+        lagging: By partition, then next offset, then name.
         offsets_max: Most offsets in one range.
     """
     planned = []
-    for partition, here in groupby(standings, key=lambda one: one.partition):
-        places = [list(same) for _, same in groupby(here, key=lambda one: one.next_offset)]
-        for place, after in zip(places, [*places[1:], None], strict=True):
-            if not place[0].lag:
+    for partition, in_partition in groupby(lagging, key=lambda progress: progress.partition):
+        by_offset = groupby(in_partition, key=lambda progress: progress.next_offset)
+        groups = [list(group) for _, group in by_offset]
+        for group, following in zip(groups, [*groups[1:], None], strict=True):
+            if not group[0].lag:
                 continue
-            offsets = place[0].next_range(offsets_max)
-            if after is not None:
-                offsets = offsets._replace(end=min(offsets.end, after[0].next_offset))
-            planned.append(Work(partition, offsets, tuple(one.projector for one in place)))
+            offsets = group[0].next_range(offsets_max)
+            if following is not None:
+                offsets = offsets._replace(end=min(offsets.end, following[0].next_offset))
+            names = tuple(progress.projector for progress in group)
+            planned.append(Work(partition, offsets, names))
     return planned
 
 
-def _furthest_behind(standings: Iterable[Standing]) -> int:
+def _lag_of_partitions(lagging: Iterable[Progress]) -> int:
     lags: dict[Partition, int] = {}
-    for one in standings:
-        lags[one.partition] = max(one.lag, lags.get(one.partition, 0))
+    for progress in lagging:
+        lags[progress.partition] = max(progress.lag, lags.get(progress.partition, 0))
     return sum(lags.values())
 
 
-class _Hints:
-    """Hears when the log has grown. What it misses, the poll interval finds."""
+class _Notifications:
+    """Notifications that the log has grown. What is lost, the poll interval finds."""
 
     def __init__(self, listening: psycopg.Connection) -> None:
         self._listening = listening
@@ -312,16 +316,16 @@ class _Hints:
                 connection.execute(text(f"LISTEN {CHANNEL}"))
             yield cls(cast(psycopg.Connection, connection.connection.driver_connection))
         finally:
-            # Closed for good: in the pool it would go on listening.
+            # Not returned to the pool, where it would still listen.
             connection.invalidate()
             connection.close()
 
     def wait(self, at_most: timedelta, stop: threading.Event) -> None:
-        """Return when the log has grown, when told to stop, or after a time."""
+        """Return when the log has grown, when ``stop`` is set, or after ``at_most``."""
         deadline = time.monotonic() + at_most.total_seconds()
         while not stop.is_set() and (left := deadline - time.monotonic()) > 0:
             slice_s = min(left, LISTEN_SLICE_S)
             with translated():
-                heard = list(self._listening.notifies(timeout=slice_s, stop_after=1))
-            if heard:
+                received = list(self._listening.notifies(timeout=slice_s, stop_after=1))
+            if received:
                 return

@@ -1,11 +1,9 @@
-"""A projector's turn: one batch of events into its tables, and its checkpoint, or neither.
+"""One pass: a range of one partition into all read models with the same checkpoint, or nothing.
 
-The statements run as they are. Only when PostgreSQL says that a value is at fault are the guilty
-events looked for: one screening query names them with their columns; whatever it does not see is
-found by halving the range. They are put aside, the others land.
+The tables and the checkpoints change in one transaction. Rejected events become dead letters in it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -14,32 +12,16 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
 from pipeline.db import descriptor, transaction, translated
-from pipeline.errors import (
-    ConfigurationError,
-    ExitCode,
-    LockHeldError,
-    PipelineError,
-    PoisonRecordError,
-)
-from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.errors import ConfigurationError, LockHeldError
+from pipeline.partitions import OffsetRange, Partition
 from pipeline.projection import checkpoints, dead_letters
-from pipeline.projection.dead_letters import Fault
+from pipeline.projection.apply import BrokenProjectorError, apply_batch, lock_tables, pin
 from pipeline.readmodel.batch import Batch
-from pipeline.readmodel.compiler import compile_declared, rows_of, screening_of, table_name
 from pipeline.readmodel.fingerprint import fingerprint
-from pipeline.readmodel.model import Custom, CustomBatch, Declared, Projector
+from pipeline.readmodel.model import Projector
 
 log = structlog.get_logger(__name__)
 
-MATCHING_MIN = 100
-"""Half of the events guilty breaks a projector, but only if there are at least so many."""
-
-# The plan must know the range, or it would touch every segment; a batch is sorted in memory, and is
-# too short to be worth compiling.
-PIN = text("""
-SELECT set_config('plan_cache_mode', 'force_custom_plan', true), set_config('jit', 'off', true),
-       set_config('work_mem', '64MB', true)
-""")
 TYPES = text("""
 SELECT DISTINCT e.event_type FROM pipeline.events e
 WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
@@ -51,39 +33,27 @@ MISSING = text(
 )
 
 
-class BrokenProjectorError(PipelineError):
-    """The projector's table is gone, or it refuses too many events. Mend it, then rebuild."""
-
-    exit_code = ExitCode.REFUSED
-
-
 class Result(Enum):
-    """How a turn ended."""
+    """What a pass did for one projector."""
 
     DONE = "done"
     LEFT_OUT = "left out"
-    """Somebody holds the tables or has the turn: next time."""
+    """Another session has locked its tables or its checkpoint: next time."""
     BROKEN = "broken"
-
-
-def pin(db: Connection) -> None:
-    """Have PostgreSQL plan for one range of the log, until the transaction ends."""
-    db.execute(PIN)
 
 
 def _idle(
     db: Connection, projectors: Sequence[Projector], partition: Partition, offsets: OffsetRange
 ) -> list[str]:
-    """Projectors for which a range of the log holds nothing.
+    """Projectors for which a range of the log holds no event.
 
-    Asked only where it is worth a look at the whole range: the statement of a single table finds
-    nothing as fast.
+    Queried only for several tables: the statement of a single table finds nothing as fast.
     """
-    if sum(len(one.tables) for one in projectors) == 1:
+    if sum(len(projector.tables) for projector in projectors) == 1:
         return []
-    place = {"topic": partition.topic, "number": partition.number}
-    types = db.execute(TYPES, {**place, "first": offsets.first, "end": offsets.end}).scalars().all()
-    return [one.name for one in projectors if not any(map(one.takes, types))]
+    key = {"topic": partition.topic, "number": partition.number}
+    types = db.execute(TYPES, {**key, "first": offsets.first, "end": offsets.end}).scalars().all()
+    return [projector.name for projector in projectors if not any(map(projector.takes, types))]
 
 
 def project(
@@ -92,40 +62,40 @@ def project(
     partition: Partition,
     offsets: OffsetRange,
     *,
-    guilty_max: int,
+    rejected_max: int,
 ) -> dict[str, Result]:
-    """One pass: bring projectors that stand at the same place over the same range, all at once.
+    """Bring projectors with the same checkpoint to the end of a range, in one transaction.
 
-    One transaction, so whoever reads several tables in one sees them at one instant of the log.
-    A projector whose tables are held, whose turn is somebody else's, or that breaks, is left out;
-    the others go on.
+    So a transaction that reads several tables sees them at one instant of the log. A projector is
+    left out when another session has locked its tables or its checkpoint, or when it breaks; the
+    others continue.
 
     Args:
         engine: The database.
-        projectors: Which; they take their turns by name, so two workers cannot deadlock.
+        projectors: Which. They are taken by name, so two workers cannot deadlock.
         partition: The partition of the log.
-        offsets: Begins where the projectors stand; ends at most at the log's end.
-        guilty_max: Most events that one projector may put aside in one pass.
+        offsets: Begins at the projectors' next offset; ends at most at the log's end.
+        rejected_max: Most events that one projector may reject in one pass.
 
     Raises:
-        TransientError: The server went away or ended the transaction to resolve a conflict;
-            nothing happened, or, if it was at COMMIT, all of it may have: just go on.
+        TransientError: The server is unavailable, or ended the transaction to resolve a conflict.
+            Nothing was written, or, if it happened at COMMIT, perhaps everything was: continue.
     """
-    results = dict.fromkeys((one.name for one in projectors), Result.LEFT_OUT)
+    results = dict.fromkeys((projector.name for projector in projectors), Result.LEFT_OUT)
     with transaction(engine) as db:
         pin(db)
-        held = checkpoints.hold_together(db, list(results), partition, offsets.first)
-        ours = [one for one in projectors if one.name in held]
+        locked = checkpoints.lock_together(db, list(results), partition, offsets.first)
+        ours = [projector for projector in projectors if projector.name in locked]
         if offsets.first == 0:
-            for one in ours:
-                checkpoints.note_build_begun(db, one.name, fingerprint(one))
+            for projector in ours:
+                checkpoints.note_build_begun(db, projector.name, fingerprint(projector))
         idle = _idle(db, ours, partition, offsets)
-        for one in sorted(ours, key=lambda projector: projector.name):
-            if one.name in idle:
-                results[one.name] = Result.DONE
+        for projector in sorted(ours, key=lambda projector: projector.name):
+            if projector.name in idle:
+                results[projector.name] = Result.DONE
             else:
-                batch = Batch(partition, offsets, one.condition())
-                results[one.name] = _take_turn(db, one, batch, guilty_max)
+                batch = Batch(partition, offsets, projector.condition())
+                results[projector.name] = _apply_to_live_tables(db, projector, batch, rejected_max)
         done = [name for name, result in results.items() if result is Result.DONE]
         if done:
             checkpoints.move_together(db, done, partition, offsets)
@@ -133,14 +103,16 @@ def project(
     return results
 
 
-def _take_turn(db: Connection, projector: Projector, batch: Batch, guilty_max: int) -> Result:
-    """Bring a batch into the live tables of a projector whose checkpoint is ours."""
+def _apply_to_live_tables(
+    db: Connection, projector: Projector, batch: Batch, rejected_max: int
+) -> Result:
+    """Bring a batch into the live tables of a projector whose checkpoint is locked."""
     try:
-        with _tables_there(db, projector), translated(), db.begin_nested():
-            # Not waited for: a TRUNCATE that has them waits for our checkpoint, to put it back.
+        with _dropped_table_breaks(db, projector), translated(), db.begin_nested():
+            # NOWAIT: a TRUNCATE that holds the tables waits for our checkpoint, to reset it.
             lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
-            faults = fill(db, projector, None, batch, guilty_max=guilty_max)
-            dead_letters.put_aside(db, projector.name, batch.partition, faults)
+            rejected = apply_batch(db, projector, None, batch, rejected_max=rejected_max)
+            dead_letters.put_aside(db, projector.name, batch.partition, rejected)
     except LockHeldError:
         return Result.LEFT_OUT
     except BrokenProjectorError as broken:
@@ -149,183 +121,29 @@ def _take_turn(db: Connection, projector: Projector, batch: Batch, guilty_max: i
             "projector_broken", projector=projector.name, reason=str(broken)
         )
         return Result.BROKEN
-    if faults:
+    if rejected:
         log.warning(
-            "dead_letters",
+            "events_rejected",
             projector=projector.name,
             topic=batch.partition.topic,
             partition=batch.partition.number,
-            offset_first=faults[0].offset,
-            count=len(faults),
-            sqlstates=sorted({fault.sqlstate for fault in faults}),
-            columns=sorted({fault.column for fault in faults if fault.column}),
+            offset_first=rejected[0].offset,
+            count=len(rejected),
+            sqlstates=sorted({event.sqlstate for event in rejected}),
+            columns=sorted({event.column for event in rejected if event.column}),
         )
     return Result.DONE
 
 
-def lock_tables(db: Connection, projector: Projector, mode: str) -> None:
-    """Lock the projector's tables, always in the same order."""
-    names = ", ".join(sorted(f'"{table.schema}"."{table.name}"' for table in projector.tables))
-    db.execute(text(f"LOCK TABLE {names} IN {mode}"))
-
-
 @contextmanager
-def _tables_there(db: Connection, projector: Projector) -> Iterator[None]:
-    """Tell a table that somebody has dropped, which breaks one projector, from a wrong schema."""
+def _dropped_table_breaks(db: Connection, projector: Projector) -> Iterator[None]:
+    """A dropped table breaks its projector only; any other error of the schema stops the loop."""
     try:
         yield
     except ConfigurationError:
-        missing = db.execute(MISSING, {"tables": [one.fullname for one in projector.tables]})
-        if names := missing.scalars().all():
+        tables = [table.fullname for table in projector.tables]
+        if missing := db.execute(MISSING, {"tables": tables}).scalars().all():
             raise BrokenProjectorError(
-                f"{', '.join(names)} is missing: restore it from a copy, whatever its rows"
+                f"{', '.join(missing)} is missing: restore it from a copy, whatever its rows"
             ) from None
         raise
-
-
-def fill(
-    db: Connection,
-    projector: Projector,
-    schema: str | None,
-    batch: Batch,
-    *,
-    guilty_max: int | None = None,
-) -> list[Fault]:
-    """Bring a batch into the projector's tables in ``schema``, all of it but the guilty events.
-
-    Args:
-        db: An open transaction with pinned settings.
-        projector: Whose statements.
-        schema: Of the tables that a rebuild computes; None for the live ones.
-        batch: The events.
-        guilty_max: Most events that may be guilty; None for any number.
-
-    Returns:
-        The guilty events, in the order of the log.
-
-    Raises:
-        BrokenProjectorError: More events are guilty than may be, or half of many.
-    """
-    if _try(db, projector, schema, batch) is None:
-        return []
-    faults = _screen(db, projector, batch)
-    budget = _Budget(db, batch, guilty_max)
-    budget.spend(len(faults))
-    faults += _halve(
-        db, projector, schema, batch.without([fault.offset for fault in faults]), budget
-    )
-    return sorted(faults)
-
-
-class _Budget:
-    """How many events may be guilty before the projector is."""
-
-    def __init__(self, db: Connection, batch: Batch, guilty_max: int | None) -> None:
-        self._allowed: int | None = guilty_max
-        self._guilty = 0
-        if guilty_max is not None:
-            # The condition is the compiler's own constant.
-            count = text(f"SELECT count(*) FROM pipeline.events e WHERE {batch.where}")  # noqa: S608
-            self._matching: int = db.execute(count, batch.parameters).scalar_one()
-
-    def spend(self, count: int) -> None:
-        self._guilty += count
-        if self._allowed is None:
-            return
-        half_of_many = self._matching >= MATCHING_MIN and self._guilty * 2 >= self._matching
-        if self._guilty > self._allowed or half_of_many:
-            raise BrokenProjectorError(
-                f"{self._guilty} or more of {self._matching} events in one pass were refused"
-            )
-
-
-def _try(
-    db: Connection, projector: Projector, schema: str | None, batch: Batch
-) -> PoisonRecordError | None:
-    try:
-        with translated(), db.begin_nested():
-            _run(db, projector, schema, batch)
-    except PoisonRecordError as refusal:
-        return refusal
-    return None
-
-
-def _run(db: Connection, projector: Projector, schema: str | None, batch: Batch) -> None:
-    match projector:
-        case Declared():
-            parameters = batch.parameters
-            for statement in compile_declared(projector, schema).clauses:
-                db.execute(statement, parameters)
-        case Custom():
-            given = CustomBatch(table_name(projector, schema), rows_of(projector), batch.parameters)
-            projector.apply(db, given)
-
-
-def _screen(db: Connection, projector: Projector, batch: Batch) -> list[Fault]:
-    screening = (
-        screening_of(projector)
-        if isinstance(projector, Custom)
-        else compile_declared(projector).screening
-    )
-    found: dict[Offset, Fault] = {}
-    for offset, column, sqlstate in db.execute(text(screening), batch.parameters):
-        found.setdefault(offset, Fault(Offset(offset), sqlstate, column))
-    return list(found.values())
-
-
-def _halve(
-    db: Connection, projector: Projector, schema: str | None, batch: Batch, budget: _Budget
-) -> list[Fault]:
-    refusal = _try(db, projector, schema, batch)
-    if refusal is None:
-        return []
-    if batch.offsets.span == 1:
-        budget.spend(1)
-        return [Fault(Offset(batch.offsets.first), refusal.sqlstate, refusal.column)]
-    return [
-        fault for half in batch.halves() for fault in _halve(db, projector, schema, half, budget)
-    ]
-
-
-def retry(
-    engine: Engine, projectors: Collection[Projector], names: Collection[str] | None = None
-) -> tuple[int, int]:
-    """Try dead letters again, each in its own transaction; checkpoints stay where they are.
-
-    An event lands right whenever that is: its version decides, not the moment.
-
-    Args:
-        engine: The database.
-        projectors: Every projector there is.
-        names: Of which projectors; None for all.
-
-    Returns:
-        How many have landed, and how many are still refused.
-    """
-    by_name = {one.name: one for one in projectors}
-    wanted = set(by_name) if names is None else set(names)
-    with transaction(engine) as db:
-        letters = dead_letters.listed(db, wanted & set(by_name))
-    landed = 0
-    for letter in letters:
-        with transaction(engine) as db:
-            landed += _retry_one(db, by_name[letter.projector], letter)
-    return landed, len(letters) - landed
-
-
-def _retry_one(db: Connection, projector: Projector, letter: dead_letters.DeadLetter) -> bool:
-    pin(db)
-    # Tables first, as a TRUNCATE does; it may have come before us and dropped the letter.
-    lock_tables(db, projector, "ROW EXCLUSIVE MODE")
-    if not dead_letters.lock(db, letter):
-        return True
-    if not dead_letters.has_event(db, letter):
-        return False
-    offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))
-    batch = Batch(letter.partition, offsets, projector.condition())
-    faults = fill(db, projector, None, batch)
-    if faults:
-        dead_letters.put_aside(db, projector.name, letter.partition, faults)
-    else:
-        dead_letters.take_back(db, letter)
-    return not faults

@@ -1,12 +1,12 @@
-"""Who projects what: the workers that live share the partitions of the log.
+"""Which worker projects what: the live workers share the partitions of the log.
 
-Nothing that is right hangs on it: the checkpoint's row is the lock, and any worker may project. It
-keeps N workers from doing the same look-ups N times and standing in each other's way.
+Correctness does not depend on it: the checkpoint's row is the lock, and any worker may project. It
+keeps N workers from running the same queries N times and from waiting for each other.
 
-Each worker says in a row of its own that it lives, for ``LIFE`` by the database's clock. What is
-whose follows from these rows alone, so there is nothing to claim and nothing to give back: of the
-workers that have a projector, in the order of their start, the n-th takes every n-th partition.
-Projectors stay together, so that for each partition all read models move in one transaction.
+Each worker has a row, whose heartbeat is valid for ``EXPIRES_AFTER`` by the database's clock. The
+shares follow from these rows alone, so nothing is claimed and nothing released: of the workers that
+have a projector, in the order of their start, the n-th takes every n-th partition. Projectors stay
+together, so that for each partition all read models move in one transaction.
 """
 
 import os
@@ -38,45 +38,45 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.partitions import Partition
-from pipeline.projection.checkpoints import Standing
+from pipeline.projection.checkpoints import Progress
 
-LIFE = timedelta(seconds=10)
-"""How long a worker counts that says nothing: killed, stopped, or cut off from the database."""
-SAY_S = 2.0
-"""How often a worker says that it lives, and looks who else does."""
+EXPIRES_AFTER = timedelta(seconds=10)
+"""How long a worker without a heartbeat counts: killed, stopped, or cut off from the database."""
+HEARTBEAT_S = 2.0
+"""How often a worker writes its heartbeat and reads the others'."""
 
 projection_workers = Table(
     "projection_workers",
     metadata,
-    Column("worker", Uuid, primary_key=True, comment="Its own for each start."),
+    Column("worker", Uuid, primary_key=True, comment="Id of the worker, new at each start."),
     Column("host", Text, nullable=False, comment="Where the process runs."),
     Column("pid", Integer, nullable=False, comment="Its process id there."),
-    Column("projectors", ARRAY(Text), nullable=False, comment="The projectors that it has."),
+    Column("projectors", ARRAY(Text), nullable=False, comment="The projectors of its program."),
     Column(
         "since",
         DateTime(timezone=True),
         nullable=False,
         server_default=func.now(),
-        comment="When it started; their order.",
+        comment="When it started. Workers are ordered by it.",
     ),
     Column(
         "expires_at",
         DateTime(timezone=True),
         nullable=False,
-        comment="Until when it counts, unless it says again that it lives.",
+        comment="When its last heartbeat expires.",
     ),
     schema=LOG_SCHEMA,
-    comment="The workers that project, and so share the partitions. Nothing that is right hangs on "
+    comment="The workers that share the partitions for projection. Correctness does not depend on "
     "it: it may be emptied at any time.",
     # A few rows, each rewritten every two seconds: room for the new version on the same page.
     postgresql_with={"fillfactor": "50"},
 )
 
 _row = insert(projection_workers).values(expires_at=func.now() + bindparam("life", type_=Interval))
-SAY = _row.on_conflict_do_update(
+HEARTBEAT = _row.on_conflict_do_update(
     index_elements=["worker"], set_={"expires_at": _row.excluded.expires_at}
 )
-# Skips what another worker removes, so that nobody waits for anybody.
+# SKIP LOCKED: no worker waits for another one that removes the same rows.
 REMOVE_EXPIRED = text("""
 DELETE FROM pipeline.projection_workers WHERE worker IN (
     SELECT worker FROM pipeline.projection_workers WHERE expires_at < now() FOR UPDATE SKIP LOCKED)
@@ -91,7 +91,7 @@ LIVING = (
     )
     .where(projection_workers.c.expires_at >= func.now())
     # Written before the server's clock was set back, or before a restore: not by a living worker.
-    .where(projection_workers.c.expires_at <= func.now() + 3 * LIFE)
+    .where(projection_workers.c.expires_at <= func.now() + 3 * EXPIRES_AFTER)
     .order_by(projection_workers.c.since, projection_workers.c.worker)
 )
 PARTITIONS = text('SELECT topic, "partition" FROM pipeline.consumer_offsets')
@@ -99,11 +99,11 @@ LEAVE = delete(projection_workers).where(projection_workers.c.worker == bindpara
 
 
 class Member(NamedTuple):
-    """A worker that lives.
+    """A live worker.
 
     Attributes:
         since: When it started, by the database's clock.
-        projectors: Those that it has; while a new version is rolled out not all have the same.
+        projectors: Those of its program; they differ while a new version is rolled out.
     """
 
     worker: UUID
@@ -114,7 +114,7 @@ class Member(NamedTuple):
 
 
 def living(db: Connection) -> list[Member]:
-    """The workers that project, in the order of their start."""
+    """The live workers, in the order of their start."""
     return [Member(*row) for row in db.execute(LIVING)]
 
 
@@ -126,37 +126,41 @@ def known_partitions(db: Connection) -> list[Partition]:
 def shared_out(
     members: Sequence[Member], projector: str, partitions: Collection[Partition]
 ) -> Mapping[Partition, UUID]:
-    """Whose each partition is, for one projector: everyone's share differs by one at most.
+    """The owner of each partition, for one projector; shares differ by one at most.
 
     Args:
         members: In the order of their start.
         projector: Its name.
-        partitions: All that there are.
+        partitions: All partitions of the log.
 
     Returns:
-        Every partition, unless nobody has the projector: then none.
+        Every partition with its owner; empty if no worker has the projector.
     """
     able = [member.worker for member in members if projector in member.projectors]
     if not able:
         return {}
     shares: dict[Partition, UUID] = {}
     shift = 0
-    for turn, (_topic, same) in enumerate(groupby(sorted(partitions), lambda one: one.topic)):
-        # Keyed by tenant, the busy partition has one number in each topic. Where all shares are
-        # equal so far, the next topic may begin with another worker.
-        if turn and len(shares) % len(able) == 0:
+    by_topic = groupby(sorted(partitions), lambda partition: partition.topic)
+    for topic_number, (_topic, of_topic) in enumerate(by_topic):
+        # Keyed by tenant, the busy partition has the same number in each topic. Where all shares
+        # are equal so far, the next topic may begin with another worker.
+        if topic_number and len(shares) % len(able) == 0:
             shift += 1
         begin = len(shares) + shift
-        shares |= {one: able[(begin + place) % len(able)] for place, one in enumerate(same)}
+        shares |= {
+            partition: able[(begin + number) % len(able)]
+            for number, partition in enumerate(of_topic)
+        }
     return shares
 
 
-class Crew:
-    """This worker among those that project.
+class WorkerRegistry:
+    """This worker's row among the live workers, and its share of the partitions.
 
     Args:
         engine: The database.
-        projectors: The names of those that it has.
+        projectors: The names of its projectors.
     """
 
     def __init__(self, engine: Engine, projectors: Iterable[str]) -> None:
@@ -164,44 +168,45 @@ class Crew:
         self._worker = uuid4()
         self._projectors = sorted(projectors)
         self._owners: Mapping[str, Mapping[Partition, UUID]] = {}
-        self._say_at = 0.0
+        self._heartbeat_at = 0.0
 
-    def check_in(self) -> None:
-        """Say that we live and see who else does, if it is time; else it costs nothing.
+    def heartbeat(self) -> None:
+        """Write our heartbeat and read the others', every ``HEARTBEAT_S``; in between do nothing.
 
         Raises:
-            TransientError: The server went away.
+            TransientError: The server is unavailable.
         """
-        if time.monotonic() < self._say_at:
+        if time.monotonic() < self._heartbeat_at:
             return
         with transaction(self._engine) as db:
             db.execute(
-                SAY,
+                HEARTBEAT,
                 {
                     "worker": self._worker,
                     "host": socket.gethostname(),
                     "pid": os.getpid(),
                     "projectors": self._projectors,
-                    "life": LIFE,
+                    "life": EXPIRES_AFTER,
                 },
             )
             db.execute(REMOVE_EXPIRED)
             members, partitions = living(db), known_partitions(db)
         self._owners = {name: shared_out(members, name, partitions) for name in self._projectors}
-        self._say_at = time.monotonic() + SAY_S
+        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
 
-    def share(self, standings: Sequence[Standing]) -> list[Standing]:
-        """What of the work is ours, by what we saw when we last checked in.
+    def share(self, lagging: Sequence[Progress]) -> list[Progress]:
+        """What of the work is ours, as of the last heartbeat.
 
-        A partition that has come since is everybody's, until everybody has seen it.
+        A partition that is newer belongs to every worker until the next heartbeats.
         """
         return [
-            one
-            for one in standings
-            if self._owners[one.projector].get(one.partition, self._worker) == self._worker
+            progress
+            for progress in lagging
+            if self._owners[progress.projector].get(progress.partition, self._worker)
+            == self._worker
         ]
 
     def leave(self) -> None:
-        """Have the others take over at once."""
+        """Delete our row, so that the others take over at once."""
         with transaction(self._engine) as db:
             db.execute(LEAVE, {"of_worker": self._worker})

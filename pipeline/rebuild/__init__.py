@@ -1,1 +1,1 @@
-"""A read model computed beside the live one, compared with it, and put in its place."""
+"""A read model recomputed beside the live one, and compared or reconciled with it."""

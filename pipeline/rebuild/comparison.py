@@ -1,4 +1,4 @@
-"""How live tables differ from those computed beside them, and what makes them equal.
+"""How live tables differ from their shadow tables, and the statements that make them equal.
 
 The statements are assembled from the names of declared tables, quoted.
 """
@@ -24,17 +24,17 @@ from pipeline.readmodel.model import Projector
 
 
 class Difference(NamedTuple):
-    """How a live read model differed from the one computed anew, over all its tables.
+    """How a live read model differs from the recomputed one, over all its tables.
 
     Attributes:
         projector: Which read model.
-        rows: Rows that the log makes.
-        missing: Rows that the live tables lacked.
-        changed: Rows whose content was another one, to the last byte.
-        surplus: Rows that should not have been there.
-        behind: Offsets that the live projector had not taken yet, so that some of the difference
-            is no fault; 0 where both stood at the same place.
-        dead_letters: Events that the rebuild could not take.
+        rows: Rows that the log gives.
+        missing: Rows that the live tables lack.
+        changed: Rows that differ, to the last byte.
+        surplus: Rows that the log does not give.
+        behind: Offsets that the live projector had not taken yet, so that some rows differ for
+            that reason; 0 where both have the same checkpoints.
+        dead_letters: Events that the rebuild rejected.
     """
 
     projector: str
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
 
     @property
     def differing(self) -> int:
-        """Rows that were not what the log says."""
+        """Rows that are not what the log gives."""
         return self.missing + self.changed + self.surplus
 
 
@@ -55,7 +55,7 @@ def measure(db: Connection, projector: Projector, *, behind: int, dead_letters: 
     """Count, row by row, what differs now.
 
     Args:
-        db: An open transaction, in which both stand still.
+        db: An open transaction, in which nobody else writes to either.
         projector: Whose tables.
         behind: See ``Difference``.
         dead_letters: See ``Difference``.
@@ -71,7 +71,7 @@ def measure(db: Connection, projector: Projector, *, behind: int, dead_letters: 
 
 
 def repair(db: Connection, projector: Projector) -> None:
-    """Write to the live tables what differs, and nothing else."""
+    """Write only the differing rows to the live tables."""
     for table in projector.tables:
         for statement in (_delete, _change, _insert):
             db.execute(text(statement(table)))
@@ -81,7 +81,7 @@ def _live(table: Table) -> str:
     return f'"{table.schema}"."{table.name}"'
 
 
-def _beside(table: Table) -> str:
+def _shadow(table: Table) -> str:
     return f'"{SHADOW_SCHEMA}"."{table.name}"'
 
 
@@ -98,7 +98,7 @@ _WRITTEN_ALIKE = (BigInteger, Boolean, Date, DateTime, Integer, SmallInteger, Te
 
 
 def _differs(table: Table) -> str:
-    """Whether two rows are not the same to the last byte: cheaper than by their images."""
+    """Whether two rows differ in a byte: cheaper than to compare their images."""
     values = []
     for column in table.columns:
         name = f'"{column.name}"'
@@ -116,14 +116,14 @@ def _compare(table: Table) -> str:
         f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL "
         f"AND {_differs(table)}) "
         f"AS changed FROM {_live(table)} AS t "
-        f"FULL JOIN {_beside(table)} AS s ON {_same_key(table)}"
+        f"FULL JOIN {_shadow(table)} AS s ON {_same_key(table)}"
     )
 
 
 def _delete(table: Table) -> str:
     return (
         f"DELETE FROM {_live(table)} AS t WHERE NOT EXISTS "  # noqa: S608 - declared names
-        f"(SELECT FROM {_beside(table)} AS s WHERE {_same_key(table)})"
+        f"(SELECT FROM {_shadow(table)} AS s WHERE {_same_key(table)})"
     )
 
 
@@ -132,7 +132,7 @@ def _change(table: Table) -> str:
     changes = ", ".join(f"{name} = s.{name}" for name in columns)
     return (
         f"UPDATE {_live(table)} AS t SET {changes} "  # noqa: S608 - declared names
-        f"FROM {_beside(table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
+        f"FROM {_shadow(table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
     )
 
 
@@ -140,6 +140,6 @@ def _insert(table: Table) -> str:
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
     return (
         f"INSERT INTO {_live(table)} ({columns}) "  # noqa: S608 - declared names
-        f"SELECT {columns} FROM {_beside(table)} AS s WHERE NOT EXISTS "
+        f"SELECT {columns} FROM {_shadow(table)} AS s WHERE NOT EXISTS "
         f"(SELECT FROM {_live(table)} AS t WHERE {_same_key(table)})"
     )

@@ -1,7 +1,7 @@
-"""The tables that a rebuild computes beside the live ones: made, filled, compared, handed over.
+"""The shadow tables that a rebuild computes: made, filled, compared with the live ones, reconciled.
 
-Their checkpoints, dead letters and work list are kept under the projector's name with ``REBUILD``
-behind it, so whoever takes up a killed rebuild finds what it had done.
+Their checkpoints, dead letters and work list are kept under the projector's name with the suffix
+``REBUILD``, so the process that resumes a killed rebuild finds its progress.
 """
 
 import threading
@@ -18,8 +18,8 @@ from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated
 from pipeline.errors import DEADLOCK, ExitCode, LockHeldError, PipelineError, TransientError
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints, dead_letters
+from pipeline.projection.apply import apply_batch, lock_tables, pin
 from pipeline.projection.checkpoints import REBUILD
-from pipeline.projection.one_pass import fill, lock_tables, pin
 from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
@@ -31,23 +31,23 @@ log = structlog.get_logger(__name__)
 CHUNK_OFFSETS = 50_000
 """Most offsets of one range; fewer than these may be left to the last transaction."""
 SWAP_ATTEMPTS_MAX = 20
-"""How often the live table's lock is asked for; each time for LOCK_WAIT."""
+"""How often the live table's lock is requested; each time for LOCK_WAIT."""
 
 # A waiting request for the lock makes later writers wait behind it, so it must give up soon.
 LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
-# What a crash takes is computed again: its progress is lost together with it.
+# What a crash of the server loses is computed again: its progress is lost with it.
 COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
-# For a row that another range holds too, however long that takes.
+# For a row that another range writes too, however long that takes.
 WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
 ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
-# Through functions of the owner's, so that any login may go on where another one was killed.
+# Functions of the owner, so that any login may resume the rebuild of another one.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
 DROP = text("SELECT pipeline.drop_shadow(:table)")
 
 
 class RebuildRunsError(PipelineError):
-    """Another process rebuilds the same read model. Nothing was done; look at that one."""
+    """Another process rebuilds or checks the same read model. Nothing was done; wait for it."""
 
     exit_code = ExitCode.FENCED
 
@@ -58,7 +58,7 @@ class RebuildRunsError(PipelineError):
 
 
 class StoppedError(PipelineError):
-    """The rebuild was told to stop. What it has computed waits to be gone on with."""
+    """The rebuild was stopped. What it has computed is kept; the same command resumes it."""
 
     exit_code = ExitCode.DONE
 
@@ -74,39 +74,39 @@ Observe = Callable[[RebuildProgress], None]
 _T = TypeVar("_T")
 
 
-def insist(attempt: Callable[[], _T], projector: Projector) -> _T:
-    """Ask for a lock again and again, each time for a little while.
+def retry_lock(attempt: Callable[[], _T], projector: Projector) -> _T:
+    """Repeat what needs the lock of a table, up to ``SWAP_ATTEMPTS_MAX`` times.
 
     Raises:
-        LockHeldError: Somebody held the tables each time.
+        LockHeldError: Another session held the tables each time.
     """
     for number in range(1, SWAP_ATTEMPTS_MAX):
         try:
             return attempt()
         except LockHeldError:
-            log.info("rebuild_waits_for_tables", projector=projector.name, attempt=number)
+            log.info("rebuild_tables_locked", projector=projector.name, attempt=number)
     return attempt()
 
 
-class _Teller:
-    """Tells how far a rebuild is, one thread after the other."""
+class _ProgressReporter:
+    """Reports the progress of a rebuild, one thread after the other."""
 
     def __init__(self, observe: Observe, total: int) -> None:
         self._observe = observe
         self._total = total
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
 
-    def tell(self, left: int) -> None:
-        with self._one_at_a_time:
+    def report(self, left: int) -> None:
+        with self._lock:
             self._observe(RebuildProgress(max(0, self._total - left), self._total))
 
 
 class Shadow:
     """The tables beside the live ones, with their own checkpoints and dead letters.
 
-    One connection holds the lock that keeps a second rebuild out, one works, others may help it to
-    fill the tables; should the lock be lost, they may do so until somebody else takes the rebuild
-    up, and no further.
+    One connection holds the lock that keeps a second rebuild out, one works, others may help to
+    fill the tables. After the lock is lost they may continue until another process resumes the
+    rebuild, and no longer.
     """
 
     def __init__(
@@ -114,35 +114,35 @@ class Shadow:
         db: Connection,
         held: locks.Held,
         projector: Projector,
-        guilty_max: int,
+        rejected_max: int,
         chunk_offsets: int,
     ) -> None:
         self._db = db
         self._held = held
         self._chunk_offsets = chunk_offsets
         self._projector = projector
-        self._guilty_max = guilty_max
+        self._guilty_max = rejected_max
         self._name = projector.name + REBUILD
 
     @classmethod
     @contextmanager
-    def alone(
+    def exclusive(
         cls,
         engine: Engine,
         projector: Projector,
-        guilty_max: int = 0,
+        rejected_max: int = 0,
         chunk_offsets: int = CHUNK_OFFSETS,
     ) -> Iterator[Self]:
-        """Keep a second rebuild or check of the read model out while we have them.
+        """Keep every other rebuild or check of the read model out for the length of the block.
 
         Args:
             engine: The database, with the schema of this program.
             projector: Which read model.
-            guilty_max: Most events that may be refused in one range.
+            rejected_max: Most events that may be rejected in one range.
             chunk_offsets: Most offsets of one range.
 
         Raises:
-            RebuildRunsError: Somebody else rebuilds the same read model.
+            RebuildRunsError: Another process rebuilds the same read model.
         """
         with translated(), ExitStack() as stack:
             try:
@@ -150,13 +150,13 @@ class Shadow:
             except locks.LockTakenError as taken:
                 raise RebuildRunsError(projector.name, taken.holder) from None
             db = stack.enter_context(engine.connect())
-            yield cls(db, held, projector, guilty_max, chunk_offsets)
+            yield cls(db, held, projector, rejected_max, chunk_offsets)
 
     # ------------------------------------------------------------------------------- the tables
 
     def prepare(self) -> None:
-        """Have tables and progress of this very definition: an interrupted rebuild's, or new."""
-        with translated(), self._alone():
+        """Resume the interrupted rebuild of this definition, or make empty tables."""
+        with translated(), self._transaction():
             built = checkpoints.fingerprints(self._db).get(self._name)
             if built == fingerprint(self._projector) and self._tables_exist():
                 log.info("rebuild_resumed", projector=self._projector.name)
@@ -169,13 +169,13 @@ class Shadow:
             self._since = checkpoints.note_built(self._db, self._name, code)
 
     def drop(self) -> None:
-        """Leave nothing behind."""
-        with translated(), self._alone():
+        """Remove the tables and all bookkeeping of the rebuild."""
+        with translated(), self._transaction():
             self._drop()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A transaction of the working connection, in which the rebuild is ours."""
+    def _transaction(self) -> Iterator[None]:
+        """A transaction of the working connection; confirms that we still hold the lock."""
         with self._db.begin():
             self._confirm()
             yield
@@ -210,80 +210,85 @@ class Shadow:
         *,
         beyond_live: bool = True,
     ) -> None:
-        """Fill the tables up to where the log ends while the last ranges are being taken.
+        """Fill the tables up to the log's end, as of when the last ranges are taken.
 
         Args:
-            engine: Where those who help have their connections from.
+            engine: Gives the helping connections.
             jobs: How many connections work at once, this one among them.
-            stop: Set to end after the ranges in hand.
+            stop: Set to end after the present ranges.
             observe: Called after each range.
-            beyond_live: Go to the log's end; else never further than the live projector is.
+            beyond_live: To the log's end; else at most to the live projector's checkpoint.
         """
         planned = self._chunk_offsets
         while planned >= self._chunk_offsets:
-            planned, total = insist(lambda: self._plan(beyond_live=beyond_live), self._projector)
-            self._work_off(engine, jobs, stop, _Teller(observe, total))
+            planned, total = retry_lock(
+                lambda: self._plan(beyond_live=beyond_live), self._projector
+            )
+            self._work_off(engine, jobs, stop, _ProgressReporter(observe, total))
             if stop.is_set() and self._left():
                 name = self._projector.name
-                raise StoppedError(f"{name}: stopped; the same command goes on with it")
+                raise StoppedError(
+                    f"{name}: the rebuild was stopped and the table is unchanged. The same "
+                    "command resumes it."
+                )
 
     def _plan(self, *, beyond_live: bool) -> tuple[int, int]:
-        """Put on the list what the log has more than the rebuild has heard of.
+        """Put on the list what the log has after the rebuild's checkpoints.
 
         Returns:
             Offsets on the list, and offsets of the log in all.
         """
         db, name = self._db, self._name
-        with translated(), self._alone():
-            # A rewind that is under way puts the checkpoints back first.
-            checkpoints.hold_all(db, name)
-            standings = checkpoints.standings(db, [name])
+        with translated(), self._transaction():
+            # Waits for a rewind in progress, which moves the checkpoints back.
+            checkpoints.lock_all(db, name)
+            partitions = checkpoints.progress(db, [name])
             if not beyond_live:
-                live = checkpoints.places(db, self._projector.name)
-                standings = [
-                    one._replace(log_end=live.get(one.partition, NextOffset(0)))
-                    for one in standings
+                live = checkpoints.next_offsets(db, self._projector.name)
+                partitions = [
+                    progress._replace(log_end=live.get(progress.partition, NextOffset(0)))
+                    for progress in partitions
                 ]
-            for one in standings:
-                if one.lag:
-                    new = OffsetRange(max(one.next_offset, one.log_first), one.log_end)
-                    work_list.put(db, name, one.partition, new, span_max=self._chunk_offsets)
-                    moved = OffsetRange(one.next_offset, one.log_end)
-                    checkpoints.move(db, name, one.partition, moved)
-            return work_list.left(db, name), sum(
-                lag(one.log_first, one.log_end) for one in standings
-            )
+            for progress in partitions:
+                if progress.lag:
+                    begin = max(progress.next_offset, progress.log_first)
+                    new = OffsetRange(begin, progress.log_end)
+                    work_list.put(db, name, progress.partition, new, span_max=self._chunk_offsets)
+                    planned = OffsetRange(progress.next_offset, progress.log_end)
+                    checkpoints.move(db, name, progress.partition, planned)
+            total = sum(lag(progress.log_first, progress.log_end) for progress in partitions)
+            return work_list.left(db, name), total
 
     def _left(self) -> int:
         with translated(), self._db.begin():
             return work_list.left(self._db, self._name)
 
     def _work_off(
-        self, engine: Engine, jobs: int, stop: threading.Event, teller: "_Teller"
+        self, engine: Engine, jobs: int, stop: threading.Event, reporter: "_ProgressReporter"
     ) -> None:
-        """Have several connections take what is on the list; the first error ends them all."""
-        over = threading.Event()
+        """Take what is on the list, by several connections; the first error ends them all."""
+        failed = threading.Event()
 
         def work(db: Connection) -> None:
             try:
-                while not (stop.is_set() or over.is_set()) and self._take_range(db, teller):
+                while not (stop.is_set() or failed.is_set()) and self._take_range(db, reporter):
                     pass
             except BaseException:
-                over.set()
+                failed.set()
                 raise
 
-        def help_with_it() -> None:
+        def work_on_new_connection() -> None:
             with translated(), engine.connect() as db:
                 work(db)
 
-        with ThreadPoolExecutor(jobs) as crew:
-            at_work = [crew.submit(work, self._db)]
-            at_work += [crew.submit(help_with_it) for _ in range(jobs - 1)]
-        for one in at_work:
-            one.result()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(work, self._db)]
+            futures += [pool.submit(work_on_new_connection) for _ in range(jobs - 1)]
+        for future in futures:
+            future.result()
 
-    def _take_range(self, db: Connection, teller: "_Teller") -> bool:
-        """Bring a range of the list into the tables; False if there is none to be had."""
+    def _take_range(self, db: Connection, reporter: "_ProgressReporter") -> bool:
+        """Bring a range of the list into the tables; False if none is left to take."""
         try:
             with translated(), db.begin():
                 db.execute(COMMIT_LAZILY)
@@ -294,19 +299,19 @@ class Shadow:
                 taken = work_list.take(db, self._name)
                 if taken is None:
                     return False
-                self._fill(db, SHADOW_SCHEMA, self._name, taken.partition, taken.offsets)
+                self._apply(db, SHADOW_SCHEMA, self._name, taken.partition, taken.offsets)
                 failpoints.reach("mid_rebuild", connection_fd=descriptor(db))
-                work_list.strike_off(db, self._name, taken)
+                work_list.remove(db, self._name, taken)
         except TransientError as error:
-            # Ranges with dead letters write some rows twice, so not in the order of their keys.
+            # Ranges with rejected events write some rows twice, so not in the order of their keys.
             if error.sqlstate != DEADLOCK:
                 raise
             return True
         with translated(), db.begin():
-            teller.tell(work_list.left(db, self._name))
+            reporter.report(work_list.left(db, self._name))
         return True
 
-    def _fill(
+    def _apply(
         self,
         db: Connection,
         schema: str | None,
@@ -316,62 +321,66 @@ class Shadow:
     ) -> None:
         """Bring a range into the tables of a schema, with its dead letters."""
         batch = Batch(partition, offsets, self._projector.condition())
-        faults = fill(db, self._projector, schema, batch, guilty_max=self._guilty_max)
-        dead_letters.put_aside(db, name, partition, faults)
+        rejected = apply_batch(db, self._projector, schema, batch, rejected_max=self._guilty_max)
+        dead_letters.put_aside(db, name, partition, rejected)
 
-    def _bring(
+    def _catch_up(
         self,
         schema: str | None,
         name: str,
-        places: Mapping[Partition, NextOffset],
+        next_offsets: Mapping[Partition, NextOffset],
         goal: Mapping[Partition, NextOffset],
     ) -> None:
         for partition, end in sorted(goal.items()):
-            begin = places.get(partition)
+            begin = next_offsets.get(partition)
             if begin is None:
                 begin = NextOffset(0)
-                checkpoints.place(self._db, name, {partition: begin})
+                checkpoints.set_next_offsets(self._db, name, {partition: begin})
             if begin < end:
-                self._fill(self._db, schema, name, partition, OffsetRange(begin, end))
+                self._apply(self._db, schema, name, partition, OffsetRange(begin, end))
                 checkpoints.move(self._db, name, partition, OffsetRange(begin, end))
 
     # --------------------------------------------------------------------------------- comparing
 
     def compare(self) -> Difference | None:
-        """What differs at the place where the live projector stands; None if it was truncated."""
+        """What differs at the live projector's checkpoints; None if it was truncated."""
         db, name = self._db, self._projector.name
         with translated(), db.begin():
             db.execute(ONE_SNAPSHOT)
-            # Before the snapshot, which would not see a TRUNCATE that comes in between.
+            # Before the snapshot, which would not see a TRUNCATE after it.
             lock_tables(db, self._projector, "ACCESS SHARE MODE")
             self._confirm()
             pin(db)
-            live = checkpoints.places(db, name)
-            beside = checkpoints.hold_all(db, self._name)
-            if any(place > live.get(partition, 0) for partition, place in beside.items()):
+            live = checkpoints.next_offsets(db, name)
+            shadow = checkpoints.lock_all(db, self._name)
+            if any(
+                next_offset > live.get(partition, 0) for partition, next_offset in shadow.items()
+            ):
                 return None
-            self._bring(SHADOW_SCHEMA, self._name, beside, live)
+            self._catch_up(SHADOW_SCHEMA, self._name, shadow, live)
             return self._measured(behind=0)
 
     def reconcile(self) -> Difference:
-        """Make the live tables equal, and end the rebuild; the live projector waits meanwhile."""
+        """Make the live tables equal and end the rebuild; the live projector waits meanwhile."""
         db, name = self._db, self._projector.name
-        with translated(), self._alone():
+        with translated(), self._transaction():
             db.execute(LOCK_WAIT)
             lock_tables(db, self._projector, "SHARE ROW EXCLUSIVE MODE")
             pin(db)
-            live = checkpoints.hold_all(db, name)
-            beside = checkpoints.hold_all(db, self._name)
+            live = checkpoints.lock_all(db, name)
+            shadow = checkpoints.lock_all(db, self._name)
             goal = {
                 partition: max(
-                    live.get(partition, NextOffset(0)), beside.get(partition, NextOffset(0))
+                    live.get(partition, NextOffset(0)), shadow.get(partition, NextOffset(0))
                 )
-                for partition in live | beside
+                for partition in live | shadow
             }
-            self._bring(SHADOW_SCHEMA, self._name, beside, goal)
-            behind = sum(lag(live.get(place, NextOffset(0)), end) for place, end in goal.items())
+            self._catch_up(SHADOW_SCHEMA, self._name, shadow, goal)
+            behind = sum(
+                lag(live.get(partition, NextOffset(0)), end) for partition, end in goal.items()
+            )
             if behind < self._chunk_offsets and checkpoints.is_live(db, name):
-                self._bring(None, name, live, goal)
+                self._catch_up(None, name, live, goal)
                 behind = 0
             failpoints.reach("before_swap", connection_fd=descriptor(db))
             difference = self._measured(behind=behind)
@@ -379,7 +388,7 @@ class Shadow:
                 repair(db, self._projector)
             dead_letters.forget(db, name)
             dead_letters.hand_over(db, self._name, name)
-            checkpoints.place(db, name, goal)
+            checkpoints.set_next_offsets(db, name, goal)
             checkpoints.note_built(db, name, fingerprint(self._projector))
             self._drop()
             failpoints.reach("after_swap", connection_fd=descriptor(db))

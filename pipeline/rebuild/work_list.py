@@ -1,7 +1,7 @@
 """The work list of a rebuild: ranges of the log that it still has to take, in any order.
 
-Whoever works on it takes a range, brings it into the tables and strikes it off, all in one
-transaction: what a killed one had in hand is on the list again.
+A connection takes a range, brings it into the tables and removes it from the list, all in one
+transaction: after a kill its range is on the list again.
 """
 
 from typing import NamedTuple
@@ -42,14 +42,14 @@ rebuild_ranges = Table(
         autoincrement=False,
         comment="First offset of the range.",
     ),
-    Column("end_offset", BigInteger, nullable=False, comment="First offset behind the range."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset after the range."),
     schema=LOG_SCHEMA,
     comment="Ranges of the log that a rebuild in progress still has to take, in any order.",
 )
 
 
 class Range(NamedTuple):
-    """A range that is ours until the transaction ends."""
+    """A range that this transaction has locked."""
 
     partition: Partition
     offsets: OffsetRange
@@ -62,8 +62,8 @@ FROM generate_series(CAST(:first AS bigint), CAST(:end AS bigint) - 1, :span) AS
 ON CONFLICT (projector, topic, "partition", first_offset) DO UPDATE
 SET end_offset = greatest(r.end_offset, excluded.end_offset)
 """)
-# By offset, so that neighbours on the list are of different partitions, where hardly any key is
-# the same: whoever comes second to a key waits for the first one's commit.
+# By offset, so that neighbours on the list are of different partitions, which share hardly any key:
+# the second transaction that writes a key waits for the commit of the first.
 TAKE = (
     select(
         rebuild_ranges.c.topic,
@@ -76,7 +76,7 @@ TAKE = (
     .limit(1)
     .with_for_update(skip_locked=True)
 )
-STRIKE_OFF = delete(rebuild_ranges).where(
+REMOVE = delete(rebuild_ranges).where(
     rebuild_ranges.c.projector == bindparam("of_projector"),
     rebuild_ranges.c.topic == bindparam("of_topic"),
     rebuild_ranges.c.partition == bindparam("of_number"),
@@ -106,7 +106,7 @@ def put(
 
 
 def take(db: Connection, projector: str) -> Range | None:
-    """A range that nobody else has in hand; None if there is none."""
+    """Lock a range that no other connection has; None if there is none."""
     row = db.execute(TAKE, {"of_projector": projector}).one_or_none()
     if row is None:
         return None
@@ -114,10 +114,10 @@ def take(db: Connection, projector: str) -> Range | None:
     return Range(Partition(row.topic, row.partition), offsets)
 
 
-def strike_off(db: Connection, projector: str, done: Range) -> None:
-    """Note that a range is in the tables."""
+def remove(db: Connection, projector: str, done: Range) -> None:
+    """Remove a range that is in the tables now."""
     db.execute(
-        STRIKE_OFF,
+        REMOVE,
         {
             "of_projector": projector,
             "of_topic": done.partition.topic,
@@ -128,10 +128,10 @@ def strike_off(db: Connection, projector: str, done: Range) -> None:
 
 
 def left(db: Connection, projector: str) -> int:
-    """Offsets that are on the list, those in somebody's hands too."""
+    """Offsets on the list, those of locked ranges included."""
     return int(db.execute(LEFT, {"of_projector": projector}).scalar_one())
 
 
 def forget(db: Connection, projector: str) -> None:
-    """Drop the list."""
+    """Delete the list."""
     db.execute(FORGET, {"of_projector": projector})

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from pipeline.projection.workers import LIFE, SAY_S
+from pipeline.projection.workers import EXPIRES_AFTER, HEARTBEAT_S
 from pipeline.sandbox.simulator import Keying
 from tests.faults.harness import Bench, Worker, until
 
 PER_SECOND = 300
-TAKEN_OVER_SECONDS_MAX = LIFE.total_seconds() + SAY_S + 8
+TAKEN_OVER_SECONDS_MAX = EXPIRES_AFTER.total_seconds() + HEARTBEAT_S + 8
 """What operations.md promises, and what a busy machine takes for a pass."""
 PASSES = 12
 """So many over a partition show whose it is."""
@@ -48,8 +48,8 @@ def have_seen_each_other(bench: Bench, workers: int) -> bool:
         FROM pipeline.projection_workers WHERE expires_at > now()
         """,
         workers,
-        LIFE,
-        SAY_S,
+        EXPIRES_AFTER,
+        HEARTBEAT_S,
     )
     return bool(is_so)
 

@@ -239,7 +239,7 @@ def test_every_command_has_a_run_among_canaries():
 def test_a_long_run_shows_none_to_its_log_to_other_processes_or_when_it_crashes(house):
     said = house.first_run.err
 
-    assert '"event":"dead_letters"' in said.replace(" ", "")
+    assert '"event":"events_rejected"' in said.replace(" ", "")
     assert "Fatal Python error: Aborted" in said
     assert "pipeline run" in house.sessions
     assert [leaks(text) for text in (said, house.first_run.out, house.argv, house.sessions)] == (

@@ -14,8 +14,9 @@ from sqlalchemy import text
 from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.projection import dead_letters
+from pipeline.projection.apply import BrokenProjectorError
+from pipeline.projection.dead_letters import retry, retry_letter
 from pipeline.projection.loop import Limits
-from pipeline.projection.one_pass import BrokenProjectorError, retry
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.readmodel import Children, Custom, EntityTable, EventTable, integer, uuid
@@ -232,7 +233,7 @@ def test_a_projector_that_refuses_too_much_stands_still_and_the_others_go_on(giv
         for number in range(6)
     ]
 
-    given(guilty).project(orders, executions, limits=Limits(guilty_max=5))
+    given(guilty).project(orders, executions, limits=Limits(rejected_max=5))
 
     assert len(given.rows("orders")) == 1
     assert len(given.rows("executions")) == 1
@@ -241,7 +242,7 @@ def test_a_projector_that_refuses_too_much_stands_still_and_the_others_go_on(giv
         "SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'"
     )
     assert [(row.projector, row.problem) for row in broken] == [
-        ("orders", "6 or more of 6 events in one pass were refused")
+        ("orders", "at least 6 of 6 events in one pass were rejected")
     ]
     places = given.query(
         "SELECT projector, next_offset FROM pipeline.projection_checkpoints ORDER BY 1"
@@ -255,7 +256,7 @@ def test_half_of_many_events_breaks_a_projector_too(given: Given):
         for number in range(100)
     ]
 
-    given(events).project(orders, limits=Limits(guilty_max=1000))
+    given(events).project(orders, limits=Limits(rejected_max=1000))
 
     assert given.scalar("SELECT state FROM pipeline.projectors") == "broken"
     with pytest.raises(BrokenProjectorError) as refused:
@@ -266,7 +267,7 @@ def test_half_of_many_events_breaks_a_projector_too(given: Given):
 def test_a_rebuild_sets_a_broken_projector_going(given: Given):
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (side <> 'BUY')")
     events = [order_event("NEW", at="10:00:00", order=str(number)) for number in range(8)]
-    given(events).project(orders, limits=Limits(guilty_max=3))
+    given(events).project(orders, limits=Limits(rejected_max=3))
     assert given.scalar("SELECT state FROM pipeline.projectors") == "broken"
     given.execute("ALTER TABLE upvest.orders DROP CONSTRAINT wrong")
 
@@ -304,10 +305,8 @@ def test_a_letter_that_somebody_took_back_meanwhile_is_no_failure(given: Given):
         letters = dead_letters.listed(db, ["orders"])
         dead_letters.forget(db, "orders")
 
-    from pipeline.projection.one_pass import _retry_one
-
     with transaction(given.engine) as db:
-        assert _retry_one(db, orders, letters[0])
+        assert retry_letter(db, orders, letters[0])
 
 
 def test_rebuilding_takes_the_dead_letters_over(given: Given):

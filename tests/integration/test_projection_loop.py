@@ -15,7 +15,7 @@ from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection import loop as looping
-from pipeline.projection.loop import Limits, Progress, run_projection
+from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.projection.one_pass import Result, project
 from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
@@ -79,7 +79,7 @@ def pass_over(given: Given, first: int, end: int, *projectors) -> dict[str, Resu
         projectors,
         Partition(TOPIC, 0),
         OffsetRange(NextOffset(first), NextOffset(end)),
-        guilty_max=10,
+        rejected_max=10,
     )
 
 
@@ -137,7 +137,7 @@ def test_a_turn_that_is_somebody_elses_is_left_out(given: Given):
     given([order_event("NEW", at=0), event_for_nobody()])
     with transaction(given.engine) as db:
         checkpoints.register(db, ["orders", "users"])
-        checkpoints.standings(db, ["orders", "users"])
+        checkpoints.progress(db, ["orders", "users"])
     users = next(one for one in ALL if one.name == "users")
 
     with given.database.connect(autocommit=False) as somebody:
@@ -176,7 +176,7 @@ def test_a_crash_before_the_commit_leaves_neither_rows_nor_checkpoint(given: Giv
     given([order_event("NEW", at=0)])
     with transaction(given.engine) as db:
         checkpoints.register(db, ["orders"])
-        checkpoints.standings(db, ["orders"])
+        checkpoints.progress(db, ["orders"])
     failpoints.arm(
         {"PIPELINE_ENABLE_FAILPOINTS": "1", "PIPELINE_FAILPOINT": "after_projection:raise:57P01"}
     )
@@ -193,7 +193,7 @@ def test_a_crash_before_the_commit_leaves_neither_rows_nor_checkpoint(given: Giv
 
 def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
     """Retention had deleted the first offsets before we came."""
-    seen: list[Progress] = []
+    seen: list[ProjectionProgress] = []
     given([order_event("NEW", at=0)])
     given.execute("UPDATE pipeline.consumer_offsets SET first_offset = 5000, next_offset = 5100")
 
@@ -230,7 +230,7 @@ def test_until_the_end_is_the_end_that_was_there_at_the_start(given: Given):
     given([order_event("NEW", at=0)])
     added: list[Given] = []
 
-    def add_more(_progress: Progress) -> None:
+    def add_more(_progress: ProjectionProgress) -> None:
         if len(added) < 3:
             added.append(given([order_event("NEW", at=0, order=str(len(added)))]))
 
@@ -261,7 +261,7 @@ def test_a_stale_projector_is_named(given: Given, monkeypatch):
 def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
     given([order_event("NEW", at=0)]).project(orders)
 
-    with transaction(given.engine) as db, pytest.raises(InvariantError, match="no longer stands"):
+    with transaction(given.engine) as db, pytest.raises(InvariantError, match="is locked, but not at 7"):
         checkpoints.move(
             db, "orders", Partition(TOPIC, 0), OffsetRange(NextOffset(7), NextOffset(9))
         )
@@ -328,7 +328,7 @@ def test_a_right_that_stays_missing_ends_the_loop(given: Given, monkeypatch):
     monkeypatch.setattr("pipeline.outages.GRACE_S", 0.1)
     given([order_event("NEW", at=0)])
 
-    def take_away(_progress: Progress) -> None:
+    def take_away(_progress: ProjectionProgress) -> None:
         given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
 
     with pytest.raises(ConfigurationError):

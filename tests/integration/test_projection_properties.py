@@ -180,7 +180,7 @@ def take(given: Given, partition: int, offsets: int, left_out, end: int) -> None
         here,
         Partition(TOPIC, partition),
         OffsetRange(NextOffset(first), NextOffset(min([first + offsets, end, *others]))),
-        guilty_max=1000,
+        rejected_max=1000,
     )
     assert set(results.values()) <= {Result.DONE}
 

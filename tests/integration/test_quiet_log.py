@@ -17,7 +17,7 @@ import pipeline
 from pipeline.cli.tally import Tally
 from pipeline.ingest import Progress as Ingested
 from pipeline.projection.loop import CAUGHT_UP_S_MIN, CaughtUp
-from pipeline.projection.loop import Progress as Projected
+from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.sandbox.simulator import Simulation
 from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import Process, on_mock, wait
@@ -153,11 +153,11 @@ def test_a_backlog_that_is_worked_off_is_logged_and_a_trickle_is_not():
 
     with structlog.testing.capture_logs() as lines:
         for second in range(1000):
-            seen.saw(second % 2, second)
-        seen.saw(101, 1000)
-        seen.saw(90, 1010)
+            seen.observe(second % 2, second)
+        seen.observe(101, 1000)
+        seen.observe(90, 1010)
         for second in range(1011, 1011 + round(CAUGHT_UP_S_MIN)):
-            seen.saw(150 * (second % 2), second)
+            seen.observe(150 * (second % 2), second)
 
     assert [(line["event"], line["after_s"]) for line in lines] == [("projection_caught_up", 10)]
 
@@ -179,7 +179,7 @@ WEIGHED = {
     # Once per command on a read model or a topic.
     *("rebuilt", "checked", "rebuild_resumed", "rewound"),
     # Once per attempt to get a lock, of which there are at most twenty.
-    "rebuild_waits_for_tables",
+    "rebuild_tables_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),
     # At most once per minute.

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import ExitCode, LockHeldError, TransientError
-from pipeline.projection.checkpoints import standings
+from pipeline.projection.checkpoints import progress
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
@@ -266,7 +266,7 @@ def test_a_rebuild_by_another_definition_begins_anew(projected: Given):
 
 
 def test_a_second_rebuild_at_the_same_time_is_refused(projected: Given):
-    with Shadow.alone(projected.engine, orders), pytest.raises(RebuildRunsError) as refused:
+    with Shadow.exclusive(projected.engine, orders), pytest.raises(RebuildRunsError) as refused:
         rebuild(projected.engine, orders)
 
     assert refused.value.exit_code is ExitCode.FENCED
@@ -308,7 +308,7 @@ def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monk
     holder.start()
     held.wait(30)
     monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_waits_for_tables", asked))
+    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_tables_locked", asked))
 
     difference = rebuild(projected.engine, orders)
 
@@ -368,7 +368,8 @@ def behind(given: Given, projectors) -> int:
     """Offsets that the projector which is furthest behind has not taken yet."""
     with transaction(given.engine) as db:
         return max(
-            sum(one.lag for one in standings(db, [projector.name])) for projector in projectors
+            sum(partition.lag for partition in progress(db, [projector.name]))
+            for projector in projectors
         )
 
 

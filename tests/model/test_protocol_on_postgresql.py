@@ -133,7 +133,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             ownership.begin(db, PLACE, NextOffset(0))
             ownership.make_segment(db, PLACE.topic, NextOffset(0), 1000)
             checkpoints.register(db, [orders.name])
-            checkpoints.standings(db, [orders.name])
+            checkpoints.progress(db, [orders.name])
 
     def _machine(self) -> Machine:
         return self.bench.machine(WITHOUT_WAITS)
@@ -335,10 +335,10 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
     @rule(offsets=st.integers(1, 9))
     def project_some(self, offsets):
         with transaction(self.bench.engine) as db:
-            [standing] = checkpoints.standings(db, [orders.name])
+            [standing] = checkpoints.progress(db, [orders.name])
         if standing.lag:
             chunk: OffsetRange = standing.next_range(offsets)
-            results = project(self.bench.engine, [orders], PLACE, chunk, guilty_max=10)
+            results = project(self.bench.engine, [orders], PLACE, chunk, rejected_max=10)
             assert results == {orders.name: Result.DONE}
 
     @precondition(lambda self: self.bench.read_models)
@@ -361,7 +361,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             ).scalars()
             offsets = list(there)
             place = ownership.look(db, [PLACE])[PLACE]
-            checkpoint = checkpoints.places(db, orders.name).get(PLACE, 0)
+            checkpoint = checkpoints.next_offsets(db, orders.name).get(PLACE, 0)
         due = [offset for offset in OFFSETS if offset < place.next_offset]
         assert offsets == due, f"the log below {place.next_offset}"
         assert checkpoint <= place.next_offset
@@ -398,7 +398,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
     def _is_behind(self) -> bool:
         with transaction(self.bench.engine) as db:
-            return any(it.lag for it in checkpoints.standings(db, [orders.name]))
+            return any(it.lag for it in checkpoints.progress(db, [orders.name]))
 
 
 def _end(connection: Connection, *, commits: bool) -> None:

@@ -26,7 +26,7 @@ from pipeline.health.status.report import (
 from pipeline.log.search import first_since
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
-from pipeline.projection.workers import LIFE, Member, living, shared_out
+from pipeline.projection.workers import EXPIRES_AFTER, Member, living, shared_out
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 
@@ -272,7 +272,9 @@ def _models(
 
     On a standby that lags, the signs of life of the workers are too old to tell who lives.
     """
-    lags = standby is not None and (standby.age_s is None or standby.age_s > LIFE.total_seconds())
+    lags = standby is not None and (
+        standby.age_s is None or standby.age_s > EXPIRES_AFTER.total_seconds()
+    )
     rows = {row.projector: row for row in db.execute(PROJECTORS)}
     ours = {one.name: one for one in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))

@@ -103,7 +103,7 @@ def standing(engine: Engine, projectors: Sequence[str]) -> Standing:
     with transaction(engine) as db:
         in_log = int(db.execute(LOGGED).scalar_one())
         slowest: dict[Partition, int] = {}
-        for one in checkpoints.standings(db, projectors):
+        for one in checkpoints.progress(db, projectors):
             taken = lag(one.log_first, max(one.next_offset, one.log_first))
             slowest[one.partition] = min(taken, slowest.get(one.partition, taken))
     return Standing(in_log, min(in_log, sum(slowest.values())))
@@ -138,7 +138,7 @@ def truncate_orders(engine: Engine) -> Truncation:
 def orders_reach(engine: Engine, goal: Mapping[Partition, NextOffset]) -> bool:
     """Whether `orders` has taken everything up to these places again."""
     with transaction(engine) as db:
-        places = checkpoints.places(db, "orders")
+        places = checkpoints.next_offsets(db, "orders")
     return all(places.get(partition, 0) >= end for partition, end in goal.items())
 
 

@@ -175,8 +175,8 @@ MOVE_TOGETHER = (
     )
     .values(next_offset=bindparam("to"), moved_at=func.now())
 )
-# All checkpoints: a pass in progress may have read the log already, whatever its next offset. In the
-# same order as a rebuild locks them: the live projector's, then its own.
+# All checkpoints: a pass in progress may have read the log already, whatever its next offset.
+# Ordered as a rebuild locks them: the live projector's, then its own.
 LOCK_PARTITION = (
     select(projection_checkpoints.c.projector)
     .where(

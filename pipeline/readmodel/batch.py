@@ -11,7 +11,7 @@ WHERE = (
     'AND (CAST(:skip AS bigint[]) IS NULL OR e."offset" <> ALL (CAST(:skip AS bigint[]))) '
     "AND e.repeat_of IS NULL"
 )
-"""The events of a batch, without those that were found guilty and those that repeat others."""
+"""The events of a batch, without rejected events and without repeats."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Batch:
         partition: The partition of the log.
         offsets: The range of its offsets.
         taken: Condition on ``pipeline.events e``: the events that the projector takes.
-        skip: Offsets that were found guilty and are left out.
+        skip: Offsets of rejected events, which are left out.
     """
 
     partition: Partition
@@ -46,9 +46,9 @@ class Batch:
             "skip": sorted(self.skip) or None,
         }
 
-    def without(self, guilty: Collection[Offset]) -> "Batch":
-        """The same batch, these events left out too."""
-        return replace(self, skip=self.skip | frozenset(guilty))
+    def without(self, rejected: Collection[Offset]) -> "Batch":
+        """The same batch without these events too."""
+        return replace(self, skip=self.skip | frozenset(rejected))
 
     def halves(self) -> Sequence["Batch"]:
         """The batch cut in two; only for one of two offsets or more."""

@@ -444,7 +444,7 @@ def _upsert(projector: Declared, names: _Names) -> str:
 def _replace_children(projector: Declared, names: _Names) -> str:
     """One statement for all child tables, so that the range is read once for them.
 
-    Its snapshot is that of a moment at which the parents are locked: nobody else has touched their
+    Its snapshot is taken while the parents are locked, so no other session has written their
     children since.
     """
     parts = [f"winners AS MATERIALIZED (\n{_winners(projector, names)}\n)"]

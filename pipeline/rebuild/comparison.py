@@ -55,7 +55,7 @@ def measure(db: Connection, projector: Projector, *, behind: int, dead_letters: 
     """Count, row by row, what differs now.
 
     Args:
-        db: An open transaction, in which nobody else writes to either.
+        db: An open transaction, in which no other session writes to either.
         projector: Whose tables.
         behind: See ``Difference``.
         dead_letters: See ``Difference``.

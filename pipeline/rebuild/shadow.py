@@ -121,7 +121,7 @@ class Shadow:
         self._held = held
         self._chunk_offsets = chunk_offsets
         self._projector = projector
-        self._guilty_max = rejected_max
+        self._rejected_max = rejected_max
         self._name = projector.name + REBUILD
 
     @classmethod
@@ -321,7 +321,7 @@ class Shadow:
     ) -> None:
         """Bring a range into the tables of a schema, with its dead letters."""
         batch = Batch(partition, offsets, self._projector.condition())
-        rejected = apply_batch(db, self._projector, schema, batch, rejected_max=self._guilty_max)
+        rejected = apply_batch(db, self._projector, schema, batch, rejected_max=self._rejected_max)
         dead_letters.put_aside(db, name, partition, rejected)
 
     def _catch_up(

@@ -176,8 +176,8 @@ def test_which_events_are_guilty_does_not_hang_on_who_wins(given: Given, settled
     filled = order_event("FILLED", at=0, executions=[bad, execution("FILLED", execution="other")])
     settled = execution_event("SETTLED", at=1)
 
-    for one in [settled, filled] if settled_first else [filled, settled]:
-        given([one]).project(executions)
+    for delivered in [settled, filled] if settled_first else [filled, settled]:
+        given([delivered]).project(executions)
 
     rows = [(str(row.execution_id), row.status) for row in given.rows("executions")]
     assert rows == [(some_id("an execution"), "SETTLED")]
@@ -422,9 +422,9 @@ def test_no_moment_that_is_misspelt_is_taken_for_one_as_usual(given: Given):
     misspelt = {usual}
     for _ in range(2):
         misspelt |= {
-            one[:at] + instead + one[at + skipped :]
-            for one in [usual, "2026-01-12T10:00:00Z", "2026-01-12", *sorted(misspelt)[::40]]
-            for at in range(len(one) + 1)
+            spelt[:at] + instead + spelt[at + skipped :]
+            for spelt in [usual, "2026-01-12T10:00:00Z", "2026-01-12", *sorted(misspelt)[::40]]
+            for at in range(len(spelt) + 1)
             for skipped in (0, 1, 2)
             for instead in ["", *"-T:.Z+ 5", "Z5", ".5Z", "5Z5", "-05", ":5"]
         }

@@ -81,10 +81,10 @@ def test_the_sample_gives_what_it_says(given: Given):
     assert {str(row.order_id): row.status for row in rows} == newest
     told = {e["object"]["id"] for e in events if e["type"].startswith("EXECUTION.")}
     inside = {
-        one["id"]
+        entry["id"]
         for e in events
         if e["type"].startswith("ORDER.")
-        for one in e["object"]["executions"]
+        for entry in e["object"]["executions"]
     }
     assert {str(row.execution_id) for row in given.rows("executions")} == told | inside
     assert len(given.rows("execution_taxes")) == len(told | inside)

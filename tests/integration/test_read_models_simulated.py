@@ -75,7 +75,7 @@ def test_every_table_of_the_read_models_is_in_the_books(broker: Broker):
     assert tables == set(broker.books.tables)
 
 
-@pytest.mark.parametrize("projector", discover(), ids=lambda one: one.name)
+@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
 def test_every_read_model_equals_its_rebuild(broker: Broker, projector: Projector):
     """Computed anew in other ranges of the log, from its beginning."""
     difference = check(broker.given.engine, projector, chunk_offsets=333)

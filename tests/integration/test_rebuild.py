@@ -42,7 +42,7 @@ def projected(given: Given) -> Given:
 
 
 @pytest.mark.both_postgres
-@pytest.mark.parametrize("projector", BOTH, ids=lambda one: one.name)
+@pytest.mark.parametrize("projector", BOTH, ids=lambda projector: projector.name)
 def test_a_rebuild_of_sound_tables_finds_nothing_to_repair(projected: Given, projector):
     before = contents(projected.engine, BOTH)
 
@@ -346,19 +346,21 @@ def test_rebuilds_beside_live_traffic_find_nothing_to_repair(given: Given):
         thread.start()
     try:
         found = [
-            rebuild(given.engine, one, chunk_offsets=chunk_offsets, jobs=jobs)
+            rebuild(given.engine, projector, chunk_offsets=chunk_offsets, jobs=jobs)
             for jobs in (1, 2, 3)
-            for one in BOTH
+            for projector in BOTH
         ]
-        found += [check(given.engine, one, jobs=2) for one in BOTH]
+        found += [check(given.engine, projector, jobs=2) for projector in BOTH]
     finally:
         stop.set()
         for thread in threads:
             thread.join()
 
-    assert [(one.differing, one.behind) for one in found] == [(0, 0)] * len(found)
+    assert [(difference.differing, difference.behind) for difference in found] == [(0, 0)] * len(
+        found
+    )
     given.project(*BOTH)
-    assert [check(given.engine, one).differing for one in BOTH] == [0, 0]
+    assert [check(given.engine, projector).differing for projector in BOTH] == [0, 0]
 
 
 # -------------------------------------------------------------------------------------------- parts

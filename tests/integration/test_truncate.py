@@ -21,7 +21,7 @@ BOTH = (executions, orders)
 
 
 @pytest.mark.both_postgres
-@pytest.mark.parametrize("projector", discover(), ids=lambda one: one.name)
+@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
 def test_every_table_heals_alone_and_all_together(given: Given, projector):
     given(sample_events()).project(projector)
     expected = contents(given.engine, [projector])
@@ -122,7 +122,7 @@ def test_truncated_again_and_again_under_live_traffic(given: Given, database: Da
     assert truncated > 20
     given.project(*BOTH)
     healed = contents(given.engine, BOTH)
-    assert [check(given.engine, one).differing for one in BOTH] == [0, 0]
+    assert [check(given.engine, projector).differing for projector in BOTH] == [0, 0]
     given.execute("TRUNCATE upvest.orders, upvest.executions, upvest.execution_taxes")
     given.project(*BOTH)
     assert contents(given.engine, BOTH) == healed

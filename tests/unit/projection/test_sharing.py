@@ -25,14 +25,14 @@ members = st.lists(
         since=st.just(A_DAY),
         projectors=st.sets(st.sampled_from(PROJECTORS)).map(sorted),
     ),
-    unique_by=lambda one: one.worker,
+    unique_by=lambda member: member.worker,
 )
 
 
 @given(members, partitions)
 def test_every_partition_has_one_worker_and_the_shares_differ_by_one_at_most(members, partitions):
     for projector in PROJECTORS:
-        able = {one.worker for one in members if projector in one.projectors}
+        able = {member.worker for member in members if projector in member.projectors}
 
         owners = shared_out(members, projector, partitions)
 
@@ -44,7 +44,7 @@ def test_every_partition_has_one_worker_and_the_shares_differ_by_one_at_most(mem
 
 @given(members, partitions)
 def test_projectors_that_the_same_workers_have_stay_together(members, partitions):
-    alike = [one._replace(projectors=PROJECTORS) for one in members]
+    alike = [member._replace(projectors=PROJECTORS) for member in members]
 
     owners = [shared_out(alike, projector, partitions) for projector in PROJECTORS]
 

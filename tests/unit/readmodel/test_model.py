@@ -249,7 +249,7 @@ def test_a_name_or_value_cannot_leave_its_quotes():
 
 
 def test_every_projector_is_found_once_and_in_order():
-    names = [one.name for one in discover()]
+    names = [projector.name for projector in discover()]
 
     assert names == sorted(set(names))
     assert {"orders", "executions"} <= set(names)
@@ -264,7 +264,7 @@ def test_two_projectors_of_one_name_are_refused(monkeypatch):
         discover.__wrapped__()
 
 
-@pytest.mark.parametrize("projector", discover(), ids=lambda one: one.name)
+@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
 def test_every_table_and_column_has_a_comment_and_its_projectors_name(projector):
     for table in projector.tables:
         assert table.comment

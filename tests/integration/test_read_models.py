@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.projectors import discover
-from tests.given import Given, contents, moment, sample_events, some_id
+from tests.given import Given, contents, event, moment, sample_events, some_id
 
 pytestmark = pytest.mark.both_postgres
 

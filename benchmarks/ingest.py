@@ -16,7 +16,7 @@ from benchmarks.report import Pairs, Section, bars, table
 from benchmarks.rivals.naive import rival as loop
 from benchmarks.stage import Finished, Stage
 from pipeline.db import open_engine, transaction
-from pipeline.log import ownership
+from pipeline.log import segments
 from pipeline.log.tables import events
 from pipeline.partitions import NextOffset
 from pipeline.settings import Settings
@@ -111,5 +111,5 @@ def _make_segment(database: Database, topic: str) -> None:
     engine = open_engine(database.url, application="benchmark")
     span: int = Settings.model_fields["segment_offsets"].default
     with transaction(engine) as db:
-        ownership.make_segment(db, topic, NextOffset(0), span)
+        segments.make_segment(db, topic, NextOffset(0), span)
     engine.dispose()

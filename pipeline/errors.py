@@ -1,4 +1,4 @@
-"""The errors, grouped by what the caller does next, and the exit codes they lead to.
+"""The errors, grouped by what the caller does next, and their exit codes.
 
 No message carries a payload, a key, a header or a secret.
 """
@@ -11,7 +11,7 @@ from pipeline.partitions import Epoch, NextOffset, Partition
 
 
 class ExitCode(IntEnum):
-    """What a command tells the shell; 65 and up are those of BSD's ``sysexits.h``."""
+    """Exit codes of commands; 65 and above are those of BSD's ``sysexits.h``."""
 
     DONE = 0
     FOUND = 1
@@ -30,7 +30,7 @@ class PipelineError(Exception):
 
 
 class ConfigurationError(PipelineError):
-    """A setting, a right or the schema is wrong; repeating does not help, an operator does.
+    """A setting, a right or the schema is wrong; repeating does not help, an operator must act.
 
     Attributes:
         is_login: A server refused our login. Each further attempt counts against the account.
@@ -44,7 +44,7 @@ class ConfigurationError(PipelineError):
 
 
 class TransientError(PipelineError):
-    """A server is away or picked us to end a conflict. Nothing is lost; repeat the batch.
+    """A server is unavailable, or ended this transaction to resolve a conflict. Repeat the batch.
 
     Attributes:
         sqlstate: PostgreSQL's code, None where the connection broke without one.
@@ -58,14 +58,14 @@ class TransientError(PipelineError):
 
 
 class LockHeldError(TransientError):
-    """Somebody holds what we asked for (SQLSTATE 55P03). It will be free; do something else."""
+    """Another session holds the lock (SQLSTATE 55P03). Try again later."""
 
 
 class PoisonRecordError(PipelineError):
-    """The data is at fault, however often it is tried. Set the record aside and go on.
+    """The data is wrong, however often it is tried. Put the record aside and continue.
 
     Attributes:
-        sqlstate: PostgreSQL's code for the fault.
+        sqlstate: PostgreSQL's code for the error.
         column: The column concerned, where PostgreSQL or a projector names it.
     """
 
@@ -76,11 +76,11 @@ class PoisonRecordError(PipelineError):
 
 
 class MissingSegmentError(PipelineError):
-    """No segment of the log covers a row's offset (SQLSTATE 23514). Make it and repeat."""
+    """No segment of the log covers a row's offset (SQLSTATE 23514). Create it and repeat."""
 
 
 class FencedError(PipelineError):
-    """A newer owner holds the partition, or its offset is not what we left. Nothing was written.
+    """A newer owner has the partition, or its next offset has changed. Nothing was written.
 
     Attributes:
         partition: The partition that was refused.
@@ -90,47 +90,55 @@ class FencedError(PipelineError):
     exit_code = ExitCode.FENCED
 
     def __init__(self, partition: Partition, *, held: Epoch) -> None:
-        super().__init__(f"{partition}: epoch {held} is no longer the owner")
+        super().__init__(
+            f"{partition}: another worker has claimed it, or its next offset was changed, after "
+            f"epoch {held}. Nothing was written"
+        )
         self.partition = partition
         self.held = held
 
 
 class GroupFencedError(PipelineError):
-    """Another process keeps taking this member's place in the group, or what is ours."""
+    """Another process repeatedly takes this member's place in the group, or its partitions."""
 
     exit_code = ExitCode.FENCED
 
 
 class MemberReplacedError(GroupFencedError):
-    """Kafka has given this member's place to another one of the same ``GROUP_INSTANCE_ID``.
+    """Kafka has given this member's place to another member with its ``GROUP_INSTANCE_ID``.
 
-    That other one may be ourselves: after a pause of the brokers the client asks twice, or with a
-    request of before (seen with librdkafka 2.16, a group of one member, Apache Kafka 4.4).
+    The other member may be this process: after a pause of the brokers the client joins twice, or
+    with an old request (seen with librdkafka 2.16, a group of one member, Apache Kafka 4.4).
     """
 
 
 class RefusedError(PipelineError):
-    """Going on would lose or mix up data; an operator must decide.
+    """Continuing would lose or mix up data; an operator must decide.
 
     Attributes:
-        partition: The partition that stands still.
+        partition: The partition that is halted.
+        what: What happened and what it means.
+        fix: What to do.
     """
 
     exit_code = ExitCode.REFUSED
 
-    def __init__(self, partition: Partition, message: str) -> None:
-        super().__init__(f"{partition}: {message}")
+    def __init__(self, partition: Partition, what: str, fix: str) -> None:
+        super().__init__(f"{partition}: {what}. {fix}")
         self.partition = partition
+        self.what = what
+        self.fix = fix
 
 
 class RetentionGapError(RefusedError):
-    """Kafka has deleted records that we had not read."""
+    """Kafka has deleted records that were not read."""
 
     def __init__(self, partition: Partition, *, expected: NextOffset, low: NextOffset) -> None:
         super().__init__(
             partition,
-            f"expected to read on at offset {expected}, but Kafka's first record is at {low}: "
-            f"{low - expected} offsets are gone. See `pipeline gaps list`; to go on behind them: "
+            f"expected to continue at offset {expected}, but Kafka's first record is at {low}: "
+            f"{low - expected} offsets are lost",
+            "See `pipeline gaps list`; to continue after them: "
             f"`pipeline gaps accept {partition.topic}:{partition.number}`",
         )
         self.expected = expected
@@ -143,8 +151,9 @@ class RecreatedTopicError(RefusedError):
     def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
         super().__init__(
             partition,
-            f"expected {expected}, found {found}: the topic was deleted and made anew. Its offsets "
-            "name other records now; ingest it under another topic name or into another database",
+            f"expected {expected}, found {found}: the topic was deleted and recreated. Its offsets "
+            "name other records now",
+            "Ingest it under another topic name or into another database",
         )
 
 
@@ -156,29 +165,31 @@ class TruncatedTopicError(RefusedError):
             partition,
             f"expected {expected}, found {found}: the topic is the same, but Kafka has lost "
             "records of it that are in the log (an unclean leader election, a lost disk). Their "
-            "offsets name other records now, or will; ingest it into another database",
+            "offsets name other records now, or will",
+            "Ingest it into another database",
         )
 
 
 class DeletedTopicError(RefusedError):
-    """The topic is gone, or hidden from this user; it may come back."""
+    """The topic does not exist, or is hidden from this user; it may come back."""
 
     def __init__(self, partition: Partition) -> None:
         super().__init__(
             partition,
-            "its topic does not exist any more, or is hidden from this user. It goes on when the "
-            "topic is there again; if it is gone for good, take it out of PIPELINE_TOPICS",
+            "its topic no longer exists, or is hidden from this user. The partition continues when "
+            "the topic exists again",
+            "If the topic is deleted for good, remove it from PIPELINE_TOPICS",
         )
 
 
 class ForbiddenTopicError(RefusedError):
-    """Kafka does not let this user see or read the topic; it continues once the right is there."""
+    """Kafka does not let this user see or read the topic; it continues once the right exists."""
 
     exit_code = ExitCode.CONFIGURATION
 
     def __init__(self, partition: Partition, why: str) -> None:
         super().__init__(
-            partition, f"{why}. Nothing is lost; reading continues when the right is there"
+            partition, why, "Nothing is lost; reading continues when the right is granted"
         )
 
 
@@ -188,8 +199,9 @@ class WrongClusterError(RefusedError):
     def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
         super().__init__(
             partition,
-            f"expected Kafka cluster {expected}, found {found}: check "
-            "PIPELINE_KAFKA_BOOTSTRAP_SERVERS and PIPELINE_DATABASE_URL, one points elsewhere",
+            f"expected Kafka cluster {expected}, found {found}",
+            "Check PIPELINE_KAFKA_BOOTSTRAP_SERVERS and PIPELINE_DATABASE_URL: one of them is "
+            "wrong",
         )
 
 
@@ -200,12 +212,13 @@ class SharedGroupError(RefusedError):
         super().__init__(
             partition,
             f"consumer group {group!r} also feeds database {found}, this one is {expected}: each "
-            "would get a part of the events. Give each database its own PIPELINE_GROUP_ID",
+            "would get a part of the events",
+            "Give each database its own PIPELINE_GROUP_ID",
         )
 
 
 class CopiedDatabaseError(PipelineError):
-    """The group feeds a copy of this database, or what it was copied from, at this moment."""
+    """The group feeds a copy of this database, or its original, at this moment."""
 
     exit_code = ExitCode.REFUSED
 
@@ -214,32 +227,32 @@ class CopiedDatabaseError(PipelineError):
     ) -> None:
         known = f" It last registered in {other}." if other else ""
         super().__init__(
-            f"consumer group {group!r} has a living member that does not write to this database: "
+            f"consumer group {group!r} has an active member that does not write to this database: "
             f"{member}.{known} This database is {here}, identity {installation}. One of the two is "
             "a copy of the other, or this one was moved while the old one still runs; each would "
             "get a part of the events. This worker leaves the group and loses nothing: its "
-            "database holds where it resumes. If this is a copy, give it a PIPELINE_GROUP_ID of "
+            "database holds the next offsets. If this is a copy, give it a PIPELINE_GROUP_ID of "
             "its own. If this database was moved, stop the workers of the old one and start again. "
             'See Operations, "Backups, copies and moves"'
         )
 
 
 class InvariantError(PipelineError):
-    """What must be impossible has happened. Stop, keep everything, wake a human."""
+    """Something that must be impossible has happened. Stop, keep everything, wake a person."""
 
     exit_code = ExitCode.INVARIANT
 
 
 POISON_SQLSTATES = frozenset({"23502", "23503", "23514", "54000", "54001"})
-"""Besides class 22 (data exception), the only codes for which a record itself is to blame."""
+"""Besides class 22 (data exception), the only codes of errors that the record itself causes."""
 
 
 DEADLOCK = "40P01"
-"""SQLSTATE of a transaction that was ended, so that others it waited for crosswise go on."""
+"""SQLSTATE of a transaction that was ended to resolve a deadlock."""
 
 
 def is_poison(sqlstate: str) -> bool:
-    """Whether the data is at fault, so that repeating the statement cannot help."""
+    """Whether the data is wrong, so that repeating the statement cannot help."""
     return sqlstate.startswith("22") or sqlstate in POISON_SQLSTATES
 
 
@@ -264,7 +277,7 @@ def from_sqlstate(sqlstate: str, message: str, *, column: str | None = None) -> 
 def server_error(
     cause: Cause, message: str, *, sqlstate: str | None = None
 ) -> TransientError | ConfigurationError:
-    """The error of a server that does not serve us, by what a command does about it."""
+    """The error of a server that does not serve us, by what a command must do."""
     match cause.verdict:
         case causes.Verdict.OUTAGE:
             return TransientError(message, sqlstate=sqlstate)

@@ -1,6 +1,5 @@
 """Unavailable servers: how long one is waited for, how often it is tried, and what the log says."""
 
-import random
 import re
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from datetime import timedelta
 
 import structlog
 
+from pipeline.backoff import LOGIN_RETRY_S, SERVER
 from pipeline.errors import ConfigurationError, PipelineError
 
 log = structlog.get_logger(__name__)
@@ -16,10 +16,6 @@ UNAVAILABLE_S_MAX = 60.0
 """How long a one-shot command waits for a server that is unavailable."""
 GRACE_S = 60.0
 """How long a refused login or a missing right may last while we run: passwords get rotated."""
-RETRY_S_MIN, RETRY_S_MAX = 0.1, 10.0
-"""Wait before an unavailable server is tried again; it doubles in between."""
-LOGIN_RETRY_S = 15.0
-"""Wait before a refused login is tried again: accounts are locked after too many."""
 REPORTS_S = (60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 """When a long outage is logged again, since its beginning; after the last, every such time."""
 
@@ -78,9 +74,7 @@ class OutagePolicy:
         self._failures += 1
         if isinstance(error, ConfigurationError) and error.is_login:
             return LOGIN_RETRY_S
-        pause = min(RETRY_S_MAX, RETRY_S_MIN * 2.0 ** min(self._failures - 1, 10))
-        # So that many workers do not come back in the same moment.
-        return pause * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+        return SERVER.random_wait_s(self._failures)
 
     def on_success(self) -> None:
         """The servers are available: the next error begins a new outage."""

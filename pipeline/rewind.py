@@ -1,12 +1,13 @@
-"""Rewind: read Kafka again from an earlier place; fill what the log lacks, compare what it has.
+"""Rewind: read Kafka again from an earlier offset; fill what the log lacks, compare the rest.
 
-1. a plan, without touching anything: from where to where, for each partition
+1. a plan, which changes nothing: from where to where, for each partition
 2. for each partition: read the range again, outside the consumer group; stage and compare it
-3. one transaction: what is missing comes into the log, its beginning moves, and the projectors'
-   checkpoints move back, so that read models take what is new as if it had always been there
+3. one transaction: missing records are inserted into the log, its first offset moves, and the
+   projectors' checkpoints move back, so that read models take these records as if they had always
+   been in the log
 
-Ingestion goes on meanwhile: it writes behind ``next_offset``, a rewind before it. A rewind that is
-killed has done nothing for the partition in hand; the same command begins that one anew.
+Ingestion continues meanwhile: it writes after ``next_offset``, a rewind before it. A rewind that is
+killed has changed nothing for its current partition; the same command starts that one again.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,19 +16,19 @@ from datetime import datetime
 from typing import Literal
 
 import structlog
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import RefusedError
 from pipeline.events import read
-from pipeline.ingest.claim import another_topic
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.kafka import Brokers, Watermarks
-from pipeline.log import ownership
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Claim, Source
+from pipeline.log.offsets import LoggedPartition, logged_partitions
+from pipeline.log.origin import KafkaPartition, last_record, why_other_topic
+from pipeline.log.search import count, recent
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.settings import Settings
@@ -35,18 +36,13 @@ from pipeline.settings import Settings
 log = structlog.get_logger(__name__)
 
 RETENTION_RACES_MAX = 3
-"""How often a range is begun anew because retention took its beginning while it was read."""
-
-LOGGED = text("""
-SELECT count(*) FROM pipeline.events
-WHERE topic = :topic AND "partition" = :number AND "offset" >= :first AND "offset" < :end
-""")
+"""How often a range is restarted because retention deleted its beginning while it was read."""
 
 Goal = Literal["earliest"] | NextOffset | datetime
 """Where to rewind to: all that Kafka has, an offset, or the first record at or after a time."""
 
 Observe = Callable[[int, int], None]
-"""Told how many offsets of how many are done."""
+"""Called with how many offsets of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Step:
     Attributes:
         held: What the log holds, from its beginning to its next offset.
         there: What Kafka has.
-        wanted: Where the rewind was asked to begin.
+        wanted: The requested first offset.
         offsets: What is read again; empty where Kafka has nothing of it.
         logged: How many of these offsets are in the log already.
     """
@@ -72,7 +68,7 @@ class Step:
 def plan(
     engine: Engine, brokers: Brokers, partitions: Collection[Partition], to: Goal
 ) -> list[Step]:
-    """What a rewind would do; nothing is touched.
+    """What a rewind would do; nothing is changed.
 
     Args:
         engine: The database.
@@ -81,9 +77,9 @@ def plan(
         to: Where to.
 
     Raises:
-        RefusedError: The topic, or the cluster, is not the one that the log was read from, or it is
-            gone.
-        TransientError: A server is away.
+        RefusedError: The topic, or the cluster, is not the one that the log was read from, or the
+            topic no longer exists.
+        TransientError: A server is unavailable.
     """
     cluster_id = brokers.cluster_id()
     topic_ids = brokers.topic_ids({partition.topic for partition in partitions})
@@ -94,11 +90,11 @@ def plan(
             if partition.number >= counts.get(partition.topic, 0):
                 raise brokers.missing_topic_error(partition)
             with transaction(engine) as db:
-                claim = ownership.recorded(db)[partition]
-                last = ownership.last_record(db, partition, claim.next_offset)
+                claim = logged_partitions(db)[partition]
+                last = last_record(db, partition, claim.next_offset)
             there = brokers.watermarks(partition)
-            source = Source(cluster_id, topic_ids.get(partition.topic), *there)
-            if refusal := another_topic(reader, partition, claim, source, last):
+            source = KafkaPartition(cluster_id, topic_ids.get(partition.topic), *there)
+            if refusal := why_other_topic(partition, claim, last, source, reader.record_at):
                 raise refusal
             steps.append(_step(engine, brokers, partition, claim, there, to))
     return steps
@@ -108,7 +104,7 @@ def _step(
     engine: Engine,
     brokers: Brokers,
     partition: Partition,
-    claim: Claim,
+    claim: LoggedPartition,
     there: Watermarks,
     to: Goal,
 ) -> Step:
@@ -117,8 +113,7 @@ def _step(
     begin = min(end, max(wanted, there.low))
     offsets = OffsetRange(NextOffset(begin), end)
     with transaction(engine) as db:
-        place = {"topic": partition.topic, "number": partition.number}
-        logged = db.execute(LOGGED, {**place, "first": begin, "end": end}).scalar_one()
+        logged = count(db, partition, offsets)
     held = OffsetRange(claim.first_offset, end)
     return Step(partition, held, there, NextOffset(wanted), offsets, logged)
 
@@ -130,7 +125,7 @@ def _wanted(
         case "earliest":
             return there.low
         case datetime() as moment:
-            # Kafka takes negative numbers for its own words, "the end" among them.
+            # Kafka uses negative numbers as keywords, for the end, for example.
             milliseconds = max(0, int(moment.timestamp() * 1000))
             found = brokers.offset_at(partition, milliseconds)
             return end if found is None else min(found, end)
@@ -145,23 +140,23 @@ def execute(
     steps: Sequence[Step],
     observe: Observe = lambda _done, _total: None,
 ) -> Iterator[tuple[Step, Comparison]]:
-    """Do it, partition by partition; what was found in each comes as soon as it is done.
+    """Do it, partition by partition; each comparison is returned as soon as it is done.
 
-    What differs is told and stays as it is: the log is append-only.
+    Records that differ are reported and stay as they are: the log is append-only.
 
     Raises:
         RewindRunsError: Another rewind of a partition is running.
-        RefusedError: Retention takes the range faster than it can be read.
-        TransientError: A server went away. The partition in hand is as it was; repeat.
+        RefusedError: Retention deletes the range faster than it can be read.
+        TransientError: A server became unavailable. The current partition is unchanged; repeat.
     """
     total, before = sum(step.offsets.span for step in steps), 0
 
-    def told(done: int) -> None:
+    def report(done: int) -> None:
         observe(before + done, total)
 
     for step in steps:
         if step.offsets.span:
-            yield step, _rewind(engine, brokers, settings, step, told)
+            yield step, _rewind(engine, brokers, settings, step, report)
         before += step.offsets.span
 
 
@@ -170,14 +165,14 @@ def _rewind(
     brokers: Brokers,
     settings: Settings,
     step: Step,
-    told: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> Comparison:
     partition, offsets = step.partition, step.offsets
     for _ in range(RETENTION_RACES_MAX):
         with Staging.alone(engine, partition) as staging:
-            begins = compare(engine, brokers, settings, staging, offsets, keep=True, told=told)
+            begins = compare(engine, brokers, settings, staging, offsets, keep=True, report=report)
             if begins != offsets.first:
-                # Retention took the beginning while it was read. The log must have no hole.
+                # Retention deleted the beginning while it was read. The log must have no hole.
                 offsets = offsets._replace(first=max(begins, brokers.watermarks(partition).low))
                 continue
             failpoints.reach("before_fill")
@@ -201,8 +196,8 @@ def _rewind(
             return found
     raise RefusedError(
         partition,
-        f"Kafka's retention deletes from offset {step.offsets.first} on faster than it can be "
-        "read; rewind to a later place",
+        f"Kafka's retention deletes from offset {step.offsets.first} on faster than it can be read",
+        "Rewind to a later offset",
     )
 
 
@@ -214,7 +209,7 @@ def compare(
     offsets: OffsetRange,
     *,
     keep: bool,
-    told: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> NextOffset:
     """Read a range of a partition again and compare it with the log.
 
@@ -222,27 +217,27 @@ def compare(
         engine: The database.
         brokers: Kafka.
         settings: How records become rows.
-        staging: Of that partition; takes what is found.
+        staging: Of that partition; collects what is found.
         offsets: Within what Kafka has.
-        keep: Hold what is missing in the log, to be filled in.
-        told: Told how many offsets are done.
+        keep: Keep what is missing in the log, to insert it later.
+        report: Called with how many offsets are done.
 
     Returns:
-        Where the part begins that was read without a hole: behind the last offset that retention
-        took meanwhile.
+        Where the part begins that was read without a hole: after the last offset that retention
+        deleted meanwhile.
     """
     partition, size = staging.partition, settings.repeat_window
     with transaction(engine) as db:
-        window = RepeatWindow(size, ownership.recent(db, partition, offsets.first, size))
-    begins = behind = offsets.first
+        window = RepeatWindow(size, recent(db, partition, offsets.first, size))
+    begins = end = offsets.first
     for batch in brokers.read(partition, offsets):
-        if batch.offsets.first != behind:
+        if batch.offsets.first != end:
             begins = batch.offsets.first
-        behind = batch.offsets.end
+        end = batch.offsets.end
         rows = [
             encode(window.mark(read(record, keep_raw=settings.keep_raw)))
             for record in batch.records
         ]
         staging.compare(batch.offsets, rows, keep=keep)
-        told(behind - offsets.first)
-    return begins if behind == offsets.end else offsets.end
+        report(end - offsets.first)
+    return begins if end == offsets.end else offsets.end

@@ -17,9 +17,10 @@ from pipeline import events as reading
 from pipeline.db import open_engine, transaction
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import append as writing
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.readmodel import Projector
@@ -174,9 +175,9 @@ class Log:
         return [Offset(row.offset) for row in rows]
 
     def _claim(self, db: Any, place: Partition) -> None:
-        ownership.begin(db, place, NextOffset(0))
-        claim = ownership.claim(db, place, Owner(group="tests", member="tests"))
-        ownership.make_segment(db, place.topic, claim.next_offset, SEGMENT)
+        offsets.begin(db, place, NextOffset(0))
+        claim = offsets.claim(db, place, Owner(group="tests", member="tests"))
+        make_segment(db, place.topic, claim.next_offset, SEGMENT)
         self._held[place] = claim.epoch
         self._next[place] = claim.next_offset
         self._windows[place] = RepeatWindow(REPEAT_WINDOW, [])

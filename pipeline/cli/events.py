@@ -15,7 +15,8 @@ from sqlalchemy import Engine
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.terminal import NOTHING, emit, moment, say
 from pipeline.db import transaction
-from pipeline.log.search import Found, Wanted, first_since, follow, newest, ranges
+from pipeline.log.offsets import ranges
+from pipeline.log.search import Found, Wanted, first_since, follow, newest
 from pipeline.log_events import printable
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.schema.migrate import check_schema

@@ -8,8 +8,8 @@ from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.events import parse_place
 from pipeline.cli.terminal import Mark, emit, say, table
 from pipeline.db import transaction
-from pipeline.log.ownership import OPEN_GAPS, accept_gap
-from pipeline.log.search import ranges
+from pipeline.log.gaps import accept_gap, all_gaps
+from pipeline.log.offsets import ranges
 from pipeline.schema.migrate import check_schema
 
 gaps = typer.Typer(
@@ -36,10 +36,7 @@ def list_gaps(ctx: typer.Context, as_json: _AsJson = False) -> None:
     with database_of(settings_of(ctx), "gaps", read_only=True) as engine:
         check_schema(engine)
         with transaction(engine) as db:
-            found = [
-                {str(name): value for name, value in row.items()}
-                for row in db.execute(OPEN_GAPS).mappings()
-            ]
+            found = all_gaps(db)
     if as_json:
         emit(found)
         return

@@ -14,7 +14,8 @@ from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.kafka import Brokers
 from pipeline.log.compare import Comparison
-from pipeline.log.search import Wanted, ranges
+from pipeline.log.offsets import ranges
+from pipeline.log.search import Wanted
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.rewind import Goal, Step, execute, plan
 from pipeline.schema.migrate import check_schema, check_tables

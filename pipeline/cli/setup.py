@@ -7,7 +7,14 @@ import typer
 
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import emit, say
-from pipeline.health.check import Finding, Standing, Worth, examine, exit_code, worth
+from pipeline.health.check import (
+    PromiseStatus,
+    Result,
+    Standing,
+    exit_code,
+    promise_statuses,
+    run_checks,
+)
 from pipeline.log_events import printable
 from pipeline.projectors import discover
 from pipeline.schema import migrate as schema
@@ -104,7 +111,7 @@ def _print_roles(planned: schema.Migrated, *, as_json: bool) -> None:
     "is broken; 69 a server is away; 78 a setting, a right or the schema is wrong."
 )
 def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
-    """Say what is right and wrong, and what is at risk.
+    """Show what is right and wrong, and what is at risk.
 
     On both sides, with what to do. Versions, durability, TLS, login, rights, schema, append-only
     triggers, read models; topics, group, replication, retention against
@@ -116,32 +123,30 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
     $ pipeline check
     """
     settings = settings_of(ctx)
-    found = []
-    for finding in examine(settings, discover()):
-        found.append(finding)
+    results = []
+    for result in run_checks(settings, discover()):
+        results.append(result)
         if not as_json:
-            _tell(finding)
-    promises = worth(found)
+            _show(result)
+    promises = promise_statuses(results)
     if as_json:
-        is_ok = not any(one.level == "wrong" for one in found)
-        emit({"ok": is_ok, "findings": found, "promises": promises})
+        is_ok = not any(result.level == "error" for result in results)
+        emit({"ok": is_ok, "results": results, "promises": promises})
     else:
         typer.echo("\nGuarantees, in this installation:")
         for promise in promises:
-            _tell_promise(promise)
-        levels, standings = (
-            Counter(one.level for one in found),
-            Counter(one.standing for one in promises),
-        )
+            _show_promise(promise)
+        levels = Counter(result.level for result in results)
+        counts = Counter(promise.standing for promise in promises)
         say(
-            f"{levels['ok']} ok, {levels['unknown']} not told, {levels['warning']} warnings, "
-            f"{levels['wrong']} wrong. Guarantees: "
-            f"{', '.join(f'{standings[one]} {one}' for one in Standing if standings[one])}."
+            f"{levels['ok']} ok, {levels['unknown']} unknown, {levels['warning']} warnings, "
+            f"{levels['error']} errors. Guarantees: "
+            f"{', '.join(f'{counts[state]} {state}' for state in Standing if counts[state])}."
         )
-    raise typer.Exit(exit_code(found))
+    raise typer.Exit(exit_code(results))
 
 
-_SIGNS = {"ok": "✓", "unknown": "?", "warning": "!", "wrong": "✗"}
+_SIGNS = {"ok": "✓", "unknown": "?", "warning": "!", "error": "✗"}
 _SIGN_OF_STANDING = {
     Standing.HOLDS: "✓",
     Standing.NOT_KNOWN: "?",
@@ -150,13 +155,12 @@ _SIGN_OF_STANDING = {
 }
 
 
-def _tell(finding: Finding) -> None:
-    remedy = f" → {finding.remedy}" if finding.remedy else ""
-    line = f"{_SIGNS[finding.level]} {finding.level:<7}  {finding.area}: {finding.text}{remedy}"
-    typer.echo(printable(line))
+def _show(result: Result) -> None:
+    fix = f" → {result.problem.fix}" if result.problem else ""
+    typer.echo(printable(f"{_SIGNS[result.level]} {result.level:<7}  {result}{fix}"))
 
 
-def _tell_promise(one: Worth) -> None:
-    reasons = f": {'; '.join(one.reasons)}" if one.reasons else ""
-    line = f"{_SIGN_OF_STANDING[one.standing]} {one.standing:<9}  {one.promise}{reasons}"
-    typer.echo(printable(line))
+def _show_promise(promise: PromiseStatus) -> None:
+    reasons = f": {'; '.join(promise.reasons)}" if promise.reasons else ""
+    sign = _SIGN_OF_STANDING[promise.standing]
+    typer.echo(printable(f"{sign} {promise.standing:<9}  {promise.promise}{reasons}"))

@@ -23,7 +23,8 @@ from pipeline.cli.terminal import (
     table,
 )
 from pipeline.errors import ExitCode, TransientError
-from pipeline.health.status import PartitionStatus, ProjectorStatus, Recent, Status, Trouble, look
+from pipeline.health.problem import Problem
+from pipeline.health.status import PartitionStatus, ProjectorStatus, Recent, Status, read_status
 from pipeline.log_events import printable
 from pipeline.partitions import Partition
 from pipeline.projectors import discover
@@ -85,7 +86,7 @@ def status(
     with database_of(settings, "status", read_only=True, answers_soon=True) as engine:
         check_schema(engine)
         if not watch:
-            seen = look(engine, discover())
+            seen = read_status(engine, discover())
             show(seen)
             raise typer.Exit(ExitCode.DONE if seen.ok else ExitCode.FOUND)
         try:
@@ -99,7 +100,7 @@ def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None
     seen: Status | None = None
     while True:
         try:
-            seen = look(engine, discover())
+            seen = read_status(engine, discover())
         except TransientError as error:
             # What is on the screen is no longer so.
             if console.is_terminal:
@@ -142,19 +143,19 @@ def _show(seen: Status) -> None:
         )
         typer.echo()
     _show_recent(seen.recent)
-    _show_troubles(seen.troubles)
+    _show_problems(seen.problems)
 
 
-def _show_troubles(troubles: Iterable[Trouble]) -> None:
-    """What is the same of many partitions or read models is told once."""
+def _show_problems(problems: Iterable[Problem]) -> None:
+    """Partitions or read models with the same problem share its lines."""
     subjects: dict[tuple[str, str, str], list[str]] = {}
-    for trouble in troubles:
-        same = (trouble.severity, trouble.text, trouble.remedy)
-        subjects.setdefault(same, []).append(trouble.subject)
-    for (severity, text, remedy), of in subjects.items():
-        sign = "✗" if severity == "wrong" else "!"
-        typer.echo(f"\n{sign} " + printable(f"{', '.join(of)}: {text}"))
-        typer.echo(printable(f"  → {remedy}"))
+    for problem in problems:
+        same = (problem.severity, problem.what, problem.fix)
+        subjects.setdefault(same, []).append(problem.subject)
+    for (severity, what, fix), of in subjects.items():
+        sign = "✗" if severity == "error" else "!"
+        typer.echo(f"\n{sign} " + printable(f"{', '.join(of)}: {what}"))
+        typer.echo(printable(f"  → {fix}"))
 
 
 def _partition_row(one: PartitionStatus, now: datetime) -> list[Cell]:

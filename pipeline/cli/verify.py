@@ -78,7 +78,7 @@ def verify(
                 if not as_json:
                     _show(evidence)
     wrong = [one for one in found if one.wrong]
-    unexamined = [one for one in found if not one.complete]
+    unexamined = [evidence for evidence in found if not evidence.is_complete]
     if as_json:
         emit({"ok": not wrong and not unexamined, "evidence": found})
     else:
@@ -93,24 +93,22 @@ def _show(evidence: Iterable[Evidence]) -> None:
         of = list(same)
         wrong = [one for one in of if one.wrong]
         examined = sum(one.examined for one in of)
-        sign = "✗" if wrong else "✓" if all(one.complete for one in of) else "?"
-        typer.echo(f"{sign} {part}: {claim}: {examined:,} looked at")
+        sign = "✗" if wrong else "✓" if all(one.is_complete for one in of) else "?"
+        typer.echo(f"{sign} {part}: {claim}: {examined:,} examined")
         for one in of:
             where = f" at {offsets(one.intervals)}" if one.intervals else ""
-            if one.wrong:
-                words = f": {one.words}" if one.words else ""
-                line = f"    {one.subject}: {one.wrong:,} wrong{where}{words}"
-                typer.echo(printable(line))
-            elif not one.complete:
-                typer.echo(printable(f"    {one.subject}: not examined: {one.words}"))
-            elif one.words:
-                typer.echo(printable(f"    {one.subject}: {one.words}"))
+            if one.problem:
+                wrong_here = f"{one.wrong:,} wrong{where}" if one.wrong else "not examined"
+                line = f"    {one.subject}: {wrong_here}: {one.problem.what}"
+                typer.echo(printable(f"{line} → {one.problem.fix}"))
+            elif one.note:
+                typer.echo(printable(f"    {one.subject}: {one.note}"))
 
 
 def _verdict(wrong: Sequence[Evidence], unexamined: Sequence[Evidence]) -> str:
     if not wrong and unexamined:
         return "What was examined holds. Not everything could be examined: see above."
     if not wrong:
-        return "Everything that was looked at holds."
+        return "Everything that was examined holds."
     claims = len({(one.part, one.claim) for one in wrong})
     return f"{claims} of the claims {'does' if claims == 1 else 'do'} not hold."

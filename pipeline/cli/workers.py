@@ -16,15 +16,15 @@ import structlog
 import typer
 
 from pipeline import log_events
+from pipeline.backoff import Backoff
 from pipeline.errors import ExitCode
 from pipeline.signals import IMPATIENT, ending, exit_code_of
 
 log = structlog.get_logger("pipeline.cli")
 
 WORKERS_MAX = 64
-AGAIN_S_MIN = 1.0
-AGAIN_S_MAX = 60.0
-"""Pause before a worker that died is started again: doubled with each death that follows."""
+RESTART = Backoff(first_s=1.0, longest_s=60.0)
+"""Before a worker that died is started again."""
 STEADY_S = 60.0
 """A worker that lived for so long begins anew with the pauses."""
 DEATHS_MAX = 5
@@ -146,7 +146,7 @@ class _Parent:
         if time.monotonic() - life.begun_at > STEADY_S:
             self._deaths[life.worker] = 0
         self._deaths[life.worker] += 1
-        pause = min(AGAIN_S_MAX, AGAIN_S_MIN * 2 ** (self._deaths[life.worker] - 1))
+        pause = RESTART.wait_s(self._deaths[life.worker])
         gives_up = self._until_end and self._deaths[life.worker] >= DEATHS_MAX
         log.error(
             "worker_died",

@@ -1,27 +1,29 @@
-"""Verify: put the promises to the proof on what is there, and say where they do not hold.
+"""Verify: prove the promises on the data that exists, and report where they do not hold.
 
 1. the log against its own bookkeeping: SQL, and the digests of bytes that are kept
-2. the log against Kafka, record by record, for as far back as Kafka's retention lasts
+2. the log against Kafka, record by record, as far back as Kafka has them
 3. each read model against a replay of the log
 
-Nothing is changed, and what runs goes on: rows below a next offset never change, so each part looks
-at what was there when it began.
+Nothing is changed, and other processes continue: rows below a next offset never change, so each
+part examines what existed when it began.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Literal
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
-from pipeline.ingest.claim import another_topic
+from pipeline.health import problems
+from pipeline.health.problem import Problem, of_refusal
 from pipeline.kafka import Brokers
-from pipeline.log import ownership
-from pipeline.log.compare import Comparison, Intervals, Staging
-from pipeline.log.ownership import Claim, LastRecord, Source
+from pipeline.log import integrity
+from pipeline.log.compare import Comparison, Staging
+from pipeline.log.intervals import Intervals
+from pipeline.log.offsets import LoggedPartition, logged_partitions, range_arrays, ranges
+from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import RebuildProgress, check
@@ -30,25 +32,23 @@ from pipeline.settings import Settings
 
 Part = Literal["log", "kafka", "read models"]
 
-BYTES_ROWS = 200
-"""How many rows with their bytes are fetched at a time."""
-
 Observe = Callable[[str, int, int], None]
-"""Told what is being looked at, and how much of how much is done."""
+"""Called with what is examined, and how much of how much is done."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found of one thing.
+    """What was found about one subject.
 
     Attributes:
         part: Which of the three proofs.
         subject: A partition, a read model, or a table.
-        claim: The sentence that was put to the proof.
-        examined: How many records or rows were looked at.
+        claim: The sentence to prove.
+        examined: How many records or rows were examined.
         wrong: How many of them contradict it; 0 is the proof.
-        words: What contradicts it and what to do, or why less was examined than there is.
-        complete: Whether all that the claim is about was examined.
+        problem: What contradicts it (``error``), or why not everything was examined (``unknown``).
+            None if everything was examined and holds.
+        note: What a reader should know although it holds.
         intervals: Offsets of what contradicts it, where it has any.
     """
 
@@ -57,54 +57,27 @@ class Evidence:
     claim: str
     examined: int
     wrong: int = 0
-    words: str | None = None
+    problem: Problem | None = None
+    note: str | None = None
     intervals: Sequence[OffsetRange] = ()
-    complete: bool = True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that the claim is about was examined."""
+        return self.problem is None or self.problem.severity != "unknown"
 
 
 # -------------------------------------------------------------------------------------------- log
 
-# Each gives, for a subject, how many rows were looked at, how many are wrong, and where.
-_BOUNDS = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE outside) AS wrong,
-       min("offset") FILTER (WHERE outside) AS first, max("offset") FILTER (WHERE outside) AS last
-FROM (SELECT e.topic, e."partition", e."offset",
-             coalesce(e."offset" < o.first_offset OR e."offset" >= o.next_offset, true) AS outside
-      FROM pipeline.events e
-      LEFT JOIN pipeline.consumer_offsets o
-             ON o.topic = e.topic AND o."partition" = e."partition") AS rows
-GROUP BY topic, "partition" ORDER BY topic, "partition"
-""")
-_ENVELOPES = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE differs) AS wrong,
-       min("offset") FILTER (WHERE differs) AS first, max("offset") FILTER (WHERE differs) AS last
-FROM (SELECT topic, "partition", "offset",
-             event_type IS DISTINCT FROM payload ->> 'type'
-             OR event_id::text IS DISTINCT FROM lower(payload ->> 'id') AS differs
-      FROM pipeline.events WHERE problem IS NULL) AS rows
-GROUP BY topic, "partition" ORDER BY topic, "partition"
-""")
-_REPEATS = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE differs) AS wrong,
-       min("offset") FILTER (WHERE differs) AS first, max("offset") FILTER (WHERE differs) AS last
-FROM (SELECT e.topic, e."partition", e."offset",
-             f."offset" IS NULL OR f."offset" >= e."offset"
-             OR (f.event_id, f.digest) IS DISTINCT FROM (e.event_id, e.digest) AS differs
-      FROM pipeline.events e
-      LEFT JOIN pipeline.events f
-             ON f.topic = e.topic AND f."partition" = e."partition" AND f."offset" = e.repeat_of
-      WHERE e.repeat_of IS NOT NULL) AS rows
-GROUP BY topic, "partition" ORDER BY topic, "partition"
-""")
+# Each gives what those of the log give: see pipeline.log.integrity.
 _CHECKPOINTS = text("""
 SELECT c.projector AS subject, count(*) AS examined,
        count(*) FILTER (WHERE o.topic IS NULL OR c.next_offset > o.next_offset) AS wrong,
        NULL AS first, NULL AS last
 FROM pipeline.projection_checkpoints c
-LEFT JOIN pipeline.consumer_offsets o ON o.topic = c.topic AND o."partition" = c."partition"
+LEFT JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
+                 CAST(:ends AS bigint[])) AS o(topic, "partition", first_offset, next_offset)
+       ON o.topic = c.topic AND o."partition" = c."partition"
 GROUP BY c.projector ORDER BY c.projector
 """)
 _DEAD_LETTERS = text("""
@@ -117,30 +90,16 @@ LEFT JOIN pipeline.events e
        ON e.topic = d.topic AND e."partition" = d."partition" AND e."offset" = d."offset"
 GROUP BY d.projector ORDER BY d.projector
 """)
-_SEGMENTS = text("""
-SELECT 'pipeline.segments' AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE s.segment IS NULL OR i.relname IS NULL) AS wrong,
-       NULL AS first, NULL AS last
-FROM pipeline.segments s
-FULL JOIN (SELECT c.relname FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid
-           WHERE h.inhparent = 'pipeline.events'::regclass) i ON i.relname = s.segment
-""")
 _CLAIMS = (
-    ("every row lies between its partition's first and next offset", _BOUNDS),
-    ("a row's type and id are those of its payload", _ENVELOPES),
-    ("a repeat has an earlier row with the same bytes", _REPEATS),
-    ("every segment is attached, and known", _SEGMENTS),
-    ("no checkpoint lies behind the log's end", _CHECKPOINTS),
+    ("every row lies between its partition's first and next offset", integrity.BOUNDS),
+    ("a row's type and id are those of its payload", integrity.ENVELOPES),
+    ("a repeat has an earlier row with the same bytes", integrity.REPEATS),
+    ("every segment is attached, and registered", integrity.SEGMENTS),
+    ("no checkpoint is after the log's end", _CHECKPOINTS),
     ("every dead letter has its event", _DEAD_LETTERS),
 )
 
 _DIGESTED = "the bytes that are kept have their digest"
-# Where they are not kept, only Kafka has them.
-_WITH_BYTES = text("""
-SELECT "offset", raw, digest FROM pipeline.events
-WHERE topic = :topic AND "partition" = :number AND "offset" >= :first AND "offset" < :end
-  AND raw IS NOT NULL ORDER BY "offset"
-""")
 _AT_ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
 
@@ -148,53 +107,46 @@ def verify_log(engine: Engine, observe: Observe = lambda *_: None) -> Iterator[E
     """The log against its bookkeeping, at one moment.
 
     Raises:
-        TransientError: The server went away.
+        TransientError: The server became unavailable.
     """
     with transaction(engine) as db:
         db.execute(_AT_ONE_MOMENT)
+        arrays = range_arrays(db)
         for done, (claim, statement) in enumerate(_CLAIMS):
             observe(claim, done, len(_CLAIMS))
-            for subject, examined, wrong, first, last in db.execute(statement):
+            for subject, examined, wrong, first, last in db.execute(statement, arrays):
                 intervals = [] if first is None else [OffsetRange(first, after(Offset(last)))]
-                yield Evidence("log", subject, claim, examined, wrong, None, intervals)
-        recorded = ownership.recorded(db)
-        if not recorded:
-            yield Evidence("log", "log", _CLAIMS[0][0], 0, words="it is empty", complete=False)
-        for partition, known in recorded.items():
-            yield _digests(db, partition, known, observe)
+                problem = problems.LOG_CONTRADICTED.of(subject) if wrong else None
+                yield Evidence("log", subject, claim, examined, wrong, problem, intervals=intervals)
+        if not ranges(db):
+            yield Evidence("log", "log", _CLAIMS[0][0], 0, problem=problems.EMPTY_LOG.of("log"))
+        for partition, offsets in ranges(db).items():
 
+            def report(
+                done: int, partition: Partition = partition, span: int = offsets.span
+            ) -> None:
+                observe(f"bytes of {partition}", done, span)
 
-def _digests(db: Connection, partition: Partition, known: Claim, observe: Observe) -> Evidence:
-    examined, wrong = 0, Intervals()
-    rows = db.execution_options(yield_per=BYTES_ROWS).execute(
-        _WITH_BYTES,
-        {
-            "topic": partition.topic,
-            "number": partition.number,
-            "first": known.first_offset,
-            "end": known.next_offset,
-        },
-    )
-    joins = False
-    for offset, raw, digest in rows:
-        examined += 1
-        is_wrong = blake2b(raw, digest_size=16).digest() != digest
-        if is_wrong:
-            wrong.add(Offset(offset), joins=joins)
-        joins = is_wrong
-        if examined % BYTES_ROWS == 0:
-            span = known.next_offset - known.first_offset
-            observe(f"bytes of {partition}", offset - known.first_offset, span)
-    return Evidence("log", str(partition), _DIGESTED, examined, wrong.count, None, wrong.ranges)
+            found = integrity.wrong_digests(db, partition, offsets, report)
+            wrong = found.wrong
+            yield Evidence(
+                "log",
+                str(partition),
+                _DIGESTED,
+                found.examined,
+                wrong.count,
+                problems.LOG_CONTRADICTED.of(partition) if wrong.count else None,
+                intervals=wrong.ranges,
+            )
 
 
 # ------------------------------------------------------------------------------------------ kafka
 
 _FAITHFUL = "the log holds what Kafka holds, record by record"
-_REMEDIES = {
-    "missing": "in Kafka and not in the log: `pipeline rewind {topic}:{number} --to {first}`",
-    "changed": "in both, and not the same: find out who changed the log, or the topic",
-    "surplus": "in the log and not in Kafka: was the topic compacted, or made anew?",
+_KINDS = {
+    "missing": problems.MISSING_IN_LOG,
+    "changed": problems.DIFFERS_FROM_KAFKA,
+    "surplus": problems.MISSING_IN_KAFKA,
 }
 
 
@@ -204,16 +156,16 @@ def verify_kafka(
     """The log against Kafka, for what Kafka still has.
 
     Raises:
-        TransientError: A server went away.
+        TransientError: A server became unavailable.
     """
     with transaction(engine) as db:
-        known = ownership.recorded(db)
+        known = logged_partitions(db)
         newest = {
-            partition: ownership.last_record(db, partition, claim.next_offset)
+            partition: last_record(db, partition, claim.next_offset)
             for partition, claim in known.items()
         }
     if not known:
-        yield Evidence("kafka", "log", _FAITHFUL, 0, words="it is empty", complete=False)
+        yield Evidence("kafka", "log", _FAITHFUL, 0, problem=problems.EMPTY_LOG.of("log"))
         return
     brokers = Brokers(settings)
     try:
@@ -221,17 +173,11 @@ def verify_kafka(
         topic_ids = brokers.topic_ids({partition.topic for partition in known} & set(there))
         for partition, claim in known.items():
             if partition.number >= there.get(partition.topic, 0):
-                yield Evidence(
-                    "kafka",
-                    str(partition),
-                    _FAITHFUL,
-                    0,
-                    words="Kafka has no such partition, or hides it from this login",
-                    complete=False,
-                )
+                problem = problems.PARTITION_NOT_VISIBLE.of(partition)
+                yield Evidence("kafka", str(partition), _FAITHFUL, 0, problem=problem)
                 continue
             topic_id = topic_ids.get(partition.topic)
-            source = Source(cluster_id, topic_id, *brokers.watermarks(partition))
+            source = KafkaPartition(cluster_id, topic_id, *brokers.watermarks(partition))
             yield from _against_kafka(
                 engine, brokers, settings, partition, claim, source, newest[partition], observe
             )
@@ -244,17 +190,16 @@ def _against_kafka(
     brokers: Brokers,
     settings: Settings,
     partition: Partition,
-    claim: Claim,
-    source: Source,
+    claim: LoggedPartition,
+    source: KafkaPartition,
     last: LastRecord | None,
     observe: Observe,
 ) -> Iterator[Evidence]:
     subject = str(partition)
     with brokers.record_reader() as reader:
-        refusal = another_topic(reader, partition, claim, source, last)
+        refusal = why_other_topic(partition, claim, last, source, reader.record_at)
     if refusal is not None:
-        words = str(refusal).removeprefix(f"{subject}: ")
-        yield Evidence("kafka", subject, _FAITHFUL, 0, 1, words)
+        yield Evidence("kafka", subject, _FAITHFUL, 0, 1, of_refusal(refusal))
         return
     begin = min(claim.next_offset, max(claim.first_offset, source.low))
     offsets = OffsetRange(NextOffset(begin), claim.next_offset)
@@ -266,14 +211,16 @@ def _against_kafka(
             staging,
             offsets,
             keep=False,
-            told=lambda done: observe(subject, done, offsets.span),
+            report=lambda done: observe(subject, done, offsets.span),
         )
         found = staging.comparison
     is_compacted = "compact" in brokers.topic_settings(partition.topic).get("cleanup.policy", "")
     yield from _of_comparison(partition, found, is_compacted=is_compacted)
     if begin > claim.first_offset:
-        words = f"offsets {claim.first_offset} to {begin - 1} are no longer in Kafka"
-        yield Evidence("kafka", subject, _FAITHFUL, 0, words=words, complete=False)
+        problem = problems.NO_LONGER_IN_KAFKA.of(
+            partition, first=claim.first_offset, last=begin - 1
+        )
+        yield Evidence("kafka", subject, _FAITHFUL, 0, problem=problem)
 
 
 def _of_comparison(
@@ -285,18 +232,26 @@ def _of_comparison(
         "surplus": Intervals() if is_compacted else found.surplus,
     }
     subject = str(partition)
-    words = None
+    note = None
     if is_compacted and found.surplus.count:
-        words = f"{found.surplus.count:,} more are in the log alone: the topic is compacted"
+        note = f"{found.surplus.count:,} more are only in the log: the topic is compacted"
     if not any(intervals.count for intervals in differing.values()):
-        yield Evidence("kafka", subject, _FAITHFUL, found.read, 0, words)
+        yield Evidence("kafka", subject, _FAITHFUL, found.read, note=note)
     for kind, intervals in differing.items():
         if intervals.count:
-            words = _REMEDIES[kind].format(
-                topic=partition.topic, number=partition.number, first=intervals.ranges[0].first
-            )
             yield Evidence(
-                "kafka", subject, _FAITHFUL, found.read, intervals.count, words, intervals.ranges
+                "kafka",
+                subject,
+                _FAITHFUL,
+                found.read,
+                intervals.count,
+                _KINDS[kind].of(
+                    partition,
+                    topic=partition.topic,
+                    number=partition.number,
+                    first=intervals.ranges[0].first,
+                ),
+                intervals=intervals.ranges,
             )
 
 
@@ -312,28 +267,28 @@ def verify_read_models(
     rejected_max: int,
     observe: Observe = lambda *_: None,
 ) -> Iterator[Evidence]:
-    """Each read model against the log, as far as its checkpoints are.
+    """Each read model against the log, up to its checkpoints.
 
     Raises:
-        TransientError: The server went away.
+        TransientError: The server became unavailable.
     """
     for projector in projectors:
         name = projector.name
 
-        def told(progress: RebuildProgress, name: str = name) -> None:
+        def report(progress: RebuildProgress, name: str = name) -> None:
             observe(name, progress.done, progress.total)
 
         try:
-            found = check(engine, projector, rejected_max=rejected_max, observe=told)
+            found = check(engine, projector, rejected_max=rejected_max, observe=report)
         except TransientError:
             raise
         except PipelineError as error:
-            yield Evidence("read models", name, _REPLAYED, 0, words=str(error), complete=False)
+            problem = problems.NOT_COMPARED.of(name, error=error)
+            yield Evidence("read models", name, _REPLAYED, 0, problem=problem)
             continue
-        words = None
+        difference = None
         if found.differing:
-            words = (
-                f"{found.missing:,} rows are missing, {found.changed:,} are not the same, "
-                f"{found.surplus:,} should not be there: `pipeline rebuild {name}`"
+            difference = problems.DIFFERS_FROM_REPLAY.of(
+                name, missing=found.missing, changed=found.changed, surplus=found.surplus
             )
-        yield Evidence("read models", name, _REPLAYED, found.rows, found.differing, words)
+        yield Evidence("read models", name, _REPLAYED, found.rows, found.differing, difference)

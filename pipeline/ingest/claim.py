@@ -1,6 +1,6 @@
 """Taking a partition over: claim it, and make sure that Kafka still is what was read before."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
@@ -12,19 +12,25 @@ from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
     ForbiddenTopicError,
-    RecreatedTopicError,
     RefusedError,
     RetentionGapError,
     SharedGroupError,
     TransientError,
-    TruncatedTopicError,
-    WrongClusterError,
 )
-from pipeline.events import read
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.kafka import GroupConsumer, RecordReader, why_not_readable
-from pipeline.log import ownership
-from pipeline.log.ownership import Claim, LastRecord, Origin, Owner, Source
+from pipeline.log import offsets
+from pipeline.log.installation import installation_id
+from pipeline.log.offsets import LoggedPartition, Owner
+from pipeline.log.origin import (
+    KafkaPartition,
+    LastRecord,
+    Origin,
+    last_record,
+    why_other_origin,
+    why_other_topic,
+)
+from pipeline.log.search import recent
 from pipeline.partitions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
 
@@ -60,7 +66,7 @@ class Takeover:
         self._source = source
         self._settings = settings
         with transaction(engine) as db:
-            self.installation: UUID = ownership.installation_id(db)
+            self.installation: UUID = installation_id(db)
 
     def take(self, partitions: Collection[Partition]) -> Mapping[Partition, Taken | RefusedError]:
         """Claim partitions; those that must not go on are named with the reason, and recorded so.
@@ -107,7 +113,7 @@ class Takeover:
             ConfigurationError: A login or a right is missing.
         """
         with transaction(self._engine) as db:
-            deserted = ownership.deserted(db, topic)
+            deserted = offsets.without_reader(db, topic)
         for partition in deserted:
             self._miss(partition)
 
@@ -116,9 +122,9 @@ class Takeover:
 
     def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
         with transaction(self._engine) as db:
-            if partition.number in ownership.known_partitions(db, partition.topic):
-                claim = ownership.claim(db, partition, self._owner)
-                ownership.stand_still(db, partition, claim.epoch, refusal)
+            if partition.number in offsets.lock_origins(db, partition.topic):
+                claim = offsets.claim(db, partition, self._owner)
+                offsets.halt(db, partition, claim.epoch, refusal)
         return refusal
 
     def other_databases(self, topics: Collection[str]) -> Mapping[str, UUID]:
@@ -144,16 +150,16 @@ class Takeover:
         """Begin partitions that were never read; not those of what only has our topic's name."""
         refused: dict[Partition, RefusedError] = {}
         with transaction(self._engine) as db:
-            known = ownership.known_partitions(db, topic)
+            known = offsets.lock_origins(db, topic)
             for number in numbers:
                 if number in known:
                     continue
                 partition = Partition(topic, number)
-                if refusal := _another_origin(partition, known.values(), now):
+                if refusal := why_other_origin(partition, known.values(), now):
                     refused[partition] = refusal
                 else:
                     first = self._low(partition) if known else self._start(partition)
-                    ownership.begin(db, partition, first)
+                    offsets.begin(db, partition, first)
         return refused
 
     def _low(self, partition: Partition) -> NextOffset:
@@ -180,8 +186,8 @@ class Takeover:
     ) -> Taken | RefusedError:
         try:
             with transaction(self._engine) as db:
-                claim = ownership.claim(db, partition, self._owner)
-                last = ownership.last_record(db, partition, claim.next_offset)
+                claim = offsets.claim(db, partition, self._owner)
+                last = last_record(db, partition, claim.next_offset)
         except TransientError as error:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
                 self._end_silent_owner(partition)
@@ -189,15 +195,15 @@ class Takeover:
         # Not before the claim: the commit that it waited for may have moved past an older reading,
         # and the topic would seem to end in front of us.
         low, high = self._source.brokers.watermarks(partition)
-        source = Source(str(now.cluster_id), now.topic_id, low, high)
+        source = KafkaPartition(str(now.cluster_id), now.topic_id, low, high)
         refusal = self._objection(partition, claim, source, last, other, reader)
         with transaction(self._engine) as db:
             if refusal is not None:
-                ownership.stand_still(db, partition, claim.epoch, refusal)
+                offsets.halt(db, partition, claim.epoch, refusal)
                 return refusal
-            ownership.describe(db, partition, claim.epoch, source)
+            offsets.record_source(db, partition, claim.epoch, source)
             size = self._settings.repeat_window
-            seen = ownership.recent(db, partition, claim.next_offset, size)
+            seen = recent(db, partition, claim.next_offset, size)
         known_id = now.topic_id or claim.topic_id
         return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
 
@@ -206,7 +212,7 @@ class Takeover:
         silent_for = timedelta(milliseconds=self._settings.idle_in_transaction_timeout_ms)
         try:
             with transaction(self._engine) as db:
-                ended = ownership.end_silent_owner(db, partition, silent_for)
+                ended = offsets.end_silent_owner(db, partition, silent_for)
         except ConfigurationError as error:
             log.warning("former_owner_not_ended", partition=str(partition), reason=str(error))
             return
@@ -220,8 +226,8 @@ class Takeover:
     def _objection(
         self,
         partition: Partition,
-        claim: Claim,
-        source: Source,
+        claim: LoggedPartition,
+        source: KafkaPartition,
         last: LastRecord | None,
         other: UUID | None,
         reader: RecordReader,
@@ -234,72 +240,8 @@ class Takeover:
                 expected=str(self.installation),
                 found=str(other),
             )
-        if other_topic := another_topic(reader, partition, claim, source, last):
+        if other_topic := why_other_topic(partition, claim, last, source, reader.record_at):
             return other_topic
         if claim.next_offset < source.low:
             return RetentionGapError(partition, expected=claim.next_offset, low=source.low)
         return None
-
-
-def another_topic(
-    reader: RecordReader,
-    partition: Partition,
-    claim: Claim,
-    source: Source,
-    last: LastRecord | None,
-) -> RefusedError | None:
-    """Why Kafka is not what the log was read from; None if it is, as far as can be told.
-
-    Args:
-        reader: Reads the last stored record.
-        partition: Which.
-        claim: What the log knows of it.
-        source: What Kafka says of it now.
-        last: The newest record in the log.
-    """
-    now = Origin(source.cluster_id, source.topic_id)
-    if refusal := _another_origin(partition, [Origin(claim.cluster_id, claim.topic_id)], now):
-        return refusal
-    is_same = bool(claim.topic_id and source.topic_id)
-    if claim.next_offset > source.high:
-        return (TruncatedTopicError if is_same else RecreatedTopicError)(
-            partition,
-            expected=f"to read on at offset {claim.next_offset}",
-            found=f"a topic that ends at {source.high}",
-        )
-    return _other_record(reader, partition, last, source, is_same=is_same) if last else None
-
-
-def _other_record(
-    reader: RecordReader, partition: Partition, last: LastRecord, source: Source, *, is_same: bool
-) -> RefusedError | None:
-    """The last stored record must still be the one at its offset.
-
-    Where no topic id tells, this alone tells a topic that was made anew. And the same topic may
-    have lost its newest records and got others since.
-    """
-    if last.offset < source.low:
-        return None
-    there = reader.record_at(partition, last.offset)
-    # None: compacted away, or an aborted transaction's; then nothing can be said.
-    if there is None or read(there).digest == last.digest:
-        return None
-    return (TruncatedTopicError if is_same else RecreatedTopicError)(
-        partition,
-        expected=f"the record of the log at offset {last.offset}",
-        found="another record there",
-    )
-
-
-def _another_origin(
-    partition: Partition, recorded: Iterable[Origin], now: Origin
-) -> RefusedError | None:
-    """Why what has the topic's name now is not what was read; None if it may be the same."""
-    for cluster_id, topic_id in recorded:
-        if cluster_id not in (None, now.cluster_id):
-            return WrongClusterError(partition, expected=str(cluster_id), found=str(now.cluster_id))
-        if topic_id and now.topic_id and topic_id != now.topic_id:
-            return RecreatedTopicError(
-                partition, expected=f"topic id {topic_id}", found=now.topic_id
-            )
-    return None

@@ -23,7 +23,8 @@ from pipeline.db import transaction
 from pipeline.errors import CopiedDatabaseError
 from pipeline.kafka import GroupCommit, GroupConsumer, Member
 from pipeline.kafka.client import consumer_config
-from pipeline.log import ownership, workers
+from pipeline.log import workers
+from pipeline.log.installation import installation_id
 from pipeline.log.workers import Server
 from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
@@ -76,7 +77,7 @@ class CopyCheck:
         self._is_unsure = False
         self._beats: dict[str, set[int]] = {}
         with transaction(engine) as db:
-            self._installation = ownership.installation_id(db)
+            self._installation = installation_id(db)
             self._here = workers.here(db)
 
     @property

@@ -17,7 +17,7 @@ from pipeline.ingest.claim import Taken, Takeover
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.state import Machine
 from pipeline.kafka import GroupConsumer
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Epoch, NextOffset, Partition, lag
 
@@ -140,7 +140,7 @@ class Assignment:
             self._unreleased = {}
             try:
                 with transaction(self._engine) as db:
-                    ownership.release(db, gone.items())
+                    offsets.release(db, gone.items())
             except (TransientError, ConfigurationError) as error:
                 log.info(
                     "partitions_not_released", partitions=sorted(map(str, gone)), reason=str(error)

@@ -23,8 +23,8 @@ from pipeline.ingest.claim import Takeover
 from pipeline.ingest.membership import Assignment, tell_fenced
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Brokers
-from pipeline.log import ownership
-from pipeline.log.ownership import Watermark
+from pipeline.log import offsets
+from pipeline.log.watermarks import Watermark, kept_until, record_watermarks
 from pipeline.outages import GRACE_S
 from pipeline.partitions import Offset, Ownership, Partition
 
@@ -160,8 +160,8 @@ class Lookout:
             seen.append(Watermark(partition, owned[partition], high, retention))
 
         def note(db: Connection) -> None:
-            ownership.see_watermarks(db, seen)
-            self._note_kept_until(ownership.kept_until(db, owned))
+            record_watermarks(db, seen)
+            self._note_kept_until(kept_until(db, owned))
 
         self._assignment.query(note)
 
@@ -224,7 +224,7 @@ class Lookout:
             return
         freed: list[Partition] = []
         self._assignment.query(
-            lambda db: freed.extend(ownership.freed(db, self._assignment.refusals))
+            lambda db: freed.extend(offsets.not_halted(db, self._assignment.refusals))
         )
         if freed:
             self._assignment.retake(freed)
@@ -234,5 +234,7 @@ class Lookout:
         if self._machine.is_with_database:
             return
         places: dict[Partition, Ownership] = {}
-        self._assignment.query(lambda db: places.update(ownership.look(db, self._machine.owned)))
+        self._assignment.query(
+            lambda db: places.update(offsets.ownerships(db, self._machine.owned))
+        )
         tell_fenced(self._machine.looked(places, time.monotonic()))

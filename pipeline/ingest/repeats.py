@@ -7,7 +7,7 @@ partition's log alone: whoever reads the same log, in whatever batches, marks th
 from collections.abc import Iterable
 
 from pipeline.events import Row
-from pipeline.log.ownership import Seen
+from pipeline.log.search import Seen
 
 SLACK = 1.5
 """How many times its size a window may grow before what is too old is thrown out."""

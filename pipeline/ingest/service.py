@@ -43,7 +43,7 @@ from pipeline.ingest.monitor import Lookout
 from pipeline.ingest.state import Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
 from pipeline.kafka import Access, GroupConsumer, OutOfRange, Polled, ReachedEnd, RebalanceListener
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.copying import encode
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import NextOffset, Partition
@@ -221,7 +221,7 @@ class Ingest:
             )
             self._ask_kept_until = self._lookout.kept_until
             with transaction(self._engine) as db:
-                begun = ownership.known_topics(db)
+                begun = offsets.topics(db)
             listener = RebalanceListener(self._on_assign, self._on_revoke, self._on_lost)
             self._lookout.optional = self._source.join(
                 listener, begun, before_joining=self._copies.before_joining
@@ -269,7 +269,7 @@ class Ingest:
             self._goal = {one: brokers.watermarks(one).high for one in there - ours}
         others = {one: end for one, end in self._goal.items() if one not in ours}
         with transaction(self._engine) as db:
-            return ownership.has_passed(db, others)
+            return offsets.has_reached(db, others)
 
     def _turn(self) -> None:
         """Poll once, and hand on what is ready."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from pipeline.backoff import SERVER, Backoff
 from pipeline.events import EncodedRow
 from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Ownership, Partition, after, lag
 
@@ -23,7 +24,7 @@ class Bounds:
     Attributes:
         batch_rows_max: Most rows in one transaction.
         batch_bytes_max: Most bytes in one transaction; a single larger record goes alone.
-        backoff_s_min, backoff_s_max: Wait before a batch is tried again; doubles in between.
+        backoff: Wait before a batch is tried again.
         reclaim_s_min: How long a fenced partition rests before it is claimed again. The group takes
             it from a process that only overslept well before.
         steals_max: How often a partition may be taken from us within ``steals_s``.
@@ -32,8 +33,7 @@ class Bounds:
 
     batch_rows_max: int = 10_000
     batch_bytes_max: int = 8 * 1024 * 1024
-    backoff_s_min: float = 0.1
-    backoff_s_max: float = 10.0
+    backoff: Backoff = SERVER
     reclaim_s_min: float = 5.0
     steals_max: int = 3
     steals_s: float = 60.0
@@ -199,9 +199,8 @@ class Machine:
     def failed(self, now: float) -> None:
         """The database went away while it had the batch; whether it is in the log is unknown."""
         self._failures += 1
-        backoff = self.bounds.backoff_s_min * 2 ** min(self._failures - 1, 16)
         self._flight_state = _Flight.UNKNOWN
-        self._try_at = now + min(backoff, self.bounds.backoff_s_max)
+        self._try_at = now + self.bounds.backoff.wait_s(self._failures)
 
     def found(self, places: Mapping[Partition, Ownership], now: float) -> Outcome:
         """Where the batch's partitions stand, read after all that was in flight had ended."""

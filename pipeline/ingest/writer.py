@@ -17,8 +17,9 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.ingest.state import Batch, Resolve, Write
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import append
+from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Ownership, Partition
 
 
@@ -167,7 +168,7 @@ class Writer:
     def _find(self, batch: Batch) -> Outcome:
         try:
             with transaction(self._engine) as db:
-                return Found(ownership.find(db, batch.advances))
+                return Found(offsets.lock_ownerships(db, batch.advances))
         except PipelineError as error:
             return Failed(error) if _may_pass(error) else Broken(error)
 
@@ -176,7 +177,7 @@ class Writer:
             covered = self._covered.setdefault(topic, [])
             if not any(first <= offset < end for first, end in covered):
                 with transaction(self._engine) as db:
-                    covered.append(ownership.make_segment(db, topic, offset, self._span))
+                    covered.append(make_segment(db, topic, offset, self._span))
 
 
 def _may_pass(error: PipelineError) -> bool:

@@ -1,6 +1,5 @@
 """Writing the log: a batch of rows and the next offsets, in one transaction and one COPY."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import psycopg
@@ -8,36 +7,11 @@ from sqlalchemy import Connection, text
 
 from pipeline import failpoints
 from pipeline.db import translated
-from pipeline.errors import ConfigurationError, FencedError, InvariantError, PoisonRecordError
+from pipeline.errors import ConfigurationError, InvariantError, PoisonRecordError
 from pipeline.events import EncodedRow, Row
+from pipeline.log import offsets
 from pipeline.log.copying import COLUMNS, HEADER, TRAILER, decode, encode
 from pipeline.partitions import Advance, Partition
-
-# The rows are locked in one order first, so that two writers cannot deadlock.
-ADVANCE = text("""
-WITH batch AS (
-    SELECT * FROM unnest(
-        CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:held AS bigint[]),
-        CAST(:expected AS bigint[]), CAST(:new AS bigint[]), CAST(:high AS bigint[]),
-        CAST(:seen_s AS double precision[])
-    ) AS b(topic, number, held, expected, new, high, seen_s)
-), locked AS MATERIALIZED (
-    SELECT o.topic, o."partition" FROM pipeline.consumer_offsets o
-    JOIN batch b ON o.topic = b.topic AND o."partition" = b.number
-    ORDER BY o.topic, o."partition" FOR UPDATE OF o
-)
-UPDATE pipeline.consumer_offsets o
-SET next_offset = b.new,
-    committed_at = now(),
-    high_watermark = greatest(coalesce(b.high, o.high_watermark), b.new),
-    -- When Kafka reported its end, which may be long before this batch is written.
-    watermarks_at = CASE WHEN b.high IS NULL THEN o.watermarks_at
-        ELSE least(now(), greatest(o.watermarks_at, now() - b.seen_s * interval '1 s')) END
-FROM batch b JOIN locked l ON l.topic = b.topic AND l."partition" = b.number
-WHERE o.topic = b.topic AND o."partition" = b.number
-  AND o.epoch = b.held AND o.next_offset = b.expected
-RETURNING o.topic, o."partition"
-""")
 
 NOTIFY = text("NOTIFY pipeline_events")
 
@@ -74,38 +48,13 @@ def append(
     connection = driver_of(db)
     descriptor = connection.fileno()
     failpoints.reach("after_begin", connection_fd=descriptor)
-    _fence(db, advances)
+    offsets.advance(db, advances)
     failpoints.reach("after_fence", connection_fd=descriptor)
     if rows:
         copy_rows(connection, list(rows), COPY)
     failpoints.reach("after_copy", connection_fd=descriptor)
     db.execute(NOTIFY)
     failpoints.reach("before_commit", connection_fd=descriptor)
-
-
-def _age_s(seen_at: float | None) -> float:
-    return 0.0 if seen_at is None else max(0.0, time.monotonic() - seen_at)
-
-
-def _fence(db: Connection, advances: Mapping[Partition, Advance]) -> None:
-    places = sorted(advances)
-    batch = [advances[place] for place in places]
-    moved = db.execute(
-        ADVANCE,
-        {
-            "topics": [place.topic for place in places],
-            "numbers": [place.number for place in places],
-            "held": [advance.held for advance in batch],
-            "expected": [advance.expected for advance in batch],
-            "new": [advance.new for advance in batch],
-            "high": [advance.high_watermark for advance in batch],
-            "seen_s": [_age_s(advance.seen_at) for advance in batch],
-        },
-    )
-    done = {Partition(topic, number) for topic, number in moved}
-    for place in places:
-        if place not in done:
-            raise FencedError(place, held=advances[place].held)
 
 
 def driver_of(db: Connection) -> psycopg.Connection:

@@ -15,13 +15,12 @@ from sqlalchemy import Connection, Engine, text
 from pipeline.db import locks, translated
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.events import EncodedRow
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import copy_rows, driver_of
 from pipeline.log.copying import COLUMNS
-from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
-
-INTERVALS_MAX = 100
-"""Most intervals of one kind that are told apart; from there on the last one grows."""
+from pipeline.log.intervals import Intervals
+from pipeline.log.segments import make_segment
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition
 
 _PREPARE = (
     text("CREATE TEMP TABLE staged (LIKE pipeline.events INCLUDING DEFAULTS)"),
@@ -64,10 +63,6 @@ _FILL = text(f"""
 INSERT INTO pipeline.events ({COLUMNS})
 SELECT {COLUMNS} FROM pg_temp.kept ORDER BY "offset"
 """)  # noqa: S608 - a constant of ours
-_BEGIN_EARLIER = text("""
-UPDATE pipeline.consumer_offsets SET first_offset = least(first_offset, :first)
-WHERE topic = :topic AND "partition" = :number
-""")
 
 
 class RewindRunsError(PipelineError):
@@ -78,28 +73,6 @@ class RewindRunsError(PipelineError):
     def __init__(self, partition: Partition, holder: locks.Holder | None) -> None:
         detail = f": {holder}" if holder else ""
         super().__init__(f"{partition}: another rewind of it is running{detail}")
-
-
-@dataclass
-class Intervals:
-    """Offsets of one kind, told as intervals.
-
-    Attributes:
-        count: How many offsets.
-        ranges: Where: each from its first to behind its last; offsets inside may be unused. At
-            most ``INTERVALS_MAX``; from there on the last one grows.
-    """
-
-    count: int = 0
-    ranges: list[OffsetRange] = field(default_factory=list)
-
-    def add(self, offset: Offset, *, joins: bool) -> None:
-        """Note an offset behind all others; ``joins`` where it continues the last interval."""
-        self.count += 1
-        if self.ranges and (joins or len(self.ranges) >= INTERVALS_MAX):
-            self.ranges[-1] = self.ranges[-1]._replace(end=after(offset))
-        else:
-            self.ranges.append(OffsetRange(NextOffset(offset), after(offset)))
 
 
 @dataclass
@@ -180,11 +153,11 @@ class Staging:
             connection.invalidate()
             connection.close()
 
-    def compare(self, offsets: OffsetRange, rows: Sequence[EncodedRow], *, keep: bool) -> None:
+    def compare(self, span: OffsetRange, rows: Sequence[EncodedRow], *, keep: bool) -> None:
         """Compare the log with all that Kafka has of a range, behind all that were compared.
 
         Args:
-            offsets: What ``rows`` are all of.
+            span: The offsets; ``rows`` are all that Kafka has of them.
             rows: In offset order.
             keep: Hold what is missing in the log, for ``fill``.
         """
@@ -193,7 +166,7 @@ class Staging:
             self._db.execute(_CLEAR)
             copy_rows(driver_of(self._db), list(rows), _COPY)
             found = self._db.execute(
-                _COMPARE, {**place, "first": offsets.first, "end": offsets.end}
+                _COMPARE, {**place, "first": span.first, "end": span.end}
             ).all()
             missing = [row.at_offset for row in found if row.kind == "missing"]
             if keep and missing:
@@ -232,14 +205,7 @@ class Staging:
         with translated(), self._db.begin():
             self._confirm()
             self._db.execute(_FILL)
-            self._db.execute(
-                _BEGIN_EARLIER,
-                {
-                    "topic": self.partition.topic,
-                    "number": self.partition.number,
-                    "first": begins,
-                },
-            )
+            offsets.begin_earlier(self._db, self.partition, begins)
             yield self._db
 
     def _confirm(self) -> None:
@@ -255,6 +221,6 @@ class Staging:
             while (
                 begin := self._db.execute(_NEXT_KEPT, {"begin": begin}).scalar_one()
             ) is not None:
-                _first, begin = ownership.make_segment(
+                _first, begin = make_segment(
                     self._db, self.partition.topic, NextOffset(begin), span
                 )

@@ -18,16 +18,19 @@ from sqlalchemy import (
     Select,
     Text,
     and_,
+    bindparam,
     case,
     cast,
+    func,
     or_,
     select,
     text,
     true,
 )
 
-from pipeline.log.tables import consumer_offsets, events
-from pipeline.partitions import NextOffset, OffsetRange, Partition
+from pipeline.log.offsets import ranges
+from pipeline.log.tables import events
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition
 
 FOLLOW_ROWS_MAX = 1000
 """Most events that one look at a growing partition takes."""
@@ -102,6 +105,14 @@ class Found(NamedTuple):
     headers: str | None = None
 
 
+class Seen(NamedTuple):
+    """An event of the log, to recognise repeats of it; ``first``: where its content came first."""
+
+    offset: Offset
+    digest: bytes
+    first: Offset
+
+
 # Some twenty index searches for each partition and moment, however many records there are.
 FIRST_SINCE = text("""
 WITH RECURSIVE search AS (
@@ -123,12 +134,19 @@ WITH RECURSIVE search AS (
 SELECT topic, "partition", moment, low AS first_offset FROM search WHERE low = high
 """)
 
-RANGES = select(
-    consumer_offsets.c.topic,
-    consumer_offsets.c.partition,
-    consumer_offsets.c.first_offset,
-    consumer_offsets.c.next_offset,
-).order_by(consumer_offsets.c.topic, consumer_offsets.c.partition)
+COUNT = text("""
+SELECT count(*) FROM pipeline.events
+WHERE topic = :topic AND "partition" = :number AND "offset" >= :first AND "offset" < :end
+""")
+RECENT = (
+    select(events.c.offset, events.c.digest, func.coalesce(events.c.repeat_of, events.c.offset))
+    .where(events.c.topic == bindparam("of_topic"))
+    .where(events.c.partition == bindparam("of_number"))
+    .where(events.c.offset >= bindparam("at_least"))
+    .where(events.c.offset < bindparam("below"))
+    .where(events.c.event_id.is_not(None))
+    .order_by(events.c.offset)
+)
 
 # A state's name and nothing else that somebody may have written there: it shows unasked.
 _stated = events.c.payload["object"]["status"].astext
@@ -168,14 +186,19 @@ def first_since(
     }
 
 
-def ranges(db: Connection) -> Mapping[Partition, OffsetRange]:
-    """What the log holds of each partition."""
-    return {
-        Partition(row.topic, row.partition): OffsetRange(
-            NextOffset(row.first_offset), NextOffset(row.next_offset)
-        )
-        for row in db.execute(RANGES)
-    }
+def count(db: Connection, partition: Partition, offsets: OffsetRange) -> int:
+    """How many records the log has of a range of offsets."""
+    place = {"topic": partition.topic, "number": partition.number}
+    return int(
+        db.execute(COUNT, {**place, "first": offsets.first, "end": offsets.end}).scalar_one()
+    )
+
+
+def recent(db: Connection, partition: Partition, below: NextOffset, window: int) -> Sequence[Seen]:
+    """The events of the last ``window`` offsets, in order, to recognise repeats of them."""
+    place = {"of_topic": partition.topic, "of_number": partition.number}
+    rows = db.execute(RECENT, {**place, "below": below, "at_least": below - window})
+    return [Seen(*row) for row in rows]
 
 
 def newest(

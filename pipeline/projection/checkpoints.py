@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Connection,
@@ -13,17 +14,24 @@ from sqlalchemy import (
     Integer,
     Table,
     Text,
+    and_,
+    any_,
     bindparam,
+    cast,
     delete,
     func,
+    not_,
+    or_,
     select,
     text,
+    true,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from pipeline.db import LOG_SCHEMA, metadata
 from pipeline.errors import InvariantError
+from pipeline.log.offsets import LOG_RANGES
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 
 projectors = Table(
@@ -111,23 +119,54 @@ class Progress(NamedTuple):
 
 
 REGISTER = insert(projectors).on_conflict_do_nothing()
-BEGIN = text("""
-INSERT INTO pipeline.projection_checkpoints (projector, topic, "partition")
-SELECT p.projector, o.topic, o."partition"
-FROM unnest(CAST(:names AS text[])) AS p(projector) CROSS JOIN pipeline.consumer_offsets o
-ON CONFLICT DO NOTHING
-""")
-PROGRESS = text("""
-SELECT p.projector, o.topic, o."partition", c.next_offset, o.first_offset, o.next_offset AS log_end
-FROM pipeline.projectors p
-CROSS JOIN pipeline.consumer_offsets o
-LEFT JOIN pipeline.projection_checkpoints c
-       ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
-WHERE p.projector = ANY (CAST(:names AS text[])) AND p.state = 'live'
-  AND (NOT CAST(:only_lagging AS boolean)
-       OR c.next_offset IS NULL OR o.next_offset > greatest(c.next_offset, o.first_offset))
-ORDER BY o.topic, o."partition", c.next_offset, p.projector
-""")
+BEGIN = (
+    insert(projection_checkpoints)
+    .from_select(
+        ["projector", "topic", "partition"],
+        select(
+            func.unnest(cast(bindparam("names"), ARRAY(Text))),
+            LOG_RANGES.c.topic,
+            LOG_RANGES.c.partition,
+        ),
+    )
+    .on_conflict_do_nothing()
+)
+PROGRESS = (
+    select(
+        projectors.c.projector,
+        LOG_RANGES.c.topic,
+        LOG_RANGES.c.partition,
+        projection_checkpoints.c.next_offset,
+        LOG_RANGES.c.first_offset,
+        LOG_RANGES.c.next_offset.label("log_end"),
+    )
+    .select_from(
+        projectors.join(LOG_RANGES, true()).outerjoin(
+            projection_checkpoints,
+            and_(
+                projection_checkpoints.c.projector == projectors.c.projector,
+                projection_checkpoints.c.topic == LOG_RANGES.c.topic,
+                projection_checkpoints.c.partition == LOG_RANGES.c.partition,
+            ),
+        )
+    )
+    .where(
+        projectors.c.projector == any_(cast(bindparam("names"), ARRAY(Text))),
+        projectors.c.state == "live",
+        or_(
+            not_(cast(bindparam("only_lagging"), Boolean)),
+            projection_checkpoints.c.next_offset.is_(None),
+            LOG_RANGES.c.next_offset
+            > func.greatest(projection_checkpoints.c.next_offset, LOG_RANGES.c.first_offset),
+        ),
+    )
+    .order_by(
+        LOG_RANGES.c.topic,
+        LOG_RANGES.c.partition,
+        projection_checkpoints.c.next_offset,
+        projectors.c.projector,
+    )
+)
 
 _this = (
     projection_checkpoints.c.projector == bindparam("of_projector"),

@@ -37,6 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.log.offsets import ranges
 from pipeline.partitions import Partition
 from pipeline.projection.checkpoints import Progress
 
@@ -94,7 +95,6 @@ LIVING = (
     .where(projection_workers.c.expires_at <= func.now() + 3 * EXPIRES_AFTER)
     .order_by(projection_workers.c.since, projection_workers.c.worker)
 )
-PARTITIONS = text('SELECT topic, "partition" FROM pipeline.consumer_offsets')
 LEAVE = delete(projection_workers).where(projection_workers.c.worker == bindparam("of_worker"))
 
 
@@ -116,11 +116,6 @@ class Member(NamedTuple):
 def living(db: Connection) -> list[Member]:
     """The live workers, in the order of their start."""
     return [Member(*row) for row in db.execute(LIVING)]
-
-
-def known_partitions(db: Connection) -> list[Partition]:
-    """The partitions of the log."""
-    return [Partition(*row) for row in db.execute(PARTITIONS)]
 
 
 def shared_out(
@@ -190,7 +185,7 @@ class WorkerRegistry:
                 },
             )
             db.execute(REMOVE_EXPIRED)
-            members, partitions = living(db), known_partitions(db)
+            members, partitions = living(db), list(ranges(db))
         self._owners = {name: shared_out(members, name, partitions) for name in self._projectors}
         self._heartbeat_at = time.monotonic() + HEARTBEAT_S
 

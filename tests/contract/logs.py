@@ -14,10 +14,11 @@ from sqlalchemy import Engine, text
 from pipeline.db import transaction
 from pipeline.errors import FencedError, InvariantError
 from pipeline.events import EncodedRow, Record, read
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import append
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Ownership, Partition
 
 SPAN = 1000
@@ -112,12 +113,12 @@ class RealLog:
 
     def begin(self, partition: Partition, first: int) -> None:
         with transaction(self._engine) as db:
-            ownership.begin(db, partition, NextOffset(first))
-            ownership.make_segment(db, partition.topic, NextOffset(first), SPAN)
+            offsets.begin(db, partition, NextOffset(first))
+            make_segment(db, partition.topic, NextOffset(first), SPAN)
 
     def claim(self, partition: Partition) -> Ownership:
         with transaction(self._engine) as db:
-            claim = ownership.claim(db, partition, Owner("contract", "member"))
+            claim = offsets.claim(db, partition, Owner("contract", "member"))
         return Ownership(claim.epoch, claim.next_offset)
 
     def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
@@ -126,7 +127,7 @@ class RealLog:
 
     def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
         with transaction(self._engine) as db:
-            return ownership.find(db, partitions)
+            return offsets.lock_ownerships(db, partitions)
 
     def offsets(self, partition: Partition) -> list[int]:
         with transaction(self._engine) as db:

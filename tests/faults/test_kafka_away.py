@@ -13,9 +13,10 @@ from confluent_kafka import Producer
 from structlog.testing import capture_logs
 
 from pipeline import outages
+from pipeline.backoff import Backoff
 from pipeline.db import open_engine
 from pipeline.errors import TransientError
-from pipeline.health.status import look, queries
+from pipeline.health.status import queries, read_status
 from pipeline.ingest import Ingest, Progress, service
 from pipeline.kafka import metadata
 from pipeline.sandbox.servers.broker import MockBroker
@@ -143,7 +144,7 @@ def test_a_worker_goes_on_by_itself_after_its_only_broker_was_killed_under_load(
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]:
     """An outage is logged again every second, and Kafka is looked at more often; the log lines."""
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
-    monkeypatch.setattr(outages, "RETRY_S_MAX", 0.5)
+    monkeypatch.setattr(outages, "SERVER", Backoff(0.1, 0.5))
     monkeypatch.setattr(service, "LOOK_S", 0.2)
     monkeypatch.setattr(metadata, "REQUEST_S_MAX", 0.5)
     monkeypatch.setattr(metadata, "TOPIC_ID_S_MAX", 0.5)
@@ -176,7 +177,7 @@ def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_r
     engine = open_engine(database.url, application="status")
 
     def of_status() -> str:
-        return " ".join(one.text for one in look(engine, []).troubles)
+        return " ".join(problem.what for problem in read_status(engine, []).problems)
 
     with running(settings):
         until(lambda: logged(database, "kept") == ledger.records, "all is read")

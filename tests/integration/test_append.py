@@ -25,10 +25,12 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.events import Record, Row, read
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import append
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Owner, Source
+from pipeline.log.offsets import Owner
+from pipeline.log.origin import KafkaPartition
+from pipeline.log.segments import make_segment
 from pipeline.log.tables import events
 from pipeline.partitions import Epoch, NextOffset, Partition
 from tests.contract.logs import advance
@@ -49,9 +51,9 @@ def engine(database) -> Iterator[Engine]:
 def claimed(engine: Engine, partition: Partition) -> int:
     """A partition that begins at 0, with its first segment; the epoch of its owner."""
     with transaction(engine) as db:
-        ownership.begin(db, partition, NextOffset(0))
-        ownership.make_segment(db, partition.topic, NextOffset(0), SPAN)
-        return ownership.claim(db, partition, Owner("tests", "member")).epoch
+        offsets.begin(db, partition, NextOffset(0))
+        make_segment(db, partition.topic, NextOffset(0), SPAN)
+        return offsets.claim(db, partition, Owner("tests", "member")).epoch
 
 
 def rows_of(partition: Partition, records: Sequence[bytes | None], first: int = 0) -> list[Row]:
@@ -64,7 +66,7 @@ def rows_of(partition: Partition, records: Sequence[bytes | None], first: int = 
 def write(engine: Engine, partition: Partition, rows: Sequence[Row], expected: int = 0) -> None:
     """One batch by an owner that claims for it."""
     with transaction(engine) as db:
-        held = ownership.claim(db, partition, Owner("tests", "member")).epoch
+        held = offsets.claim(db, partition, Owner("tests", "member")).epoch
     end = rows[-1].offset + 1
     with transaction(engine) as db:
         append(db, [encode(row) for row in rows], {partition: advance(held, expected, end)})
@@ -135,7 +137,7 @@ def test_a_batch_that_fails_leaves_neither_rows_nor_offset(engine):
         )
 
     with transaction(engine) as db:
-        places = ownership.find(db, [first, second])
+        places = offsets.lock_ownerships(db, [first, second])
     assert [place.next_offset for place in places.values()] == [0, 0]
     assert stored(engine, "orders") == []
 
@@ -154,8 +156,8 @@ def test_the_end_that_kafka_had_is_kept_until_a_newer_one_is_seen(engine):
     partition = Partition("orders", 0)
     held = claimed(engine, partition)
     with transaction(engine) as db:
-        ownership.describe(
-            db, partition, Epoch(held), Source("cluster", None, NextOffset(0), NextOffset(100))
+        offsets.record_source(
+            db, partition, Epoch(held), KafkaPartition("cluster", None, *map(NextOffset, (0, 100)))
         )  # fmt: skip
     lags = []
 
@@ -422,7 +424,7 @@ def test_a_missing_segment_is_told_apart_from_a_refused_value(engine):
         write(engine, partition, rows_of(partition, [b"1"], first=SPAN))
 
     with transaction(engine) as db:
-        assert ownership.find(db, [partition])[partition].next_offset == 0
-        ownership.make_segment(db, "orders", NextOffset(SPAN), SPAN)
+        assert offsets.lock_ownerships(db, [partition])[partition].next_offset == 0
+        make_segment(db, "orders", NextOffset(SPAN), SPAN)
     write(engine, partition, rows_of(partition, [b"1"], first=SPAN))
     assert [row["offset"] for row in stored(engine, "orders")] == [SPAN]

@@ -13,10 +13,10 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.db import open_engine
-from pipeline.health.check import Promise, Standing, examine, worth
-from pipeline.health.check.database import _server, _session, is_loopback, look_at_database
+from pipeline.health.check import Promise, Standing, promise_statuses, run_checks
+from pipeline.health.check.database import _server, _session, check_database, is_loopback
 from pipeline.health.check.kafka import kafka_tls
-from pipeline.health.check.promises import ANYWHERE
+from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION
 from pipeline.projectors import discover
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from pipeline.schema.migrate import set_up
@@ -30,7 +30,7 @@ TOPIC = "Notifications"
 
 
 def found(url, servers, topic=TOPIC, **settings):
-    """Findings by level and text."""
+    """The results of a check of both sides."""
     chosen = Settings(
         database_url=url,
         kafka_bootstrap_servers=servers,
@@ -38,25 +38,25 @@ def found(url, servers, topic=TOPIC, **settings):
         topics=topic,
         **settings,
     )
-    return list(examine(chosen, discover()))
+    return list(run_checks(chosen, discover()))
 
 
 def found_in(url):
-    """Findings of the database's half."""
+    """The results of a check of the database."""
     engine = open_engine(url, application="test")
     try:
-        return list(look_at_database(engine, discover()))
+        return list(check_database(engine, discover()))
     finally:
         engine.dispose()
 
 
-def of(findings, level):
-    return [one.text for one in findings if one.level == level]
+def of(results, level):
+    return [str(result) for result in results if result.level == level]
 
 
-def worth_of(findings, promise):
-    """What a promise is worth by these findings."""
-    return next(one for one in worth(findings) if one.promise is promise)
+def status_of(results, promise):
+    """The state of a promise by these results."""
+    return next(status for status in promise_statuses(results) if status.promise is promise)
 
 
 def is_said(texts, part):
@@ -82,35 +82,40 @@ def check(given, broker):
 def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
     name = topic(3, config={"retention.ms": str(7 * 86_400_000)})
 
-    findings = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
+    results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
 
-    assert of(findings, "wrong") == []
-    well = of(findings, "ok")
+    assert of(results, "error") == []
+    well = of(results, "ok")
     assert is_said(well, "PostgreSQL 1")
     assert is_said(well, "schema is current")
     assert is_said(well, "append-only triggers on the log and its 0 segments")
-    assert is_said(well, "tables heal")
+    assert is_said(well, "tables are refilled after TRUNCATE")
     assert is_said(well, f"topic {name}: 3 partitions")
-    assert is_said(well, f"topic {name} keeps its records for 7 days")
+    assert is_said(well, f"topic {name}: keeps its records for 7 days")
     assert is_said(well, "group pipeline may be used")
-    assert {one.promise for one in worth(findings)} == set(Promise) - ANYWHERE
-    assert {one.standing for one in worth(findings)} <= {Standing.HOLDS, Standing.AT_RISK}
+    assert {status.promise for status in promise_statuses(results)} == set(
+        Promise
+    ) - NOT_OF_AN_INSTALLATION
+    assert {status.standing for status in promise_statuses(results)} <= {
+        Standing.HOLDS,
+        Standing.AT_RISK,
+    }
 
 
-def test_what_a_broker_does_not_tell_is_no_fault_and_no_guarantee(given, check):
+def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check):
     given([order_event("NEW", at=1)])
     given.execute("UPDATE pipeline.consumer_offsets SET next_offset = 0, topic_id = NULL")
 
-    findings = check()
+    results = check()
 
-    assert of(findings, "wrong") == []
-    untold = of(findings, "unknown")
+    assert of(results, "error") == []
+    untold = of(results, "unknown")
     for thing in ("how long it keeps", "whether it is compacted", "how large", "topic ids"):
         assert is_said(untold, thing)
-    memory = worth_of(findings, Promise.BOUNDED_MEMORY)
+    memory = status_of(results, Promise.BOUNDED_MEMORY)
     assert memory.standing is Standing.NOT_KNOWN
     assert memory.reasons == [
-        f"topic {TOPIC}: how large a record may be, not told: ask Upvest",
+        f"topic {TOPIC}: Kafka does not report how large a record may be",
     ]
 
 
@@ -123,11 +128,14 @@ def test_what_a_broker_does_not_tell_is_no_fault_and_no_guarantee(given, check):
     [
         ("ALTER TABLE pipeline.events DISABLE TRIGGER append_only", "pipeline.events can be"),
         ("DROP TRIGGER append_only ON pipeline_segments.{segment}", "{segment} can be changed"),
-        ("DROP TRIGGER heals_after_truncate ON upvest.orders", "orders does not heal"),
+        (
+            "DROP TRIGGER heals_after_truncate ON upvest.orders",
+            "orders: table upvest.orders is not refilled",
+        ),
         (
             "UPDATE pipeline.projectors SET state = 'broken', problem = 'x' "
             "WHERE projector = 'orders'",
-            "orders is broken: x",
+            "orders: broken, halted: x",
         ),
     ],
     ids=["parent", "segment", "truncate", "broken"],
@@ -137,7 +145,7 @@ def test_a_safeguard_that_is_missing_is_wrong(given, harm, said):
     segment = given.scalar("SELECT segment FROM pipeline.segments")
     given.execute(harm.format(segment=segment))
 
-    [wrong] = of(found_in(given.database.url), "wrong")
+    [wrong] = of(found_in(given.database.url), "error")
 
     assert said.format(segment=segment) in wrong
 
@@ -146,10 +154,10 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
     given([order_event("NEW", at=1)]).project(*discover())
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
 
-    findings = found_in(given.database.url)
+    results = found_in(given.database.url)
 
-    assert is_said(of(findings, "warning"), "orders was built by another definition")
-    assert worth_of(findings, Promise.CONVERGENCE).standing is Standing.AT_RISK
+    assert is_said(of(results, "warning"), "orders: its definition has changed")
+    assert status_of(results, Promise.CONVERGENCE).standing is Standing.AT_RISK
 
 
 @pytest.fixture
@@ -168,10 +176,10 @@ def role(given) -> Iterator[tuple[str, str]]:
 
 
 def test_a_role_with_just_enough_rights_cannot_change_the_log(role):
-    findings = found_in(role[1])
+    results = found_in(role[1])
 
-    assert of(findings, "wrong") == []
-    assert is_said(of(findings, "ok"), "append-only for this role")
+    assert of(results, "error") == []
+    assert is_said(of(results, "ok"), "append-only for this role")
 
 
 def test_rights_that_are_missing_are_named(given, role):
@@ -180,37 +188,39 @@ def test_rights_that_are_missing_are_named(given, role):
     given.execute(f"REVOKE DELETE ON upvest.orders FROM {prefix}project")
     given.execute(f"REVOKE EXECUTE ON FUNCTION pipeline.make_segment FROM {prefix}ingest")
 
-    missing = of(found_in(url), "wrong")
+    missing = of(found_in(url), "error")
 
     assert missing == [
-        "rights missing to ingest: INSERT on pipeline.events",
-        "rights missing to ingest: EXECUTE on pipeline.make_segment",
-        "rights missing to project: DELETE on upvest.orders",
+        "database: rights missing to ingest: INSERT on pipeline.events",
+        "database: rights missing to ingest: EXECUTE on pipeline.make_segment",
+        "database: rights missing to project: DELETE on upvest.orders",
     ]
 
 
-def test_a_login_that_may_only_look_is_told_to_be_for_nothing(given, role):
+def test_a_login_that_may_only_read_has_no_purpose(given, role):
     prefix, url = role
     given.execute(f"REVOKE {prefix}ingest, {prefix}project FROM {prefix}login")
     given.execute(f"GRANT USAGE ON SCHEMA pipeline TO {prefix}login")
     given.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pipeline TO {prefix}login")
 
-    assert of(found_in(url), "wrong") == ["this role may neither ingest nor project"]
+    assert of(found_in(url), "error") == [
+        "database: this role has neither the rights to ingest nor those to project"
+    ]
 
 
-def test_an_analyst_without_bounds_is_a_warning(given, check, role):
+def test_an_analyst_without_limits_is_a_warning(given, check, role):
     """Settings of a role are not inherited by the logins that have it."""
     prefix, _ = role
     given.execute(f"GRANT {prefix}personal_data TO {prefix}login")
     given.execute(f"ALTER ROLE {prefix}login SET statement_timeout = '5min'")
 
-    [said] = [text for text in of(check(), "warning") if "hold up others" in text]
+    [said] = [text for text in of(check(), "warning") if "make others wait" in text]
 
     assert f"{prefix}login" in said
     assert "default_transaction_read_only, idle_in_transaction_session_timeout" in said
     for name in ("default_transaction_read_only = on", "idle_in_transaction_session_timeout = 1"):
         given.execute(f"ALTER ROLE {prefix}login SET {name}")
-    assert not is_said(of(check(), "warning"), "hold up others")
+    assert not is_said(of(check(), "warning"), "make others wait")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +230,7 @@ def test_an_analyst_without_bounds_is_a_warning(given, check, role):
         *(("/run/postgresql", True), ("", True), ("10.0.0.1", False), ("db.example", False)),
     ],
 )
-def test_a_host_is_near_only_if_nobody_can_listen_in_between(host, near):
+def test_a_host_is_local_only_if_the_connection_does_not_leave_the_machine(host, near):
     assert is_loopback(host) is near
 
 
@@ -241,11 +251,11 @@ def test_kafka_without_tls_over_the_network_is_a_warning(servers, protocol, leve
 
 
 def test_a_missing_topic_is_wrong_and_what_is_there_is_named(check):
-    [one] = [one for one in check(topic="Nonsense") if one.level == "wrong"]
+    [result] = [result for result in check(topic="Nonsense") if result.level == "error"]
 
-    assert one.text == "Kafka has no topic Nonsense, or it is hidden from this client"
-    assert TOPIC in one.remedy
-    assert one.exit_code == 78
+    assert result.problem.what == "Kafka has no topic Nonsense, or it is hidden from this client"
+    assert TOPIC in result.problem.fix
+    assert result.exit_code == 78
 
 
 def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
@@ -260,15 +270,18 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
 @pytest.mark.parametrize(
     ("recorded", "said"),
     [
-        ("cluster_id = 'another'", "the log holds records of cluster another, this is"),
-        ("next_offset = 99, first_offset = 0", "ends at 0, but the log has read up to 99"),
+        ("cluster_id = 'another'", "expected Kafka cluster another, found"),
+        (
+            "next_offset = 99, first_offset = 0",
+            "expected to continue at offset 99, found a topic that ends at 0",
+        ),
     ],
 )
 def test_another_cluster_or_topic_than_was_read_is_wrong(given, check, recorded, said):
     given([order_event("NEW", at=1)])
     given.execute(f"UPDATE pipeline.consumer_offsets SET {recorded}")
 
-    wrong = of(check(), "wrong")
+    wrong = of(check(), "error")
 
     assert is_said(wrong, said)
 
@@ -278,7 +291,9 @@ def test_records_that_kafka_has_deleted_unread_are_wrong(given, check, broker):
     _produce(broker, 10)
     broker.delete_records(TOPIC, 0, 7)
 
-    assert of(check(), "wrong") == ["Notifications[0]: 6 offsets from 1 on are gone"]
+    assert of(check(), "error") == [
+        "Notifications[0]: Kafka has deleted 6 offsets from 1 on before they were read"
+    ]
 
 
 def _produce(broker, records):
@@ -290,14 +305,16 @@ def _produce(broker, records):
     producer.flush()
 
 
-def test_a_topic_made_anew_is_told_by_its_id(given, kafka, topic):
+def test_a_recreated_topic_is_recognised_by_its_id(given, kafka, topic):
     name = topic()
     given([order_event("NEW", at=1)], topic=name)
     given.execute("UPDATE pipeline.consumer_offsets SET topic_id = 'older', next_offset = 0")
 
-    wrong = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "wrong")
+    wrong = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "error")
 
-    assert wrong == [f"topic {name} was deleted and made anew since the log was read"]
+    [problem] = wrong
+    assert problem.startswith(f"{name}[0]: expected topic id older, found ")
+    assert "the topic was deleted and recreated" in problem
 
 
 def test_a_group_that_feeds_another_database_is_wrong(check, broker):
@@ -307,10 +324,10 @@ def test_a_group_that_feeds_another_database_is_wrong(check, broker):
     consumer.commit(offsets=[place], asynchronous=False)
     consumer.close()
 
-    assert is_said(of(check(), "wrong"), f"group pipeline also feeds database {other}")
+    assert is_said(of(check(), "error"), f"group pipeline also feeds database {other}")
 
 
-def test_a_coordinator_that_moves_is_asked_again(check, broker):
+def test_a_request_to_a_coordinator_that_moves_is_repeated(check, broker):
     offset_fetch, not_coordinator = 9, 16
     broker.push_errors(offset_fetch, not_coordinator)
 
@@ -322,20 +339,20 @@ def test_a_coordinator_that_moves_is_asked_again(check, broker):
 
 def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(given, kafka, topic):
     name = topic(config={"retention.ms": "86400000"})
-    reason = f"topic {name} keeps its records for 1 day, you plan for an outage of 3 days"
+    reason = f"topic {name}: it keeps its records for 1 day, you plan for an outage of 3 days"
 
-    findings = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
+    results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
     planned_less = found(
         given.database.dsn, kafka.bootstrap_servers, topic=name, longest_outage_hours=24
     )
 
-    loss = worth_of(findings, Promise.NO_SILENT_LOSS)
+    loss = status_of(results, Promise.NO_SILENT_LOSS)
     assert loss.standing is Standing.AT_RISK
     assert reason in loss.reasons
-    assert not is_said(worth_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records")
+    assert not is_said(status_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records")
 
 
-def test_what_a_real_topic_may_lose_or_take_is_told(given, kafka, topic):
+def test_what_a_real_topic_may_lose_or_take_is_reported(given, kafka, topic):
     name = topic(
         config={
             "unclean.leader.election.enable": "true",
@@ -345,23 +362,23 @@ def test_what_a_real_topic_may_lose_or_take_is_told(given, kafka, topic):
         }
     )
 
-    findings = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
+    results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
 
-    loss = worth_of(findings, Promise.NO_SILENT_LOSS).reasons
+    loss = status_of(results, Promise.NO_SILENT_LOSS).reasons
     for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one copy"):
         assert is_said(loss, reason)
-    [memory] = worth_of(findings, Promise.BOUNDED_MEMORY).reasons
+    [memory] = status_of(results, Promise.BOUNDED_MEMORY).reasons
     assert "records of up to 20,000,000 bytes" in memory
 
 
 @pytest.mark.both_postgres
-def test_a_postgresql_that_may_lose_commits_puts_what_stands_on_them_at_risk(given):
+def test_a_postgresql_that_may_lose_commits_puts_what_depends_on_them_at_risk(given):
     durable = {name: given.scalar(f"SHOW {name}") for name in ("fsync", "full_page_writes")}
 
-    findings = found_in(given.database.url)
+    results = found_in(given.database.url)
 
     for promise in (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION):
-        reasons = worth_of(findings, promise).reasons
+        reasons = status_of(results, promise).reasons
         assert {
             name: "off" if is_said(reasons, f"{name} is off") else "on" for name in durable
         } == durable
@@ -379,36 +396,42 @@ def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, sai
     given.execute(f'ALTER DATABASE "{given.database.name}" SET {setting}')
     given.engine.dispose()
 
-    worth_here = worth_of(found_in(given.database.url), promise)
+    status = status_of(found_in(given.database.url), promise)
 
-    assert worth_here.standing is Standing.AT_RISK
-    assert is_said(worth_here.reasons, said)
+    assert status.standing is Standing.AT_RISK
+    assert is_said(status.reasons, said)
 
 
 def test_a_setting_that_this_program_does_not_know_is_a_warning():
-    finding = _session(["work_mem", "auto_explain.log_analyze", "brand_new"])
+    result = _session(["work_mem", "auto_explain.log_analyze", "brand_new"])
 
-    assert finding.level == "warning"
-    assert "does not know: brand_new" in finding.text
+    assert result.level == "warning"
+    assert "does not know: brand_new" in str(result)
 
 
 def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):
     given.execute("DROP TRIGGER heals_after_truncate ON upvest.orders")
 
-    findings = found_in(given.database.url)
+    results = found_in(given.database.url)
 
-    broken = [one.promise for one in worth(findings) if one.standing is Standing.BROKEN]
+    broken = [
+        status.promise for status in promise_statuses(results) if status.standing is Standing.BROKEN
+    ]
     assert broken == [Promise.DISPOSABLE]
 
 
-def test_while_a_side_is_away_nothing_is_said_to_hold_that_it_decides(database, broker):
+def test_while_a_server_is_unavailable_no_promise_that_depends_on_it_is_said_to_hold(
+    database, broker
+):
     nobody = f"postgresql://u:p@127.0.0.1:{free_port()}/d"
 
-    findings = found(nobody, broker.bootstrap_servers)
+    results = found(nobody, broker.bootstrap_servers)
 
-    held = {one.promise for one in worth(findings) if one.standing is Standing.HOLDS}
+    held = {
+        status.promise for status in promise_statuses(results) if status.standing is Standing.HOLDS
+    }
     assert held == set()
-    assert worth_of(findings, Promise.ONE_WRITER).standing is Standing.NOT_KNOWN
+    assert status_of(results, Promise.ONE_WRITER).standing is Standing.NOT_KNOWN
 
 
 # ------------------------------------------------------------------------------------------- TLS
@@ -456,7 +479,11 @@ def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
     ("parameters", "standing", "said"),
     [
         ("sslmode=disable", Standing.AT_RISK, "sslmode=disable, and no TLS to db.example"),
-        ("sslmode=prefer", Standing.AT_RISK, "but sslmode=prefer does not make sure that it is"),
+        (
+            "sslmode=prefer",
+            Standing.AT_RISK,
+            "but sslmode=prefer does not verify that the server is",
+        ),
         ("sslmode=require&channel_binding=require", Standing.AT_RISK, "sslmode=require does not"),
         (
             "sslmode=verify-full&channel_binding=disable",
@@ -475,14 +502,14 @@ def test_tls_below_verify_full_puts_secrets_at_risk(
     address = server.url().replace("127.0.0.1", NAMED)
     engine = open_engine(f"{address}?hostaddr=127.0.0.1&{asked}", application="test")
 
-    findings = list(_server(engine))
+    results = list(_server(engine))
 
     engine.dispose()
-    secrecy = worth_of(findings, Promise.SECRECY)
+    secrecy = status_of(results, Promise.SECRECY)
     assert secrecy.standing is standing
     assert not secrecy.reasons if said is None else is_said(secrecy.reasons, said)
     # And with fsync on, as a PostgreSQL comes, commits are worth what they promise.
-    assert worth_of(findings, Promise.ONE_EFFECT).standing is Standing.HOLDS
+    assert status_of(results, Promise.ONE_EFFECT).standing is Standing.HOLDS
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -493,16 +520,16 @@ def pipeline(monkeypatch, capsys):
     return InProcess(monkeypatch, capsys)
 
 
-def test_the_command_prints_one_line_a_finding_and_ends_with_0(given, broker, pipeline):
+def test_the_command_prints_one_line_per_result_and_ends_with_0(given, broker, pipeline):
     result = pipeline(on_mock(given.database, broker), "check")
 
     found, promises = result.out.split("\n\nGuarantees, in this installation:\n")
     assert result.code == 0
     assert all(line[0] in "✓?!" for line in found.splitlines())
     assert [re.split(r" {2,}|: ", line)[1] for line in promises.splitlines()] == [
-        one.value for one in Promise if one not in ANYWHERE
+        one.value for one in Promise if one not in NOT_OF_AN_INSTALLATION
     ]
-    assert " 0 wrong. Guarantees: " in result.err.splitlines()[-1]
+    assert " 0 errors. Guarantees: " in result.err.splitlines()[-1]
 
 
 def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker, pipeline):
@@ -512,26 +539,30 @@ def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker
 
     assert result.code == 1
     assert result.json["ok"] is False
-    [wrong] = [one for one in result.json["findings"] if one["level"] == "wrong"]
-    assert wrong["area"] == "log"
-    assert "CREATE TRIGGER append_only" in wrong["remedy"]
-    assert wrong["promises"] == ["The log is faithful"]
+    [error] = [
+        found
+        for found in result.json["results"]
+        if found["problem"] and found["problem"]["severity"] == "error"
+    ]
+    assert error["subject"] == "log"
+    assert "CREATE TRIGGER append_only" in error["problem"]["fix"]
+    assert error["promises"] == ["The log is faithful"]
     faithful = result.json["promises"][0]
     assert (faithful["promise"], faithful["standing"]) == ("The log is faithful", "broken")
-    assert wrong["text"] in faithful["reasons"]
+    assert f"log: {error['problem']['what']}" in faithful["reasons"]
 
 
-def test_no_schema_ends_with_78_and_kafka_is_looked_at_all_the_same(
+def test_no_schema_ends_with_78_and_kafka_is_examined_nevertheless(
     empty_database, broker, pipeline
 ):
     result = pipeline(on_mock(empty_database, broker), "check")
 
     assert result.code == 78
     assert "run `pipeline migrate`" in result.out
-    assert "✓ ok       kafka: topic Notifications: 2 partitions" in result.out
+    assert "✓ ok       topic Notifications: 2 partitions" in result.out
 
 
-def test_a_broker_that_is_away_ends_with_69(given, pipeline):
+def test_an_unavailable_broker_ends_with_69(given, pipeline):
     commands = Commands(
         database_url=given.database.dsn,
         kafka_bootstrap_servers=f"127.0.0.1:{free_port()}",
@@ -541,4 +572,4 @@ def test_a_broker_that_is_away_ends_with_69(given, pipeline):
     result = pipeline(commands, "check")
 
     assert result.code == 69
-    assert "✗ wrong    kafka: Kafka at 127.0.0.1:" in result.out
+    assert "✗ error    kafka: Kafka at 127.0.0.1:" in result.out

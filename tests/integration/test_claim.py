@@ -19,10 +19,13 @@ from pipeline.errors import (
     RetentionGapError,
     TransientError,
 )
-from pipeline.log import ownership
+from pipeline.log import gaps, offsets, origin, search, watermarks
 from pipeline.log.append import append
 from pipeline.log.copying import decode
-from pipeline.log.ownership import Gap, Owner, Source
+from pipeline.log.gaps import Gap
+from pipeline.log.offsets import Owner
+from pipeline.log.origin import KafkaPartition
+from pipeline.log.segments import make_segment
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests import waiting
 from tests.contract.logs import advance, place, row_at
@@ -37,8 +40,8 @@ def engine(database) -> Iterator[Engine]:
     engine = open_engine(database.url, application="test", pool_size=6)
     with transaction(engine) as db:
         for partition in (A, B):
-            ownership.begin(db, partition, NextOffset(0))
-        ownership.make_segment(db, "orders", NextOffset(0), 1000)
+            offsets.begin(db, partition, NextOffset(0))
+        make_segment(db, "orders", NextOffset(0), 1000)
     yield engine
     engine.dispose()
 
@@ -49,14 +52,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def claim(engine: Engine, partition: Partition) -> ownership.Claim:
+def claim(engine: Engine, partition: Partition) -> offsets.LoggedPartition:
     with transaction(engine) as db:
-        return ownership.claim(db, partition, ME)
+        return offsets.claim(db, partition, ME)
 
 
 def find(engine: Engine, partition: Partition = A) -> Ownership:
     with transaction(engine) as db:
-        return ownership.find(db, [partition])[partition]
+        return offsets.lock_ownerships(db, [partition])[partition]
 
 
 def write(engine: Engine, partition: Partition, held: int, expected: int, new: int) -> None:
@@ -131,7 +134,7 @@ def test_what_is_still_in_flight_is_waited_for(engine, database, pool, commits, 
 def test_a_writer_that_queued_behind_a_claim_is_fenced_by_it(engine, database, pool):
     held = claim(engine, A).epoch
 
-    with held_open(engine, lambda db: ownership.claim(db, A, ME), commit=True):
+    with held_open(engine, lambda db: offsets.claim(db, A, ME), commit=True):
         zombie = pool.submit(write, engine, A, held, 0, 3)
         until_somebody_waits(database)
 
@@ -166,7 +169,7 @@ def test_a_lock_that_is_not_to_be_had_is_a_matter_of_time(engine, database, asks
     )
 
     with (
-        held_open(engine, lambda db: ownership.claim(db, A, ME), commit=False),
+        held_open(engine, lambda db: offsets.claim(db, A, ME), commit=False),
         pytest.raises(TransientError) as refused,
     ):
         asks(impatient, A)
@@ -204,7 +207,7 @@ def test_two_writers_of_the_same_partitions_never_deadlock(engine, pool):
             for partition in order:
                 claim(engine, partition)
             with transaction(engine) as db:
-                places = ownership.find(db, order)
+                places = offsets.lock_ownerships(db, order)
             advances = {
                 it: advance(places[it].epoch, places[it].next_offset, places[it].next_offset + 1)
                 for it in order
@@ -236,10 +239,10 @@ def test_a_claim_says_who_the_owner_is_and_a_release_that_there_is_none(engine):
     second = claim(engine, A).epoch
 
     with transaction(engine) as db:
-        ownership.release(db, [(A, first)])
+        offsets.release(db, [(A, first)])
     still = column(engine, "owner_member")
     with transaction(engine) as db:
-        ownership.release(db, [(A, second)])
+        offsets.release(db, [(A, second)])
 
     assert owner == [ME.group, ME.member, ME.host, ME.pid]
     assert still == ME.member
@@ -247,19 +250,21 @@ def test_a_claim_says_who_the_owner_is_and_a_release_that_there_is_none(engine):
 
 
 def test_a_partition_that_never_began_cannot_be_claimed(engine):
-    with pytest.raises(InvariantError, match=r"orders\[9\]: claimed before it was begun"):
+    with pytest.raises(
+        InvariantError, match=r"orders\[9\]: claimed before its first offset was recorded"
+    ):
         claim(engine, Partition("orders", 9))
 
 
 def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, database, pool):
     def begin_all() -> frozenset[int]:
         with transaction(engine) as db:
-            known = frozenset(ownership.known_partitions(db, "prices"))
+            known = frozenset(offsets.lock_origins(db, "prices"))
             for number in {0, 1, 2} - known:
-                ownership.begin(db, Partition("prices", number), NextOffset(5))
+                offsets.begin(db, Partition("prices", number), NextOffset(5))
         return known
 
-    with held_open(engine, lambda db: ownership.known_partitions(db, "prices"), commit=False):
+    with held_open(engine, lambda db: offsets.lock_origins(db, "prices"), commit=False):
         both = [pool.submit(begin_all), pool.submit(begin_all)]
         with database.connect() as watcher:
             until(
@@ -279,18 +284,16 @@ def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, datab
 def test_what_an_older_owner_records_is_ignored(engine):
     old = claim(engine, A).epoch
     new = claim(engine, A).epoch
-    source = Source("cluster", "topic id", NextOffset(0), NextOffset(50))
+    source = KafkaPartition("cluster", "topic id", NextOffset(0), NextOffset(50))
 
     with transaction(engine) as db:
-        ownership.describe(db, A, old, source)
-        ownership.see_watermarks(db, [ownership.Watermark(A, old, 70)])
-        ownership.stand_still(
-            db, A, old, RecreatedTopicError(A, expected="topic id a", found="topic id b")
-        )
+        offsets.record_source(db, A, old, source)
+        watermarks.record_watermarks(db, [watermarks.Watermark(A, old, 70)])
+        offsets.halt(db, A, old, RecreatedTopicError(A, expected="topic id a", found="topic id b"))
     ignored = [column(engine, name) for name in ("cluster_id", "high_watermark", "problem")]
     with transaction(engine) as db:
-        ownership.describe(db, A, new, source)
-        ownership.see_watermarks(db, [ownership.Watermark(A, new, 70)])
+        offsets.record_source(db, A, new, source)
+        watermarks.record_watermarks(db, [watermarks.Watermark(A, new, 70)])
 
     assert ignored == [None, None, None]
     assert [column(engine, name) for name in ("cluster_id", "topic_id", "high_watermark")] == [
@@ -302,8 +305,8 @@ def test_a_topic_id_is_kept_where_the_broker_does_not_tell_it_again(engine):
     held = claim(engine, A).epoch
     for topic_id in ("topic id", None):
         with transaction(engine) as db:
-            source = Source("cluster", topic_id, NextOffset(0), NextOffset(50))
-            ownership.describe(db, A, held, source)
+            source = KafkaPartition("cluster", topic_id, NextOffset(0), NextOffset(50))
+            offsets.record_source(db, A, held, source)
 
     assert claim(engine, A).topic_id == "topic id"
 
@@ -317,9 +320,9 @@ def test_the_repeat_window_is_filled_with_the_last_events_only(engine):
         append(db, rows, {A: advance(held, 0, 8)})
 
     with transaction(engine) as db:
-        seen = ownership.recent(db, A, NextOffset(7), 5)
-        last = ownership.last_record(db, A, NextOffset(8))
-        none = ownership.last_record(db, B, NextOffset(8))
+        seen = search.recent(db, A, NextOffset(7), 5)
+        last = origin.last_record(db, A, NextOffset(8))
+        none = origin.last_record(db, B, NextOffset(8))
 
     assert [(it.offset, it.first) for it in seen] == [(2, 2), (4, 4), (5, 5), (6, 0)]
     assert [it.digest for it in seen] == [decode(rows[it.offset]).digest for it in seen]
@@ -333,7 +336,7 @@ def test_the_repeat_window_is_filled_with_the_last_events_only(engine):
 def gap(engine: Engine, held: int, expected: int, low: int) -> None:
     error = RetentionGapError(A, expected=NextOffset(expected), low=NextOffset(low))
     with transaction(engine) as db:
-        ownership.stand_still(db, A, Epoch(held), error)
+        offsets.halt(db, A, Epoch(held), error)
 
 
 @pytest.mark.both_postgres
@@ -345,8 +348,8 @@ def test_a_gap_is_written_down_and_nothing_moves_before_it_is_accepted(engine):
     gap(engine, held, 3, 12)
 
     with transaction(engine) as db:
-        [row] = db.execute(ownership.OPEN_GAPS).mappings()
-        freed = ownership.freed(db, [A])
+        [row] = gaps.all_gaps(db)
+        freed = offsets.not_halted(db, [A])
     assert (row["topic"], row["partition"]) == A
     assert (row["first_offset"], row["end_offset"]) == (3, 12)
     assert row["accepted_at"] is None
@@ -361,8 +364,8 @@ def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_go_on_behind_it
     gap(engine, held, 0, 10)
 
     with transaction(engine) as db:
-        accepted = ownership.accept_gap(db, A)
-        freed = ownership.freed(db, [A])
+        accepted = gaps.accept_gap(db, A)
+        freed = offsets.not_halted(db, [A])
 
     assert accepted == Gap(NextOffset(0), NextOffset(10))
     assert freed == [A]
@@ -370,8 +373,8 @@ def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_go_on_behind_it
     with pytest.raises(FencedError):
         write(engine, A, held, 10, 11)
     with transaction(engine) as db:
-        [row] = db.execute(ownership.OPEN_GAPS).mappings()
-        again = ownership.accept_gap(db, A)
+        [row] = gaps.all_gaps(db)
+        again = gaps.accept_gap(db, A)
     assert row["accepted_by"] == "postgres"
     assert again is None
 
@@ -380,13 +383,13 @@ def test_a_gap_that_grew_after_it_was_accepted_is_a_new_one(engine):
     held = claim(engine, A).epoch
     gap(engine, held, 0, 10)
     with transaction(engine) as db:
-        ownership.accept_gap(db, A)
+        gaps.accept_gap(db, A)
 
     gap(engine, claim(engine, A).epoch, 10, 20)
 
     with transaction(engine) as db:
-        gaps = db.execute(ownership.OPEN_GAPS).mappings().all()
-    assert [(it["first_offset"], it["end_offset"], it["accepted_at"] is None) for it in gaps] == [
+        found = gaps.all_gaps(db)
+    assert [(it["first_offset"], it["end_offset"], it["accepted_at"] is None) for it in found] == [
         (0, 10, False), (10, 20, True),
     ]  # fmt: skip
 
@@ -397,10 +400,10 @@ def test_a_gap_at_which_the_partition_no_longer_stands_is_not_accepted(engine):
     write(engine, A, held, 0, 1)
 
     with (
-        pytest.raises(InvariantError, match=r"orders\[0\]: no longer stands at offset 0"),
+        pytest.raises(InvariantError, match=r"orders\[0\]: its next offset is no longer 0"),
         transaction(engine) as db,
     ):
-        ownership.accept_gap(db, A)
+        gaps.accept_gap(db, A)
 
     assert find(engine) == place(held, 1)
 

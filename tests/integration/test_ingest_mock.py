@@ -13,9 +13,10 @@ from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
 from pipeline.ingest.claim import Taken, Takeover
 from pipeline.kafka import Brokers, GroupConsumer, errors, group, metadata
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import append
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Partition
 from pipeline.sandbox.servers import broker
 from pipeline.sandbox.servers.broker import MockBroker
@@ -180,7 +181,7 @@ def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_
 @pytest.mark.parametrize(
     ("records", "told"),
     [
-        (3, "to read on at offset 5.*a topic that ends at 3"),
+        (3, "to continue at offset 5.*a topic that ends at 3"),
         (9, "the record of the log at offset 4.*another record there"),
     ],
     ids=["shorter", "longer"],
@@ -223,15 +224,15 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
     engine = open_engine(database.url, application="test")
     with transaction(engine) as db:
         for number in range(2):
-            ownership.begin(db, Partition(TOPIC, number), NextOffset(0))
-        ownership.make_segment(db, TOPIC, NextOffset(0), 1000)
-        held = ownership.claim(db, partition, Owner("group", "former")).epoch
+            offsets.begin(db, Partition(TOPIC, number), NextOffset(0))
+        make_segment(db, TOPIC, NextOffset(0), 1000)
+        held = offsets.claim(db, partition, Owner("group", "former")).epoch
     source = GroupConsumer(settings())
     takeover = Takeover(engine, source, settings())
     taken = []
 
     with engine.connect() as former, database.connect() as watcher:
-        former.execute(ownership.FIND, {"of_topic": TOPIC, "of_number": 0})
+        former.execute(offsets.LOCK_OWNERSHIP, {"of_topic": TOPIC, "of_number": 0})
         taker = threading.Thread(target=lambda: taken.append(takeover.take([partition])))
         taker.start()
         until(

@@ -20,7 +20,7 @@ from pipeline.errors import (
 )
 from pipeline.ingest import service
 from pipeline.ingest.state import Bounds
-from pipeline.log import ownership
+from pipeline.log.gaps import accept_gap
 from pipeline.partitions import Partition
 from tests.integration.ingesting import (
     Ledger,
@@ -71,7 +71,7 @@ def gaps(database):
 def accept(database, partition):
     engine = open_engine(database.url, application="test")
     with transaction(engine) as db:
-        accepted = ownership.accept_gap(db, partition)
+        accepted = accept_gap(db, partition)
     engine.dispose()
     return accepted
 

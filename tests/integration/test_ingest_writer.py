@@ -12,8 +12,8 @@ from pipeline.db import SessionLimits, open_engine, transaction
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
-from pipeline.log import ownership
-from pipeline.log.ownership import Owner
+from pipeline.log import offsets
+from pipeline.log.offsets import Owner
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, place, row_at
 
@@ -26,7 +26,7 @@ def engine(database) -> Iterator[Engine]:
     limits = SessionLimits(lock_wait=timedelta(milliseconds=500))
     engine = open_engine(database.url, application="test", limits=limits)
     with transaction(engine) as db:
-        ownership.begin(db, A, NextOffset(0))
+        offsets.begin(db, A, NextOffset(0))
     yield engine
     engine.dispose()
 
@@ -34,7 +34,7 @@ def engine(database) -> Iterator[Engine]:
 @pytest.fixture
 def held(engine) -> int:
     with transaction(engine) as db:
-        return ownership.claim(db, A, Owner("tests", "member")).epoch
+        return offsets.claim(db, A, Owner("tests", "member")).epoch
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def outcome(writer: Writer, job: Write | Resolve) -> object:
     return writer.outcome(WAIT_S_MAX)
 
 
-def offsets(database) -> list[int]:
+def logged_offsets(database) -> list[int]:
     with database.connect() as db:
         rows = db.execute('SELECT "offset" FROM pipeline.events ORDER BY 1').fetchall()
     return [offset for (offset,) in rows]
@@ -74,7 +74,7 @@ def test_a_batch_is_written_and_its_place_found(writer, held, database):
 
     assert outcome(writer, Write(batch)) == Committed()
     assert outcome(writer, Resolve(batch)) == Found({A: place(held, 8)})
-    assert offsets(database) == [0, 1, 7]
+    assert logged_offsets(database) == [0, 1, 7]
 
 
 def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, database):
@@ -84,7 +84,7 @@ def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, datab
     writer.do(Write(batch), lambda: ["orders"])
 
     assert writer.outcome(WAIT_S_MAX) == Replaced(["orders"])
-    assert offsets(database) == []
+    assert logged_offsets(database) == []
     assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
 
 
@@ -97,7 +97,7 @@ def test_a_batch_of_which_kafka_says_nothing_is_not_committed(writer, held, data
     failed = writer.outcome(WAIT_S_MAX)
     assert isinstance(failed, Failed)
     assert str(failed.error) == "Kafka is away"
-    assert offsets(database) == []
+    assert logged_offsets(database) == []
 
 
 def test_segments_are_made_before_they_are_needed(writer, held, database):
@@ -113,7 +113,7 @@ def test_a_batch_across_wide_gaps_finds_its_segments(writer, held, database):
 
     assert outcome(writer, Write(batch_of(held, 0, *far_apart))) == Committed()
 
-    assert offsets(database) == far_apart
+    assert logged_offsets(database) == far_apart
 
 
 def test_a_segment_that_was_taken_away_is_made_again(writer, held, database):
@@ -125,7 +125,7 @@ def test_a_segment_that_was_taken_away_is_made_again(writer, held, database):
         db.execute("DELETE FROM pipeline.segments")
 
     assert outcome(writer, Write(batch_of(held, 1, 1, 2))) == Committed()
-    assert offsets(database) == [1, 2]
+    assert logged_offsets(database) == [1, 2]
 
 
 def test_a_fenced_batch_is_told_with_its_partition(writer, held, database):
@@ -134,7 +134,7 @@ def test_a_fenced_batch_is_told_with_its_partition(writer, held, database):
     assert isinstance(told, Fenced)
     assert isinstance(told.error, FencedError)
     assert told.error.partition == A
-    assert offsets(database) == []
+    assert logged_offsets(database) == []
 
 
 @pytest.mark.parametrize("step", ["after_begin", "after_fence", "mid_copy", "after_copy",
@@ -152,7 +152,7 @@ def test_trouble_at_any_step_leaves_nothing_and_the_next_try_works(
     assert isinstance(told.error, TransientError)
     assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
     assert outcome(writer, Write(batch)) == Committed()
-    assert offsets(database) == [0, 1]
+    assert logged_offsets(database) == [0, 1]
 
 
 def test_a_lost_answer_is_an_unknown_outcome_that_is_found_committed(writer, held, database, arm):
@@ -161,7 +161,7 @@ def test_a_lost_answer_is_an_unknown_outcome_that_is_found_committed(writer, hel
 
     assert isinstance(outcome(writer, Write(batch)), Failed)
     assert outcome(writer, Resolve(batch)) == Found({A: place(held, 1)})
-    assert offsets(database) == [0]
+    assert logged_offsets(database) == [0]
 
 
 def test_a_look_that_must_wait_too_long_fails_and_may_be_repeated(writer, held, database):
@@ -182,7 +182,7 @@ def test_a_row_that_is_there_already_breaks_the_work(writer, held, database):
 
     assert isinstance(told, Broken)
     assert isinstance(told.error, InvariantError)
-    assert offsets(database) == [0]
+    assert logged_offsets(database) == [0]
 
 
 def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
@@ -192,7 +192,7 @@ def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
     assert writer.outcome(0.0) is None
     writer.settle()
 
-    assert offsets(database) == [0]
+    assert logged_offsets(database) == [0]
 
 
 def test_leaving_does_not_wait_for_a_database_that_hangs(engine, held, arm):

@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from pipeline.db import transaction
-from pipeline.health.check.keying import Seen, finding, keying_of, look_at_keying
-from pipeline.log.search import ranges
+from pipeline.health.check.keying import check_keying, keying_of, result_of
+from pipeline.log.keying import TopicKeys
+from pipeline.log.offsets import ranges
 from pipeline.partitions import Partition
 from pipeline.projection.workers import Member, shared_out
 from pipeline.sandbox.simulator import Chaos, Keying, Simulation
@@ -45,7 +46,7 @@ def test_the_keying_changes_no_event():
 
 
 @pytest.mark.parametrize("keying", Keying)
-def test_check_sees_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
+def test_check_reports_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
     keying, given, mock_broker
 ):
     """All else that the log, its segments and read models promise holds too."""
@@ -61,9 +62,9 @@ def test_check_sees_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
 
     assert [ingested.code, checked.code, verified.code] == [0, 0, 0], ingested.err + checked.err
     with transaction(given.engine) as db:
-        [found] = list(look_at_keying(db))
+        [found] = list(check_keying(db))
         held = {place: of.end for place, of in ranges(db).items()}
-    assert f"is keyed by {keying}" in found.text, found
+    assert f"is keyed by {keying}" in str(found), found
     sent = Counter(record.partition for record in records)
     assert {place.number: end for place, end in held.items()} == {
         number: sent[number] for number in range(PARTITIONS)
@@ -73,8 +74,8 @@ def test_check_sees_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
     assert max(sent.values()) <= spans * 1000 <= max(sent.values()) + 2000
 
 
-def seen(**changed) -> Seen:
-    well = Seen(TOPIC, 6, 5000, 6, 0, users=100, stray_users=0, entities=900, stray_entities=0)
+def seen(**changed) -> TopicKeys:
+    well = TopicKeys(TOPIC, 6, 5000, 6, 0, users=100, stray_users=0, entities=900, stray_entities=0)
     return well._replace(**changed)
 
 
@@ -92,11 +93,11 @@ def seen(**changed) -> Seen:
         ({"records": 0, "used": 0, "busiest": None}, "too little", "0 recent records"),
     ],
 )
-def test_what_the_log_shows_is_told_with_what_more_workers_bring(changed, keying, says):
-    found = finding(seen(**changed))
+def test_what_the_log_shows_is_reported_with_what_more_workers_bring(changed, keying, says):
+    found = result_of(seen(**changed))
 
     assert keying_of(seen(**changed)) == keying
-    assert says in found.text
+    assert says in str(found)
     assert found.exit_code == 0
 
 

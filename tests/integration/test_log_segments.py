@@ -11,9 +11,10 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import MissingSegmentError, PoisonRecordError
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.append import append
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, row_at
 
@@ -29,18 +30,18 @@ def engine(database) -> Iterator[Engine]:
 
 def make(engine: Engine, topic: str, offset: int, span: int = SPAN) -> tuple[int, int]:
     with transaction(engine) as db:
-        return ownership.make_segment(db, topic, NextOffset(offset), span)
+        return make_segment(db, topic, NextOffset(offset), span)
 
 
-def write(engine: Engine, partition: Partition, *offsets: int) -> None:
+def write(engine: Engine, partition: Partition, *at: int) -> None:
     """Records at these offsets, by a new owner."""
     with transaction(engine) as db:
-        if partition.number not in ownership.known_partitions(db, partition.topic):
-            ownership.begin(db, partition, NextOffset(0))
-        claim = ownership.claim(db, partition, Owner("tests", "member"))
-    step = advance(claim.epoch, claim.next_offset, max(offsets) + 1)
+        if partition.number not in offsets.lock_origins(db, partition.topic):
+            offsets.begin(db, partition, NextOffset(0))
+        claim = offsets.claim(db, partition, Owner("tests", "member"))
+    step = advance(claim.epoch, claim.next_offset, max(at) + 1)
     with transaction(engine) as db:
-        append(db, [row_at(partition, offset) for offset in offsets], {partition: step})
+        append(db, [row_at(partition, offset) for offset in at], {partition: step})
 
 
 def segments(engine: Engine) -> list[tuple[str, int, int]]:
@@ -127,7 +128,7 @@ def test_making_a_segment_holds_up_no_writer(engine):
     partition = Partition("orders", 0)
 
     with engine.connect() as db:
-        ownership.make_segment(db, "orders", NextOffset(1000), SPAN)
+        make_segment(db, "orders", NextOffset(1000), SPAN)
         write(engine, partition, 0, 1)
         db.commit()
 

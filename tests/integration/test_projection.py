@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from pipeline.db import transaction
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.partitions import NextOffset, Partition
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
@@ -62,7 +62,7 @@ def test_every_value_lands_in_its_type(given: Given):
 def test_a_log_that_begins_late_and_is_empty_has_an_end(given: Given):
     """As with PIPELINE_START=latest, or when retention has emptied the topic."""
     with transaction(given.engine) as db:
-        ownership.begin(db, Partition("Prices", 0), NextOffset(500))
+        offsets.begin(db, Partition("Prices", 0), NextOffset(500))
 
     rows = given([order_event("NEW", at="10:00:00")]).project(orders)
 

@@ -17,9 +17,10 @@ from sqlalchemy import text
 from pipeline import events as reading
 from pipeline.db import metadata, transaction
 from pipeline.log import append as writing
-from pipeline.log import ownership
+from pipeline.log import offsets
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, NextOffset, Partition
 from tests.commands import Commands, InProcess
 from tests.given import Given, event, some_id
@@ -230,9 +231,9 @@ def append(given, taken):
     """As the service does it, with keys, headers and times."""
     place = Partition("orders", 0)
     with transaction(given.engine) as db:
-        ownership.begin(db, place, NextOffset(0))
-        claim = ownership.claim(db, place, Owner(group="tests", member="tests"))
-        ownership.make_segment(db, place.topic, claim.next_offset, 1000)
+        offsets.begin(db, place, NextOffset(0))
+        claim = offsets.claim(db, place, Owner(group="tests", member="tests"))
+        make_segment(db, place.topic, claim.next_offset, 1000)
         rows = [
             encode(reading.read(record._replace(offset=offset)))
             for offset, record in enumerate(taken)

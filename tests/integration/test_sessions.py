@@ -8,7 +8,7 @@ from sqlalchemy import text
 from structlog.testing import capture_logs
 
 from pipeline.db import SessionLimits, open_engine, transaction
-from pipeline.db import engine as engine_module
+from pipeline.db import connection as connection_module
 from pipeline.errors import TransientError
 
 LONG = text("SELECT pg_sleep(1)")
@@ -16,8 +16,8 @@ LONG = text("SELECT pg_sleep(1)")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(engine_module, "SILENCE_S", 0.2)
-    monkeypatch.setattr(engine_module, "ALIVE_S_MAX", 5.0)
+    monkeypatch.setattr(connection_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr(connection_module, "ALIVE_S_MAX", 5.0)
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_a_server_that_takes_no_connections_any_more_is_given_up(open_, monkeypa
     """What it would look like where the host is gone; the real thing is among the faults."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         host, port = deaf.getsockname()
-        monkeypatch.setattr(engine_module, "ALIVE_S_MAX", 0.2)
-        dial = engine_module._dial
-        monkeypatch.setattr(engine_module, "_dial", lambda _host, _port: dial(host, port))
+        monkeypatch.setattr(connection_module, "ALIVE_S_MAX", 0.2)
+        dial = connection_module._dial
+        monkeypatch.setattr(connection_module, "_dial", lambda _host, _port: dial(host, port))
 
         with pytest.raises(TransientError, match="hangs"), transaction(open_()) as connection:
             connection.execute(LONG)
@@ -69,5 +69,5 @@ def test_a_server_is_asked_through_its_socket_in_a_folder_too(tmp_path):
         server.bind(str(tmp_path / ".s.PGSQL.5432"))
         server.listen()
 
-        with engine_module._dial(str(tmp_path), 5432) as asking:
+        with connection_module._dial(str(tmp_path), 5432) as asking:
             assert asking.family == socket.AF_UNIX

@@ -1,4 +1,4 @@
-"""How things stand: what `pipeline status` tells, from the database alone."""
+"""What `pipeline status` reports, from the database alone."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from sqlalchemy.event import listen
 
 from pipeline.cli.status import _age
 from pipeline.db import transaction
-from pipeline.health.status import look
+from pipeline.health.status import read_status
 from pipeline.health.status.queries import RECENT_OFFSETS_MAX
 from pipeline.log.search import first_since
 from pipeline.partitions import Partition
@@ -22,7 +22,7 @@ ALL = discover()
 
 
 def seen(given):
-    return look(given.engine, ALL)
+    return read_status(given.engine, ALL)
 
 
 def partition_of(given):
@@ -36,7 +36,7 @@ def offsets(given, setting):
 
 @pytest.fixture
 def log(given):
-    """Ten orders in one partition, read to the end by a reader that has just been heard of."""
+    """Ten orders in one partition, read to the end; Kafka's end was recorded just now."""
     given([order_event("NEW", at=n, order=str(n)) for n in range(10)])
     offsets(given, "high_watermark = 10, watermarks_at = now()")
     return given
@@ -91,12 +91,12 @@ def test_the_state_of_a_partition_is_one_of_burrows_words(log, setting, state, i
 
     assert found.partitions[0].state == state
     assert found.ok is not is_wrong
-    assert [one.subject for one in found.troubles if one.subject == f"{TOPIC}[0]"] == (
+    assert [one.subject for one in found.problems if one.subject == f"{TOPIC}[0]"] == (
         [] if state == "OK" else [f"{TOPIC}[0]"]
     )
 
 
-def test_a_partition_that_moves_but_is_long_behind_is_a_warning(given):
+def test_a_partition_that_moves_but_lags_for_long_is_a_warning(given):
     given([order_event("NEW", at=1)])
     offsets(given, "high_watermark = 900, watermarks_at = now()")
     _age_log(given, "2 minutes")
@@ -118,9 +118,9 @@ def _age_log(given, age):
 def test_what_is_halted_says_why_and_names_the_partition_once(log):
     offsets(log, f"problem = '{TOPIC}[0]: records are gone: accept it'")
 
-    [trouble] = [one for one in seen(log).troubles if one.severity == "wrong"]
+    [problem] = [one for one in seen(log).problems if one.severity == "error"]
 
-    assert (trouble.subject, trouble.text) == (
+    assert (problem.subject, problem.what) == (
         f"{TOPIC}[0]",
         "halted: records are gone: accept it",
     )
@@ -144,7 +144,7 @@ def test_a_log_that_never_read_anything_is_not_ok(given):
     found = seen(given)
 
     assert (found.ok, found.lag, found.rate) == (False, None, None)
-    assert [one.subject for one in found.troubles if one.severity == "wrong"] == ["log"]
+    assert [one.subject for one in found.problems if one.severity == "error"] == ["log"]
 
 
 def test_lag_is_unknown_and_not_zero_before_kafka_was_seen(given):
@@ -238,7 +238,7 @@ def test_a_read_model_goes_from_never_run_over_catching_up_to_live(log):
     assert 19 < model(log).lag_s < 40
 
 
-def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log):
+def test_broken_stale_and_interrupted_read_models_are_named_with_their_fix(log):
     log.project(*ALL)
     for change in (
         "state = 'broken', problem = 'too many' WHERE projector = 'orders'",
@@ -254,9 +254,9 @@ def test_broken_stale_and_interrupted_read_models_are_named_with_what_to_do(log)
         *("broken", "stale", "rebuilding", "not in this program"),
     )
     assert "accounts@rebuild" not in states
-    remedies = {one.subject: (one.severity, one.remedy) for one in found.troubles}
-    assert remedies["orders"] == ("wrong", "fix the projector, then `pipeline rebuild orders`")
-    assert remedies["users"] == ("warning", "`pipeline rebuild users`")
+    fixes = {one.subject: (one.severity, one.fix) for one in found.problems}
+    assert fixes["orders"] == ("error", "fix the projector, then `pipeline rebuild orders`")
+    assert fixes["users"] == ("warning", "`pipeline rebuild users`")
     assert not found.ok
 
 
@@ -272,7 +272,7 @@ def _worker(given, number, *, lives_for="10 s", projectors=("orders", "users")):
     )
 
 
-def test_who_projects_what_is_told_of_those_that_live(log):
+def test_active_workers_are_shown_with_what_they_project(log):
     for partition in range(1, 4):
         log([order_event("NEW", at=1, order=f"order {partition}")], partition=partition)
     _worker(log, 1)
@@ -281,25 +281,25 @@ def test_who_projects_what_is_told_of_those_that_live(log):
 
     workers = seen(log).workers
 
-    told = [(one.host, one.pid, [it.number for it in one.partitions]) for one in workers]
-    assert told == [("host-1", 1, [0, 2]), ("host-3", 3, [1, 3])]
+    shown = [(one.host, one.pid, [it.number for it in one.partitions]) for one in workers]
+    assert shown == [("host-1", 1, [0, 2]), ("host-3", 3, [1, 3])]
 
 
-def test_read_models_that_nobody_projects_are_told_so(log):
+def test_read_models_that_no_process_projects_are_named(log):
     log.project(orders)
     _age_log(log, "20 seconds")
     log([order_event("NEW", at=1, order="one more")])
     _age_log(log, "20 seconds")
-    [unattended] = [one for one in seen(log).troubles if one.subject == "orders"]
+    [unattended] = [one for one in seen(log).problems if one.subject == "orders"]
     _worker(log, 1)
-    [attended] = [one for one in seen(log).troubles if one.subject == "orders"]
+    [attended] = [one for one in seen(log).problems if one.subject == "orders"]
 
     assert model(log).state == "catching up"
-    assert (unattended.severity, attended.severity) == ("wrong", "warning")
-    assert unattended.text.startswith("no process projects it; it moved last at ")
-    assert unattended.text.endswith("and its lag is 1 records")
-    assert unattended.remedy == "start `pipeline run` or `pipeline project`"
-    assert attended.remedy == "wait"
+    assert (unattended.severity, attended.severity) == ("error", "warning")
+    assert unattended.what.startswith("no process projects it; it moved last at ")
+    assert unattended.what.endswith("and its lag is 1 records")
+    assert unattended.fix == "start `pipeline run` or `pipeline project`"
+    assert attended.fix == "wait"
 
 
 def test_a_read_model_that_no_worker_has_is_not_waited_for(log):
@@ -310,7 +310,7 @@ def test_a_read_model_that_no_worker_has_is_not_waited_for(log):
 
     found = seen(log)
 
-    wrong = {one.subject for one in found.troubles if one.severity == "wrong"}
+    wrong = {one.subject for one in found.problems if one.severity == "error"}
     assert wrong == {one.name for one in ALL} - {"orders", "users"}
     assert not found.ok
 
@@ -321,7 +321,7 @@ def test_a_read_model_without_a_process_and_without_lag_is_a_warning(log):
     found = seen(log)
 
     assert {one.state for one in found.projectors} == {"unattended"}
-    assert {one.severity for one in found.troubles} == {"warning"}
+    assert {one.severity for one in found.problems} == {"warning"}
     assert found.ok
 
 
@@ -337,10 +337,10 @@ def test_a_projection_that_does_not_move_is_not_waited_for(log):
     found = seen(log)
 
     assert (young, model(log).state) == ("live", "stalled")
-    [trouble] = [one for one in found.troubles if one.subject == "orders"]
-    assert trouble.severity == "wrong"
-    assert "has not moved since" in trouble.text
-    assert "a lock, a full disk" in trouble.remedy
+    [problem] = [one for one in found.problems if one.subject == "orders"]
+    assert problem.severity == "error"
+    assert "has not moved since" in problem.what
+    assert "a lock, a full disk" in problem.fix
 
 
 def test_a_projection_that_has_just_started_is_given_time(log):
@@ -353,7 +353,7 @@ def test_a_projection_that_has_just_started_is_given_time(log):
     assert model(log).state == "catching up"
 
 
-def test_a_clock_that_was_set_back_makes_no_fact_current(log):
+def test_a_clock_that_was_set_back_makes_nothing_recorded_current(log):
     """Times in the future say nothing about now: neither of a reader nor of a projection."""
     offsets(log, "watermarks_at = now() + interval '1 hour'")
     log.project(*ALL)
@@ -363,7 +363,7 @@ def test_a_clock_that_was_set_back_makes_no_fact_current(log):
 
     assert partition_of(log).state == "UNKNOWN"
     assert not found.ok
-    assert any("in the future by the clock of this database" in it.text for it in found.troubles)
+    assert any("in the future by the clock of this database" in it.what for it in found.problems)
     assert found.workers == []
     assert model(log).state == "unattended"
 
@@ -374,8 +374,8 @@ def test_dead_letters_are_counted_and_are_a_warning(log):
     found = seen(log)
 
     assert model(log).dead_letters == 1
-    assert [(one.severity, one.remedy) for one in found.troubles if "dead" in one.text] == [
-        ("warning", "`pipeline dead-letters list orders`")
+    assert [(one.severity, one.fix) for one in found.problems if "dead" in one.what] == [
+        ("warning", "see `pipeline dead-letters list orders`")
     ]
     assert found.ok
 
@@ -402,14 +402,14 @@ def test_what_came_more_than_an_hour_ago_is_not_counted(given):
     assert seen(given).recent.records == 0
 
 
-def test_however_long_the_log_only_the_newest_records_are_looked_at(given):
+def test_however_long_the_log_only_the_newest_records_are_examined(given):
     given([order_event("NEW", at=n, order=str(n)) for n in range(20)])
     offsets(given, f"next_offset = {RECENT_OFFSETS_MAX + 15}")
 
     assert seen(given).recent.records == 5
 
 
-def test_a_look_reads_no_more_rows_than_it_needs(given):
+def test_a_status_reads_no_more_rows_than_it_needs(given):
     for number in range(20):
         given([order_event("NEW", at=n, order=f"{number} {n}") for n in range(1000)])
     _age_log(given, "3 hours")
@@ -442,7 +442,7 @@ def pipeline(monkeypatch, capsys):
     return InProcess(monkeypatch, capsys)
 
 
-def test_the_command_prints_tables_and_says_what_to_do(log, pipeline):
+def test_the_command_prints_tables(log, pipeline):
     log.project(*ALL)
     log([b"{"])
     _worker(log, 1, projectors=[one.name for one in ALL])
@@ -457,7 +457,7 @@ def test_the_command_prints_tables_and_says_what_to_do(log, pipeline):
     assert any("not JSON" in line for line in lines)
 
 
-def test_the_command_ends_with_1_when_something_needs_a_human(log, pipeline):
+def test_the_command_ends_with_1_when_somebody_must_act(log, pipeline):
     offsets(log, "problem = 'records are gone'")
 
     result = pipeline(Commands(database_url=log.database.dsn), "status", "--json")
@@ -467,7 +467,7 @@ def test_the_command_ends_with_1_when_something_needs_a_human(log, pipeline):
     assert result.json["partitions"][0]["state"] == "ERR"
 
 
-def test_what_is_the_same_of_many_partitions_is_told_once(given, pipeline):
+def test_partitions_with_the_same_problem_share_its_lines(given, pipeline):
     for number in range(3):
         given([order_event("NEW", at=1)], partition=number)
     offsets(given, "owner_member = NULL, watermarks_at = now()")
@@ -486,7 +486,7 @@ def test_a_problem_from_outside_cannot_play_tricks_on_the_terminal(log, pipeline
     assert "\x1b" not in result.out
 
 
-def test_watching_looks_again_until_it_is_stopped(log):
+def test_watching_repeats_until_it_is_stopped(log):
     import signal
 
     commands = Commands(database_url=log.database.dsn)

@@ -90,10 +90,10 @@ def test_everything_holds_on_a_log_that_nobody_touched(day, pipeline):
     result = pipeline("verify")
 
     assert result.code == 0, result.out
-    assert result.err.endswith("Everything that was looked at holds.\n")
+    assert result.err.endswith("Everything that was examined holds.\n")
     records = len(day.ledger.records)
     assert (
-        f"kafka: the log holds what Kafka holds, record by record: {records:,} looked at"
+        f"kafka: the log holds what Kafka holds, record by record: {records:,} examined"
         in result.out
     )
     assert "read models: its tables equal a replay of the log: " in result.out
@@ -103,7 +103,7 @@ def test_everything_holds_on_a_log_that_nobody_touched(day, pipeline):
 LOG, KAFKA, READ_MODELS = "log", "kafka", "read models"
 ROW = 'topic = (SELECT min(topic) FROM pipeline.events) AND "partition" = 0'
 TAMPERED = {
-    "a row behind the next offset": (
+    "a row after the next offset": (
         LOG, "first and next offset",
         "UPDATE pipeline.consumer_offsets SET next_offset = next_offset - 3 "
         "WHERE \"partition\" = 0",
@@ -125,7 +125,7 @@ TAMPERED = {
         f"UPDATE pipeline.events SET repeat_of = 3 WHERE {ROW} AND \"offset\" = 7",
     ),
     "a segment that is not known": (LOG, "segment", "DELETE FROM pipeline.segments"),
-    "a checkpoint behind the end": (
+    "a checkpoint after the end": (
         LOG, "checkpoint",
         "UPDATE pipeline.projection_checkpoints SET next_offset = 1000000 "
         "WHERE projector = 'orders' AND \"partition\" = 1",
@@ -187,7 +187,7 @@ def test_whatever_is_done_to_it_is_named(tampering, filled, pipeline):
     assert [
         one
         for one in wrong(result)
-        if one["part"] == part and said in f"{one['claim']} {one['words']}"
+        if one["part"] == part and said in f"{one['claim']} {one['problem']['what']}"
     ], wrong(result)
 
 
@@ -253,7 +253,7 @@ def test_an_empty_log_and_a_topic_that_is_gone_are_not_examined(given, kafka, mo
     gone = verify("verify", "--only", "kafka")
 
     assert (empty.code, gone.code) == (ExitCode.FOUND, ExitCode.FOUND)
-    assert empty.out.count("not examined: it is empty") == 2
+    assert empty.out.count("not examined: the log is empty") == 2
     assert "not examined: Kafka has no such partition" in gone.out
 
 
@@ -280,7 +280,7 @@ def test_a_compacted_topic_may_have_less_than_the_log(kafka, topic, database, mo
     result = on(database, kafka, InProcess(monkeypatch, capsys))("verify", "--only", "kafka")
 
     assert result.code == 0, result.out
-    assert "1 more are in the log alone: the topic is compacted" in result.out
+    assert "1 more are only in the log: the topic is compacted" in result.out
 
 
 def test_one_read_model_alone_may_be_verified(pipeline):

@@ -19,6 +19,7 @@ from enum import IntEnum, auto
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
 from pipeline.events import EncodedRow
 from pipeline.ingest.state import Batch, Bounds, Machine, Outcome, Reclaim, Resolve, Write, _Flight
@@ -26,7 +27,7 @@ from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, row_at
 
 WITHOUT_WAITS = Bounds(
-    batch_rows_max=10, backoff_s_min=0, backoff_s_max=0, reclaim_s_min=0, steals_max=2, steals_s=0
+    batch_rows_max=10, backoff=Backoff(0, 0), reclaim_s_min=0, steals_max=2, steals_s=0
 )
 NOW = 0.0
 ALONE_STEPS_MAX = 60

@@ -28,10 +28,11 @@ from pipeline.db import SessionLimits, open_engine, transaction, translated
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.events import Record, read
 from pipeline.ingest.state import Batch, Machine, Reclaim, Resolve, Write
-from pipeline.log import append as appending
-from pipeline.log import ownership
+from pipeline.log import offsets
+from pipeline.log.append import append
 from pipeline.log.copying import encode
-from pipeline.log.ownership import Owner
+from pipeline.log.offsets import Owner
+from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection.one_pass import Result, project
@@ -130,8 +131,8 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         self.backed_up = False
         bench.execute(FORGET_EVERYTHING)
         with transaction(bench.engine) as db:
-            ownership.begin(db, PLACE, NextOffset(0))
-            ownership.make_segment(db, PLACE.topic, NextOffset(0), 1000)
+            offsets.begin(db, PLACE, NextOffset(0))
+            make_segment(db, PLACE.topic, NextOffset(0), 1000)
             checkpoints.register(db, [orders.name])
             checkpoints.progress(db, [orders.name])
 
@@ -218,12 +219,12 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         batch, worker.resolving = worker.resolving, None
         own = [it for it in self.adrift if it[0] == who]
         if not self.bench.waits:
-            look = partial(ownership.look, partitions=batch.advances)
+            look = partial(offsets.ownerships, partitions=batch.advances)
         elif own:
             self._find_while_in_flight(worker, batch, own[0], commits=commits)
             return
         else:
-            look = partial(ownership.find, partitions=batch.advances)
+            look = partial(offsets.lock_ownerships, partitions=batch.advances)
         try:
             with transaction(self.bench.engine) as db:
                 places = look(db)
@@ -237,7 +238,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
         def find():
             with transaction(self.bench.patient) as db:
-                return ownership.find(db, batch.advances)
+                return offsets.lock_ownerships(db, batch.advances)
 
         with ThreadPoolExecutor(1) as thread:
             answer = thread.submit(find)
@@ -257,7 +258,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         worker = self.workers[who]
         if not worker.machine.is_with_database:
             with transaction(self.bench.engine) as db:
-                places = ownership.look(db, worker.machine.owned)
+                places = offsets.ownerships(db, worker.machine.owned)
             worker.machine.looked(places, NOW)
 
     @rule(who=who)
@@ -277,7 +278,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         worker.wants_to_claim = True
         try:
             with transaction(self.bench.engine) as db:
-                claim = ownership.claim(db, PLACE, Owner("model", "worker"))
+                claim = offsets.claim(db, PLACE, Owner("model", "worker"))
         except TransientError:
             return
         worker.wants_to_claim = False
@@ -287,7 +288,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         connection = self.bench.engine.connect()
         try:
             with translated():
-                appending.append(connection, batch.rows, batch.advances)
+                append(connection, batch.rows, batch.advances)
         except FencedError:
             _end(connection, commits=False)
             worker.machine.fenced(NOW)
@@ -359,11 +360,11 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             there = db.execute(
                 text('SELECT "offset" FROM pipeline.events ORDER BY "offset"')
             ).scalars()
-            offsets = list(there)
-            place = ownership.look(db, [PLACE])[PLACE]
+            logged = list(there)
+            place = offsets.ownerships(db, [PLACE])[PLACE]
             checkpoint = checkpoints.next_offsets(db, orders.name).get(PLACE, 0)
         due = [offset for offset in OFFSETS if offset < place.next_offset]
-        assert offsets == due, f"the log below {place.next_offset}"
+        assert logged == due, f"the log below {place.next_offset}"
         assert checkpoint <= place.next_offset
 
     def teardown(self):
@@ -477,10 +478,10 @@ def _restore(it: ProtocolOnPostgres) -> None:
 @pytest.mark.parametrize("guarded", [True, False])
 def test_the_shortest_ways_to_harm_end_at_the_guards(database, monkeypatch, history, guarded):
     if not guarded:
-        blind = str(appending.ADVANCE).replace(
+        blind = str(offsets.ADVANCE).replace(
             "o.epoch = b.held AND o.next_offset = b.expected", "true"
         )
-        monkeypatch.setattr(appending, "ADVANCE", text(blind))
+        monkeypatch.setattr(offsets, "ADVANCE", text(blind))
     bench = Bench(database, read_models=False)
     it = ProtocolOnPostgres(bench)
 
@@ -499,8 +500,8 @@ def test_the_shortest_ways_to_harm_end_at_the_guards(database, monkeypatch, hist
 def test_real_transactions_without_a_guard_do_harm(database, monkeypatch):
     """The offsets are not compared, and whoever hears nothing writes again."""
     guard = "AND o.next_offset = b.expected"
-    assert guard in str(appending.ADVANCE)
-    monkeypatch.setattr(appending, "ADVANCE", text(str(appending.ADVANCE).replace(guard, "")))
+    assert guard in str(offsets.ADVANCE)
+    monkeypatch.setattr(offsets, "ADVANCE", text(str(offsets.ADVANCE).replace(guard, "")))
     bench = Bench(database, machine=BlindRetry, read_models=False)
 
     try:

@@ -1,4 +1,4 @@
-"""What the findings of a check make of each promise."""
+"""What the results of a check make of each promise."""
 
 import re
 from datetime import timedelta
@@ -8,19 +8,20 @@ import pytest
 
 from pipeline.errors import ExitCode
 from pipeline.health.check.database import database_tls
-from pipeline.health.check.findings import Finding, ok, unknown, warning, worth, wrong
 from pipeline.health.check.kafka import record_size, replication, retention
-from pipeline.health.check.promises import ANYWHERE, Promise, Standing
+from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION, Promise, Standing
+from pipeline.health.check.result import Result, found, ok, promise_statuses
+from pipeline.health.problem import Problem
 
 PAGE = Path(__file__).parents[2] / "docs/guarantees.md"
 LOG = Promise.FAITHFUL_LOG
 
 WELL = ok("log", "well", LOG)
-UNTOLD = unknown("log", "how long", LOG)
-RISK = warning("log", "risky", "mend it", LOG)
-BROKEN = wrong("log", "broken", "mend it", LOG)
-AWAY = wrong("log", "away", "start it", LOG, code=ExitCode.UNAVAILABLE)
-REFUSED = wrong("log", "no such topic", "name another", LOG, code=ExitCode.CONFIGURATION)
+UNREPORTED = found(Problem("unknown", "log", "how long", "ask"), LOG)
+RISK = found(Problem("warning", "log", "risky", "fix it"), LOG)
+BROKEN = found(Problem("error", "log", "broken", "fix it"), LOG)
+AWAY = found(Problem("error", "log", "unavailable", "start it"), LOG, code=ExitCode.UNAVAILABLE)
+REFUSED = found(Problem("error", "log", "no topic", "name it"), LOG, code=ExitCode.CONFIGURATION)
 
 
 def test_the_promises_are_those_of_the_page_in_its_order_and_words():
@@ -30,38 +31,40 @@ def test_the_promises_are_those_of_the_page_in_its_order_and_words():
 
 
 @pytest.mark.parametrize(
-    ("findings", "standing", "reasons"),
+    ("results", "standing", "reasons"),
     [
         ([WELL], Standing.HOLDS, []),
-        ([UNTOLD, WELL], Standing.NOT_KNOWN, ["how long, not told: ask Upvest"]),
-        ([AWAY], Standing.NOT_KNOWN, ["away"]),
-        ([REFUSED], Standing.NOT_KNOWN, ["no such topic"]),
-        ([WELL, RISK], Standing.AT_RISK, ["risky"]),
-        ([UNTOLD, RISK], Standing.AT_RISK, ["how long, not told: ask Upvest", "risky"]),
-        ([RISK, BROKEN, WELL], Standing.BROKEN, ["risky", "broken"]),
-        ([BROKEN, AWAY], Standing.BROKEN, ["broken", "away"]),
+        ([UNREPORTED, WELL], Standing.NOT_KNOWN, ["log: how long"]),
+        ([AWAY], Standing.NOT_KNOWN, ["log: unavailable"]),
+        ([REFUSED], Standing.NOT_KNOWN, ["log: no topic"]),
+        ([WELL, RISK], Standing.AT_RISK, ["log: risky"]),
+        ([UNREPORTED, RISK], Standing.AT_RISK, ["log: how long", "log: risky"]),
+        ([RISK, BROKEN, WELL], Standing.BROKEN, ["log: risky", "log: broken"]),
+        ([BROKEN, AWAY], Standing.BROKEN, ["log: broken", "log: unavailable"]),
         ([ok("kafka", "of another promise", Promise.SECRECY)], Standing.NOT_KNOWN, None),
         ([], Standing.NOT_KNOWN, None),
     ],
 )
-def test_the_worst_finding_decides_and_every_reason_is_told(findings, standing, reasons):
-    [log] = [one for one in worth(findings) if one.promise is LOG]
+def test_the_worst_result_decides_and_every_reason_is_reported(results, standing, reasons):
+    [log] = [status for status in promise_statuses(results) if status.promise is LOG]
 
     assert log.standing is standing
-    assert log.reasons == (["nothing was looked at"] if reasons is None else reasons)
+    assert log.reasons == (["nothing was examined"] if reasons is None else reasons)
 
 
-def test_what_hangs_on_no_installation_is_not_judged():
-    assert {one.promise for one in worth([])} == set(Promise) - ANYWHERE
+def test_what_depends_on_no_installation_is_not_judged():
+    judged = {status.promise for status in promise_statuses([])}
+
+    assert judged == set(Promise) - NOT_OF_AN_INSTALLATION
 
 
-@pytest.mark.parametrize("finding", [WELL, UNTOLD, RISK])
-def test_only_what_is_wrong_changes_the_exit_code(finding: Finding):
-    assert finding.exit_code is ExitCode.DONE
+@pytest.mark.parametrize("result", [WELL, UNREPORTED, RISK])
+def test_only_an_error_changes_the_exit_code(result: Result):
+    assert result.exit_code is ExitCode.DONE
     assert BROKEN.exit_code is ExitCode.FOUND
 
 
-# ----------------------------------------------------------------------------- what a broker tells
+# --------------------------------------------------------------------------- what a broker reports
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 DELETED = {"cleanup.policy": "delete", "retention.bytes": "-1"}
@@ -72,7 +75,7 @@ def kept(length):
 
 
 @pytest.mark.parametrize(
-    ("told", "outage", "levels", "said"),
+    ("reported", "outage", "levels", "said"),
     [
         (kept(DAY), 3 * DAY, ["warning"], "for 1 day, you plan for an outage of 3 days"),
         (kept(71.5 * HOUR), 3 * DAY, ["warning"], "for 71.5 hours, you plan"),
@@ -85,12 +88,12 @@ def kept(length):
         ({}, DAY, ["unknown", "unknown"], "whether it is compacted"),
     ],
 )
-def test_kafka_must_keep_records_for_longer_than_the_longest_outage(told, outage, levels, said):
-    findings = list(retention("Notifications", told, outage))
+def test_kafka_must_keep_records_for_longer_than_the_longest_outage(reported, outage, levels, said):
+    results = list(retention("Notifications", reported, outage))
 
-    assert [one.level for one in findings] == levels
-    assert any(said in one.text for one in findings)
-    assert {promise for one in findings for promise in one.promises} == {Promise.NO_SILENT_LOSS}
+    assert [one.level for one in results] == levels
+    assert any(said in str(result) for result in results)
+    assert {promise for one in results for promise in one.promises} == {Promise.NO_SILENT_LOSS}
 
 
 @pytest.mark.parametrize(
@@ -108,25 +111,25 @@ def test_kafka_must_keep_records_for_longer_than_the_longest_outage(told, outage
 )
 def test_a_topic_must_outlive_a_broker(unclean, in_sync, replicas, levels):
     settings = {"unclean.leader.election.enable": unclean, "min.insync.replicas": in_sync}
-    told = {name: value for name, value in settings.items() if value is not None}
+    reported = {name: value for name, value in settings.items() if value is not None}
 
-    findings = replication("Notifications", told, replicas)
+    results = replication("Notifications", reported, replicas)
 
-    assert [one.level for one in findings] == levels
+    assert [one.level for one in results] == levels
 
 
 @pytest.mark.parametrize(
-    ("told", "level"),
+    ("reported", "level"),
     [
         ({"max.message.bytes": "1048588"}, "ok"),
         ({"max.message.bytes": "20000000"}, "warning"),
         ({}, "unknown"),
     ],
 )
-def test_a_record_larger_than_a_batch_takes_memory_of_its_own(told, level):
-    finding = record_size("Notifications", told, batch_bytes=8 * 1024 * 1024)
+def test_a_record_larger_than_a_batch_takes_memory_of_its_own(reported, level):
+    result = record_size("Notifications", reported, batch_bytes=8 * 1024 * 1024)
 
-    assert (finding.level, finding.promises) == (level, (Promise.BOUNDED_MEMORY,))
+    assert (result.level, result.promises) == (level, (Promise.BOUNDED_MEMORY,))
 
 
 # ------------------------------------------------------------------------------------------- TLS
@@ -147,7 +150,7 @@ def test_a_record_larger_than_a_batch_takes_memory_of_its_own(told, level):
 def test_anything_below_verify_full_over_the_network_is_a_risk_of_secrets(
     host, tls, sslmode, channel_binding, level
 ):
-    finding = database_tls(host, tls, sslmode, channel_binding)
+    result = database_tls(host, tls, sslmode, channel_binding)
 
-    assert finding.level == level
-    assert Promise.SECRECY in finding.promises
+    assert result.level == level
+    assert Promise.SECRECY in result.promises

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from pipeline import outages
+from pipeline.backoff import LOGIN_RETRY_S, SERVER
 from pipeline.errors import ConfigurationError, PipelineError, TransientError
 from pipeline.outages import (
     GRACE_S,
-    LOGIN_RETRY_S,
     REPORTS_S,
-    RETRY_S_MAX,
-    RETRY_S_MIN,
     UNAVAILABLE_S_MAX,
     OutagePolicy,
 )
@@ -162,11 +160,11 @@ def test_pauses_double_up_to_a_bound_and_differ_between_processes(clock):
     pauses = [waiting.on_error(AWAY) for _ in range(2000)]
 
     for number, pause in enumerate(pauses[:7]):
-        assert RETRY_S_MIN * 2**number / 2 <= pause <= RETRY_S_MIN * 2**number
-    assert all(RETRY_S_MAX / 2 <= pause <= RETRY_S_MAX for pause in pauses[7:])
+        assert SERVER.first_s * 2**number / 2 <= pause <= SERVER.first_s * 2**number
+    assert all(SERVER.longest_s / 2 <= pause <= SERVER.longest_s for pause in pauses[7:])
     assert len(set(pauses[7:])) > 100
     waiting.on_success()
-    assert waiting.on_error(AWAY) <= RETRY_S_MIN
+    assert waiting.on_error(AWAY) <= SERVER.first_s
 
 
 def test_a_refused_login_is_tried_four_times_a_minute_at_most(clock):
@@ -280,7 +278,7 @@ def test_whatever_happens_it_is_logged_seldom_and_ends_in_time(attempts, waits_f
                     assert lasts_s > UNAVAILABLE_S_MAX
                     return
             assert waits_forever or lasts_s <= UNAVAILABLE_S_MAX
-            assert 0 < pause <= max(RETRY_S_MAX, LOGIN_RETRY_S)
+            assert 0 < pause <= max(SERVER.longest_s, LOGIN_RETRY_S)
             lines += logged
             assert bool(logged) or error in causes, "a new cause is logged at once"
             causes.add(error)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pipeline.events import Record, Row, read
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.log.ownership import Seen
+from pipeline.log.search import Seen
 from pipeline.partitions import NextOffset, Offset
 
 EVENT = b'{"id": "00000000-0000-0000-0000-0000000000%02d", "note": %d}'

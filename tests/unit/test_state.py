@@ -19,13 +19,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
 from pipeline.ingest.state import Batch, Bounds, Machine, Reclaim, Resolve, Stolen, Write
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, place, row_at
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1)]
-NEVER_STOLEN = Bounds(batch_rows_max=3, steals_max=10**9, reclaim_s_min=0.5, backoff_s_max=0.4)
+NEVER_STOLEN = Bounds(
+    batch_rows_max=3, steals_max=10**9, reclaim_s_min=0.5, backoff=Backoff(0.1, 0.4)
+)
 END = 14
 
 
@@ -457,7 +460,7 @@ def test_the_end_of_a_partition_is_stored_though_no_record_lies_before_it():
 
 
 def test_a_failing_database_is_tried_again_ever_more_rarely():
-    machine = owning(A, bounds=Bounds(backoff_s_min=1.0, backoff_s_max=5.0))
+    machine = owning(A, bounds=Bounds(backoff=Backoff(1.0, 5.0)))
     receive(machine, A, 0)
     batch, now, waits = write(machine), 0.0, []
 

@@ -1,23 +1,32 @@
-"""What is right and wrong with an installation, on both sides, and which guarantees hold.
+"""What is right and wrong with an installation, on both sides, and which promises hold.
 
-Nothing is changed, and no group is joined. What a broker does not tell its users (a managed feed
-tells little) is said so, and is no fault.
+Nothing is changed, and no group is joined. What a broker does not report to its users (a managed
+feed reports little) is shown as unknown, and is no error.
 """
 
 from collections.abc import Iterator, Sequence
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import PipelineError, TransientError
-from pipeline.health.check.database import look_at_database
-from pipeline.health.check.findings import Finding, exit_code, worth
-from pipeline.health.check.kafka import Recorded, look_at_kafka
-from pipeline.health.check.promises import Promise, Standing, Worth
+from pipeline.health import problems
+from pipeline.health.check.database import check_database
+from pipeline.health.check.kafka import Recorded, check_kafka
+from pipeline.health.check.promises import Promise, PromiseStatus, Standing
+from pipeline.health.check.result import Result, exit_code, found, promise_statuses
 from pipeline.readmodel import Projector
 from pipeline.settings import Settings
 
-__all__ = ["Finding", "Promise", "Standing", "Worth", "examine", "exit_code", "worth"]
+__all__ = [
+    "Promise",
+    "PromiseStatus",
+    "Result",
+    "Standing",
+    "exit_code",
+    "promise_statuses",
+    "run_checks",
+]
 
-# What is not known of while a side is away.
+# Not known while a server is unavailable.
 _OF_DATABASE = (
     *(Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_WRITER, Promise.CONVERGENCE),
     *(Promise.ONE_PROJECTION, Promise.DISPOSABLE, Promise.ONE_BAD_EVENT, Promise.SECRECY),
@@ -27,18 +36,18 @@ _OF_KAFKA = (
 )
 
 
-def examine(settings: Settings, projectors: Sequence[Projector]) -> Iterator[Finding]:
-    """Look at everything; each finding comes as soon as it is known.
+def run_checks(settings: Settings, projectors: Sequence[Projector]) -> Iterator[Result]:
+    """Examine everything; each result comes as soon as it is known.
 
     Args:
-        settings: What is configured.
+        settings: The configuration.
         projectors: The read models of this program.
     """
     recorded: Recorded | None = None
     try:
         engine = open_engine(settings.database(), application="pipeline check")
         try:
-            yield from look_at_database(engine, projectors)
+            yield from check_database(engine, projectors)
             with transaction(engine) as db:
                 recorded = Recorded.of(db)
         finally:
@@ -46,14 +55,12 @@ def examine(settings: Settings, projectors: Sequence[Projector]) -> Iterator[Fin
     except PipelineError as error:
         yield _failed("database", error, _OF_DATABASE)
     try:
-        yield from look_at_kafka(settings, recorded)
+        yield from check_kafka(settings, recorded)
     except PipelineError as error:
         yield _failed("kafka", error, _OF_KAFKA)
 
 
-def _failed(area: str, error: PipelineError, touched: Sequence[Promise]) -> Finding:
-    remedy = None
-    if isinstance(error, TransientError):
-        remedy = "see that the server runs and is to be reached from here"
-    # A wrong setting, right or schema says itself what is to be done.
-    return Finding("wrong", area, str(error), remedy, error.exit_code, touched)
+def _failed(subject: str, error: PipelineError, touched: Sequence[Promise]) -> Result:
+    is_outage = isinstance(error, TransientError)
+    kind = problems.SERVER_UNAVAILABLE if is_outage else problems.SERVER_ERROR
+    return found(kind.of(subject, error=error), *touched, code=error.exit_code)

@@ -1,4 +1,4 @@
-"""What this installation's promises are worth: each one, and what was found that touches it."""
+"""The promises, and the state of each in this installation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class Promise(StrEnum):
     SECRECY = "Secrets and personal data show nowhere"
 
 
-ANYWHERE = frozenset({Promise.EXACT_MONEY, Promise.UNKNOWN_IS_NORMAL})
-"""Hang on nothing that an installation could have otherwise."""
+NOT_OF_AN_INSTALLATION = frozenset({Promise.EXACT_MONEY, Promise.UNKNOWN_IS_NORMAL})
+"""These depend on nothing that differs between installations."""
 
 
 class Standing(StrEnum):
-    """What a promise is worth here, best first: the worst of what was found decides."""
+    """The state of a promise, best first: the worst result decides."""
 
     HOLDS = "holds"
     NOT_KNOWN = "not known"
@@ -36,13 +36,13 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True)
-class Worth:
-    """A promise, as it stands in this installation.
+class PromiseStatus:
+    """A promise, and its state in this installation.
 
     Attributes:
         promise: Which.
         standing: Whether it holds.
-        reasons: Why not, or why nobody can say; empty if it holds.
+        reasons: Why not, or why it is not known; empty if it holds.
     """
 
     promise: Promise

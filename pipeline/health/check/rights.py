@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from sqlalchemy import Connection, text
 
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA
-from pipeline.health.check.findings import Finding, ok, warning, wrong
+from pipeline.health import problems
 from pipeline.health.check.promises import Promise
+from pipeline.health.check.result import Result, found, ok
 from pipeline.schema import roles
 
 # By the catalogue's own ids: a name is not to be looked up without rights on its schema.
@@ -55,54 +56,46 @@ SELECT has_table_privilege('pipeline.events', 'UPDATE')
 _ON_RIGHTS = (Promise.FAITHFUL_LOG, Promise.ONE_PROJECTION, Promise.DISPOSABLE)
 
 
-def look_at_rights(db: Connection) -> Iterator[Finding]:
-    """What this role may do, by what it is for; and whether it may do too much."""
+def check_rights(db: Connection) -> Iterator[Result]:
+    """What this role may do, by its purposes; and whether it may do too much."""
     prefix = roles.found_prefix(db)
     models = db.execute(READ_MODELS, {"schema": READ_SCHEMA}).scalars().all()
-    is_for_nothing = True
+    has_purpose = False
     for purpose in roles.Purpose:
         held, missing = _divided(db, list(roles.needed_by(purpose, models)))
-        # Reading tells nothing: those who ingest read what projection writes, and so on. Locks are
-        # taken by both.
+        # Rights to read decide nothing: who ingests reads what projection writes, and so on. Both
+        # take locks.
         if not any(
-            one.privilege not in ("SELECT", "USAGE") and one.name != f"{LOG_SCHEMA}.locks"
-            for one in held
+            right.privilege not in ("SELECT", "USAGE") and right.name != f"{LOG_SCHEMA}.locks"
+            for right in held
         ):
             continue
-        is_for_nothing = False
-        remedy = f"GRANT {prefix}{purpose.value}" if prefix else "grant it"
+        has_purpose = True
+        grant = f"GRANT {prefix}{purpose.value}" if prefix else "grant it"
         for name, lacking in missing.items():
-            yield wrong(
+            problem = problems.RIGHTS_MISSING.of(
                 "database",
-                f"rights missing to {purpose.value}: {', '.join(lacking)} on {name}",
-                f"{remedy} to this role",
-                *_ON_RIGHTS,
+                purpose=purpose.value,
+                privileges=", ".join(lacking),
+                name=name,
+                grant=grant,
             )
+            yield found(problem, *_ON_RIGHTS)
         if not missing:
             yield ok("database", f"rights: all that {purpose.value} needs", *_ON_RIGHTS)
-    if is_for_nothing:
-        yield wrong(
-            "database",
-            "this role may neither ingest nor project",
-            f"GRANT {prefix or 'pipeline_'}ingest, {prefix or 'pipeline_'}project to it; the roles "
-            "are made by `pipeline migrate --roles`",
-            *_ON_RIGHTS,
-        )
+    if not has_purpose:
+        problem = problems.ROLE_WITHOUT_PURPOSE.of("database", prefix=prefix or "pipeline_")
+        yield found(problem, *_ON_RIGHTS)
     if prefix:
         analyst = prefix + roles.ANALYST
         for row in db.execute(UNBOUNDED_ANALYSTS, {"analyst": analyst}):
-            yield warning(
-                "database",
-                f"analyst {row.login} may hold up others: not set for this login: {row.missing}",
-                f"ALTER ROLE {row.login} SET …; settings are not inherited from {analyst}",
+            yield found(
+                problems.ANALYST_WITHOUT_LIMITS.of(
+                    "database", login=row.login, settings=row.missing, group=analyst
+                )
             )
     if db.execute(MAY_CHANGE_LOG).scalar_one():
-        yield warning(
-            "log",
-            "this role owns the log or may change it: only triggers keep it append-only",
-            "run with a role that may only SELECT and INSERT there",
-            Promise.FAITHFUL_LOG,
-        )
+        yield found(problems.LOG_NOT_PROTECTED_BY_RIGHTS.of("log"), Promise.FAITHFUL_LOG)
     else:
         yield ok("log", "append-only for this role", Promise.FAITHFUL_LOG)
 
@@ -114,16 +107,16 @@ def _divided(
     answers = db.execute(
         HELD,
         {
-            "kinds": [one.kind for one in needed],
-            "names": [one.name for one in needed],
-            "columns": [one.column for one in needed],
-            "privileges": [one.privilege for one in needed],
+            "kinds": [right.kind for right in needed],
+            "names": [right.name for right in needed],
+            "columns": [right.column for right in needed],
+            "privileges": [right.privilege for right in needed],
         },
     ).scalars()
     held, missing = [], dict[str, list[str]]()
-    for one, is_held in zip(needed, answers, strict=True):
+    for right, is_held in zip(needed, answers, strict=True):
         if is_held:
-            held.append(one)
+            held.append(right)
         else:
-            missing.setdefault(one.name, []).append(one.privilege)
+            missing.setdefault(right.name, []).append(right.privilege)
     return held, missing

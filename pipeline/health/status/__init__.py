@@ -1,9 +1,9 @@
-"""How things stand: lag, freshness, owners, problems. SQL only, so Kafka need not answer.
+"""Lag, freshness, owners, problems. By SQL alone, so Kafka need not answer.
 
 Shared by `pipeline status` and the demonstration.
 """
 
-from pipeline.health.status.queries import look
-from pipeline.health.status.report import PartitionStatus, ProjectorStatus, Recent, Status, Trouble
+from pipeline.health.status.queries import read_status
+from pipeline.health.status.report import PartitionStatus, ProjectorStatus, Recent, Status
 
-__all__ = ["PartitionStatus", "ProjectorStatus", "Recent", "Status", "Trouble", "look"]
+__all__ = ["PartitionStatus", "ProjectorStatus", "Recent", "Status", "read_status"]

@@ -1,7 +1,7 @@
-"""A look at how everything stands: what is asked of the database, and what the answers make.
+"""The queries of `status`, and the states that follow from their answers.
 
-Whatever the size of the log, a look costs a few index searches per partition, and a bounded number
-of the newest rows.
+Whatever the size of the log, a status costs a few index searches per partition, and it reads a
+bounded number of the newest rows.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.db import transaction
-from pipeline.health.status import problems
+from pipeline.health.status import find_problems
 from pipeline.health.status.report import (
     Owner,
     PartitionState,
@@ -23,15 +23,17 @@ from pipeline.health.status.report import (
     Standby,
     Status,
 )
+from pipeline.log.offsets import range_arrays
 from pipeline.log.search import first_since
+from pipeline.log.watermarks import partition_rows
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.workers import EXPIRES_AFTER, Member, living, shared_out
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 
-BEHIND_S_MAX = 60.0
-"""Longer behind than this is worth a warning; without a move for this long, lag is a stall."""
+LAG_S_MAX = 60.0
+"""A longer lag is a warning; with lag and without a move for this long, a partition is stalled."""
 SEEN_S_MAX = 30.0
 """How far from now, by the database's clock, what is recorded may be. A reader records Kafka's end
 every 5 seconds. After six times that, with room for a rebalance and for rows that are locked, what
@@ -39,11 +41,11 @@ is recorded is no longer current."""
 RATE_SPAN = timedelta(minutes=1)
 """Over which throughput is measured."""
 RECENT_SPAN = timedelta(hours=1)
-"""How far back bad messages and repeats are counted."""
+"""How far back bad records and repeats are counted."""
 RECENT_OFFSETS_MAX = 10_000
 """And at most so many offsets of each partition."""
 CATCHING_UP_S = 10.0
-"""A read model that is further behind than this is catching up, not live."""
+"""A read model that lags by more than this is catching up, not live."""
 
 _Row = Row[tuple[object, ...]]
 
@@ -54,28 +56,11 @@ SELECT pg_last_xact_replay_timestamp() AS replayed_at, pg_is_wal_replay_paused()
 WHERE pg_is_in_recovery()
 """)
 
-PARTITIONS = text("""
-SELECT o.*,
-       -- A record is no newer than its arrival, whatever its producer's clock says.
-       least(newest.kafka_timestamp, newest.ingested_at) AS newest_at,
-       -- As for the line of an outage: see KEPT_UNTIL of pipeline.log.ownership.
-       extract(epoch FROM CASE WHEN o.high_watermark > o.next_offset
-                               THEN least(newest.kafka_timestamp, newest.ingested_at)
-                               ELSE o.watermarks_at END)
-           + o.retention_ms / 1000.0 - extract(epoch FROM now()) AS kept_s
-FROM pipeline.consumer_offsets o
-LEFT JOIN LATERAL (
-    SELECT e.kafka_timestamp, e.ingested_at FROM pipeline.events e
-    WHERE e.topic = o.topic AND e."partition" = o."partition" AND e."offset" < o.next_offset
-    ORDER BY e."offset" DESC LIMIT 1) newest ON true
-ORDER BY o.topic, o."partition"
-""")
-
 RECENT = text("""
 SELECT e.topic, e.event_type, e.problem, e.repeat_of IS NOT NULL AS is_repeat, count(*) AS records
 FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
             CAST(:ends AS bigint[])) AS span(topic, number, first_offset, end_offset)
--- Bounded on both sides: of an open range the planner fears a third of the log, and scans it.
+-- Bounded on both sides: for an open range the planner estimates a third of the log, and scans it.
 JOIN pipeline.events e ON e.topic = span.topic AND e."partition" = span.number
     AND e."offset" >= span.first_offset AND e."offset" < span.end_offset
 GROUP BY 1, 2, 3, 4
@@ -90,7 +75,9 @@ SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
        (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
            AS dead_letters
 FROM pipeline.projectors p
-LEFT JOIN pipeline.consumer_offsets o ON true
+LEFT JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
+                 CAST(:ends AS bigint[])) AS o(topic, "partition", first_offset, next_offset)
+       ON true
 LEFT JOIN pipeline.projection_checkpoints c
        ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
 LEFT JOIN LATERAL (
@@ -108,19 +95,19 @@ ORDER BY p.projector
 """)
 
 
-def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
-    """How everything stands at one moment.
+def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
+    """The state of everything at one moment.
 
     Args:
         engine: The database, with the schema of this program.
         projectors: The read models of this program.
 
     Raises:
-        TransientError: The database is away.
+        TransientError: The database is unavailable.
     """
     with transaction(engine) as db:
         db.execute(ONE_MOMENT)
-        rows = db.execute(PARTITIONS).all()
+        rows = partition_rows(db)
         looked_at: datetime = db.execute(NOW).scalar_one()
         standby = _standby(db, looked_at)
         a_minute_ago, an_hour_ago = looked_at - RATE_SPAN, looked_at - RECENT_SPAN
@@ -137,24 +124,24 @@ def look(engine: Engine, projectors: Sequence[Projector]) -> Status:
         models = _models(db, projectors, looked_at, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
     found = [
-        *problems.of_standby(standby, seen_s_max=SEEN_S_MAX),
-        *problems.of_partitions(partitions, looked_at, standby),
-        *problems.of_retention(partitions),
-        *problems.of_projectors(models, looked_at),
+        *find_problems.of_standby(standby, seen_s_max=SEEN_S_MAX),
+        *find_problems.of_partitions(partitions, looked_at),
+        *find_problems.of_retention(partitions),
+        *find_problems.of_projectors(models, looked_at),
     ]
     return Status(
         looked_at=looked_at,
         standby=standby,
-        ok=not any(trouble.severity == "wrong" for trouble in found),
+        ok=not any(problem.severity == "error" for problem in found),
         offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
-        lag=_sum(one.lag for one in partitions),
-        lag_s=_longest([one.lag_s for one in partitions if one.lag != 0]),
-        rate=_sum(one.rate for one in partitions),
+        lag=_sum(partition.lag for partition in partitions),
+        lag_s=_longest([partition.lag_s for partition in partitions if partition.lag != 0]),
+        rate=_sum(partition.rate for partition in partitions),
         partitions=partitions,
         projectors=models,
         workers=workers,
         recent=recent,
-        troubles=found,
+        problems=found,
     )
 
 
@@ -214,7 +201,7 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
         lag=behind,
         lag_s=lag_s,
         rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
-        kept_s=float(row.kept_s) if row.kept_s is not None and row.kept_s.is_finite() else None,
+        kept_s=_kept_s(row, looked_at),
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,
@@ -240,9 +227,15 @@ def _state(
     if not behind:
         return "OK"
     still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)
-    if still_s is not None and abs(still_s) > BEHIND_S_MAX:
+    if still_s is not None and abs(still_s) > LAG_S_MAX:
         return "STALL"
-    return "WARN" if lag_s is not None and lag_s > BEHIND_S_MAX else "OK"
+    return "WARN" if lag_s is not None and lag_s > LAG_S_MAX else "OK"
+
+
+def _kept_s(row: _Row, looked_at: datetime) -> float | None:
+    if row.kept_until is None or not row.kept_until.is_finite():
+        return None
+    return float(row.kept_until) - looked_at.timestamp()
 
 
 def _latest(*times: datetime | None) -> datetime | None:
@@ -268,15 +261,15 @@ def _models(
     members: Sequence[Member],
     standby: Standby | None,
 ) -> list[ProjectorStatus]:
-    """The read models, those that only the database has too.
+    """The read models, also those that only the database has.
 
-    On a standby that lags, the signs of life of the workers are too old to tell who lives.
+    On a standby that lags, the heartbeats of the workers are too old to show which are active.
     """
     lags = standby is not None and (
         standby.age_s is None or standby.age_s > EXPIRES_AFTER.total_seconds()
     )
-    rows = {row.projector: row for row in db.execute(PROJECTORS)}
-    ours = {one.name: one for one in projectors}
+    rows = {row.projector: row for row in db.execute(PROJECTORS, range_arrays(db))}
+    ours = {model.name: model for model in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
     return [
         _model(
@@ -315,7 +308,7 @@ def _model(
         state = "not in this program"
     elif is_unattended and row.lag:
         state = "unattended"
-    elif stuck_s > BEHIND_S_MAX:
+    elif stuck_s > LAG_S_MAX:
         state = "stalled"
     elif is_rebuilt:
         state = "rebuilding"
@@ -341,16 +334,16 @@ def _model(
 def _workers(
     members: Sequence[Member], partitions: Collection[Partition], projectors: Iterable[Projector]
 ) -> list[ProjectingWorker]:
-    shares = [shared_out(members, one.name, partitions) for one in projectors]
+    shares = [shared_out(members, model.name, partitions) for model in projectors]
     return [
         ProjectingWorker(
             member.host,
             member.pid,
             member.since,
             [
-                one
-                for one in sorted(partitions)
-                if any(share.get(one) == member.worker for share in shares)
+                partition
+                for partition in sorted(partitions)
+                if any(share.get(partition) == member.worker for share in shares)
             ],
         )
         for member in members
@@ -395,4 +388,4 @@ def _recent(
 
 
 def _is_taken(event_type: str, projectors: Iterable[Projector]) -> bool:
-    return any(one.takes(event_type) for one in projectors)
+    return any(model.takes(event_type) for model in projectors)

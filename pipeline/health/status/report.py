@@ -1,12 +1,12 @@
-"""What a look tells, and what the words in it mean.
+"""What `status` reports, and what its words mean.
 
 The state of a partition, in Burrow's words:
 
-- ``OK``: read, and not behind, or not for long
-- ``WARN``: read and moving, but more than a minute behind
-- ``STALL``: read, behind, and has not moved for a minute
+- ``OK``: read, and without lag, or lagging for less than a minute
+- ``WARN``: read and moving, but lagging for more than a minute
+- ``STALL``: read, lagging, and has not moved for a minute
 - ``UNKNOWN``: its reader has not recorded Kafka's end for half a minute: it ended or hangs, or
-  Kafka or the database does not answer it
+  Kafka or the database does not answer
 - ``STOP``: no process reads it
 - ``ERR``: halted until an operator decides, to protect data
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from pipeline.health.problem import Problem
 from pipeline.partitions import Partition
 
 PartitionState = Literal["OK", "WARN", "STALL", "UNKNOWN", "STOP", "ERR"]
@@ -60,14 +61,14 @@ class PartitionStatus:
         seen_at: When that was.
         seen_s: How many seconds ago that was; negative where the clock was set back since.
         lag: Offsets between the two; None where it is unknown: ``seen_at`` is too long ago.
-        lag_s: How old the newest record in the log is, by Kafka's timestamp, while there is lag: no
-            record that is missing is older. 0 without lag, None where nothing was read yet
+        lag_s: The age of the newest record in the log, by Kafka's timestamp, while there is lag: no
+            record that is missing is older. 0 without lag; None where nothing was read yet
             or the lag is unknown.
         rate: Records per second, over the last minute; None where it is not current.
         kept_s: For how many more seconds Kafka keeps the oldest record that is not in the log, by
-            what was last seen of Kafka; negative if it may be deleted already, None where that is
+            what Kafka last reported; negative if it may be deleted already, None where that is
             not known or time deletes nothing.
-        problem: Why it is halted, with what to do.
+        problem: Why it is halted, and what to do.
     """
 
     topic: str
@@ -94,9 +95,9 @@ class ProjectorStatus:
     Attributes:
         lag: Offsets of the log that it has not taken yet.
         lag_s: How long the oldest of them has been in the log.
-        dead_letters: Events that it could not take.
-        moved_at: When it last moved on.
-        stuck_since: Since when a partition that has events for it did not move; None without.
+        dead_letters: Events that it rejected.
+        moved_at: When its checkpoint last moved.
+        stuck_since: Since when a partition that has events for it has not moved; None if none.
         built_at: When it was last built from the log's beginning.
         problem: Why it is broken.
     """
@@ -129,10 +130,10 @@ class ProjectingWorker:
 
 @dataclass(frozen=True)
 class Recent:
-    """What came lately: within the last hour, and at most 10,000 offsets of each partition.
+    """What came within the last hour, and at most 10,000 offsets of each partition.
 
     Attributes:
-        records: How many records were looked at.
+        records: How many records were examined.
         repeats: How many of them repeat another one.
         bad: How many could not be read, or not as an event, by topic and reason.
         unknown_types: How many are of a type that no projector takes, by type.
@@ -145,23 +146,6 @@ class Recent:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """What is not as it should be.
-
-    Attributes:
-        severity: ``wrong`` needs a human; ``warning`` may pass, or is worth knowing.
-        subject: A partition or a read model.
-        text: What it is.
-        remedy: What to do.
-    """
-
-    severity: Literal["wrong", "warning"]
-    subject: str
-    text: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Standby:
     """That the database is a standby, which shows what its primary committed a while ago.
 
@@ -169,7 +153,7 @@ class Standby:
         replayed_at: When the newest transaction that it has applied was committed, by the
             primary's clock; None if it has applied none since it was started.
         age_s: How many seconds ago that was.
-        is_paused: Whether it was told to apply no more.
+        is_paused: Whether its replay is paused.
     """
 
     replayed_at: datetime | None
@@ -184,9 +168,10 @@ class Status:
     Attributes:
         standby: How old the data is, if the database is a standby; None for a primary.
         offsets: Offsets in the log, over all partitions; a few may be unused.
-        ok: Whether events get through, and nothing needs a human.
-        lag, lag_s: The log behind Kafka: the sum, and the longest time. None where that of a
-            partition is unknown.
+        ok: Whether events get through, and there is no error.
+        lag, lag_s: How far the log is behind Kafka: the sum, and the longest time. None where that
+            of a partition is unknown.
+        problems: What is not as it should be.
         rate: Records per second into the log, over the last minute; None like ``lag``.
     """
 
@@ -201,4 +186,4 @@ class Status:
     projectors: Sequence[ProjectorStatus]
     workers: Sequence[ProjectingWorker]
     recent: Recent
-    troubles: Sequence[Trouble]
+    problems: Sequence[Problem]

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import Engine
 
-from pipeline.health.status import look
+from pipeline.health.status import read_status
 from pipeline.projectors import discover
 from pipeline.rebuild.rebuild import check
 from pipeline.sandbox.demo import queries
@@ -109,7 +109,7 @@ class Proof:
         self.found(
             "repeats", repeats, f"recognized; {produced:,} were produced", ok=repeats == produced
         )
-        seen = look(engine, discover())
+        seen = read_status(engine, discover())
         # The service was stopped for the proof, so that its partitions have no reader is right.
         halted = [one for one in seen.partitions if one.state == "ERR"]
         broken = [one for one in seen.projectors if one.state == "broken"]

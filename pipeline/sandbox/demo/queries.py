@@ -10,16 +10,12 @@ from sqlalchemy import Connection, Engine, Row, select, text
 
 from pipeline import projectors
 from pipeline.db import transaction
+from pipeline.log.offsets import ranges
+from pipeline.log.watermarks import partition_rows
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection import checkpoints
 from pipeline.sandbox.simulator import Books
 
-LOGGED = text("SELECT coalesce(sum(next_offset - first_offset), 0) FROM pipeline.consumer_offsets")
-LOG_ENDS = text('SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets')
-OWNERS = text("""
-SELECT owner_pid, array_agg("partition" ORDER BY "partition") AS partitions
-FROM pipeline.consumer_offsets WHERE owner_pid IS NOT NULL GROUP BY owner_pid
-""")
 DIGESTS = text('SELECT "partition", "offset", digest FROM pipeline.events')
 
 EVENTS_BY_TYPE = text("""
@@ -95,13 +91,17 @@ class CashComparison(NamedTuple):
 def logged(engine: Engine) -> int:
     """Records in the log: in the mock broker every offset is a record."""
     with transaction(engine) as db:
-        return int(db.execute(LOGGED).scalar_one())
+        return _logged(db)
+
+
+def _logged(db: Connection) -> int:
+    return sum(offsets.span for offsets in ranges(db).values())
 
 
 def standing(engine: Engine, projectors: Sequence[str]) -> Standing:
     """How far the log and the read models are."""
     with transaction(engine) as db:
-        in_log = int(db.execute(LOGGED).scalar_one())
+        in_log = _logged(db)
         slowest: dict[Partition, int] = {}
         for one in checkpoints.progress(db, projectors):
             taken = lag(one.log_first, max(one.next_offset, one.log_first))
@@ -112,7 +112,12 @@ def standing(engine: Engine, projectors: Sequence[str]) -> Standing:
 def owners(engine: Engine) -> dict[int, list[int]]:
     """Which process reads which partitions."""
     with transaction(engine) as db:
-        return {row.owner_pid: list(row.partitions) for row in db.execute(OWNERS)}
+        rows = partition_rows(db)
+    partitions: dict[int, list[int]] = {}
+    for row in rows:
+        if row.owner_pid is not None:
+            partitions.setdefault(row.owner_pid, []).append(row.partition)
+    return partitions
 
 
 def digests(engine: Engine) -> dict[tuple[int, int], bytes | None]:
@@ -128,11 +133,8 @@ def truncate_orders(engine: Engine) -> Truncation:
         before = _number(db, COUNT_ORDERS)
         db.execute(TRUNCATE_ORDERS)
         after = _number(db, COUNT_ORDERS)
-        ends = {
-            Partition(row.topic, row.partition): NextOffset(row.next_offset)
-            for row in db.execute(LOG_ENDS)
-        }
-        return Truncation(before, after, ends, int(db.execute(LOGGED).scalar_one()))
+        ends = {partition: offsets.end for partition, offsets in ranges(db).items()}
+        return Truncation(before, after, ends, _logged(db))
 
 
 def orders_reach(engine: Engine, goal: Mapping[Partition, NextOffset]) -> bool:

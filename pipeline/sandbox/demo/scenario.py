@@ -6,7 +6,7 @@ from itertools import islice
 
 from pipeline import log_events
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.health.status import look
+from pipeline.health.status import read_status
 from pipeline.projectors import discover
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.sandbox.demo import queries
@@ -232,7 +232,7 @@ class _Story:
 
     def _show_freshness(self) -> None:
         screen = self._screen
-        now = look(self._engine, discover())
+        now = read_status(self._engine, discover())
         median, most = queries.delay_ms(self._engine)
         screen.caption("Freshness")
         screen.fact("log behind Kafka", now.lag, f"records, in {len(now.partitions)} partitions")

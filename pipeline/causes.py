@@ -1,11 +1,11 @@
 """Why a server does not serve us: an outage to wait for, or a mistake that somebody must fix.
 
 One table for both servers, and every command uses it. A cause is found by the code that the server
-or its client library gives, or, where there is no code, by the words of its message. What no entry
-names is treated as an outage: waiting is safe, and the message is shown.
+or its client library reports or, where there is no code, by the words of its message. A cause that
+no entry names is treated as an outage: waiting is safe, and the message is shown.
 
-What this program refuses itself to protect data (exit code 65) is not here, for no server reports
-it: each such cause is a subclass of ``errors.RefusedError``, with its message.
+What this program itself refuses to protect data (exit code 65) is not here, because no server
+reports it: each such cause is a subclass of ``errors.RefusedError``, with its message.
 
 Codes of Kafka: librdkafka's ``rdkafka.h``. Codes of PostgreSQL: appendix A of its manual. The words
 are those of librdkafka 2.x, OpenSSL 3 and libpq 15 to 18.
@@ -21,7 +21,7 @@ class Verdict(Enum):
     """What a command does."""
 
     OUTAGE = "wait until the server is available"
-    MISCONFIGURED = "end with 78, after a grace period where it was right before"
+    MISCONFIGURED = "end with 78; where it was right before, after a grace period"
 
 
 class Cause(NamedTuple):
@@ -29,7 +29,7 @@ class Cause(NamedTuple):
 
     Attributes:
         verdict: What a command does.
-        what: What happened, as the rest of a sentence that begins with the server.
+        what: What happened, as the rest of a sentence that begins with the server's name.
         fix: What to do, as sentences.
     """
 
@@ -63,7 +63,7 @@ TIMED_OUT = _outage(
     "did not answer in time", "Check that the server runs, and firewalls between here and there"
 )
 UNKNOWN_CA = _misconfigured(
-    "presents a certificate of an authority that we do not trust",
+    "presents a certificate of an authority that this program does not trust",
     "Set the file with the authority's certificate: ssl.ca.location in PIPELINE_KAFKA_OPTIONS for "
     "Kafka, sslrootcert in PIPELINE_DATABASE_URL for PostgreSQL",
 )
@@ -81,12 +81,12 @@ NO_TLS = _misconfigured(
     "PIPELINE_DATABASE_URL",
 )
 WANTS_OUR_CERTIFICATE = _misconfigured(
-    "refuses our certificate, or wants one that we do not have",
+    "refuses the certificate of this program, or requires one and there is none",
     "Set certificate and key of the client: ssl.certificate.location and ssl.key.location in "
     "PIPELINE_KAFKA_OPTIONS for Kafka, sslcert and sslkey in PIPELINE_DATABASE_URL for PostgreSQL",
 )
 NO_COMMON_TLS = _misconfigured(
-    "offers no version or cipher of TLS that we have too",
+    "offers no version or cipher of TLS that this program supports",
     "Have the server accept TLS 1.2 or newer",
 )
 UNREADABLE_CERTIFICATES = _misconfigured(
@@ -94,7 +94,7 @@ UNREADABLE_CERTIFICATES = _misconfigured(
     "Check the path and its permissions",
 )
 
-# An alert is what the server says of us; OpenSSL's words for it.
+# An alert is the server's objection to our side of the handshake, in OpenSSL's words.
 TLS_ALERT_ON_CERTIFICATE = (
     r"alert (certificate required|(bad|unsupported|unknown|expired|revoked) certificate|"
     r"certificate (unknown|expired|revoked)|unknown ca)"
@@ -112,7 +112,7 @@ KAFKA_MECHANISM = _misconfigured(
     "Set PIPELINE_KAFKA_SASL_MECHANISM to the one that Upvest names",
 )
 KAFKA_WANTS_TLS = _misconfigured(
-    "speaks TLS on this port, and we do not",
+    "requires TLS on this port, and this program is set to connect without TLS",
     "Set PIPELINE_KAFKA_SECURITY_PROTOCOL to SASL_SSL, or use the port without TLS",
 )
 KAFKA_CLOSES = _outage(
@@ -120,26 +120,27 @@ KAFKA_CLOSES = _outage(
     "Check that the brokers run, and that PIPELINE_KAFKA_SECURITY_PROTOCOL fits the port",
 )
 KAFKA_GROUP = _misconfigured(
-    "does not let us use consumer group {group}",
+    "does not let this user use consumer group {group}",
     "Ask for the right READ on this group, or set PIPELINE_GROUP_ID to a group that you may use",
 )
 KAFKA_TOPIC = _misconfigured(
-    "does not let us read a topic",
+    "does not let this user read a topic",
     "Ask for the rights READ and DESCRIBE on each topic of PIPELINE_TOPICS",
 )
 KAFKA_CLUSTER = _misconfigured(
-    "does not let us do this on the cluster", "Ask for the right that the message names"
+    "does not let this user do this on the cluster", "Ask for the right that the message names"
 )
 KAFKA_SETTING = _misconfigured(
-    "refuses an option of ours", "Check PIPELINE_KAFKA_OPTIONS and PIPELINE_KAFKA_GROUP_PROTOCOL"
+    "refuses an option of this program",
+    "Check PIPELINE_KAFKA_OPTIONS and PIPELINE_KAFKA_GROUP_PROTOCOL",
 )
 KAFKA_UNAVAILABLE = _outage(
     "is unavailable: no broker answers", "Check that the brokers run and can be reached from here"
 )
-KAFKA_BUSY = _outage("is busy or reorganising", "It passes; if it lasts, look at the brokers' log")
+KAFKA_BUSY = _outage("is busy or reorganising", "Wait; if it lasts, read the log of the brokers")
 KAFKA_UNEXPECTED = _outage(
-    "answered with an error that we did not expect",
-    "It is tried again; if it lasts, look at the brokers' log for this error",
+    "answered with an unexpected error",
+    "The request is repeated; if it lasts, look for this error in the log of the brokers",
 )
 
 _REORGANISING = """
@@ -226,7 +227,7 @@ KAFKA_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     (re.compile(r"(?i)no route to host|network is unreachable"), NO_ROUTE),
     (re.compile(r"(?i)timed out|timeout"), TIMED_OUT),
 )  # fmt: skip
-"""By what librdkafka says of a connection; it has a code of its own for few of these."""
+"""By librdkafka's message about a connection; only a few of these have a code of their own."""
 
 
 def of_kafka(code: str, words: str) -> Cause:
@@ -234,7 +235,7 @@ def of_kafka(code: str, words: str) -> Cause:
 
     Args:
         code: librdkafka's name of the error, e.g. ``_TRANSPORT``.
-        words: What it says of it.
+        words: Its message.
     """
     if code in {"_TRANSPORT", "_SSL", "_ALL_BROKERS_DOWN", "_AUTHENTICATION", "_FAIL"}:
         for pattern, cause in KAFKA_WORDS:
@@ -250,12 +251,12 @@ POSTGRES_LOGIN = _misconfigured(
     "Check user and password in PIPELINE_DATABASE_URL or in libpq's PGPASSFILE",
 )
 POSTGRES_RULE = _misconfigured(
-    "has no rule in pg_hba.conf that lets us in",
-    "Have a DBA add one for this host, user and database, or connect as the rules demand (TLS)",
+    "has no rule in pg_hba.conf for this host, user and database",
+    "Have a DBA add one, or connect as the rules require (with TLS, for example)",
 )
 POSTGRES_NO_ROLE = _misconfigured(
-    "does not know this user, or it may not log in",
-    "Check the user in PIPELINE_DATABASE_URL; a DBA makes one with CREATE ROLE … LOGIN",
+    "has no such user, or the user may not log in",
+    "Check the user in PIPELINE_DATABASE_URL; a DBA creates one with CREATE ROLE … LOGIN",
 )
 POSTGRES_NO_DATABASE = _misconfigured(
     "has no such database, or this user may not connect to it",
@@ -267,8 +268,8 @@ POSTGRES_RIGHT = _misconfigured(
     "`pipeline migrate` grants them again",
 )
 POSTGRES_SCHEMA = _misconfigured(
-    "lacks something that `pipeline migrate` makes",
-    "Run `pipeline check`, then `pipeline migrate`; what was dropped by hand comes from a backup",
+    "lacks an object that `pipeline migrate` creates",
+    "Run `pipeline check`, then `pipeline migrate`; restore from a backup what was dropped by hand",
 )
 POSTGRES_FOREIGN_CODE = _misconfigured(
     "was stopped by code of somebody else: a trigger or a function raised an error",
@@ -279,36 +280,39 @@ POSTGRES_OTHER_TABLES = _misconfigured(
     "Run `pipeline check`; undo the change",
 )
 POSTGRES_FULL_OF_SESSIONS = _outage(
-    "takes no more connections: all its slots are in use",
+    "accepts no more connections: all its slots are in use",
     "Close sessions, or raise max_connections or the role's CONNECTION LIMIT",
 )
 POSTGRES_NO_ROOM = _outage(
-    "has no room left on a disk: nothing can be written until there is",
-    "Make room on the disk of the database; nothing else helps",
+    "has no space left on a disk: nothing can be written until there is",
+    "Free space on the disk of the database; nothing else helps",
 )
 POSTGRES_READ_ONLY = _outage(
     "is read-only: a standby, or a server on which writing was stopped",
     "Connect to the primary (HOST1,HOST2 in PIPELINE_DATABASE_URL finds it), or allow writing",
 )
 POSTGRES_PARAMETER = _misconfigured(
-    "cannot be asked: libpq refuses a parameter of the connection",
+    "cannot be connected to: libpq refuses a parameter of the connection",
     "Correct it in PIPELINE_DATABASE_URL, in libpq's variables (PG…) or its service file",
 )
-POSTGRES_STARTS = _outage("is starting or stopping", "It passes; if it lasts, see the server's log")
+POSTGRES_STARTS = _outage(
+    "is starting or stopping", "Wait; if it lasts, read the log of the server"
+)
 POSTGRES_BROKE = _outage(
-    "closed the connection", "It passes if the server restarts; if it lasts, see the server's log"
+    "closed the connection", "Wait, the server may be restarting; if it lasts, read its log"
 )
 POSTGRES_CONFLICT = _outage(
-    "ended the transaction to resolve a conflict with another one", "It is repeated"
+    "ended the transaction to resolve a conflict with another one",
+    "Nothing: the transaction is repeated",
 )
 POSTGRES_RESOURCES = _outage(
-    "lacks memory or another resource", "See the server's log; the work is repeated"
+    "lacks memory or another resource", "Read the log of the server; the work is repeated"
 )
 
 LOGINS = frozenset({KAFKA_LOGIN, POSTGRES_LOGIN})
 """An account may be locked after too many of these."""
 
-# Longest prefix wins. Codes that blame a record, or that only a defect brings, are in `errors`.
+# The longest prefix wins. Codes for bad records, and for defects of this program, are in `errors`.
 SQLSTATES: Mapping[str, Cause] = {
     "08": POSTGRES_BROKE,
     "0A": POSTGRES_OTHER_TABLES,
@@ -335,7 +339,7 @@ SQLSTATES: Mapping[str, Cause] = {
     "57P03": POSTGRES_STARTS,
     "57P04": POSTGRES_NO_DATABASE,
     "P0": POSTGRES_FOREIGN_CODE,
-    "58": _outage("has trouble with its disk", "See the server's log; the work is repeated"),
+    "58": _outage("has an error of its disk", "Read the log of the server; the work is repeated"),
 }
 
 # In this order: the first that is found counts. libpq gives no code when a connection fails.
@@ -367,11 +371,11 @@ LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
                 r"invalid \S+ value|invalid port|invalid connection option"), POSTGRES_PARAMETER),
     (re.compile(r"(?i)timeout|timed out"), TIMED_OUT),
 )  # fmt: skip
-"""By what libpq or the server says of a connection that failed."""
+"""By the message of libpq or of the server about a connection that failed."""
 
 
 def of_sqlstate(sqlstate: str) -> Cause | None:
-    """Why PostgreSQL does not serve us; None where the code says something else."""
+    """Why PostgreSQL does not serve us; None where the code means something else."""
     for length in (5, 3, 2):
         if cause := SQLSTATES.get(sqlstate[:length]):
             return cause
@@ -381,7 +385,7 @@ def of_sqlstate(sqlstate: str) -> Cause | None:
 def of_libpq(words: str) -> Cause:
     """Why a connection to PostgreSQL failed.
 
-    Of several hosts, one that refuses us is named before one that is unavailable: it is up.
+    Of several hosts, one that refuses us is named before one that is unavailable: it runs.
 
     Args:
         words: libpq's message; several lines where it tried several hosts.

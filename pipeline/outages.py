@@ -1,4 +1,4 @@
-"""Unavailable servers: how long one is waited for, how often it is tried, and what the log says."""
+"""Unavailable servers: how long to wait for them, how often to retry, and what to log."""
 
 import re
 import time
@@ -13,20 +13,20 @@ from pipeline.errors import ConfigurationError, PipelineError
 log = structlog.get_logger(__name__)
 
 UNAVAILABLE_S_MAX = 60.0
-"""How long a one-shot command waits for a server that is unavailable."""
+"""How long a one-shot command waits for an unavailable server."""
 GRACE_S = 60.0
 """How long a refused login or a missing right may last while we run: passwords get rotated."""
 REPORTS_S = (60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-"""When a long outage is logged again, since its beginning; after the last, every such time."""
+"""How long after its beginning an outage is logged again; after the last, at this interval."""
 
 
 class OutagePolicy:
-    """Waits for servers until waiting makes no sense, and logs each cause and each long outage.
+    """Decides how long to wait for servers, and logs each cause and each long outage.
 
     Args:
-        waits_forever: An unavailable server is waited for without end; else for
+        waits_forever: Wait for an unavailable server without limit; else for
             ``UNAVAILABLE_S_MAX``.
-        time_left: How long Kafka keeps what was not read yet; None where that is not known.
+        time_left: How long Kafka keeps the events that were not read; None where not known.
     """
 
     def __init__(
@@ -45,28 +45,28 @@ class OutagePolicy:
         self._failures = 0
 
     def on_error(self, error: PipelineError) -> float:
-        """Note an error that may pass.
+        """Handle an error of a server that may become available again.
 
         Returns:
             How many seconds to wait before the next attempt.
 
         Raises:
-            PipelineError: This very error, where waiting makes no sense (any more): a setting, a
-                login or a right was wrong from the start, or for ``GRACE_S``, or a one-shot command
-                has waited long enough.
+            PipelineError: The same error, where waiting is useless: a setting, a login or a right
+                was wrong from the start, or for ``GRACE_S``, or a one-shot command has waited long
+                enough.
         """
         now = time.monotonic()
         self._since = self._since or now
         if isinstance(error, ConfigurationError):
             if self._refused_since is None:
                 self._refused_since = now
-                # The time until we end begins now, so it is logged, whatever was logged before.
+                # The time until we end starts now, so it is logged, whatever was logged before.
                 self._reported.pop(without_numbers(str(error)), None)
             self._refused_at = now
             if not self._has_run or now - self._refused_since > GRACE_S:
                 raise error
         elif now - self._refused_at > GRACE_S:
-            # Not before: a server that refuses us may let single requests time out in between.
+            # Not earlier: while a server refuses us, single requests may also time out.
             self._refused_since = None
         if not self._waits_forever and now - self._since > UNAVAILABLE_S_MAX:
             raise error
@@ -102,7 +102,7 @@ class OutagePolicy:
             log.error(
                 "server_refuses",
                 reason=reason,
-                effect=f"trying again; unless this is fixed, exit with 78 in {ends_in_s} s",
+                effect=f"retrying; unless this is fixed, exit with 78 in {ends_in_s} s",
                 **since,
             )
             return
@@ -111,20 +111,20 @@ class OutagePolicy:
     def _effect(self, due: int) -> str:
         left = self._time_left() if due else None
         if left is None:
-            return "waiting, and trying again; Kafka keeps the events for as long as its retention"
+            return "waiting, and retrying; Kafka keeps the events for the length of its retention"
         if left <= timedelta(0):
             return (
                 "waiting; the retention of the oldest event that was not read is over, so Kafka "
                 "may have deleted events: end this outage now, then see `pipeline status`"
             )
         return (
-            "waiting, and trying again; Kafka may delete the oldest event that was not read in "
+            "waiting, and retrying; Kafka may delete the oldest event that was not read in "
             f"{in_words(left.total_seconds())}"
         )
 
 
 def in_words(seconds: float) -> str:
-    """A length of time as a person needs it, e.g. ``about 51.5 h``."""
+    """A length of time for people, for example ``about 51.5 h``."""
     if seconds < 2 * _MINUTE_S:
         return f"about {max(0.0, seconds):.0f} s"
     if seconds < 2 * _HOUR_S:
@@ -141,7 +141,7 @@ def without_numbers(message: str) -> str:
 
 
 def _reports_due(lasts_s: float) -> int:
-    """How often an outage of this length has been worth a line since its first."""
+    """How many lines after its first one an outage of this length has had."""
     due = sum(lasts_s >= at for at in REPORTS_S)
     if due == len(REPORTS_S):
         due += int((lasts_s - REPORTS_S[-1]) // REPORTS_S[-1])

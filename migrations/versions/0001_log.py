@@ -1,6 +1,6 @@
 """The log: events in segments, consumer offsets, gaps.
 
-Lock: none that matters, everything is new. The service may run meanwhile (it cannot have before).
+Lock: none that matters, everything is new. The service may run meanwhile (it cannot run before).
 """
 
 import sqlalchemy as sa
@@ -20,8 +20,8 @@ END $$;
 COMMENT ON FUNCTION pipeline.refuse_change() IS
     'Trigger of the log and of each segment: rows are never changed or removed.';
 
--- Made beside the log and then attached, so that writers are never held up; with a trigger of its
--- own, as the parent's does not fire for a segment that is addressed directly.
+-- Created beside the log and then attached, so that writers never wait; with a trigger of its own,
+-- as the parent's does not fire for a segment that is addressed directly.
 CREATE FUNCTION pipeline.make_segment(of_topic text, at_offset bigint, span bigint) RETURNS int8range
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -34,10 +34,10 @@ BEGIN
         RAISE EXCEPTION 'segment of % offsets at % is not possible', span, at_offset
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    -- One at a time, as they would wait at ATTACH anyway. Readers and other writers go on, and no
-    -- role but the owner may take this lock.
+    -- One at a time, as they would wait at ATTACH anyway. Readers and other writers continue, and
+    -- no role but the owner may take this lock.
     LOCK TABLE pipeline.segments IN SHARE ROW EXCLUSIVE MODE;
-    -- The span may have been another one when the neighbours were made.
+    -- The span may have been different when the neighbours were created.
     FOR neighbour IN SELECT s.first_offset, s.end_offset
                        FROM pipeline.segments s WHERE s.topic = of_topic LOOP
         IF at_offset >= neighbour.first_offset AND at_offset < neighbour.end_offset THEN
@@ -49,10 +49,10 @@ BEGIN
             high := least(high, neighbour.first_offset);
         END IF;
     END LOOP;
-    -- The hash keeps two long topic names apart that begin alike.
+    -- The hash distinguishes two long topic names with the same beginning.
     name := left(regexp_replace(lower(of_topic), '[^a-z0-9]+', '_', 'g'), 24)
         || '_' || left(md5(of_topic), 6) || '_' || low;
-    -- A segment that was detached, or what somebody else made, keeps its name.
+    -- A segment that was detached, or a table of somebody else, keeps its name.
     WHILE to_regclass(format('pipeline_segments.%I', name)) IS NOT NULL LOOP
         name := name || 'x';
     END LOOP;
@@ -72,7 +72,7 @@ BEGIN
     RETURN int8range(low, high);
 END $$;
 COMMENT ON FUNCTION pipeline.make_segment(text, bigint, bigint) IS
-    'The segment that holds an offset of a topic, made if it does not exist. Returns its range.';
+    'The segment that holds an offset of a topic, created if it does not exist. Returns its range.';
 REVOKE ALL ON FUNCTION pipeline.make_segment(text, bigint, bigint) FROM PUBLIC;
 
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON pipeline.events
@@ -84,7 +84,7 @@ SELECT topic, "partition", next_offset, high_watermark,
        watermarks_at, committed_at, problem
 FROM pipeline.consumer_offsets;
 COMMENT ON VIEW pipeline.lag IS
-    'How far the log is behind Kafka, per partition, as of the last look at Kafka.';
+    'How far the log is behind Kafka, per partition, as last recorded.';
 COMMENT ON COLUMN pipeline.lag.topic IS 'Kafka topic.';
 COMMENT ON COLUMN pipeline.lag."partition" IS 'Partition of the topic.';
 COMMENT ON COLUMN pipeline.lag.next_offset IS 'First offset not yet in the log.';
@@ -92,7 +92,7 @@ COMMENT ON COLUMN pipeline.lag.high_watermark IS 'Kafka''s end when last seen.';
 COMMENT ON COLUMN pipeline.lag.lag_events IS 'Offsets between the two; NULL if Kafka was never seen.';
 COMMENT ON COLUMN pipeline.lag.watermarks_at IS 'When Kafka was last seen.';
 COMMENT ON COLUMN pipeline.lag.committed_at IS 'When the log last grew.';
-COMMENT ON COLUMN pipeline.lag.problem IS 'Why the partition stands still; NULL when it flows.';
+COMMENT ON COLUMN pipeline.lag.problem IS 'Why the partition is halted; NULL if it is not.';
 """
 
 
@@ -117,7 +117,7 @@ def upgrade() -> None:
             "next_offset",
             sa.BigInteger(),
             nullable=False,
-            comment="The first offset not yet in the log; everything below is.",
+            comment="The first offset that is not in the log; all below it are.",
         ),
         sa.Column(
             "epoch",
@@ -142,7 +142,7 @@ def upgrade() -> None:
             "topic_id",
             sa.Text(),
             nullable=True,
-            comment="Kafka's id of the topic, where the broker tells it.",
+            comment="Kafka's id of the topic, where the broker reports it.",
         ),
         sa.Column("cluster_id", sa.Text(), nullable=True, comment="Kafka's id of the cluster."),
         sa.Column(
@@ -170,13 +170,13 @@ def upgrade() -> None:
             "problem",
             sa.Text(),
             nullable=True,
-            comment="Why the partition stands still; NULL when it flows.",
+            comment="Why the partition is halted; NULL if it is not.",
         ),
         sa.Column(
             "problem_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="Since when it stands still.",
+            comment="Since when it is halted.",
         ),
         sa.CheckConstraint(
             "next_offset >= first_offset", name=op.f("consumer_offsets_in_order_check")
@@ -219,7 +219,7 @@ def upgrade() -> None:
             "created_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When the event arose, as the envelope says, cut to microseconds.",
+            comment="When the event happened, as the envelope says, cut to microseconds.",
         ),
         sa.Column(
             "entity_id",
@@ -237,19 +237,19 @@ def upgrade() -> None:
             "payload",
             postgresql.JSONB(),
             nullable=True,
-            comment="The whole message; NULL where jsonb cannot hold it.",
+            comment="The whole record; NULL where jsonb cannot hold it.",
         ),
         sa.Column(
             "raw",
             sa.LargeBinary(),
             nullable=True,
-            comment="The message's bytes, kept wherever payload is not provably the same JSON value.",
+            comment="The record's bytes, kept wherever payload is not provably the same JSON value.",
         ),
         sa.Column(
             "digest",
             sa.LargeBinary(),
             nullable=True,
-            comment="BLAKE2b (16 bytes) of the message's bytes; NULL for a tombstone.",
+            comment="BLAKE2b (16 bytes) of the record's bytes; NULL for a tombstone.",
         ),
         sa.Column(
             "problem",
@@ -257,18 +257,18 @@ def upgrade() -> None:
             nullable=True,
             comment="Why payload or the envelope is missing; NULL for a good event.",
         ),
-        sa.Column("key", sa.LargeBinary(), nullable=True, comment="Kafka's message key."),
+        sa.Column("key", sa.LargeBinary(), nullable=True, comment="Kafka's key of the record."),
         sa.Column(
             "headers",
             postgresql.JSONB(),
             nullable=True,
-            comment='Kafka\'s headers as an array of [name, value], in order; bytes that are no text stand as {"base64": …}.',
+            comment='Kafka\'s headers as an array of [name, value], in order; bytes that are no text are written as {"base64": …}.',
         ),
         sa.Column(
             "kafka_timestamp",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="Kafka's timestamp of the message.",
+            comment="Kafka's timestamp of the record.",
         ),
         sa.Column(
             "kafka_timestamp_type",
@@ -281,11 +281,11 @@ def upgrade() -> None:
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When the batch that wrote this row began.",
+            comment="When the transaction that wrote this row began.",
         ),
         sa.PrimaryKeyConstraint("topic", "partition", "offset", name=op.f("events_pkey")),
         schema="pipeline",
-        comment="Every record that Kafka gave us, once, unchanged. Append-only.",
+        comment="Every record that Kafka delivered, once, unchanged. Append-only.",
         postgresql_partition_by='RANGE (topic, "offset")',
     )
     op.create_index(
@@ -323,7 +323,7 @@ def upgrade() -> None:
             "first_offset", sa.BigInteger(), nullable=False, comment="First offset that is lost."
         ),
         sa.Column(
-            "end_offset", sa.BigInteger(), nullable=False, comment="First offset behind the gap."
+            "end_offset", sa.BigInteger(), nullable=False, comment="First offset after the gap."
         ),
         sa.Column("reason", sa.Text(), nullable=False, comment="How the offsets were lost."),
         sa.Column(
@@ -337,7 +337,7 @@ def upgrade() -> None:
             "accepted_at",
             sa.DateTime(timezone=True),
             nullable=True,
-            comment="When an operator decided to go on behind the gap.",
+            comment="When an operator decided to continue after the gap.",
         ),
         sa.Column(
             "accepted_by", sa.Text(), nullable=True, comment="Database role of that operator."
@@ -368,11 +368,11 @@ def upgrade() -> None:
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When it was made.",
+            comment="When it was created.",
         ),
         sa.PrimaryKeyConstraint("installation_id", name=op.f("installation_pkey")),
         schema="pipeline",
-        comment="One row: who this database is, so that two cannot share a consumer group.",
+        comment="One row: the identity of this database, so that two cannot share a consumer group.",
     )
     op.create_table(
         "segments",
@@ -397,7 +397,7 @@ def upgrade() -> None:
             sa.DateTime(timezone=True),
             server_default=sa.text("now()"),
             nullable=False,
-            comment="When made.",
+            comment="When it was created.",
         ),
         sa.PrimaryKeyConstraint("segment", name=op.f("segments_pkey")),
         schema="pipeline",

@@ -49,7 +49,7 @@ REVOKE ALL ON FUNCTION pipeline.drop_shadow(text) FROM PUBLIC;
 -- The only way in which an operator moves a next offset: a gap that is on record, and no further.
 CREATE FUNCTION pipeline.accept_gap(
     of_topic text, of_partition integer,
-    OUT first_offset bigint, OUT end_offset bigint, OUT goes_on boolean)
+    OUT first_offset bigint, OUT end_offset bigint, OUT continues boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     the_gap bigint;
@@ -65,21 +65,21 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    -- The epoch rises too: whoever holds the partition is fenced, claims it again, reads on there.
+    -- The epoch rises too: the owner is fenced, claims the partition again and continues there.
     UPDATE pipeline.consumer_offsets o
        SET next_offset = accept_gap.end_offset, epoch = o.epoch + 1,
            problem = NULL, problem_at = NULL
      WHERE o.topic = of_topic AND o."partition" = of_partition
        AND o.next_offset = accept_gap.first_offset;
-    goes_on := FOUND;
-    IF goes_on THEN
+    continues := FOUND;
+    IF continues THEN
         UPDATE pipeline.gaps g SET accepted_at = now(), accepted_by = session_user
          WHERE g.gap_id = the_gap;
     END IF;
 END $$;
 COMMENT ON FUNCTION pipeline.accept_gap(text, integer) IS
-    'Goes on behind the open gap of a partition, which stays in pipeline.gaps with who decided it. '
-    'NULLs if there is none; goes_on is false, and nothing done, if the partition has moved.';
+    'Continues after the open gap of a partition, which stays in pipeline.gaps with who decided. '
+    'NULLs if there is none; continues is false, and nothing done, if the partition has moved.';
 REVOKE ALL ON FUNCTION pipeline.accept_gap(text, integer) FROM PUBLIC;
 """
 

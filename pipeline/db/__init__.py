@@ -1,4 +1,4 @@
-"""PostgreSQL: engine, sessions, transactions, and its errors in our words."""
+"""PostgreSQL: engine, sessions, transactions, and its errors as ours."""
 
 from pipeline.db.engine import (
     LOG_SCHEMA,

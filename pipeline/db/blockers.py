@@ -1,7 +1,8 @@
-"""Who holds a lock that a session of ours waits for.
+"""The sessions that hold a lock that a session of ours waits for.
 
-A waiting session cannot ask, so a second connection of the same login does, for an instant. It
-shows process ids, roles and applications; never what others execute, which may hold personal data.
+A waiting session cannot execute a query, so a second connection of the same login does, for a
+moment. It reads process ids, roles and applications; never the statements of others, which may hold
+personal data.
 """
 
 from datetime import datetime
@@ -30,8 +31,8 @@ class Holder(NamedTuple):
     Attributes:
         pid: Process id of the server's; 0 for a prepared transaction.
         role: Its login; None where the session has just ended.
-        application: What it calls itself.
-        since: When its transaction began; None where our login may not know it.
+        application: Its application_name.
+        since: When its transaction began; None where our login may not see it.
     """
 
     pid: int
@@ -50,7 +51,7 @@ class Holder(NamedTuple):
 
 
 def who_blocks(asking: "psycopg.Connection[Any]", waiting_pid: int) -> str | None:
-    """What a session waits for and who holds it, in words; None if it waits for no lock.
+    """The lock that a session waits for and its holders, as text; None if it waits for no lock.
 
     Args:
         asking: Another session of the same login.

@@ -160,8 +160,8 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     """All or nothing: commits at the end of the block, rolls back when it raises.
 
     Raises:
-        TransientError: The server went away or ended the transaction to resolve a conflict. If it
-            happened at COMMIT, whether the transaction took effect is unknown.
+        TransientError: The server became unavailable, or ended the transaction to resolve a
+            conflict. At COMMIT it is then unknown whether the transaction took effect.
         PoisonRecordError: A value was refused.
         MissingSegmentError: No segment of the log covers an offset.
         ConfigurationError: Login, rights or schema are wrong.

@@ -1,13 +1,13 @@
-"""Locks on rows of a table that only our roles may write.
+"""Locks by rows of a table that only our roles may write.
 
-Advisory locks belong to nobody: every login of the server can take them. A row can be locked only
-by who may update it. Two kinds:
+Advisory locks have no owner: every login of the server can take them. A row can be locked only by a
+role that may update it. Two kinds:
 
-- ``lock``: a row until the transaction ends, like any row
-- ``held``: a row that says which session has the name, for as long as that session keeps a
-  transaction open. A row lock would do the same, but give its transaction an id, and the oldest id
-  holds back VACUUM in the whole database. The transaction here has none, and no snapshot. It is
-  over the moment its session is, so nobody waits for the lease of a killed process.
+- ``lock``: the row is locked until the transaction ends, like any row
+- ``held``: the row names the session that has the lock, for as long as that session keeps a
+  transaction open. A row lock would do the same, but it gives its transaction an id, and the oldest
+  id holds back VACUUM in the whole database. The transaction here has no id and no snapshot. It
+  ends with its session, so no process waits for the lease of a killed one.
 """
 
 import os
@@ -61,7 +61,7 @@ LOCK = text("""
 INSERT INTO pipeline.locks (name) VALUES (:name)
 ON CONFLICT (name) DO UPDATE SET name = excluded.name
 """)
-# The server would end a session that is idle in a transaction; this one has to be.
+# The server would end a session that is idle in a transaction; this one must be.
 STAY = text("SET LOCAL idle_in_transaction_session_timeout = 0")
 WHO_AM_I = text("""
 SELECT pid, virtualtransaction FROM pg_locks
@@ -82,7 +82,7 @@ WHERE l.server_started_at IS DISTINCT FROM pg_postmaster_start_time() OR NOT EXI
        AND k.pid = l.session_pid AND k.virtualxid = l.virtual_transaction)
 RETURNING l.name
 """)
-# Shared until the transaction ends, so that nobody can take it over meanwhile.
+# Shared until the transaction ends, so that no other session can take it meanwhile.
 CONFIRM = text("""
 SELECT FROM pipeline.locks
 WHERE name = :name AND session_pid = :session_pid AND virtual_transaction = :virtual_transaction
@@ -100,7 +100,7 @@ WHERE l.name = :name AND l.server_started_at = pg_postmaster_start_time()
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lock, as its row says."""
+    """The session that has a lock, according to its row."""
 
     session_pid: int
     role: str
@@ -121,7 +121,7 @@ class LockTakenError(PipelineError):
     """Another session has the lock. Nothing was done.
 
     Attributes:
-        holder: Which; None if that is over by now.
+        holder: Which; None if it has ended by now.
     """
 
     exit_code = ExitCode.FENCED
@@ -140,7 +140,7 @@ class Held:
     virtual_transaction: str
 
     def confirm(self, db: Connection) -> None:
-        """Make sure that the lock is ours until the transaction ends.
+        """Verify that the lock is ours, and stays ours until the transaction ends.
 
         Raises:
             LockTakenError: The session that held it was ended, and another one took it.
@@ -150,12 +150,12 @@ class Held:
 
 
 def make_table(db: Connection) -> None:
-    """Have the table before the migration that makes it: `migrate` itself needs a lock."""
+    """Create the table before the migration that creates it: `migrate` itself needs a lock."""
     locks.create(db, checkfirst=True)
 
 
 def lock(db: Connection, name: str) -> None:
-    """Have a name for ourselves until the transaction ends; waits for whoever has it."""
+    """Lock a name until the transaction ends; waits for another session that has it."""
     db.execute(LOCK, {"name": name})
 
 
@@ -163,19 +163,19 @@ def lock(db: Connection, name: str) -> None:
 def held(
     engine: Engine, name: str, *, become: Callable[[Connection], None] = lambda _: None
 ) -> Iterator[Held]:
-    """Have a name for ourselves until the block ends, over any number of transactions.
+    """Hold the lock of a name until the block ends, over any number of transactions.
 
-    It costs one connection of the engine's. If that is lost, so is the lock: who writes by it calls
-    ``confirm`` in the same transaction.
+    It needs one connection of the engine. If the connection is lost, so is the lock: a caller that
+    writes under the lock calls ``confirm`` in the same transaction.
 
     Args:
         engine: The database.
-        name: What to have.
+        name: What to lock.
         become: Called with the connection that takes the lock, to choose another role.
 
     Raises:
         LockTakenError: Another session has it.
-        TransientError: The server is away.
+        TransientError: The server is unavailable.
     """
     with translated():
         keeper = engine.connect()
@@ -185,7 +185,7 @@ def held(
             ours = Held(name, *keeper.execute(WHO_AM_I).one())
         with translated(), engine.begin() as db:
             become(db)
-            # Asked for first: the row may be locked, by who confirms that the lock is his.
+            # Read first: the row may be locked, by the holder that confirms its lock.
             if holder := _holder(db, name):
                 raise LockTakenError(name, holder)
             place = {"host": socket.gethostname(), "process_id": os.getpid()}

@@ -1,8 +1,8 @@
 """PostgreSQL's errors, translated into the program's own.
 
 PostgreSQL's messages, DETAIL and CONTEXT may quote the row that was refused, so none of them is
-passed on. An error says what the table of causes says, and names the SQLSTATE, the object and the
-server. Only where a right is missing or a connection fails are PostgreSQL's own words shown: they
+shown. An error has the text of the table of causes, and names the SQLSTATE, the object and the
+server. PostgreSQL's own words are shown only where a right is missing or a connection fails: they
 name objects, roles and hosts, never a value.
 """
 
@@ -22,11 +22,11 @@ from pipeline.errors import (
 from pipeline.redaction import redacted
 
 WORDS_MAX = 300
-"""Most characters of libpq's words that an error repeats."""
+"""Maximum number of characters of libpq's message in an error."""
 
 
 class SilentServerError(psycopg.OperationalError):
-    """The connection is open and nothing arrives on it; we have closed it."""
+    """The connection is open but the server does not answer; we have closed it."""
 
 
 class UnreachableError(psycopg.OperationalError):
@@ -42,12 +42,12 @@ class UnreachableError(psycopg.OperationalError):
 
 
 def place(error: psycopg.Error, where: str) -> None:
-    """Note on an exception of the driver which server it is about: host, port, database, user."""
+    """Add to an exception of the driver which server it is about: host, port, database, user."""
     error.where = where  # type: ignore[attr-defined]  # read by ``translate`` alone
 
 
 def translate(error: psycopg.Error) -> PipelineError:
-    """The error of ours that an exception of the driver stands for."""
+    """Our error for an exception of the driver."""
     where = getattr(error, "where", None)
     server = f"PostgreSQL at {where}" if where else "PostgreSQL"
     sqlstate = error.sqlstate
@@ -58,19 +58,19 @@ def translate(error: psycopg.Error) -> PipelineError:
         message += f" in {table}"
     if constraint := error.diag.constraint_name:
         message += f", constraint {constraint}"
-    # Only a missing segment has no constraint to name: a CHECK names itself.
+    # Only a missing segment names no constraint: a CHECK does.
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)
     if cause := causes.of_sqlstate(sqlstate):
         named = _object_of(error)
         message = f"{server} {cause.what}. Cause: {type(error).__name__} ({sqlstate})"
         message += f", {named}. {cause.fix}" if named else f". {cause.fix}"
-    # Who holds the lock that we waited for, as `db` found out meanwhile.
+    # The holder of the lock that we waited for: see ``connection``.
     message += "".join(f": {note}" for note in getattr(error, "__notes__", ()))
     return from_sqlstate(sqlstate, message, column=error.diag.column_name)
 
 
-# What these codes' messages name is an object of the schema, never a value.
+# The messages of these codes name objects of the schema, never a value.
 _NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
@@ -82,7 +82,7 @@ def _object_of(error: psycopg.Error) -> str:
         # Only the function's name: the rest of the context may quote values.
         raised_by = _FUNCTION.match(error.diag.context or "")
         return f"function {raised_by[1]}" if raised_by else ""
-    # A RAISE in somebody's function may use such a code, and say anything.
+    # A RAISE in a function may use such a code with any text.
     is_servers_own = error.diag.source_function != "exec_stmt_raise"
     if not (is_servers_own and _NAMING.fullmatch(error.sqlstate or "")):
         return error.diag.table_name or ""
@@ -103,7 +103,7 @@ def _without_sqlstate(error: psycopg.Error, server: str) -> PipelineError:
 
 
 def _shortened(words: str) -> str:
-    """What libpq says after the address, once for each host that it tried."""
+    """Libpq's reasons, without the addresses, each once."""
     reasons = []
     for line in words.splitlines():
         reason = re.sub(r".*(?:failed: |FATAL:\s+|ERROR:\s+)", "", line).strip(" \t-")

@@ -2,8 +2,8 @@
 
 The environment, the URL, the role and the database may each hold settings for a session. Here, by
 statements, every setting that could change meaning, isolation or time-outs gets our value and is
-read back (``session_settings`` lists them). A session that cannot be had like that is refused, and
-so is one that a pooler would take from us between two transactions.
+read back (``session_settings`` lists them). A session that cannot have these values is refused, and
+so is one that a pooler would give to others between two transactions.
 """
 
 import re
@@ -23,7 +23,7 @@ OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL on which the program is tested, and all between."""
 
 ATTEMPTS_MAX = 5
-"""How often a session is set up whose first statement a time-out of somebody else's ended."""
+"""How often the first statement of a session is repeated that a foreign time-out has ended."""
 PROBE_S_MAX = 3.0
 """How long a pooler may take to answer the second connection that finds out how it shares."""
 
@@ -31,7 +31,7 @@ Connection = psycopg.Connection[Any]
 
 
 class Ours(NamedTuple):
-    """What a session of ours wants besides ``PINNED``.
+    """What a session of ours needs besides ``PINNED``.
 
     Attributes:
         idle_in_transaction_ms: After this long without a statement in a transaction it ends.
@@ -50,22 +50,22 @@ class _Found(NamedTuple):
     read_only: str
 
 
-# ------------------------------------------------------------------------------------ how it begins
+# ------------------------------------------------------------------------------- begin a session
 
 
 def begin(
     connection: Connection, ours: Ours, another: Callable[[], Connection] | None = None
 ) -> int:
-    """Give a new session our settings, and make sure that it has them and keeps them.
+    """Give a new session our settings, and verify that it has them and keeps them.
 
     Args:
         connection: Just connected, and in no transaction.
-        ours: What it wants besides ``PINNED``.
-        another: Opens one more connection to the same place, with no settings; None where a
-            session of ours has been there before, and a pooler is known to be a good one.
+        ours: What it needs besides ``PINNED``.
+        another: Opens one more connection to the same server, with no settings; None where an
+            earlier session has shown that no pooler shares its sessions.
 
     Returns:
-        The process id of the session's server; a pooler gives another one at the login.
+        The process id of the session on the server; a pooler reports another one at the login.
 
     Raises:
         ConfigurationError: A setting keeps another value, the database's encoding is not UTF8, the
@@ -127,7 +127,7 @@ _BEGIN = SQL(
     "SET statement_timeout = 0; SET search_path = pg_catalog, pg_temp; "
     "SELECT {}, current_setting('server_encoding'), pg_backend_pid(), {}; COMMIT"
 )
-# What this server does not know, nobody can have set.
+# A setting that this server does not have cannot have another value.
 _SET = SQL(
     "CASE WHEN current_setting({name}, true) IS NOT NULL "
     "THEN set_config({name}, {value}, false) END"
@@ -174,7 +174,7 @@ def _statement(ours: Ours) -> SQL:
 def _row(connection: Connection, statement: SQL) -> tuple[Any, ...]:
     """The only row of several statements that are sent as one message."""
     with connection.cursor() as cursor:
-        # As text: with parameters of the protocol's it would have to be a single statement.
+        # As text: with parameters of the protocol it would have to be a single statement.
         cursor.execute(statement)
         while cursor.description is None:
             cursor.nextset()
@@ -190,7 +190,7 @@ def _refuse_encoding(connection: Connection, found: _Found) -> None:
 
 
 def encoding_refused(where: str, encoding: str) -> str:
-    """What is said of a database that cannot hold every character."""
+    """The message about a database that cannot hold every character."""
     return (
         f"{where} has encoding {encoding}, which cannot hold every character that Kafka sends: "
         "create a database with ENCODING 'UTF8' TEMPLATE template0, and use that"
@@ -211,11 +211,11 @@ def _refuse_difference(
         )
 
 
-_WAITS = "decides how long others may have to wait for us"
+_WAITS = "decides how long other sessions may have to wait for this one"
 
 
 def _client_encoding(connection: Connection, values: Mapping[str, str | None]) -> str | None:
-    """As the server says; and, where the driver goes by another one, that one."""
+    """The server's value; or the driver's, where it differs."""
     driver = connection.info.encoding
     return values["client_encoding"] if driver == "utf-8" else driver
 
@@ -235,15 +235,15 @@ def _remedy(connection: Connection, name: str) -> str:
     if source and source[0] == "client":
         return "Remove it from PGOPTIONS and from `options` in PIPELINE_DATABASE_URL"
     if source and source[0] == "session":
-        return "We have set it, and somebody between us and PostgreSQL did not let it through"
+        return "This program has set it, and a pooler between it and PostgreSQL did not forward it"
     return (
         f"Have a superuser set it in the server's configuration, or GRANT SET ON PARAMETER {name}"
     )
 
 
-# A role, a database, the environment or the URL: whoever set it there meant other programs. The
-# server's configuration is different: an operator or a provider stops all writing by it, for a disk
-# that is nearly full, say.
+# A value of a role, a database, the environment or the URL is meant for other programs. The
+# server's configuration is different: an operator or a provider stops all writing by it, for
+# example when a disk is nearly full.
 _OVERRULED = {"user", "database", "database user", "global", "client"}
 
 
@@ -264,10 +264,10 @@ def _refuse_shared_sessions(
 ) -> None:
     """Refuse a pooler that gives the session to others between two of our transactions.
 
-    Somebody stands between us and PostgreSQL: the process that he named at the login is not the
-    one that answers. In session pooling that one is ours until we leave, so a second connection
-    cannot meet it. Otherwise the second connection meets it, or, while it keeps another one busy,
-    we are given a different one.
+    There is a pooler between us and PostgreSQL: the process that was named at the login is not the
+    one that answers. In session pooling this process is ours until we leave, so a second connection
+    cannot get it. Otherwise the second connection gets it, or, while the second connection keeps
+    it busy, we get a different one.
     """
     second = another()
     try:
@@ -286,7 +286,7 @@ def _shared(connection: Connection) -> str:
     return (
         f"{_place(connection)} is reached through a pooler that shares PostgreSQL's sessions "
         "between transactions (pool_mode transaction or statement). Settings, locks and temporary "
-        "tables of one client would be met by another. Use pool_mode = session, or connect to "
+        "tables of one client would be visible to another. Use pool_mode = session, or connect to "
         "PostgreSQL directly"
     )
 
@@ -330,7 +330,7 @@ _WHERE_FROM = {
 
 
 def login_refused(error: psycopg.Error, where: str) -> ConfigurationError | None:
-    """What an operator has to change, if a connection is refused for what libpq sends with it."""
+    """What an operator must change, if a connection is refused because of what libpq sends."""
     message = str(error)
     if match := re.search(r"unsupported startup parameter(?: in options)?: (\w+)", message):
         return ConfigurationError(

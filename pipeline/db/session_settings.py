@@ -1,15 +1,15 @@
-"""Every setting of PostgreSQL that a session may have of its own, sorted by what it could do to us.
+"""Every setting of PostgreSQL that a session may have of its own, sorted by its effect on us.
 
 PostgreSQL 15 to 18 are covered; the tests compare this page with real servers, and ``check`` warns
-of a setting that is not here. A setting may come from the environment, the URL, the role, the
-database or the server's configuration; which of them we accept is decided here alone:
+about a setting that is not here. A setting may come from the environment, the URL, the role, the
+database or the server's configuration; only this page decides which of them are accepted:
 
 - *pinned*: it can change the meaning of a value, which rows a statement sees, isolation or
   time-outs. Each session sets it and reads it back (``session.py``).
-- *bounded*: it costs time, memory or room on a disk, never an answer; whoever set it decides.
+- *bounded*: it costs time, memory or space on a disk, and changes no result; its owner decides.
 - *harmless*: nothing that we send, store or read depends on it.
 
-Settings of extensions (their names have a dot) are not ours to sort.
+Settings of extensions (their names have a dot) are not listed.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Pin(NamedTuple):
     Attributes:
         value: In the spelling in which PostgreSQL returns it.
         why: What another value would do.
-        settable: Every role may set it. Otherwise only a superuser, or who was granted the right.
+        settable: Every role may set it. Otherwise only a superuser, or a role with the right.
     """
 
     value: str
@@ -37,7 +37,7 @@ _ROWS = "decides which rows a statement sees"
 _ENDS = "would end the same batch, rebuild or idle session again and again"
 
 PINNED: Mapping[str, Pin] = {
-    # First, so that the statement that sets the others is not ended itself.
+    # First, so that they cannot end the statement that sets the others.
     "transaction_timeout": Pin("0", _ENDS),
     "statement_timeout": Pin("0", _ENDS),
     "idle_session_timeout": Pin("0", _ENDS),
@@ -85,7 +85,7 @@ BY_SETTINGS_OF_OURS = frozenset(
     {
         # PIPELINE_LOCK_TIMEOUT_MS, PIPELINE_IDLE_IN_TRANSACTION_TIMEOUT_MS
         *("lock_timeout", "idle_in_transaction_session_timeout"),
-        # Pinned too, save where the server's own configuration switches writing off.
+        # Pinned too, except where the server's own configuration switches writing off.
         "default_transaction_read_only",
         # Set, and not compared: a socket in a folder and some systems have none of them.
         *("tcp_keepalives_count", "tcp_keepalives_idle", "tcp_keepalives_interval"),
@@ -140,10 +140,10 @@ BOUNDED: Mapping[str, str] = _named(
             vacuum_freeze_table_age vacuum_max_eager_freeze_failure_rate
             vacuum_multixact_failsafe_age vacuum_multixact_freeze_min_age
             vacuum_multixact_freeze_table_age vacuum_truncate""",
-        "how soon PostgreSQL notices a deadlock or a client that is gone; we have bounds too": """
+        "how soon PostgreSQL detects a deadlock or a lost client; we have limits of our own": """
             client_connection_check_interval deadlock_timeout post_auth_delay wal_sender_timeout""",
-        "in which order rows come that nobody has ordered": "synchronize_seqscans",
-        "how much PostgreSQL's developers have it check": """
+        "the order of rows without ORDER BY": "synchronize_seqscans",
+        "checks for PostgreSQL's developers": """
             debug_discard_caches wal_consistency_checking""",
     }
 )
@@ -164,7 +164,7 @@ HARMLESS: Mapping[str, str] = _named(
             compute_query_id stats_fetch_consistency track_activities track_cost_delay_timing
             track_counts track_functions track_io_timing track_wal_io_timing
             update_process_title""",
-        "the language of messages, on which nothing depends: errors are told by SQLSTATE": """
+        "the language of messages: errors are distinguished by SQLSTATE": """
             lc_messages""",
         "warnings": "escape_string_warning icu_validation_level md5_password_warnings",
         "what others load into the server": """
@@ -186,7 +186,7 @@ HARMLESS: Mapping[str, str] = _named(
 
 
 def is_sorted(name: str) -> bool:
-    """Whether the program knows what a setting could do; the name as pg_settings gives it."""
+    """Whether this page has a setting; the name as pg_settings has it."""
     return "." in name or any(
         name in kind for kind in (PINNED, BY_SETTINGS_OF_OURS, BOUNDED, HARMLESS)
     )

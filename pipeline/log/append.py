@@ -16,10 +16,10 @@ from pipeline.partitions import Advance, Partition
 NOTIFY = text("NOTIFY pipeline_events")
 
 COPY = f"COPY pipeline.events ({COLUMNS}) FROM STDIN (FORMAT binary)"
-# As bytes, for a text could not hold the NUL that is refused here; and nothing large comes back.
+# As bytes, because a text cannot hold the NUL that is refused here. The answer is small.
 TRY_PAYLOAD = "SELECT jsonb_typeof(CAST(convert_from(%s, 'UTF8') AS jsonb))"
 ROWS_AT_ONCE = 100
-"""How many rows are handed to the driver in one piece."""
+"""How many rows are given to the driver in one piece."""
 
 
 def append(
@@ -28,22 +28,22 @@ def append(
     """Write a batch and move its partitions' next offsets, or write nothing.
 
     Both happen in the caller's transaction, so an event is in the log exactly when its offset is
-    behind ``next_offset``; a crash can leave neither half alone. A payload that jsonb refuses is
-    stored as bytes only, with the SQLSTATE as its problem; its neighbours as usual.
+    below ``next_offset``; a crash cannot leave one without the other. A payload that jsonb refuses
+    is stored as bytes only, with the SQLSTATE as its problem; its neighbours as usual.
 
     Args:
         db: An open transaction. This function never commits.
-        rows: In offset order within each partition; may be empty, where Kafka's own markers move
-            the position.
+        rows: In offset order within each partition; may be empty, where only Kafka's own
+            markers move the next offset.
         advances: One for every partition of ``rows``.
 
     Raises:
         FencedError: A partition has a newer owner or another next offset. Nothing was written;
             roll back.
-        MissingSegmentError: No segment covers an offset. Roll back, make it, repeat.
-        TransientError: The server went away. Roll back and repeat.
+        MissingSegmentError: No segment covers an offset. Roll back, create it, repeat.
+        TransientError: The server became unavailable. Roll back and repeat.
         InvariantError: A row is in the log already.
-        ConfigurationError: PostgreSQL stored fewer rows, for somebody's trigger left them out.
+        ConfigurationError: PostgreSQL stored fewer rows, because a trigger left some out.
     """
     connection = driver_of(db)
     descriptor = connection.fileno()
@@ -66,10 +66,10 @@ def driver_of(db: Connection) -> psycopg.Connection:
 
 
 def copy_rows(connection: psycopg.Connection, rows: list[EncodedRow], statement: str) -> None:
-    """COPY rows into the log, or a table like it; those whose payload jsonb refuses without it.
+    """COPY rows into the log, or a table like it; a payload that jsonb refuses is left out.
 
-    Nobody but PostgreSQL knows what jsonb refuses (a number too large, a nesting too deep), and one
-    such row fails the whole COPY. Doubtful are the rows whose bytes are kept.
+    Only PostgreSQL can decide what jsonb refuses (a number too large, a nesting too deep), and one
+    such row fails the whole COPY. The rows whose bytes are kept are tried first.
     """
     for doubtful in (lambda row: row.raw is not None, lambda _row: True):
         try:

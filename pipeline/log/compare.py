@@ -1,8 +1,8 @@
-"""The log beside Kafka: what was read again is staged, compared with the rows, and fills holes.
+"""The log compared with Kafka: records that were read again are staged, compared, and inserted.
 
-Rows are staged in temporary tables of one session, so nobody else sees them and a crash leaves
-nothing. A row is compared by what the record is (bytes, key, headers, timestamps) and by what the
-log made of it; ``repeat_of`` and ``problem`` are words about it, and left out.
+Rows are staged in temporary tables of one session, so no other session sees them and a crash leaves
+nothing. A row is compared by the record (bytes, key, headers, timestamps) and by the columns that
+the log derives from it; ``repeat_of`` and ``problem`` describe it, and are not compared.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ _PREPARE = (
 _CLEAR = text("TRUNCATE pg_temp.staged")
 _COPY = f"COPY pg_temp.staged ({COLUMNS}) FROM STDIN (FORMAT binary)"
 # Bytes are compared where both sides kept them: keep_raw may have been set in between. A payload
-# that was refused has its bytes beside it. The rank tells neighbours, as offsets may be unused.
+# that jsonb refused has its bytes beside it. The rank shows neighbours, as offsets may be unused.
 _COMPARE = text("""
 SELECT at_offset, kind, rank FROM (
     SELECT coalesce(s."offset", e."offset") AS at_offset,
@@ -66,21 +66,23 @@ SELECT {COLUMNS} FROM pg_temp.kept ORDER BY "offset"
 
 
 class RewindRunsError(PipelineError):
-    """Another process fills the same partition. Nothing was done; look at that one."""
+    """Another process rewinds the same partition. Nothing was done."""
 
     exit_code = ExitCode.FENCED
 
     def __init__(self, partition: Partition, holder: locks.Holder | None) -> None:
         detail = f": {holder}" if holder else ""
-        super().__init__(f"{partition}: another rewind of it is running{detail}")
+        super().__init__(
+            f"{partition}: another rewind of it is running{detail}. Nothing was changed"
+        )
 
 
 @dataclass
 class Comparison:
-    """What Kafka and the log said of the same offsets.
+    """What Kafka and the log have at the same offsets.
 
     Attributes:
-        read: Records that Kafka gave.
+        read: Records that Kafka delivered.
         missing: In Kafka, not in the log.
         changed: In both, and not the same.
         surplus: In the log, not in Kafka.
@@ -93,7 +95,7 @@ class Comparison:
 
     @property
     def same(self) -> int:
-        """Records that both have, alike."""
+        """Records that are the same in both."""
         return self.read - self.missing.count - self.changed.count
 
 
@@ -118,7 +120,7 @@ class Staging:
     @classmethod
     @contextmanager
     def alone(cls, engine: Engine, partition: Partition) -> Iterator[Self]:
-        """The same, and other rewinds of the partition are kept out until the block ends.
+        """The same, and no other rewind of the partition can run until the block ends.
 
         Raises:
             RewindRunsError: Another one is running.
@@ -138,8 +140,8 @@ class Staging:
         """Temporary tables for the length of the block, on a connection of their own.
 
         Raises:
-            TransientError: The server went away.
-            ConfigurationError: The role may not make temporary tables.
+            TransientError: The server became unavailable.
+            ConfigurationError: The role may not create temporary tables.
         """
         with translated():
             connection = engine.connect()
@@ -149,17 +151,17 @@ class Staging:
                     connection.execute(statement)
             yield cls(connection, partition, held)
         finally:
-            # Closed for good: in the pool its tables would live on.
+            # Closed, not returned to the pool: there its tables would stay.
             connection.invalidate()
             connection.close()
 
     def compare(self, span: OffsetRange, rows: Sequence[EncodedRow], *, keep: bool) -> None:
-        """Compare the log with all that Kafka has of a range, behind all that were compared.
+        """Compare the log with all that Kafka has of a range, after all ranges compared before.
 
         Args:
             span: The offsets; ``rows`` are all that Kafka has of them.
             rows: In offset order.
-            keep: Hold what is missing in the log, for ``fill``.
+            keep: Keep what is missing in the log, for ``fill``.
         """
         place = {"topic": self.partition.topic, "number": self.partition.number}
         with translated(), self._db.begin():
@@ -175,31 +177,31 @@ class Staging:
         self._note(found)
 
     def _note(self, found: Iterable[tuple[int, str | None, int]]) -> None:
-        """Take differences; the last place of all tells how many there were."""
+        """Add differences; the last row shows how many places there were."""
         rank = 0
         for offset, kind, rank in found:
             if kind is None:
                 continue
-            here = self._places + rank
-            joins = self._last == (kind, here - 1)
+            place = self._places + rank
+            joins = self._last == (kind, place - 1)
             intervals: Intervals = getattr(self.comparison, kind)
             intervals.add(Offset(offset), joins=joins)
-            self._last = (kind, here)
+            self._last = (kind, place)
         self._places += rank
 
     @contextmanager
     def fill(self, begins: NextOffset, *, segment_span: int) -> Iterator[Connection]:
-        """Put what is missing into the log; the caller's block is in the same transaction.
+        """Insert what is missing into the log; the caller's block is in the same transaction.
 
-        Live ingestion goes on: it writes behind ``next_offset``, this before it.
+        Ingestion continues: it writes after ``next_offset``, this before it.
 
         Args:
             begins: Where the log of the partition begins from now on, if it began later.
-            segment_span: How many offsets a segment spans that is made for it.
+            segment_span: How many offsets a new segment spans.
 
         Raises:
             RewindRunsError: Our lock was lost, and another rewind has taken it.
-            InvariantError: A row came into the log meanwhile, which nobody but us may write.
+            InvariantError: Another process has written one of these rows meanwhile.
         """
         self._make_segments(segment_span)
         with translated(), self._db.begin():

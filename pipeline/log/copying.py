@@ -1,7 +1,7 @@
 """A row of the log in the binary form of COPY, and back.
 
-Rows are encoded by the thread that reads them: there they still lie in the processor's cache, and
-the thread that talks to PostgreSQL hands on bytes instead of waiting for the interpreter at every
+Rows are encoded by the thread that reads them: there they are still in the processor's cache, and
+the thread that talks to PostgreSQL forwards bytes instead of waiting for the interpreter at every
 row (measured: docs/performance.md).
 
 The form: how many fields, then each with its length before it, -1 for NULL; numbers big-endian
@@ -18,13 +18,13 @@ COLUMNS = (
     'topic, "partition", "offset", event_id, event_type, created_at, entity_id, repeat_of, '
     "payload, raw, digest, problem, key, headers, kafka_timestamp, kafka_timestamp_type"
 )
-"""As Row has them."""
+"""In the order of the fields of ``Row``."""
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 
 _NULL = b"\xff\xff\xff\xff"
 _MICROS_TO_2000 = 946_684_800_000_000
-"""From 1970, where we count from, to where PostgreSQL does."""
+"""From 1970, where our times begin, to 2000, where PostgreSQL's do."""
 
 _length = struct.Struct("!i").pack
 _smallint = struct.Struct("!ih").pack
@@ -62,7 +62,7 @@ def encode(row: Row) -> EncodedRow:
     return _encoded((topic, partition, offset, b"".join(fields)))
 
 
-# EncodedRow's own constructor is a function of Python around this one; it runs once a record.
+# EncodedRow's own constructor is a function of Python around this one; it runs once per record.
 _encoded = partial(tuple.__new__, EncodedRow)
 
 
@@ -74,7 +74,7 @@ def _place(topic: str, partition: int) -> bytes:
 
 @lru_cache(maxsize=1000)
 def _text(text: str) -> bytes:
-    """Types and problems come again and again."""
+    """Cached: types and problems repeat."""
     content = text.encode()
     return _length(len(content)) + content
 

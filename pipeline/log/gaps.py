@@ -20,7 +20,7 @@ RECORD = _insert.on_conflict_do_update(
 )
 # A function of the owner's: a role that may decide on gaps needs no rights on the offsets.
 ACCEPT = text(
-    "SELECT first_offset, end_offset, goes_on FROM pipeline.accept_gap(:of_topic, :of_number)"
+    "SELECT first_offset, end_offset, continues FROM pipeline.accept_gap(:of_topic, :of_number)"
 )
 
 
@@ -60,9 +60,9 @@ def accept_gap(db: Connection, partition: Partition) -> Gap | None:
         InvariantError: The partition's next offset is no longer at the gap.
     """
     row = db.execute(ACCEPT, {"of_topic": partition.topic, "of_number": partition.number}).one()
-    if row.goes_on is None:
+    if row.continues is None:
         return None
-    if not row.goes_on:
+    if not row.continues:
         raise InvariantError(
             f"{partition}: its next offset is no longer {row.first_offset}, where the gap begins. "
             "Nothing was changed; see `pipeline gaps list` and `pipeline status`"

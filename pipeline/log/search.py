@@ -1,9 +1,9 @@
-"""Finding events in the log: by id, entity, type, time, place; and following it as it grows.
+"""Finding events in the log: by id, entity, type, time, offset; and following it as it grows.
 
 Within a partition, records came in the order of their offsets. So a span of time is a range of
-offsets, found by halving, and every search but that by id runs along the primary key. The exception
-is what a rewind has filled in: it came later than what stands behind it. It is found by its place
-and its id; by its time only beside what came then, too.
+offsets, found by bisection, and every search except by id uses the primary key. The exception are
+records that a rewind has inserted: they came later than the records after them. They are found by
+offset and by id; by time only if they lie beside records that came at that time.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,17 +33,17 @@ from pipeline.log.tables import events
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition
 
 FOLLOW_ROWS_MAX = 1000
-"""Most events that one look at a growing partition takes."""
+"""Maximum number of events that one query of a growing partition returns."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which events are looked for; what is None does not matter.
+    """Which events to find; what is None does not matter.
 
     Attributes:
         identity: The event's own id, or that of the entity it is about.
         event_type: A type, ``ORDER.FILLED``, or all of a category, ``ORDER`` or ``ORDER.*``.
-        topic, partition: Where it stands.
+        topic, partition: Where it is.
         since, until: When it came into the log; ``until`` itself is left out.
         only_bad: Only records that could not be read, or not as an event.
     """
@@ -58,11 +58,11 @@ class Wanted:
     only_bad: bool = False
 
     def includes(self, partition: Partition) -> bool:
-        """Whether events of this partition may be wanted."""
+        """Whether events of this partition may match."""
         return self.topic in (None, partition.topic) and self.partition in (None, partition.number)
 
     def condition(self) -> ColumnElement[bool]:
-        """What an event must be like, wherever it stands."""
+        """The condition for an event, wherever it is."""
         terms: list[ColumnElement[bool]] = []
         if self.identity is not None:
             terms.append(
@@ -82,7 +82,7 @@ class Wanted:
 
 
 class Found(NamedTuple):
-    """An event of the log. What may hold personal data is None unless it was asked for.
+    """An event of the log. What may hold personal data is None unless it was requested.
 
     ``payload`` and ``headers`` are JSON as PostgreSQL writes it.
     """
@@ -113,7 +113,7 @@ class Seen(NamedTuple):
     first: Offset
 
 
-# Some twenty index searches for each partition and moment, however many records there are.
+# Some twenty index searches per partition and moment, however many records there are.
 FIRST_SINCE = text("""
 WITH RECURSIVE search AS (
     SELECT o.topic, o."partition", m.moment, o.first_offset AS low, o.next_offset AS high
@@ -148,7 +148,7 @@ RECENT = (
     .order_by(events.c.offset)
 )
 
-# A state's name and nothing else that somebody may have written there: it shows unasked.
+# Only the name of a state: it is shown by default, so it must not hold anything else.
 _stated = events.c.payload["object"]["status"].astext
 _status = case((_stated.regexp_match("^[A-Z][A-Z0-9_]{0,62}$"), _stated)).label("status")
 _ENVELOPE = [
@@ -171,7 +171,7 @@ SEARCH_WITH_CONTENT = select(
     cast(events.c.payload, Text).label("payload"),
     events.c.raw,
     events.c.key,
-    # As text, as the payload: a number in it could be rounded on its way.
+    # As text, like the payload: a number in it could be rounded by the driver.
     cast(events.c.headers, Text).label("headers"),
 )
 
@@ -204,22 +204,22 @@ def recent(db: Connection, partition: Partition, below: NextOffset, window: int)
 def newest(
     db: Connection, wanted: Wanted, *, limit: int, with_content: bool = False
 ) -> Sequence[Found]:
-    """The newest events that are wanted, oldest first.
+    """The newest events that match, oldest first.
 
-    Those of one entity come in the order in which they arose; others as they came into the log.
+    Those of one entity are ordered by when they happened; others by when they came into the log.
     """
     if wanted.identity is not None:
         found = list(_by_identity(db, wanted, limit, with_content=with_content))
-        return sorted(found, key=lambda one: (one.created_at or one.ingested_at, *one[:3]))
+        return sorted(found, key=lambda event: (event.created_at or event.ingested_at, *event[:3]))
     spans = _spans(db, wanted)
     found = [
-        one
+        event
         for partition, offsets in spans.items()
-        for one in _along(
+        for event in _along(
             db, wanted, partition, offsets, limit, backwards=True, with_content=with_content
         )
     ]
-    return sorted(found, key=lambda one: (one.ingested_at, *one[:3]))[-limit:]
+    return sorted(found, key=lambda event: (event.ingested_at, *event[:3]))[-limit:]
 
 
 def follow(
@@ -229,12 +229,12 @@ def follow(
     *,
     with_content: bool = False,
 ) -> Iterator[Found]:
-    """What has come since ``places``, each event once; moves ``places`` along.
+    """The events after ``places``, each once; moves ``places`` forward.
 
     Args:
         db: A connection with a snapshot of its own for each call.
         wanted: Which events.
-        places: Where each partition is read on; one that is new begins at its beginning.
+        places: The next offset of each partition; a new partition starts at its beginning.
         with_content: Payload, bytes, key and headers too.
     """
     for partition, held in ranges(db).items():
@@ -255,7 +255,7 @@ def follow(
 
 
 def _spans(db: Connection, wanted: Wanted) -> dict[Partition, OffsetRange]:
-    """Which offsets of which partitions may hold wanted events."""
+    """Which offsets of which partitions may hold matching events."""
     moments = {moment for moment in (wanted.since, wanted.until) if moment is not None}
     begins = first_since(db, moments) if moments else {}
     spans = {}

@@ -19,7 +19,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from pipeline.db import LOG_SCHEMA, metadata
 
-# Topic names break ties between versions, so their order must not hang on the server's locale.
+# Topic names break ties between versions, so their order must not depend on the server's locale.
 TopicName = Text(collation="C")
 Time = DateTime(timezone=True)
 
@@ -46,7 +46,7 @@ events = Table(
     Column(
         "created_at",
         Time,
-        comment="When the event arose, as the envelope says, cut to microseconds.",
+        comment="When the event happened, as the envelope says, cut to microseconds.",
     ),
     Column(
         "entity_id",
@@ -60,28 +60,28 @@ events = Table(
         comment="Offset of the first copy in this partition, where this record repeats it: same "
         "event id, same bytes, within the repeat window. NULL otherwise.",
     ),
-    Column("payload", JSONB, comment="The whole message; NULL where jsonb cannot hold it."),
+    Column("payload", JSONB, comment="The whole record; NULL where jsonb cannot hold it."),
     Column(
         "raw",
         LargeBinary,
-        comment="The message's bytes, kept wherever payload is not provably the same JSON value.",
+        comment="The record's bytes, kept wherever payload is not provably the same JSON value.",
     ),
     Column(
         "digest",
         LargeBinary,
-        comment="BLAKE2b (16 bytes) of the message's bytes; NULL for a tombstone.",
+        comment="BLAKE2b (16 bytes) of the record's bytes; NULL for a tombstone.",
     ),
     Column(
         "problem", Text, comment="Why payload or the envelope is missing; NULL for a good event."
     ),
-    Column("key", LargeBinary, comment="Kafka's message key."),
+    Column("key", LargeBinary, comment="Kafka's key of the record."),
     Column(
         "headers",
         JSONB,
         comment="Kafka's headers as an array of [name, value], in order; bytes that are no text "
-        'stand as {"base64": …}.',
+        'are written as {"base64": …}.',
     ),
-    Column("kafka_timestamp", Time, comment="Kafka's timestamp of the message."),
+    Column("kafka_timestamp", Time, comment="Kafka's timestamp of the record."),
     Column(
         "kafka_timestamp_type",
         SmallInteger,
@@ -92,13 +92,13 @@ events = Table(
         Time,
         nullable=False,
         server_default=text("now()"),
-        comment="When the batch that wrote this row began.",
+        comment="When the transaction that wrote this row began.",
     ),
     Index(None, "entity_id", postgresql_where=text("entity_id IS NOT NULL")),
     Index(None, "event_id", postgresql_where=text("event_id IS NOT NULL")),
     Index("events_ingested_at_idx", "ingested_at", postgresql_using="brin"),
     schema=LOG_SCHEMA,
-    comment="Every record that Kafka gave us, once, unchanged. Append-only.",
+    comment="Every record that Kafka delivered, once, unchanged. Append-only.",
     postgresql_partition_by='RANGE (topic, "offset")',
 )
 
@@ -118,7 +118,7 @@ consumer_offsets = Table(
         "next_offset",
         BigInteger,
         nullable=False,
-        comment="The first offset not yet in the log; everything below is.",
+        comment="The first offset that is not in the log; all below it are.",
     ),
     Column(
         "epoch",
@@ -132,7 +132,7 @@ consumer_offsets = Table(
     Column("owner_host", Text, comment="Host of the owner."),
     Column("owner_pid", Integer, comment="Process id of the owner."),
     Column("claimed_at", Time, comment="When the owner claimed the partition."),
-    Column("topic_id", Text, comment="Kafka's id of the topic, where the broker tells it."),
+    Column("topic_id", Text, comment="Kafka's id of the topic, where the broker reports it."),
     Column("cluster_id", Text, comment="Kafka's id of the cluster."),
     Column("low_watermark", BigInteger, comment="Kafka's first offset when last seen."),
     Column("high_watermark", BigInteger, comment="Kafka's end when last seen."),
@@ -143,12 +143,12 @@ consumer_offsets = Table(
         comment="How long Kafka keeps a record of the topic; NULL if not known or without limit.",
     ),
     Column("committed_at", Time, comment="When next_offset last moved."),
-    Column("problem", Text, comment="Why the partition stands still; NULL when it flows."),
-    Column("problem_at", Time, comment="Since when it stands still."),
+    Column("problem", Text, comment="Why the partition is halted; NULL if it is not."),
+    Column("problem_at", Time, comment="Since when it is halted."),
     CheckConstraint("next_offset >= first_offset", name="in_order"),
     schema=LOG_SCHEMA,
     comment="Per partition: what is in the log, and who owns the right to append.",
-    # A few rows, rewritten with every batch: room for the new version on the same page.
+    # A few rows, updated with every batch: room for the new version on the same page.
     postgresql_with={"fillfactor": "50"},
 )
 
@@ -159,7 +159,13 @@ segments = Table(
     Column("topic", TopicName, nullable=False, comment="Kafka topic."),
     Column("first_offset", BigInteger, nullable=False, comment="First offset that it may hold."),
     Column("end_offset", BigInteger, nullable=False, comment="First offset of the next segment."),
-    Column("created_at", Time, nullable=False, server_default=text("now()"), comment="When made."),
+    Column(
+        "created_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When it was created.",
+    ),
     schema=LOG_SCHEMA,
     comment="The tables that hold pipeline.events: one topic and one range of offsets each.",
 )
@@ -171,7 +177,7 @@ gaps = Table(
     Column("topic", TopicName, nullable=False, comment="Kafka topic."),
     Column("partition", Integer, nullable=False, comment="Partition of the topic."),
     Column("first_offset", BigInteger, nullable=False, comment="First offset that is lost."),
-    Column("end_offset", BigInteger, nullable=False, comment="First offset behind the gap."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset after the gap."),
     Column("reason", Text, nullable=False, comment="How the offsets were lost."),
     Column(
         "detected_at",
@@ -180,7 +186,7 @@ gaps = Table(
         server_default=text("now()"),
         comment="When the gap was found.",
     ),
-    Column("accepted_at", Time, comment="When an operator decided to go on behind the gap."),
+    Column("accepted_at", Time, comment="When an operator decided to continue after the gap."),
     Column("accepted_by", Text, comment="Database role of that operator."),
     CheckConstraint("end_offset > first_offset", name="not_empty"),
     Index("gaps_place_key", "topic", "partition", "first_offset", unique=True),
@@ -203,8 +209,8 @@ installation = Table(
         Time,
         nullable=False,
         server_default=text("now()"),
-        comment="When it was made.",
+        comment="When it was created.",
     ),
     schema=LOG_SCHEMA,
-    comment="One row: who this database is, so that two cannot share a consumer group.",
+    comment="One row: the identity of this database, so that two cannot share a consumer group.",
 )

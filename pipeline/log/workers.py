@@ -1,9 +1,9 @@
 """Which members of the consumer group write to this very database.
 
-A copy of a database has all rows of the original, its identity and its workers included. What it
-cannot have is the moment at which its server was started together with the database's oid there: a
-dump, a copy from a template, a base backup, a promoted standby and a snapshot each differ in one of
-the two. So each worker registers with both, as the database itself sees them.
+A copy of a database has all rows of the original, its identity and its workers included. But it
+cannot have both the start time of the original's server and the database's oid there: a dump, a
+copy from a template, a base backup, a promoted standby and a snapshot each differ in one of the
+two. So each worker registers with both, as the database itself reports them.
 """
 
 import os
@@ -80,7 +80,7 @@ ingest_workers = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
-HERE = text("""
+SERVER = text("""
 SELECT (SELECT system_identifier FROM pg_control_system()) AS system_identifier,
        (SELECT timeline_id FROM pg_control_checkpoint()) AS timeline,
        (SELECT oid::bigint FROM pg_database WHERE datname = current_database()) AS database_oid,
@@ -89,7 +89,7 @@ SELECT (SELECT system_identifier FROM pg_control_system()) AS system_identifier,
          || coalesce(host(inet_server_addr()) || ':' || inet_server_port(),
                      'port ' || current_setting('port') || ' of its host') AS server
 """)
-# Written once a minute at most, for who stays where it is: an idle worker writes next to nothing.
+# Written at most once per minute while nothing changes, so an idle worker writes next to nothing.
 REGISTER = text("""
 INSERT INTO pipeline.ingest_workers AS known
        (member, host, pid, system_identifier, timeline, database_oid, server_started_at, server)
@@ -108,7 +108,7 @@ REGISTERED = select(ingest_workers.c.member).where(
     ingest_workers.c.database_oid == bindparam("oid"),
 )
 NEWEST = select(ingest_workers).order_by(ingest_workers.c.seen_at.desc()).limit(1)
-ONE = select(ingest_workers).where(ingest_workers.c.member == bindparam("of_member"))
+BY_MEMBER = select(ingest_workers).where(ingest_workers.c.member == bindparam("of_member"))
 FORGET = delete(ingest_workers).where(
     ingest_workers.c.seen_at < func.now() - bindparam("kept", type_=Interval)
 )
@@ -131,12 +131,12 @@ class Server(NamedTuple):
 
     @property
     def running(self) -> tuple[datetime, int]:
-        """Differs between any two databases that run, and after each start of the server."""
+        """Differs between any two running databases, and after each start of the server."""
         return self.server_started_at, self.database_oid
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Stays the same when the server is started again."""
+        """Stays the same when the server is restarted."""
         return self.system_identifier, self.timeline, self.database_oid
 
     def __str__(self) -> str:
@@ -157,7 +157,7 @@ class Worker(NamedTuple):
 
 def here(db: Connection) -> Server:
     """The server that this connection leads to."""
-    return Server(*db.execute(HERE).one())
+    return Server(*db.execute(SERVER).one())
 
 
 def register(db: Connection, member: str, at: Server) -> None:
@@ -182,7 +182,7 @@ def newest(db: Connection) -> Worker | None:
 
 def find(db: Connection, member: str) -> Worker | None:
     """A member that has registered, here or in the database that this one is a copy of."""
-    row = db.execute(ONE, {"of_member": member}).one_or_none()
+    row = db.execute(BY_MEMBER, {"of_member": member}).one_or_none()
     return _worker(row) if row else None
 
 

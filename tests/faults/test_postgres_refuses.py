@@ -195,7 +195,7 @@ def test_a_role_that_may_make_no_more_connections_is_waited_for(bench: Bench):
         until(lambda: bench.sessions(worker), "it has sessions")
         bench.alter_role(worker.role, "CONNECTION LIMIT 0")
         until(lambda: not bench.end_sessions(of=worker), "none of its sessions is left")
-        wait_until_told(worker, "takes no more connections")
+        wait_until_told(worker, "accepts no more connections")
         bench.alter_role(worker.role, "CONNECTION LIMIT -1")
         worker.wait_until_said("server_available")
 

@@ -126,7 +126,7 @@ def test_the_end_of_an_outage_is_logged_with_its_length_and_the_next_one_is_new(
 @pytest.mark.parametrize(
     ("left", "words"),
     [
-        (None, "Kafka keeps the events for as long as its retention"),
+        (None, "Kafka keeps the events for the length of its retention"),
         (timedelta(hours=51.5), "may delete the oldest event that was not read in about 51.5 h"),
         (timedelta(days=90), "in about 2,160.0 h"),
         (timedelta(minutes=6), "in about 6 min"),
@@ -146,7 +146,7 @@ def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words
     lines = outage(clock, policy(time_left=time_left), AWAY, lasts_s=65)
 
     assert [at for at, _ in lines] == [0, 60]
-    assert "Kafka keeps the events for as long as its retention" in lines[0][1]["effect"]
+    assert "Kafka keeps the events for the length of its retention" in lines[0][1]["effect"]
     assert words in lines[1][1]["effect"]
     assert len(asked) == 1, "Kafka is asked only for a line that is written"
 

@@ -32,7 +32,7 @@ def rows(partition, *offsets):
     return [row_at(partition, offset) for offset in offsets]
 
 
-def test_a_claim_raises_the_epoch_and_tells_where_to_read_on(log):
+def test_a_claim_raises_the_epoch_and_returns_the_next_offset(log):
     log.begin(A, 7)
 
     assert [log.claim(A), log.claim(A)] == [place(1, 7), place(2, 7)]
@@ -115,7 +115,7 @@ def test_one_fenced_partition_stops_the_whole_batch(log):
     assert log.find([A, B]) == {A: place(held_a, 0), B: place(held_b + 1, 0)}
 
 
-def test_the_same_offset_twice_is_an_invariant_broken(log):
+def test_the_same_offset_twice_breaks_an_invariant(log):
     log.begin(A, 0)
     held = log.claim(A).epoch
     log.append(rows(A, 0), {A: advance(held, 0, 1)})
@@ -181,7 +181,7 @@ def told(log, history, partitions) -> list[object]:
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(histories)
-def test_both_logs_answer_any_history_alike(real_log, history):
+def test_both_logs_give_the_same_answers_to_any_history(real_log, history):
     topic = f"orders-{secrets.token_hex(4)}"
     partitions = [Partition(topic, 0), Partition(topic, 1)]
 

@@ -103,7 +103,7 @@ def bench_on(kafka: Kafka, template: Database, name: str, folder: Path) -> Itera
 
 
 @needs_mount
-def test_no_fault_is_told_as_all_is_well(
+def test_no_fault_is_reported_as_ok(
     kafka: Kafka,
     private_kafka: KafkaServer,
     private_postgres: PostgresServer,
@@ -113,7 +113,7 @@ def test_no_fault_is_told_as_all_is_well(
     tmp_path: Path,
 ):
     """Kafka silent; a worker killed, stopped, ended; a disk full; a lock, then another password."""
-    monkeypatch.setattr(queries, "BEHIND_S_MAX", 10.0)
+    monkeypatch.setattr(queries, "LAG_S_MAX", 10.0)
     faults = ["silent", "killed", "paused", "ended", "full", "locked"]
     with ExitStack() as stack:
         benches = {
@@ -152,7 +152,7 @@ def test_no_fault_is_told_as_all_is_well(
         workers["paused"].pause()
         disk.fill()
         assert workers["ended"].stop() == 0
-        assert_told(status(benches["ended"]), "STOP", "no process reads it; Kafka was last seen at")
+        assert_told(status(benches["ended"]), "STOP", "no process reads it; Kafka's end was recorded last at")
         lose_records(benches["ended"], kafka)
         with benches["locked"].database.connect(autocommit=False) as blocker:
             blocker.execute("LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE")
@@ -250,7 +250,7 @@ def standby_of(primary: PostgresServer) -> Iterator[PostgresServer]:
             yield standby
 
 
-def test_a_standby_tells_how_old_its_data_is(
+def test_a_standby_reports_how_old_its_data_is(
     kafka: Kafka,
     private_postgres: PostgresServer,
     migrated: Database,

@@ -169,7 +169,7 @@ def test_the_end_that_kafka_had_is_kept_until_a_newer_one_is_seen(engine):
     assert lags == [90, 70, 60, 0]
 
 
-def test_a_listener_hears_of_a_commit(engine, database):
+def test_a_listener_is_notified_of_a_commit(engine, database):
     partition = Partition("orders", 0)
     claimed(engine, partition)
     with database.connect() as listener:
@@ -257,7 +257,7 @@ def test_a_refusal_that_names_no_row_costs_only_the_refused(engine, monkeypatch)
     ]  # fmt: skip
 
 
-def test_a_row_that_is_refused_for_another_reason_stops_the_work(engine):
+def test_a_row_that_is_refused_for_another_reason_is_an_error(engine):
     partition = Partition("orders", 0)
     claimed(engine, partition)
     [row] = rows_of(partition, [None])
@@ -416,7 +416,7 @@ def test_no_error_quotes_a_password(database):
     assert [error for error in errors if CANARY in told(error)] == []
 
 
-def test_a_missing_segment_is_told_apart_from_a_refused_value(engine):
+def test_a_missing_segment_is_distinguished_from_a_refused_value(engine):
     partition = Partition("orders", 0)
     claimed(engine, partition)
 

@@ -82,7 +82,7 @@ def test_a_url_with_a_wrong_parameter_is_named_by_it():
         ("sslv3 alert handshake failure", causes.NO_COMMON_TLS),
     ],
 )
-def test_what_a_server_says_of_our_side_of_tls_is_not_taken_for_a_certificate_of_its_own(
+def test_an_alert_about_our_side_of_tls_is_not_taken_for_a_wrong_certificate_of_the_server(
     of, words, cause
 ):
     """OpenSSL's words: ``ssl/ssl_stat.c``."""
@@ -295,7 +295,7 @@ def test_a_broker_that_ends_within_a_handshake_is_an_outage():
 
 
 @pytest.mark.postgres
-def test_what_somebodys_trigger_says_is_not_repeated(database):
+def test_the_message_of_a_foreign_trigger_is_not_repeated(database):
     """It may raise any code, with a value of the row."""
     engine = open_engine(database.url, application="test")
     raising = "DO $$ BEGIN RAISE 'DE00 canary 0000' USING ERRCODE = '42501'; END $$"

@@ -115,7 +115,7 @@ def held_open(engine: Engine, do: Callable[[Any], object], *, commit: bool) -> I
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("asks", [claim, find])
-def test_what_is_still_in_flight_is_waited_for(engine, database, pool, commits, asks):
+def test_a_commit_that_is_still_in_flight_is_waited_for(engine, database, pool, commits, asks):
     """The next owner, and a writer that lost its answer, must see what became of a commit."""
     held = claim(engine, A).epoch
 
@@ -131,7 +131,7 @@ def test_what_is_still_in_flight_is_waited_for(engine, database, pool, commits, 
 
 
 @pytest.mark.both_postgres
-def test_a_writer_that_queued_behind_a_claim_is_fenced_by_it(engine, database, pool):
+def test_a_writer_that_waits_for_a_claim_is_fenced_by_it(engine, database, pool):
     held = claim(engine, A).epoch
 
     with held_open(engine, lambda db: offsets.claim(db, A, ME), commit=True):
@@ -144,7 +144,7 @@ def test_a_writer_that_queued_behind_a_claim_is_fenced_by_it(engine, database, p
 
 
 @pytest.mark.both_postgres
-def test_a_repeat_that_queued_behind_its_first_try_is_refused(engine, database, pool):
+def test_a_repeat_that_waits_for_its_first_attempt_is_refused(engine, database, pool):
     """The commit whose answer was lost is still in flight when the batch is sent again."""
     held = claim(engine, A).epoch
 
@@ -161,7 +161,7 @@ def test_a_repeat_that_queued_behind_its_first_try_is_refused(engine, database, 
 
 
 @pytest.mark.parametrize("asks", [claim, find])
-def test_a_lock_that_is_not_to_be_had_is_a_matter_of_time(engine, database, asks):
+def test_a_lock_that_another_session_has_is_waited_for(engine, database, asks):
     impatient = open_engine(
         database.url,
         application="test",
@@ -179,7 +179,7 @@ def test_a_lock_that_is_not_to_be_had_is_a_matter_of_time(engine, database, asks
     impatient.dispose()
 
 
-def test_an_owner_that_fell_silent_in_its_transaction_does_not_hold_up_the_next(database, engine):
+def test_a_silent_owner_in_a_transaction_does_not_block_the_next_owner(database, engine):
     silent = open_engine(
         database.url,
         application="test",
@@ -301,7 +301,7 @@ def test_what_an_older_owner_records_is_ignored(engine):
     ]  # fmt: skip
 
 
-def test_a_topic_id_is_kept_where_the_broker_does_not_tell_it_again(engine):
+def test_a_topic_id_is_kept_where_the_broker_does_not_report_it_again(engine):
     held = claim(engine, A).epoch
     for topic_id in ("topic id", None):
         with transaction(engine) as db:
@@ -340,7 +340,7 @@ def gap(engine: Engine, held: int, expected: int, low: int) -> None:
 
 
 @pytest.mark.both_postgres
-def test_a_gap_is_written_down_and_nothing_moves_before_it_is_accepted(engine):
+def test_a_gap_is_recorded_and_nothing_moves_before_it_is_accepted(engine):
     held = claim(engine, A).epoch
     write(engine, A, held, 0, 3)
 
@@ -359,7 +359,7 @@ def test_a_gap_is_written_down_and_nothing_moves_before_it_is_accepted(engine):
 
 
 @pytest.mark.both_postgres
-def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_go_on_behind_it(engine):
+def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_continue_after_it(engine):
     held = claim(engine, A).epoch
     gap(engine, held, 0, 10)
 
@@ -394,7 +394,7 @@ def test_a_gap_that_grew_after_it_was_accepted_is_a_new_one(engine):
     ]  # fmt: skip
 
 
-def test_a_gap_at_which_the_partition_no_longer_stands_is_not_accepted(engine):
+def test_a_gap_that_does_not_begin_at_the_next_offset_is_not_accepted(engine):
     held = claim(engine, A).epoch
     gap(engine, held, 0, 10)
     write(engine, A, held, 0, 1)
@@ -412,7 +412,7 @@ def test_a_gap_at_which_the_partition_no_longer_stands_is_not_accepted(engine):
 
 
 @pytest.mark.both_postgres
-def test_a_session_reads_times_as_utc_and_is_given_up_when_it_vanishes(database):
+def test_a_session_reads_times_as_utc_and_ends_when_its_client_is_lost(database):
     engine = open_engine(
         database.url,
         application="pipeline ingest",

@@ -170,7 +170,7 @@ def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_
     ledger.flush()
     mock_broker.delete_records(TOPIC, 0, 8)
 
-    with pytest.raises(RetentionGapError, match=r"offset 5.*at 8: 3 offsets are gone"):
+    with pytest.raises(RetentionGapError, match=r"offset 5.*at 8: 3 offsets are lost"):
         ingest_until_end(settings())
 
     assert timeless(logged(database, TOPIC)) == timeless(

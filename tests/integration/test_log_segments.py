@@ -98,7 +98,7 @@ def test_segments_of_another_span_fit_between_their_neighbours(engine):
     ]  # fmt: skip
 
 
-def test_an_offset_in_a_hole_has_no_segment_until_it_is_made(engine):
+def test_an_offset_in_a_hole_has_no_segment_until_it_is_created(engine):
     make(engine, "orders", 0)
     make(engine, "orders", 2000)
 
@@ -123,7 +123,7 @@ def test_two_workers_that_want_the_same_segment_get_the_same_one(engine):
     assert segments(engine) == [(f"orders-{n}", 1000, 2000) for n in range(5)]
 
 
-def test_making_a_segment_holds_up_no_writer(engine):
+def test_creating_a_segment_blocks_no_writer(engine):
     make(engine, "orders", 0)
     partition = Partition("orders", 0)
 

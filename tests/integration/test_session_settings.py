@@ -66,7 +66,7 @@ def test_every_setting_that_a_session_may_have_is_sorted(postgres_server):
 
 
 @pytest.mark.parametrize("version", [16, 17])
-def test_so_is_every_one_of_the_versions_between(version):
+def test_every_setting_of_the_versions_between_is_sorted_too(version):
     """Their names were read from real servers, 16.2 and 17.10, by the statement above."""
     found = (NAMES / f"{version}.txt").read_text().split()
 
@@ -468,7 +468,7 @@ def test_every_command_reports_a_database_that_is_not_utf_8(
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "EUC_JP", "MULE_INTERNAL"])
-def test_so_is_one_that_has_no_conversion_to_utf_8(postgres_server_18, encoding):
+def test_a_database_without_conversion_to_utf_8_is_reported_too(postgres_server_18, encoding):
     name = f"other_{secrets.token_hex(4)}"
     with psycopg.connect(postgres_server_18.dsn(), autocommit=True) as db:
         db.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
@@ -519,7 +519,7 @@ def test_a_pooler_that_shares_sessions_is_refused(postgres_server, database, mod
 
 
 @pytest.mark.pgbouncer
-def test_session_pooling_is_taken_though_every_session_is_in_use(postgres_server, database):
+def test_session_pooling_is_accepted_though_every_session_is_in_use(postgres_server, database):
     with (
         PgBouncer(postgres_server, "session", {"default_pool_size": "1"}) as pooler,
         engine_of(pooler.dsn(database.name)) as engine,

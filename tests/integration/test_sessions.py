@@ -33,7 +33,7 @@ def open_(database):
         engine.dispose()
 
 
-def test_a_statement_that_takes_long_is_told_once_and_waited_for(open_):
+def test_a_statement_that_takes_long_is_logged_once_and_waited_for(open_):
     with capture_logs() as said, transaction(open_()) as connection:
         connection.execute(LONG)
 
@@ -52,7 +52,7 @@ def test_a_statement_without_an_answer_in_time_is_given_up_and_the_next_one_is_a
         assert connection.execute(text("SELECT 1")).scalar_one() == 1
 
 
-def test_a_server_that_takes_no_connections_any_more_is_given_up(open_, monkeypatch):
+def test_a_server_that_accepts_no_connections_is_given_up(open_, monkeypatch):
     """What it would look like where the host is gone; the real thing is among the faults."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         host, port = deaf.getsockname()
@@ -64,7 +64,7 @@ def test_a_server_that_takes_no_connections_any_more_is_given_up(open_, monkeypa
             connection.execute(LONG)
 
 
-def test_a_server_is_asked_through_its_socket_in_a_folder_too(tmp_path):
+def test_a_server_is_checked_through_its_socket_in_a_folder_too(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / ".s.PGSQL.5432"))
         server.listen()

@@ -212,7 +212,7 @@ def test_a_record_that_kafka_does_not_have_is_named_with_its_offset(filled, pipe
     assert f"a topic that ends at {end - 1}" in result.out
 
 
-def test_missing_records_are_told_as_intervals_with_the_command_that_fills_them(
+def test_missing_records_are_reported_as_intervals_with_the_command_that_fills_them(
     filled, day, pipeline
 ):
     tamper(
@@ -245,7 +245,7 @@ def test_what_retention_has_taken_is_reported_as_not_examined(
     assert result.err.endswith("Not everything could be examined: see above.\n")
 
 
-def test_an_empty_log_and_a_topic_that_is_gone_are_not_examined(given, kafka, monkeypatch, capsys):
+def test_an_empty_log_and_a_deleted_topic_are_not_examined(given, kafka, monkeypatch, capsys):
     verify = on(given.database, kafka, InProcess(monkeypatch, capsys))
     empty = verify("verify", "--only", "log", "--only", "kafka")
     given([None], topic=f"gone-{secrets.token_hex(4)}")

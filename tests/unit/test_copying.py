@@ -35,7 +35,7 @@ a_row = st.builds(
 
 
 @given(a_row)
-def test_a_row_comes_back_as_it_was(row: Row):
+def test_a_decoded_row_equals_the_encoded_one(row: Row):
     encoded = encode(row)
 
     assert decode(encoded) == row

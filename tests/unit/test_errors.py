@@ -107,7 +107,9 @@ def test_each_code_leads_to_what_the_caller_does_next(sqlstate, branch):
         (FencedError(ORDERS, held=Epoch(4)), ExitCode.FENCED, ["orders[3]", "epoch 4"]),
     ],
 )
-def test_a_refusal_names_the_place_what_was_expected_and_found_and_what_to_do(error, code, facts):
+def test_a_refusal_names_the_partition_what_was_expected_and_found_and_what_to_do(
+    error, code, facts
+):
     assert error.exit_code == code
     assert error.partition == ORDERS
     assert [fact for fact in facts if fact not in str(error)] == []

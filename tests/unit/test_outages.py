@@ -154,7 +154,7 @@ def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words
 # ---------------------------------------------------------------------------- how often it is tried
 
 
-def test_pauses_double_up_to_a_bound_and_differ_between_processes(clock):
+def test_waits_double_up_to_a_limit_and_differ_between_processes(clock):
     waiting = policy()
 
     pauses = [waiting.on_error(AWAY) for _ in range(2000)]
@@ -249,7 +249,7 @@ ATTEMPTS = st.lists(
 
 
 @given(attempts=ATTEMPTS, waits_forever=st.booleans())
-def test_whatever_happens_it_is_logged_seldom_and_ends_in_time(attempts, waits_forever):
+def test_every_outage_is_logged_seldom_and_ends_in_time(attempts, waits_forever):
     """Some errors or successes (None), each with the seconds until the next."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()

@@ -13,7 +13,7 @@ def test_partitions_sort_by_topic_then_number_and_show_as_kafka_shows_them():
 
 
 @given(OFFSETS)
-def test_the_next_offset_is_behind_the_record(offset):
+def test_the_next_offset_is_after_the_record(offset):
     assert after(Offset(offset)) - offset == 1
 
 

@@ -95,7 +95,7 @@ def test_the_same_id_with_other_bytes_is_no_repeat():
     assert marks == [None, None, None]
 
 
-def test_what_is_no_event_never_repeats():
+def test_a_record_that_is_no_event_is_never_a_repeat():
     window = RepeatWindow(5, [])
 
     marks = [window.mark(row_at(n, value)).repeat_of for n, value in enumerate([b"", None] * 3)]
@@ -103,7 +103,7 @@ def test_what_is_no_event_never_repeats():
     assert marks == [None] * 6
 
 
-def test_no_window_no_repeats():
+def test_without_a_window_there_are_no_repeats():
     window = RepeatWindow(0, [])
 
     assert [window.mark(row_at(n, EVENT % (1, 0))).repeat_of for n in range(3)] == [None] * 3

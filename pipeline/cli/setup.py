@@ -8,9 +8,9 @@ import typer
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import emit, say
 from pipeline.health.check import (
+    PromiseState,
     PromiseStatus,
     Result,
-    Standing,
     exit_code,
     promise_statuses,
     run_checks,
@@ -137,21 +137,21 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
         for promise in promises:
             _show_promise(promise)
         levels = Counter(result.level for result in results)
-        counts = Counter(promise.standing for promise in promises)
+        counts = Counter(promise.state for promise in promises)
         say(
             f"{levels['ok']} ok, {levels['unknown']} unknown, {levels['warning']} warnings, "
             f"{levels['error']} errors. Guarantees: "
-            f"{', '.join(f'{counts[state]} {state}' for state in Standing if counts[state])}."
+            f"{', '.join(f'{counts[state]} {state}' for state in PromiseState if counts[state])}."
         )
     raise typer.Exit(exit_code(results))
 
 
 _SIGNS = {"ok": "✓", "unknown": "?", "warning": "!", "error": "✗"}
-_SIGN_OF_STANDING = {
-    Standing.HOLDS: "✓",
-    Standing.NOT_KNOWN: "?",
-    Standing.AT_RISK: "!",
-    Standing.BROKEN: "✗",
+_SIGN_OF_STATE = {
+    PromiseState.HOLDS: "✓",
+    PromiseState.NOT_KNOWN: "?",
+    PromiseState.AT_RISK: "!",
+    PromiseState.BROKEN: "✗",
 }
 
 
@@ -162,5 +162,5 @@ def _show(result: Result) -> None:
 
 def _show_promise(promise: PromiseStatus) -> None:
     reasons = f": {'; '.join(promise.reasons)}" if promise.reasons else ""
-    sign = _SIGN_OF_STANDING[promise.standing]
-    typer.echo(printable(f"{sign} {promise.standing:<9}  {promise.promise}{reasons}"))
+    sign = _SIGN_OF_STATE[promise.state]
+    typer.echo(printable(f"{sign} {promise.state:<9}  {promise.promise}{reasons}"))

@@ -105,7 +105,7 @@ def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None
             # What is on the screen is no longer so.
             if console.is_terminal:
                 console.clear()
-            since = f" since {moment(seen.looked_at)}" if seen else ""
+            since = f" since {moment(seen.as_of)}" if seen else ""
             say(f"pipeline: status unknown{since}: {error}. Trying again every {every:g} s.")
         else:
             if console.is_terminal:
@@ -119,21 +119,21 @@ def _show(seen: Status) -> None:
     flow = "lag and rate unknown"
     if seen.lag is not None and seen.rate is not None:
         flow = f"{behind}, {seen.rate:,.1f} records/s over the last minute"
-    typer.echo(f"Log: {seen.offsets:,} offsets, {flow}. {moment(seen.looked_at)}")
+    typer.echo(f"Log: {seen.offsets:,} offsets, {flow}. {moment(seen.as_of)}")
     if seen.standby is not None:
-        replayed = age(seen.standby.replayed_at, seen.looked_at)
+        replayed = age(seen.standby.replayed_at, seen.as_of)
         typer.echo(f"This database is a standby. Its newest transaction was committed {replayed}.")
     typer.echo()
     if not seen.partitions:
         typer.echo("Nothing was read yet.")
     table(
         ["partition", "state", "next offset", "end", "lag", "behind", "rec/s", "seen", "reader"],
-        (_partition_row(one, seen.looked_at) for one in seen.partitions),
+        (_partition_row(one, seen.as_of) for one in seen.partitions),
     )
     typer.echo()
     table(
         ["read model", "state", "lag", "behind", "dead letters", "last moved"],
-        (_projector_row(one, seen.looked_at) for one in seen.projectors),
+        (_projector_row(one, seen.as_of) for one in seen.projectors),
     )
     typer.echo()
     if seen.workers:

@@ -107,7 +107,7 @@ def _duration(milliseconds: int) -> str:
     """In PostgreSQL's own spelling: the largest unit that leaves no rest."""
     if milliseconds == 0:
         return "0"
-    unit, size = next(one for one in _UNITS_MS.items() if milliseconds % one[1] == 0)
+    unit, size = next(unit for unit in _UNITS_MS.items() if milliseconds % unit[1] == 0)
     return f"{milliseconds // size}{unit}"
 
 

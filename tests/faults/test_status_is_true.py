@@ -152,7 +152,11 @@ def test_no_fault_is_reported_as_ok(
         workers["paused"].pause()
         disk.fill()
         assert workers["ended"].stop() == 0
-        assert_told(status(benches["ended"]), "STOP", "no process reads it; Kafka's end was recorded last at")
+        assert_told(
+            status(benches["ended"]),
+            "STOP",
+            "no process reads it; Kafka's end was recorded last at",
+        )
         lose_records(benches["ended"], kafka)
         with benches["locked"].database.connect(autocommit=False) as blocker:
             blocker.execute("LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE")

@@ -13,7 +13,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from pipeline.db import open_engine
-from pipeline.health.check import Promise, Standing, promise_statuses, run_checks
+from pipeline.health.check import Promise, PromiseState, promise_statuses, run_checks
 from pipeline.health.check.database import _server, _session, check_database, is_loopback
 from pipeline.health.check.kafka import kafka_tls
 from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION
@@ -96,9 +96,9 @@ def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
     assert {status.promise for status in promise_statuses(results)} == set(
         Promise
     ) - NOT_OF_AN_INSTALLATION
-    assert {status.standing for status in promise_statuses(results)} <= {
-        Standing.HOLDS,
-        Standing.AT_RISK,
+    assert {status.state for status in promise_statuses(results)} <= {
+        PromiseState.HOLDS,
+        PromiseState.AT_RISK,
     }
 
 
@@ -113,7 +113,7 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
     for thing in ("how long it keeps", "whether it is compacted", "how large", "topic ids"):
         assert is_said(untold, thing)
     memory = status_of(results, Promise.BOUNDED_MEMORY)
-    assert memory.standing is Standing.NOT_KNOWN
+    assert memory.state is PromiseState.NOT_KNOWN
     assert memory.reasons == [
         f"topic {TOPIC}: Kafka does not report how large a record may be",
     ]
@@ -157,7 +157,7 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
     results = found_in(given.database.url)
 
     assert is_said(of(results, "warning"), "orders: its definition has changed")
-    assert status_of(results, Promise.CONVERGENCE).standing is Standing.AT_RISK
+    assert status_of(results, Promise.CONVERGENCE).state is PromiseState.AT_RISK
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(give
     )
 
     loss = status_of(results, Promise.NO_SILENT_LOSS)
-    assert loss.standing is Standing.AT_RISK
+    assert loss.state is PromiseState.AT_RISK
     assert reason in loss.reasons
     assert not is_said(status_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records")
 
@@ -398,7 +398,7 @@ def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, sai
 
     status = status_of(found_in(given.database.url), promise)
 
-    assert status.standing is Standing.AT_RISK
+    assert status.state is PromiseState.AT_RISK
     assert is_said(status.reasons, said)
 
 
@@ -415,7 +415,9 @@ def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):
     results = found_in(given.database.url)
 
     broken = [
-        status.promise for status in promise_statuses(results) if status.standing is Standing.BROKEN
+        status.promise
+        for status in promise_statuses(results)
+        if status.state is PromiseState.BROKEN
     ]
     assert broken == [Promise.DISPOSABLE]
 
@@ -428,10 +430,10 @@ def test_while_a_server_is_unavailable_no_promise_that_depends_on_it_is_said_to_
     results = found(nobody, broker.bootstrap_servers)
 
     held = {
-        status.promise for status in promise_statuses(results) if status.standing is Standing.HOLDS
+        status.promise for status in promise_statuses(results) if status.state is PromiseState.HOLDS
     }
     assert held == set()
-    assert status_of(results, Promise.ONE_WRITER).standing is Standing.NOT_KNOWN
+    assert status_of(results, Promise.ONE_WRITER).state is PromiseState.NOT_KNOWN
 
 
 # ------------------------------------------------------------------------------------------- TLS
@@ -476,25 +478,29 @@ def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
 @pytest.mark.parametrize("pg_version", [OLDEST])  # the wheel's PostgreSQL knows no TLS
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
 @pytest.mark.parametrize(
-    ("parameters", "standing", "said"),
+    ("parameters", "state", "said"),
     [
-        ("sslmode=disable", Standing.AT_RISK, "sslmode=disable, and no TLS to db.example"),
+        ("sslmode=disable", PromiseState.AT_RISK, "sslmode=disable, and no TLS to db.example"),
         (
             "sslmode=prefer",
-            Standing.AT_RISK,
+            PromiseState.AT_RISK,
             "but sslmode=prefer does not verify that the server is",
         ),
-        ("sslmode=require&channel_binding=require", Standing.AT_RISK, "sslmode=require does not"),
+        (
+            "sslmode=require&channel_binding=require",
+            PromiseState.AT_RISK,
+            "sslmode=require does not",
+        ),
         (
             "sslmode=verify-full&channel_binding=disable",
-            Standing.AT_RISK,
+            PromiseState.AT_RISK,
             "channel_binding=disable",
         ),
-        ("sslmode=verify-full&sslrootcert={certificate}", Standing.HOLDS, None),
+        ("sslmode=verify-full&sslrootcert={certificate}", PromiseState.HOLDS, None),
     ],
 )
 def test_tls_below_verify_full_puts_secrets_at_risk(
-    pg_version, tls_postgres, parameters, standing, said
+    pg_version, tls_postgres, parameters, state, said
 ):
     server, certificate = tls_postgres
     root = "" if "{certificate}" in parameters else "&sslrootcert={certificate}"
@@ -506,10 +512,10 @@ def test_tls_below_verify_full_puts_secrets_at_risk(
 
     engine.dispose()
     secrecy = status_of(results, Promise.SECRECY)
-    assert secrecy.standing is standing
+    assert secrecy.state is state
     assert not secrecy.reasons if said is None else is_said(secrecy.reasons, said)
     # And with fsync on, as a PostgreSQL comes, commits are worth what they promise.
-    assert status_of(results, Promise.ONE_EFFECT).standing is Standing.HOLDS
+    assert status_of(results, Promise.ONE_EFFECT).state is PromiseState.HOLDS
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -548,7 +554,7 @@ def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker
     assert "CREATE TRIGGER append_only" in error["problem"]["fix"]
     assert error["promises"] == ["The log is faithful"]
     faithful = result.json["promises"][0]
-    assert (faithful["promise"], faithful["standing"]) == ("The log is faithful", "broken")
+    assert (faithful["promise"], faithful["state"]) == ("The log is faithful", "broken")
     assert f"log: {error['problem']['what']}" in faithful["reasons"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import ExitCode
 from pipeline.health.check.database import database_tls
 from pipeline.health.check.kafka import record_size, replication, retention
-from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION, Promise, Standing
+from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION, Promise, PromiseState
 from pipeline.health.check.result import Result, found, ok, promise_statuses
 from pipeline.health.problem import Problem
 
@@ -31,24 +31,24 @@ def test_the_promises_are_those_of_the_page_in_its_order_and_words():
 
 
 @pytest.mark.parametrize(
-    ("results", "standing", "reasons"),
+    ("results", "state", "reasons"),
     [
-        ([WELL], Standing.HOLDS, []),
-        ([UNREPORTED, WELL], Standing.NOT_KNOWN, ["log: how long"]),
-        ([AWAY], Standing.NOT_KNOWN, ["log: unavailable"]),
-        ([REFUSED], Standing.NOT_KNOWN, ["log: no topic"]),
-        ([WELL, RISK], Standing.AT_RISK, ["log: risky"]),
-        ([UNREPORTED, RISK], Standing.AT_RISK, ["log: how long", "log: risky"]),
-        ([RISK, BROKEN, WELL], Standing.BROKEN, ["log: risky", "log: broken"]),
-        ([BROKEN, AWAY], Standing.BROKEN, ["log: broken", "log: unavailable"]),
-        ([ok("kafka", "of another promise", Promise.SECRECY)], Standing.NOT_KNOWN, None),
-        ([], Standing.NOT_KNOWN, None),
+        ([WELL], PromiseState.HOLDS, []),
+        ([UNREPORTED, WELL], PromiseState.NOT_KNOWN, ["log: how long"]),
+        ([AWAY], PromiseState.NOT_KNOWN, ["log: unavailable"]),
+        ([REFUSED], PromiseState.NOT_KNOWN, ["log: no topic"]),
+        ([WELL, RISK], PromiseState.AT_RISK, ["log: risky"]),
+        ([UNREPORTED, RISK], PromiseState.AT_RISK, ["log: how long", "log: risky"]),
+        ([RISK, BROKEN, WELL], PromiseState.BROKEN, ["log: risky", "log: broken"]),
+        ([BROKEN, AWAY], PromiseState.BROKEN, ["log: broken", "log: unavailable"]),
+        ([ok("kafka", "of another promise", Promise.SECRECY)], PromiseState.NOT_KNOWN, None),
+        ([], PromiseState.NOT_KNOWN, None),
     ],
 )
-def test_the_worst_result_decides_and_every_reason_is_reported(results, standing, reasons):
+def test_the_worst_result_decides_and_every_reason_is_reported(results, state, reasons):
     [log] = [status for status in promise_statuses(results) if status.promise is LOG]
 
-    assert log.standing is standing
+    assert log.state is state
     assert log.reasons == (["nothing was examined"] if reasons is None else reasons)
 
 

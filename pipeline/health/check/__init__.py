@@ -11,16 +11,16 @@ from pipeline.errors import PipelineError, TransientError
 from pipeline.health import problems
 from pipeline.health.check.database import check_database
 from pipeline.health.check.kafka import Recorded, check_kafka
-from pipeline.health.check.promises import Promise, PromiseStatus, Standing
+from pipeline.health.check.promises import Promise, PromiseState, PromiseStatus
 from pipeline.health.check.result import Result, exit_code, found, promise_statuses
 from pipeline.readmodel import Projector
 from pipeline.settings import Settings
 
 __all__ = [
     "Promise",
+    "PromiseState",
     "PromiseStatus",
     "Result",
-    "Standing",
     "exit_code",
     "promise_statuses",
     "run_checks",

@@ -26,7 +26,7 @@ NOT_OF_AN_INSTALLATION = frozenset({Promise.EXACT_MONEY, Promise.UNKNOWN_IS_NORM
 """These depend on nothing that differs between installations."""
 
 
-class Standing(StrEnum):
+class PromiseState(StrEnum):
     """The state of a promise, best first: the worst result decides."""
 
     HOLDS = "holds"
@@ -41,10 +41,10 @@ class PromiseStatus:
 
     Attributes:
         promise: Which.
-        standing: Whether it holds.
+        state: Whether it holds.
         reasons: Why not, or why it is not known; empty if it holds.
     """
 
     promise: Promise
-    standing: Standing
+    state: PromiseState
     reasons: Sequence[str]

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import ExitCode
-from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION, Promise, PromiseStatus, Standing
+from pipeline.health.check.promises import (
+    NOT_OF_AN_INSTALLATION,
+    Promise,
+    PromiseState,
+    PromiseStatus,
+)
 from pipeline.health.problem import Problem, Severity
 
 
@@ -36,18 +41,22 @@ class Result:
         return "ok" if self.problem is None else self.problem.severity
 
     @property
-    def standing(self) -> Standing:
+    def state(self) -> PromiseState:
         """What it makes of the promises that it touches."""
         match self.level:
             case "ok":
-                return Standing.HOLDS
+                return PromiseState.HOLDS
             case "unknown":
-                return Standing.NOT_KNOWN
+                return PromiseState.NOT_KNOWN
             case "warning":
-                return Standing.AT_RISK
+                return PromiseState.AT_RISK
             case "error":
                 # With another code nothing could be examined: no promise is known to be broken.
-                return Standing.BROKEN if self.exit_code is ExitCode.FOUND else Standing.NOT_KNOWN
+                return (
+                    PromiseState.BROKEN
+                    if self.exit_code is ExitCode.FOUND
+                    else PromiseState.NOT_KNOWN
+                )
 
 
 def ok(subject: str, right: str, *promises: Promise) -> Result:
@@ -71,8 +80,8 @@ def promise_statuses(results: Sequence[Result]) -> Sequence[PromiseStatus]:
 def _status(promise: Promise, results: Sequence[Result]) -> PromiseStatus:
     touching = [result for result in results if promise in result.promises]
     if not touching:
-        return PromiseStatus(promise, Standing.NOT_KNOWN, ["nothing was examined"])
-    worst = max((result.standing for result in touching), key=list(Standing).index)
+        return PromiseStatus(promise, PromiseState.NOT_KNOWN, ["nothing was examined"])
+    worst = max((result.state for result in touching), key=list(PromiseState).index)
     reasons = [str(result.problem) for result in touching if result.problem]
     return PromiseStatus(promise, worst, reasons)
 

@@ -21,19 +21,19 @@ def of_standby(standby: Standby | None, *, seen_s_max: float) -> Iterable[Proble
     yield kind.of("standby", since=since)
 
 
-def of_partitions(partitions: Sequence[PartitionStatus], looked_at: datetime) -> Iterable[Problem]:
+def of_partitions(partitions: Sequence[PartitionStatus], as_of: datetime) -> Iterable[Problem]:
     """Of those that are halted, unknown, read by no process, or lagging."""
     if not partitions:
         yield problems.NOTHING_READ.of("log")
     for partition in partitions:
-        if found := _of_partition(partition, looked_at):
+        if found := _of_partition(partition, as_of):
             yield found
 
 
-def _of_partition(partition: PartitionStatus, looked_at: datetime) -> Problem | None:
+def _of_partition(partition: PartitionStatus, as_of: datetime) -> Problem | None:
     name = Partition(partition.topic, partition.partition)
     seen_at = partition.seen_at
-    since = _when(seen_at, looked_at)
+    since = _when(seen_at, as_of)
     reader = "none"
     if partition.owner:
         reader = f"{partition.owner.host}:{partition.owner.pid}"
@@ -41,14 +41,14 @@ def _of_partition(partition: PartitionStatus, looked_at: datetime) -> Problem | 
         case "ERR":
             why = (partition.problem or "").removeprefix(f"{name}: ")
             return problems.HALTED.of(name, why=why)
-        case "UNKNOWN" if seen_at is not None and seen_at > looked_at:
+        case "UNKNOWN" if seen_at is not None and seen_at > as_of:
             return problems.SEEN_IN_FUTURE.of(name, reader=reader, since=since)
         case "UNKNOWN":
             return problems.READER_SILENT.of(name, reader=reader, since=since)
         case "STOP":
             return problems.NO_READER.of(name, since=since)
         case "STALL":
-            moved = _when(partition.committed_at, looked_at)
+            moved = _when(partition.committed_at, as_of)
             return problems.INGEST_STALLED.of(name, lag=partition.lag, since=moved, reader=reader)
         case "WARN":
             return problems.INGEST_LAGS.of(name, lag=partition.lag, lag_s=partition.lag_s)
@@ -72,16 +72,16 @@ def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Problem]:
         yield problems.RETENTION_ENDED.of(name)
 
 
-def of_projectors(models: Iterable[ProjectorStatus], looked_at: datetime) -> Iterable[Problem]:
+def of_projectors(models: Iterable[ProjectorStatus], as_of: datetime) -> Iterable[Problem]:
     """Of those that are broken, lagging or built by another definition, and of dead letters."""
     for model in models:
-        if found := _of_projector(model, looked_at):
+        if found := _of_projector(model, as_of):
             yield found
         if model.dead_letters:
             yield problems.DEAD_LETTERS.of(model.projector, count=model.dead_letters)
 
 
-def _of_projector(model: ProjectorStatus, looked_at: datetime) -> Problem | None:
+def _of_projector(model: ProjectorStatus, as_of: datetime) -> Problem | None:
     name = model.projector
     match model.state:
         case "broken":
@@ -93,10 +93,10 @@ def _of_projector(model: ProjectorStatus, looked_at: datetime) -> Problem | None
         case "catching up":
             return problems.CATCHING_UP.of(name, lag=model.lag, lag_s=model.lag_s)
         case "stalled":
-            since = _when(model.stuck_since, looked_at)
+            since = _when(model.stuck_since, as_of)
             return problems.PROJECTION_STALLED.of(name, lag=model.lag, since=since)
         case "unattended":
-            since = _when(model.moved_at, looked_at)
+            since = _when(model.moved_at, as_of)
             if model.lag:
                 return problems.NOT_PROJECTED.of(name, since=since, lag=model.lag)
             return problems.NOT_PROJECTED_WITHOUT_LAG.of(name, since=since)
@@ -104,10 +104,10 @@ def _of_projector(model: ProjectorStatus, looked_at: datetime) -> Problem | None
             return None
 
 
-def _when(moment: datetime | None, looked_at: datetime) -> str:
+def _when(moment: datetime | None, as_of: datetime) -> str:
     """To the second, in UTC; no age, so that partitions with the same cause share a line."""
     if moment is None:
         return "the beginning"
-    if moment > looked_at + timedelta(days=1) or moment < looked_at - timedelta(days=36_500):
+    if moment > as_of + timedelta(days=1) or moment < as_of - timedelta(days=36_500):
         return str(moment)
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"

@@ -108,12 +108,12 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
     with transaction(engine) as db:
         db.execute(ONE_MOMENT)
         rows = partition_rows(db)
-        looked_at: datetime = db.execute(NOW).scalar_one()
-        standby = _standby(db, looked_at)
-        a_minute_ago, an_hour_ago = looked_at - RATE_SPAN, looked_at - RECENT_SPAN
+        as_of: datetime = db.execute(NOW).scalar_one()
+        standby = _standby(db, as_of)
+        a_minute_ago, an_hour_ago = as_of - RATE_SPAN, as_of - RECENT_SPAN
         since = first_since(db, [a_minute_ago, an_hour_ago])
         partitions = [
-            _partition(row, looked_at, since.get((_place(row), a_minute_ago), row.next_offset))
+            _partition(row, as_of, since.get((_place(row), a_minute_ago), row.next_offset))
             for row in rows
         ]
         lately = {
@@ -121,16 +121,16 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
         }
         recent = _recent(db, rows, lately, projectors)
         members = living(db)
-        models = _models(db, projectors, looked_at, members, standby)
+        models = _models(db, projectors, as_of, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
     found = [
         *find_problems.of_standby(standby, seen_s_max=SEEN_S_MAX),
-        *find_problems.of_partitions(partitions, looked_at),
+        *find_problems.of_partitions(partitions, as_of),
         *find_problems.of_retention(partitions),
-        *find_problems.of_projectors(models, looked_at),
+        *find_problems.of_projectors(models, as_of),
     ]
     return Status(
-        looked_at=looked_at,
+        as_of=as_of,
         standby=standby,
         ok=not any(problem.severity == "error" for problem in found),
         offsets=sum(lag(row.first_offset, row.next_offset) for row in rows),
@@ -161,11 +161,11 @@ def _longest(values: Sequence[float | None]) -> float | None:
     return None if None in values else max((it for it in values if it is not None), default=0.0)
 
 
-def _standby(db: Connection, looked_at: datetime) -> Standby | None:
+def _standby(db: Connection, as_of: datetime) -> Standby | None:
     row = db.execute(REPLAYED).one_or_none()
     if row is None:
         return None
-    return Standby(row.replayed_at, _seconds(row.replayed_at, looked_at), row.is_paused)
+    return Standby(row.replayed_at, _seconds(row.replayed_at, as_of), row.is_paused)
 
 
 # -------------------------------------------------------------------------------- of partitions
@@ -175,13 +175,13 @@ def _place(row: _Row) -> Partition:
     return Partition(row.topic, row.partition)
 
 
-def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionStatus:
+def _partition(row: _Row, as_of: datetime, minute_began: int) -> PartitionStatus:
     owner = None
     if row.owner_member is not None:
         owner = Owner(
             row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
         )
-    seen_s = _seconds(row.watermarks_at, looked_at)
+    seen_s = _seconds(row.watermarks_at, as_of)
     # A time in the future was recorded before the clock was set back: it can be of any age.
     is_current = owner is not None and seen_s is not None and abs(seen_s) <= SEEN_S_MAX
     behind = None
@@ -189,11 +189,11 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
         behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
     lag_s = None
     if behind is not None:
-        lag_s = 0.0 if behind == 0 else _age(row.newest_at, looked_at)
+        lag_s = 0.0 if behind == 0 else _age(row.newest_at, as_of)
     return PartitionStatus(
         topic=row.topic,
         partition=row.partition,
-        state=_state(row, looked_at, behind, lag_s, owner, is_current=is_current),
+        state=_state(row, as_of, behind, lag_s, owner, is_current=is_current),
         next_offset=row.next_offset,
         end=row.high_watermark,
         seen_at=row.watermarks_at,
@@ -201,7 +201,7 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
         lag=behind,
         lag_s=lag_s,
         rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
-        kept_s=_kept_s(row, looked_at),
+        kept_s=_kept_s(row, as_of),
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,
@@ -211,7 +211,7 @@ def _partition(row: _Row, looked_at: datetime, minute_began: int) -> PartitionSt
 
 def _state(
     row: _Row,
-    looked_at: datetime,
+    as_of: datetime,
     behind: int | None,
     lag_s: float | None,
     owner: Owner | None,
@@ -226,16 +226,16 @@ def _state(
         return "UNKNOWN"
     if not behind:
         return "OK"
-    still_s = _seconds(_latest(row.committed_at, row.claimed_at), looked_at)
+    still_s = _seconds(_latest(row.committed_at, row.claimed_at), as_of)
     if still_s is not None and abs(still_s) > LAG_S_MAX:
         return "STALL"
     return "WARN" if lag_s is not None and lag_s > LAG_S_MAX else "OK"
 
 
-def _kept_s(row: _Row, looked_at: datetime) -> float | None:
+def _kept_s(row: _Row, as_of: datetime) -> float | None:
     if row.kept_until is None or not row.kept_until.is_finite():
         return None
-    return float(row.kept_until) - looked_at.timestamp()
+    return float(row.kept_until) - as_of.timestamp()
 
 
 def _latest(*times: datetime | None) -> datetime | None:
@@ -257,7 +257,7 @@ def _age(begin: datetime | None, end: datetime) -> float | None:
 def _models(
     db: Connection,
     projectors: Sequence[Projector],
-    looked_at: datetime,
+    as_of: datetime,
     members: Sequence[Member],
     standby: Standby | None,
 ) -> list[ProjectorStatus]:
@@ -276,7 +276,7 @@ def _models(
             name,
             rows.get(name),
             ours.get(name),
-            looked_at,
+            as_of,
             attended_since=min((it.since for it in members if name in it.projectors), default=None),
             may_be_attended=lags,
             is_rebuilt=name + REBUILD in rows,
@@ -289,7 +289,7 @@ def _model(
     name: str,
     row: _Row | None,
     ours: Projector | None,
-    looked_at: datetime,
+    as_of: datetime,
     *,
     attended_since: datetime | None,
     may_be_attended: bool,
@@ -297,10 +297,10 @@ def _model(
 ) -> ProjectorStatus:
     if row is None:
         return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None, None)
-    lag_s = _age(row.unread_since, looked_at) or 0.0
+    lag_s = _age(row.unread_since, as_of) or 0.0
     stuck_since = _latest(row.stuck_since, attended_since) if row.stuck_since else None
     is_unattended = attended_since is None and not may_be_attended
-    stuck_s = _age(stuck_since, looked_at) or 0.0
+    stuck_s = _age(stuck_since, as_of) or 0.0
     state: ProjectorState = "live"
     if row.state == "broken":
         state = "broken"

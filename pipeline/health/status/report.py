@@ -175,7 +175,7 @@ class Status:
         rate: Records per second into the log, over the last minute; None like ``lag``.
     """
 
-    looked_at: datetime
+    as_of: datetime
     standby: Standby | None
     ok: bool
     offsets: int

@@ -10,7 +10,7 @@ class Promise(StrEnum):
 
     FAITHFUL_LOG = "The log is faithful"
     ONE_EFFECT = "Each record has its effect once"
-    ONE_WRITER = "One writer a partition"
+    ONE_WRITER = "One writer per partition"
     NO_SILENT_LOSS = "Nothing is skipped in silence"
     CONVERGENCE = "Read models converge"
     ONE_PROJECTION = "Each event is projected once"

@@ -100,7 +100,7 @@ class OutagePolicy:
         if self._refused_since is not None and isinstance(error, ConfigurationError):
             ends_in_s = max(0, round(GRACE_S - (now - self._refused_since)))
             log.error(
-                "server_refuses",
+                "access_refused",
                 reason=reason,
                 effect=f"retrying; unless this is fixed, exit with 78 in {ends_in_s} s",
                 **since,

@@ -184,7 +184,7 @@ def _rewind(
                     failpoints.reach("mid_fill")
             failpoints.reach("after_fill")
             log.info(
-                "rewound",
+                "partition_rewound",
                 topic=partition.topic,
                 partition=partition.number,
                 read=found.read,

@@ -138,7 +138,7 @@ class Worker:
 
     def reasons(self) -> list[str]:
         """Why it said that a server did not serve it, in the operator's words."""
-        return [line["reason"] for line in self.said("server_unavailable", "server_refuses")]
+        return [line["reason"] for line in self.said("server_unavailable", "access_refused")]
 
     def wait_until_said(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
         """Wait for the first log line of one of these events."""

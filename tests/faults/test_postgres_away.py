@@ -105,7 +105,7 @@ def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, right
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
         bench.revoke(rights)
-        worker.wait_until_said("server_refuses")
+        worker.wait_until_said("access_refused")
         bench.grant()
 
     bench.finish(feed.ledger)

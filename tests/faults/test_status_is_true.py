@@ -1,4 +1,4 @@
-"""`pipeline status` while events do not get through: it says so, since when, and ends with 1.
+"""`pipeline status` while events do not get through: it reports this, since when, and ends with 1.
 
 The faults are real and happen at the same time, each to a worker of its own, so that they are
 waited for together.
@@ -33,7 +33,7 @@ from tests.servers.databases import Database, fresh_database
 
 PER_SECOND = 50
 UNKNOWN_S_MAX = queries.SEEN_S_MAX + 15
-"""So long after a fault nobody may be told that all is well."""
+"""So long after a fault nobody may be shown that all is well."""
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -73,22 +73,22 @@ class StatusOf:
 
     def states(self, bench: Bench) -> set[str]:
         """Of its partitions; and the exit code and the document agree."""
-        told = self(bench, "--json")
-        assert told.code == (ExitCode.DONE if told.json["ok"] else ExitCode.FOUND)
-        return {one["state"] for one in told.json["partitions"]}
+        shown = self(bench, "--json")
+        assert shown.code == (ExitCode.DONE if shown.json["ok"] else ExitCode.FOUND)
+        return {one["state"] for one in shown.json["partitions"]}
 
     def has_code(self, bench: Bench, code: int) -> bool:
         """Whether it ends with this exit code."""
         return self(bench).code == code
 
     def is_unknown(self, bench: Bench) -> bool:
-        """Whether it says that of every partition."""
+        """Whether it reports that of every partition."""
         return self.states(bench) == {"UNKNOWN"}
 
     def is_well(self, bench: Bench) -> bool:
-        """Whether it says that everything came through."""
-        told = self(bench, "--json")
-        return told.code == 0 and told.json["lag"] == 0 and self.states(bench) == {"OK"}
+        """Whether it reports that everything came through."""
+        shown = self(bench, "--json")
+        return shown.code == 0 and shown.json["lag"] == 0 and self.states(bench) == {"OK"}
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def test_no_fault_is_reported_as_ok(
         workers["paused"].pause()
         disk.fill()
         assert workers["ended"].stop() == 0
-        assert_told(
+        assert_reported(
             status(benches["ended"]),
             "STOP",
             "no process reads it; Kafka's end was recorded last at",
@@ -161,27 +161,29 @@ def test_no_fault_is_reported_as_ok(
         with benches["locked"].database.connect(autocommit=False) as blocker:
             blocker.execute("LOCK TABLE upvest.orders IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: "stalled" in status(benches["locked"]).out, "the lock is a stall")
-            assert_told(status(benches["locked"]), "has not moved since", "a lock")
+            assert_reported(status(benches["locked"]), "has not moved since", "a lock")
         benches["locked"].set_password(workers["locked"].role, "another")
         benches["locked"].end_sessions()
-        until(lambda: status.states(benches["ended"]) == {"ERR"}, "the lost records are told")
-        assert_told(status(benches["ended"]), "halted:", "gaps accept")
+        until(lambda: status.states(benches["ended"]) == {"ERR"}, "the lost records are shown")
+        assert_reported(status(benches["ended"]), "halted:", "gaps accept")
         # STALL while Kafka's end is still recorded, UNKNOWN after that.
         stopped = {"STALL"}, {"UNKNOWN"}
         until(lambda: status.states(benches["full"]) in stopped, "the full disk is reported")
-        assert_told(status(benches["full"]), "a full disk")
+        assert_reported(status(benches["full"]), "a full disk")
         for fault in ("killed", "paused", "locked"):
             until(
                 partial(status.is_unknown, benches[fault]),
                 f"{fault} is unknown",
                 seconds_max=UNKNOWN_S_MAX,
             )
-            told = status(benches[fault])
-            assert_told(told, "state unknown since", f":{workers[fault].pid}, has not recorded")
+            shown = status(benches[fault])
+            assert_reported(
+                shown, "state unknown since", f":{workers[fault].pid}, has not recorded"
+            )
         for fault in ("silent", "killed", "paused", "locked"):
-            told = status(benches[fault])
-            assert_told(told, "lag and rate unknown", "read its log")
-            assert "caught up" not in told.out
+            shown = status(benches[fault])
+            assert_reported(shown, "lag and rate unknown", "read its log")
+            assert "caught up" not in shown.out
 
         private_kafka.resume()
         workers["paused"].resume()
@@ -206,15 +208,15 @@ def lose_records(bench: Bench, kafka: Kafka) -> None:
     bench.worker("run")
 
 
-def assert_told(told: Result, *words: str) -> None:
-    assert told.code == ExitCode.FOUND, told.out
+def assert_reported(shown: Result, *words: str) -> None:
+    assert shown.code == ExitCode.FOUND, shown.out
     for word in words:
-        assert word in told.out, told.out
+        assert word in shown.out, shown.out
 
 
 # ---------------------------------------------------------------------------------------- a standby
 
-# What only reads works there; what writes, or judges the primary, says what is missing.
+# Commands that only read work there; others report what is missing.
 OTHERS = [
     (["events"], 0),
     (["events", "--json", "--limit", "1"], 0),
@@ -227,7 +229,7 @@ OTHERS = [
 
 @contextmanager
 def standby_of(primary: PostgresServer) -> Iterator[PostgresServer]:
-    """A streaming standby, made by ``pg_basebackup``, that takes reading sessions."""
+    """A streaming standby, made by ``pg_basebackup``, that accepts sessions that read."""
     with tempfile.TemporaryDirectory(prefix="standby-", dir=primary.directory.parent) as place:
         directory = Path(place)
         shutil.copy(primary.directory / "password", directory)
@@ -273,23 +275,23 @@ def test_a_standby_reports_how_old_its_data_is(
             feed.wait()
 
         def is_well() -> bool:
-            told = status(bench, "--json", dsn=dsn)
-            return told.code == 0 and told.json["lag"] == 0 and told.json["offsets"] > 0
+            shown = status(bench, "--json", dsn=dsn)
+            return shown.code == 0 and shown.json["lag"] == 0 and shown.json["offsets"] > 0
 
-        until(is_well, "the standby tells that all is well")
-        told = status(bench, dsn=dsn)
-        assert "This database is a standby. Its newest transaction was committed" in told.out
+        until(is_well, "the standby reports that all is well")
+        shown = status(bench, dsn=dsn)
+        assert "This database is a standby. Its newest transaction was committed" in shown.out
         assert status(bench, "--json", dsn=dsn).json["standby"]["age_s"] < 12
         assert status(bench, "--json").json["standby"] is None
 
         for command, code in OTHERS:
-            told = status.of(bench, *command, dsn=dsn)
-            assert told.code == code, (command, told)
+            shown = status.of(bench, *command, dsn=dsn)
+            assert shown.code == code, (command, shown)
 
         with psycopg.connect(dsn, autocommit=True) as db:
             db.execute("SELECT pg_wal_replay_pause()")
         applied = "standby: this database is a standby that has applied no transaction since"
         until(lambda: applied in status(bench, dsn=dsn).out, "its data is too old")
-        assert_told(status(bench, dsn=dsn), "its replay is paused", "lag and rate unknown")
+        assert_reported(status(bench, dsn=dsn), "its replay is paused", "lag and rate unknown")
         assert "start `pipeline" not in status(bench, dsn=dsn).out
         assert status(bench).code == 0

@@ -152,7 +152,7 @@ def test_the_time_of_the_batch_is_the_time_of_its_rows(engine):
 
 
 def test_the_end_that_kafka_had_is_kept_until_a_newer_one_is_seen(engine):
-    """Lag must not read 0 because a batch came before the next look at Kafka."""
+    """Lag must not read 0 because a batch came before Kafka's next answer."""
     partition = Partition("orders", 0)
     held = claimed(engine, partition)
     with transaction(engine) as db:
@@ -219,7 +219,7 @@ def test_any_number_of_refused_payloads_in_a_batch_costs_only_these(engine, bad)
     refusals = {
         b"[1e200000]": "22003",
         nested(100_000): "54001",
-        # Too deep to be looked at here, and no JSON either.
+        # Too deep to be parsed here, and no JSON either.
         b"[" * 3_000 + b"\0": "22021",
         b"[" * 3_000 + b"\xc3\xa4": "22P02",
     }
@@ -363,7 +363,7 @@ def test_a_record_of_5_megabytes_is_in_the_log(engine):
 # ---------------------------------------------------------------------------------- errors, secrets
 
 
-def told(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
@@ -392,7 +392,7 @@ def test_no_error_quotes_a_record(engine):
     errors.append(poison.value)
 
     assert held
-    assert [error for error in errors if CANARY in told(error)] == []
+    assert [error for error in errors if CANARY in text_of(error)] == []
 
 
 def test_no_error_quotes_a_password(database):
@@ -413,7 +413,7 @@ def test_no_error_quotes_a_password(database):
         assert CANARY not in repr(engine)
         engine.dispose()
 
-    assert [error for error in errors if CANARY in told(error)] == []
+    assert [error for error in errors if CANARY in text_of(error)] == []
 
 
 def test_a_missing_segment_is_distinguished_from_a_refused_value(engine):

@@ -59,7 +59,7 @@ def status_of(results, promise):
     return next(status for status in promise_statuses(results) if status.promise is promise)
 
 
-def is_said(texts, part):
+def contains(texts, part):
     return any(part in text for text in texts)
 
 
@@ -86,13 +86,13 @@ def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
 
     assert of(results, "error") == []
     well = of(results, "ok")
-    assert is_said(well, "PostgreSQL 1")
-    assert is_said(well, "schema is current")
-    assert is_said(well, "append-only triggers on the log and its 0 segments")
-    assert is_said(well, "tables are refilled after TRUNCATE")
-    assert is_said(well, f"topic {name}: 3 partitions")
-    assert is_said(well, f"topic {name}: keeps its records for 7 days")
-    assert is_said(well, "group pipeline may be used")
+    assert contains(well, "PostgreSQL 1")
+    assert contains(well, "schema is current")
+    assert contains(well, "append-only triggers on the log and its 0 segments")
+    assert contains(well, "tables are refilled after TRUNCATE")
+    assert contains(well, f"topic {name}: 3 partitions")
+    assert contains(well, f"topic {name}: keeps its records for 7 days")
+    assert contains(well, "group pipeline may be used")
     assert {status.promise for status in promise_statuses(results)} == set(
         Promise
     ) - NOT_OF_AN_INSTALLATION
@@ -109,9 +109,9 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
     results = check()
 
     assert of(results, "error") == []
-    untold = of(results, "unknown")
+    unreported = of(results, "unknown")
     for thing in ("how long it keeps", "whether it is compacted", "how large", "topic ids"):
-        assert is_said(untold, thing)
+        assert contains(unreported, thing)
     memory = status_of(results, Promise.BOUNDED_MEMORY)
     assert memory.state is PromiseState.NOT_KNOWN
     assert memory.reasons == [
@@ -124,7 +124,7 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "expected"),
     [
         ("ALTER TABLE pipeline.events DISABLE TRIGGER append_only", "pipeline.events can be"),
         ("DROP TRIGGER append_only ON pipeline_segments.{segment}", "{segment} can be changed"),
@@ -140,14 +140,14 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
     ],
     ids=["parent", "segment", "truncate", "broken"],
 )
-def test_a_safeguard_that_is_missing_is_wrong(given, harm, said):
+def test_a_safeguard_that_is_missing_is_wrong(given, harm, expected):
     given([order_event("NEW", at=1)]).project(*discover())
     segment = given.scalar("SELECT segment FROM pipeline.segments")
     given.execute(harm.format(segment=segment))
 
     [wrong] = of(found_in(given.database.url), "error")
 
-    assert said.format(segment=segment) in wrong
+    assert expected.format(segment=segment) in wrong
 
 
 def test_a_read_model_of_another_definition_is_a_warning(given):
@@ -156,7 +156,7 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
 
     results = found_in(given.database.url)
 
-    assert is_said(of(results, "warning"), "orders: its definition has changed")
+    assert contains(of(results, "warning"), "orders: its definition has changed")
     assert status_of(results, Promise.CONVERGENCE).state is PromiseState.AT_RISK
 
 
@@ -179,7 +179,7 @@ def test_a_role_with_just_enough_rights_cannot_change_the_log(role):
     results = found_in(role[1])
 
     assert of(results, "error") == []
-    assert is_said(of(results, "ok"), "append-only for this role")
+    assert contains(of(results, "ok"), "append-only for this role")
 
 
 def test_rights_that_are_missing_are_named(given, role):
@@ -214,13 +214,13 @@ def test_an_analyst_without_limits_is_a_warning(given, check, role):
     given.execute(f"GRANT {prefix}personal_data TO {prefix}login")
     given.execute(f"ALTER ROLE {prefix}login SET statement_timeout = '5min'")
 
-    [said] = [text for text in of(check(), "warning") if "make others wait" in text]
+    [warning] = [text for text in of(check(), "warning") if "make others wait" in text]
 
-    assert f"{prefix}login" in said
-    assert "default_transaction_read_only, idle_in_transaction_session_timeout" in said
+    assert f"{prefix}login" in warning
+    assert "default_transaction_read_only, idle_in_transaction_session_timeout" in warning
     for name in ("default_transaction_read_only = on", "idle_in_transaction_session_timeout = 1"):
         given.execute(f"ALTER ROLE {prefix}login SET {name}")
-    assert not is_said(of(check(), "warning"), "make others wait")
+    assert not contains(of(check(), "warning"), "make others wait")
 
 
 @pytest.mark.parametrize(
@@ -263,12 +263,12 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
 
     warnings = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "warning")
 
-    assert is_said(warnings, "keeps its records for 1 hour, you plan for an outage of 3 days")
-    assert is_said(warnings, "is compacted")
+    assert contains(warnings, "keeps its records for 1 hour, you plan for an outage of 3 days")
+    assert contains(warnings, "is compacted")
 
 
 @pytest.mark.parametrize(
-    ("recorded", "said"),
+    ("recorded", "expected"),
     [
         ("cluster_id = 'another'", "expected Kafka cluster another, found"),
         (
@@ -277,13 +277,13 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
         ),
     ],
 )
-def test_another_cluster_or_topic_than_was_read_is_wrong(given, check, recorded, said):
+def test_another_cluster_or_topic_than_was_read_is_wrong(given, check, recorded, expected):
     given([order_event("NEW", at=1)])
     given.execute(f"UPDATE pipeline.consumer_offsets SET {recorded}")
 
     wrong = of(check(), "error")
 
-    assert is_said(wrong, said)
+    assert contains(wrong, expected)
 
 
 def test_records_that_kafka_has_deleted_unread_are_wrong(given, check, broker):
@@ -324,14 +324,14 @@ def test_a_group_that_feeds_another_database_is_wrong(check, broker):
     consumer.commit(offsets=[place], asynchronous=False)
     consumer.close()
 
-    assert is_said(of(check(), "error"), f"group pipeline also feeds database {other}")
+    assert contains(of(check(), "error"), f"group pipeline also feeds database {other}")
 
 
 def test_a_request_to_a_coordinator_that_moves_is_repeated(check, broker):
     offset_fetch, not_coordinator = 9, 16
     broker.push_errors(offset_fetch, not_coordinator)
 
-    assert is_said(of(check(), "ok"), "group pipeline may be used")
+    assert contains(of(check(), "ok"), "group pipeline may be used")
 
 
 # --------------------------------------------------------------------------------------- guarantees
@@ -349,7 +349,9 @@ def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(give
     loss = status_of(results, Promise.NO_SILENT_LOSS)
     assert loss.state is PromiseState.AT_RISK
     assert reason in loss.reasons
-    assert not is_said(status_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records")
+    assert not contains(
+        status_of(planned_less, Promise.NO_SILENT_LOSS).reasons, "keeps its records"
+    )
 
 
 def test_what_a_real_topic_may_lose_or_take_is_reported(given, kafka, topic):
@@ -366,7 +368,7 @@ def test_what_a_real_topic_may_lose_or_take_is_reported(given, kafka, topic):
 
     loss = status_of(results, Promise.NO_SILENT_LOSS).reasons
     for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one copy"):
-        assert is_said(loss, reason)
+        assert contains(loss, reason)
     [memory] = status_of(results, Promise.BOUNDED_MEMORY).reasons
     assert "records of up to 20,000,000 bytes" in memory
 
@@ -380,26 +382,26 @@ def test_a_postgresql_that_may_lose_commits_puts_what_depends_on_them_at_risk(gi
     for promise in (Promise.FAITHFUL_LOG, Promise.ONE_EFFECT, Promise.ONE_PROJECTION):
         reasons = status_of(results, promise).reasons
         assert {
-            name: "off" if is_said(reasons, f"{name} is off") else "on" for name in durable
+            name: "off" if contains(reasons, f"{name} is off") else "on" for name in durable
         } == durable
 
 
 @pytest.mark.parametrize(
-    ("setting", "promise", "said"),
+    ("setting", "promise", "expected"),
     [
         ("synchronous_commit = off", Promise.ONE_EFFECT, "synchronous_commit is off"),
         ("password_encryption = md5", Promise.SECRECY, "password_encryption is md5"),
         ("log_min_messages = error", Promise.SECRECY, "(log_min_messages is error)"),
     ],
 )
-def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, said):
+def test_a_weaker_setting_of_the_database_is_a_risk(given, setting, promise, expected):
     given.execute(f'ALTER DATABASE "{given.database.name}" SET {setting}')
     given.engine.dispose()
 
     status = status_of(found_in(given.database.url), promise)
 
     assert status.state is PromiseState.AT_RISK
-    assert is_said(status.reasons, said)
+    assert contains(status.reasons, expected)
 
 
 def test_a_setting_that_this_program_does_not_know_is_a_warning():
@@ -478,7 +480,7 @@ def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
 @pytest.mark.parametrize("pg_version", [OLDEST])  # the wheel's PostgreSQL knows no TLS
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
 @pytest.mark.parametrize(
-    ("parameters", "state", "said"),
+    ("parameters", "state", "expected"),
     [
         ("sslmode=disable", PromiseState.AT_RISK, "sslmode=disable, and no TLS to db.example"),
         (
@@ -500,20 +502,20 @@ def tls_postgres(tmp_path_factory) -> Iterator[tuple[PostgresServer, Path]]:
     ],
 )
 def test_tls_below_verify_full_puts_secrets_at_risk(
-    pg_version, tls_postgres, parameters, state, said
+    pg_version, tls_postgres, parameters, state, expected
 ):
     server, certificate = tls_postgres
     root = "" if "{certificate}" in parameters else "&sslrootcert={certificate}"
-    asked = (parameters + root).format(certificate=certificate)
+    requested = (parameters + root).format(certificate=certificate)
     address = server.url().replace("127.0.0.1", NAMED)
-    engine = open_engine(f"{address}?hostaddr=127.0.0.1&{asked}", application="test")
+    engine = open_engine(f"{address}?hostaddr=127.0.0.1&{requested}", application="test")
 
     results = list(_server(engine))
 
     engine.dispose()
     secrecy = status_of(results, Promise.SECRECY)
     assert secrecy.state is state
-    assert not secrecy.reasons if said is None else is_said(secrecy.reasons, said)
+    assert not secrecy.reasons if expected is None else contains(secrecy.reasons, expected)
     # And with fsync on, as a PostgreSQL comes, commits are worth what they promise.
     assert status_of(results, Promise.ONE_EFFECT).state is PromiseState.HOLDS
 

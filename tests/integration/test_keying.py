@@ -80,7 +80,7 @@ def seen(**changed) -> TopicKeys:
 
 
 @pytest.mark.parametrize(
-    ("changed", "keying", "says"),
+    ("changed", "keying", "expected"),
     [
         ({}, "user", "Up to 6 workers share"),
         ({"stray_users": 5}, "user", "Up to 6"),
@@ -93,11 +93,11 @@ def seen(**changed) -> TopicKeys:
         ({"records": 0, "used": 0, "busiest": None}, "too little", "0 recent records"),
     ],
 )
-def test_what_the_log_shows_is_reported_with_what_more_workers_bring(changed, keying, says):
+def test_what_the_log_shows_is_reported_with_what_more_workers_bring(changed, keying, expected):
     found = result_of(seen(**changed))
 
     assert keying_of(seen(**changed)) == keying
-    assert says in str(found)
+    assert expected in str(found)
     assert found.exit_code == 0
 
 

@@ -153,8 +153,8 @@ def test_who_waits_for_a_lock_reports_who_holds_it(given, capsys):
             db.exec_driver_sql("LOCK TABLE upvest.orders IN ACCESS EXCLUSIVE MODE")
     engine.dispose()
 
-    said = f"upvest.orders is locked by session {pid} (role {user}, application "
-    assert f"{said}'a report', in a transaction since 20" in str(refused.value)
+    holder = f"upvest.orders is locked by session {pid} (role {user}, application "
+    assert f"{holder}'a report', in a transaction since 20" in str(refused.value)
 
 
 # What another session locks; None for the lock of `migrate` itself.

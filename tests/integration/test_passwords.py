@@ -86,7 +86,7 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
 
         user.kafka.set_password(user.name)
         if when == "after it was refused":
-            worker.until('"server_refuses"')
+            worker.until('"access_refused"')
         user.update_file()
         worker.until('"password_read_again"')
         user.send()
@@ -96,9 +96,9 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
             "the second record is there",
             seconds_max=WAIT_S_MAX,
         )
-        said = "".join(worker.err)
-    assert user.kafka.password(user.name) not in said
-    assert said.count('"password_read_again"') == 1
+        logged = "".join(worker.err)
+    assert user.kafka.password(user.name) not in logged
+    assert logged.count('"password_read_again"') == 1
 
 
 @pytest.mark.kafka
@@ -166,10 +166,10 @@ def test_a_password_of_postgresql_is_read_again_and_a_wrong_one_is_tried_once(se
     assert refused() == 1
 
     in_file.append(secured_postgres.dsn(user))
-    with capture_logs() as said:
+    with capture_logs() as logged:
         ask()
 
-    assert [line["event"] for line in said] == ["password_read_again"]
-    assert secured_postgres.password(user) not in str(said)
+    assert [line["event"] for line in logged] == ["password_read_again"]
+    assert secured_postgres.password(user) not in str(logged)
     assert refused() == 1
     engine.dispose()

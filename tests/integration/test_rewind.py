@@ -392,7 +392,7 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["nowhere", "--to", "earliest"], "the log has no partition nowhere; it has none"),
         (["a:0:7", "--to", "earliest"], "--to says from which offset on"),
@@ -400,11 +400,11 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
         (["a"], "Missing option '--to'"),
     ],
 )
-def test_wrong_usage_is_reported(pipeline, arguments, said):
+def test_wrong_usage_is_reported(pipeline, arguments, expected):
     result = pipeline("rewind", *arguments)
 
     assert result.code == ExitCode.USAGE
-    assert said in " ".join(result.err.split()).replace(" │ │ ", " ")
+    assert expected in " ".join(result.err.split()).replace(" │ │ ", " ")
 
 
 # ----------------------------------------------------------------------------------- when it breaks

@@ -34,10 +34,10 @@ def open_(database):
 
 
 def test_a_statement_that_takes_long_is_logged_once_and_waited_for(open_):
-    with capture_logs() as said, transaction(open_()) as connection:
+    with capture_logs() as logged, transaction(open_()) as connection:
         connection.execute(LONG)
 
-    assert [line["event"] for line in said] == ["server_slow"]
+    assert [line["event"] for line in logged] == ["server_slow"]
 
 
 def test_a_statement_without_an_answer_in_time_is_given_up_and_the_next_one_is_answered(open_):

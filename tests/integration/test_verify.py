@@ -162,11 +162,11 @@ TAMPERED = {
         KAFKA, "not the same",
         f"UPDATE pipeline.events SET kafka_timestamp = now() WHERE {ROW} AND \"offset\" = 7",
     ),
-    "content that is gone": (
+    "content that is missing": (
         KAFKA, "not the same",
         f"UPDATE pipeline.events SET payload = NULL, raw = NULL WHERE {ROW} AND \"offset\" = 7",
     ),
-    "rows of a read model that are gone": (
+    "rows of a read model that are missing": (
         READ_MODELS, "rows are missing", "DELETE FROM upvest.orders",
     ),
     "rows of a read model that were changed": (
@@ -177,7 +177,7 @@ TAMPERED = {
 
 @pytest.mark.parametrize("tampering", TAMPERED)
 def test_whatever_is_done_to_it_is_named(tampering, filled, pipeline):
-    part, said, statement = TAMPERED[tampering]
+    part, expected, statement = TAMPERED[tampering]
     tamper(filled, statement)
 
     result = pipeline("verify", "--json")
@@ -187,7 +187,7 @@ def test_whatever_is_done_to_it_is_named(tampering, filled, pipeline):
     assert [
         one
         for one in wrong(result)
-        if one["part"] == part and said in f"{one['claim']} {one['problem']['what']}"
+        if one["part"] == part and expected in f"{one['claim']} {one['problem']['what']}"
     ], wrong(result)
 
 

@@ -75,7 +75,7 @@ def kept(length):
 
 
 @pytest.mark.parametrize(
-    ("reported", "outage", "levels", "said"),
+    ("reported", "outage", "levels", "expected"),
     [
         (kept(DAY), 3 * DAY, ["warning"], "for 1 day, you plan for an outage of 3 days"),
         (kept(71.5 * HOUR), 3 * DAY, ["warning"], "for 71.5 hours, you plan"),
@@ -88,11 +88,13 @@ def kept(length):
         ({}, DAY, ["unknown", "unknown"], "whether it is compacted"),
     ],
 )
-def test_kafka_must_keep_records_for_longer_than_the_longest_outage(reported, outage, levels, said):
+def test_kafka_must_keep_records_for_longer_than_the_longest_outage(
+    reported, outage, levels, expected
+):
     results = list(retention("Notifications", reported, outage))
 
     assert [one.level for one in results] == levels
-    assert any(said in str(result) for result in results)
+    assert any(expected in str(result) for result in results)
     assert {promise for one in results for promise in one.promises} == {Promise.NO_SILENT_LOSS}
 
 

@@ -28,7 +28,7 @@ REFUSALS = [REFUSED, NO_RIGHT]
 
 
 class Clock:
-    """What ``time.monotonic`` says; it stands until it is moved."""
+    """What ``time.monotonic`` returns; it does not move by itself."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -71,7 +71,7 @@ def test_a_cause_is_logged_at_once_and_named(clock, error):
 
     assert at == 0
     assert line["reason"] == str(error)
-    assert line["event"] == ("server_refuses" if error in REFUSALS else "server_unavailable")
+    assert line["event"] == ("access_refused" if error in REFUSALS else "server_unavailable")
     assert line["log_level"] == ("error" if error in REFUSALS else "warning")
     assert "unavailable_s" not in line
 
@@ -137,10 +137,10 @@ def test_the_end_of_an_outage_is_logged_with_its_length_and_the_next_one_is_new(
     ids=str,
 )
 def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words):
-    asked = []
+    requested_at = []
 
     def time_left():
-        asked.append(clock.now)
+        requested_at.append(clock.now)
         return left
 
     lines = outage(clock, policy(time_left=time_left), AWAY, lasts_s=65)
@@ -148,7 +148,7 @@ def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words
     assert [at for at, _ in lines] == [0, 60]
     assert "Kafka keeps the events for the length of its retention" in lines[0][1]["effect"]
     assert words in lines[1][1]["effect"]
-    assert len(asked) == 1, "Kafka is asked only for a line that is written"
+    assert len(requested_at) == 1, "Kafka is requested_at only for a line that is written"
 
 
 # ---------------------------------------------------------------------------- how often it is tried
@@ -200,7 +200,7 @@ def test_what_is_refused_while_we_run_ends_after_the_grace_period(clock, refusal
         waiting.on_error(refusal)
 
     assert raised.value is refusal
-    first = next(line for _, line in lines if line["event"] == "server_refuses")
+    first = next(line for _, line in lines if line["event"] == "access_refused")
     assert f"exit with 78 in {GRACE_S:.0f} s" in first["effect"]
     assert len(lines) <= 2 * len({*errors})
 
@@ -221,7 +221,7 @@ def test_a_refusal_before_a_long_outage_is_forgotten(clock):
 
     [(_, line)] = outage(clock, waiting, REFUSED, lasts_s=STEP_S)
 
-    assert line["event"] == "server_refuses"
+    assert line["event"] == "access_refused"
     assert f"exit with 78 in {GRACE_S:.0f} s" in line["effect"]
 
 

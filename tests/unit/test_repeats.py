@@ -51,7 +51,7 @@ values = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(0, 1)).map(lambda parts: EVENT % parts),
     st.sampled_from([None, b"", b"not JSON", b'{"price": 1}']),
 )
-# A value, how many offsets are left unused before it, and whether the process restarts behind it.
+# A value, how many offsets are left unused before it, and whether the process restarts after it.
 logs = st.lists(st.tuples(values, st.integers(0, 3), st.booleans()), max_size=40)
 
 
@@ -70,7 +70,7 @@ def test_any_restart_marks_the_same_rows(log, size, unused_at_restart):
     for row in rows:
         marked.append(window.mark(row))
         if row.offset in restarts:
-            # The stored next offset may lie behind unused offsets, up to the next record.
+            # The stored next offset may lie after unused offsets, up to the next record.
             next_record = next((r.offset for r in rows if r.offset > row.offset), row.offset + 9)
             next_offset = min(row.offset + 1 + unused_at_restart, next_record)
             window = restarted(marked, NextOffset(next_offset), size)

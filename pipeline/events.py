@@ -9,20 +9,16 @@ import json
 import re
 from binascii import unhexlify
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import orjson
 
-WHOLE_SECONDS_LENGTH = len("2026-01-12T10:00:00Z")
+from pipeline.rfc3339 import Micros, micros
+
 UUID_LENGTH = 36
 UUID_BYTES = 16
-
-Micros: TypeAlias = int
-"""A point in time: microseconds since 1970-01-01 UTC."""
-
 
 UNREADABLE_HEADERS: Sequence[tuple[str, bytes | None]] = (("unreadable", None),)
 """In place of headers that Kafka's client cannot hand over; known by identity."""
@@ -329,54 +325,6 @@ def uuid_bytes(text: object) -> bytes | None:
         # Dashes elsewhere would have left fewer.
         return sixteen if len(sixteen) == UUID_BYTES else None
     return None
-
-
-_RFC3339 = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
-    r"(?:[Tt ]((?:[01][0-9]|2[0-3]):[0-5][0-9]:)([0-9]{2})(\.[0-9]+)?"
-    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9]))?"
-)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def micros(text: object) -> Micros | None:
-    """A time in RFC 3339, or a bare date as its midnight in UTC; None for anything else.
-
-    Digits behind the microsecond are cut off. Upvest sends zero to nine of them
-    (https://docs.upvest.co, examples of the event reference).
-    """
-    if not isinstance(text, str):
-        return None
-    # The parser takes more than RFC 3339; these marks leave it nothing but digits to read. The
-    # regular expression says it in full and costs five times as much.
-    marks = text[4:20:3]
-    if (
-        (
-            (marks == "--T::." and text[-1] == "Z" and text[20:-1].isdecimal())
-            or (marks == "--T::Z" and len(text) == WHOLE_SECONDS_LENGTH)
-        )
-        and text.isascii()
-        and text[11:13] != "24"
-        and (instant := _instant(text)) is not None
-    ):
-        return instant
-    match = _RFC3339.fullmatch(text)
-    if match is None:
-        return None
-    date, clock, seconds, fraction, zone = match.groups()
-    if clock is None:
-        return _instant(f"{date}T00:00:00Z")
-    leap = seconds == "60"
-    instant = _instant(f"{date}T{clock}{'59' if leap else seconds}{fraction or ''}{zone.upper()}")
-    return instant + 1_000_000 if leap and instant is not None else instant
-
-
-def _instant(text: str) -> Micros | None:
-    try:
-        since = datetime.fromisoformat(text) - _EPOCH
-    except (ValueError, OverflowError):
-        return None
-    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def _headers(headers: Sequence[tuple[str, bytes | None]]) -> bytes:

@@ -169,3 +169,49 @@ header_lists = st.none() | st.lists(
     ),
     max_size=5,
 )
+
+
+# -------------------------------------------------------------------------------------------- times
+
+
+@st.composite
+def rfc3339_times(draw: st.DrawFn) -> str:
+    """A text that is a time of RFC 3339, or nearly one: each part may be at or beyond its limit."""
+    two = "{:02}".format
+    date = "-".join(
+        [
+            draw(st.sampled_from(["0000", "0001", "1969", "1970", "2026", "9999"])),
+            draw(st.integers(0, 13).map(two)),
+            draw(st.integers(0, 32).map(two)),
+        ]
+    )
+    clock = ":".join(
+        [
+            draw(st.integers(0, 25).map(two)),
+            draw(st.sampled_from(["00", "30", "59", "60"])),
+            draw(st.sampled_from(["00", "07", "59", "60", "61"])),
+        ]
+    )
+    digits = draw(
+        st.text("0123456789", max_size=12)
+        | st.sampled_from(["9999995", "99999949", "0000005", "0000015", "5" * 40])
+    )
+    hours, minutes = draw(st.integers(0, 17)), draw(st.integers(0, 60))
+    offset = f"{draw(st.sampled_from('+-'))}{hours:02}:{minutes:02}"
+    zone = draw(st.sampled_from(["Z", "Z", "z", "", offset, offset]))
+    separator = draw(st.sampled_from("TTTt _"))
+    text = draw(
+        st.sampled_from(
+            [
+                f"{date}{separator}{clock}{'.' if digits else ''}{digits}{zone}",
+                f"2026-01-12{separator}24:00:00{'.' if digits else ''}{digits}{zone}",
+                f"2026-01-12{separator}{clock}Z",
+                date,
+            ]
+        )
+    )
+    if draw(st.integers(0, 3)):
+        return text
+    at = draw(st.integers(0, len(text)))
+    inserted = draw(st.text("0123456789TtZz:.,+- WQ\u0664\uff11\n", max_size=4))
+    return text[:at] + inserted + text[at + draw(st.integers(0, 4)) :]

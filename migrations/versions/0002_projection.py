@@ -10,17 +10,18 @@ revision = "0002"
 down_revision = "0001"
 
 FUNCTIONS = r"""
--- Dear, so that the planner asks it last: only of rows that every other condition has let through.
+-- Expensive, so that the planner runs it last: only for rows that pass every other condition.
 CREATE FUNCTION pipeline.reject() RETURNS boolean
 LANGUAGE plpgsql VOLATILE COST 1000000 AS $$
 BEGIN
-    RAISE EXCEPTION 'a value of the range has not the shape that its column wants'
+    RAISE EXCEPTION 'a value of the range is not valid for its column'
         USING ERRCODE = 'data_exception';
 END $$;
 COMMENT ON FUNCTION pipeline.reject() IS
     'Raised by a projector''s statement when a value breaks a rule; the event is then looked for.';
 
--- RFC 3339 with its zone, or a bare date; the cast checks the ranges of the numbers.
+-- RFC 3339 with its zone, or a bare date; the cast checks the ranges of the numbers. pipeline.rfc3339
+-- in Python follows the two, and a test compares them.
 CREATE FUNCTION pipeline.is_rfc3339(value text) RETURNS boolean
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN value ~ ('^[0-9]{4}-[0-9]{2}-[0-9]{2}([Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?'
@@ -28,10 +29,24 @@ RETURN value ~ ('^[0-9]{4}-[0-9]{2}-[0-9]{2}([Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[
 COMMENT ON FUNCTION pipeline.is_rfc3339(text) IS
     'Whether a text is written as a time of RFC 3339 or as a date; NULL for NULL.';
 
+-- The rule and the cast for sessions of others, whatever their settings.
+CREATE FUNCTION pipeline.rfc3339_time(value text) RETURNS timestamptz
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN CASE WHEN NOT pipeline.is_rfc3339(value) THEN NULL
+                WHEN length(value) = 10 THEN CAST(value || ' 00:00:00Z' AS timestamptz)
+                ELSE CAST(value AS timestamptz) END;
+EXCEPTION WHEN data_exception THEN
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION pipeline.rfc3339_time(text) IS
+    'The time that a text of RFC 3339 names, as the read models have it; a date is its midnight in '
+    'UTC; NULL for any other text.';
+
 -- Exact and slow: called only after a statement has failed. The rules are those of the projectors'
 -- compiled statements. One exception block for all values, entered once per object. Of several
 -- paths with "|" between them the first that is set counts; no path is the value itself.
-CREATE FUNCTION pipeline.first_fault(object jsonb, columns text[], rules text[], paths text[])
+CREATE FUNCTION pipeline.first_invalid(object jsonb, columns text[], rules text[], paths text[])
 RETURNS text[] LANGUAGE plpgsql STABLE AS $$
 DECLARE
     place int := 1;
@@ -100,7 +115,7 @@ BEGIN
 EXCEPTION WHEN data_exception THEN
     RETURN ARRAY[columns[place], SQLSTATE];
 END $$;
-COMMENT ON FUNCTION pipeline.first_fault(jsonb, text[], text[], text[]) IS
+COMMENT ON FUNCTION pipeline.first_invalid(jsonb, text[], text[], text[]) IS
     'The first column whose value breaks its rule, and the SQLSTATE; NULL if none does.';
 
 -- In the transaction of the TRUNCATE, so that a rollback brings both back. Whoever may truncate
@@ -308,7 +323,8 @@ def downgrade() -> None:
     op.execute("DROP VIEW pipeline.projection_lag")
     op.execute("DROP FUNCTION pipeline.watch_read_model(regclass, text)")
     op.execute("DROP FUNCTION pipeline.read_model_truncated()")
-    op.execute("DROP FUNCTION pipeline.first_fault(jsonb, text[], text[], text[])")
+    op.execute("DROP FUNCTION pipeline.first_invalid(jsonb, text[], text[], text[])")
+    op.execute("DROP FUNCTION pipeline.rfc3339_time(text)")
     op.execute("DROP FUNCTION pipeline.is_rfc3339(text)")
     op.execute("DROP FUNCTION pipeline.reject()")
     op.drop_table("projectors", schema="pipeline")

@@ -508,7 +508,7 @@ def _insert_children(projector: Declared, names: _Names, child: Children, at: in
 # ---------------------------------------------------------------------------------------- screening
 
 _Rule = tuple[str, str, str]
-"""Column, rule of ``pipeline.first_fault`` (``!``: must be set), paths with ``|`` between them."""
+"""Column, rule of ``pipeline.first_invalid`` (``!``: must be set), paths separated by ``|``."""
 
 _OBJECT: _Rule = ("object", "object!", ELEMENT)
 
@@ -589,9 +589,9 @@ def _rejected(
     )
     is_set = "".join(f" AND {_read(field, around or item)} IS NOT NULL" for field in needed)
     return (
-        'SELECT e."offset", f.fault[1] AS column_name, f.fault[2] AS sqlstate\n'
+        'SELECT e."offset", f.invalid[1] AS column_name, f.invalid[2] AS sqlstate\n'
         f"FROM pipeline.events AS e{joins}\n"
-        f"CROSS JOIN LATERAL pipeline.first_fault({item}, {columns}, {kinds}, {paths}) "
-        "AS f(fault)\n"
-        f"WHERE {WHERE} AND {taken}{is_set} AND f.fault IS NOT NULL"
+        f"CROSS JOIN LATERAL pipeline.first_invalid({item}, {columns}, {kinds}, {paths}) "
+        "AS f(invalid)\n"
+        f"WHERE {WHERE} AND {taken}{is_set} AND f.invalid IS NOT NULL"
     )

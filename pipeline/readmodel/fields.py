@@ -73,7 +73,7 @@ _EVENTS = re.compile(r"\*|[A-Z][A-Z_]*\.(\*|[A-Z_]+)|\*\.[A-Z_]+")
 
 
 class Shape(Enum):
-    """The rule that a text must follow before it is cast, by its name in ``first_fault``."""
+    """The rule that a text must follow before it is cast, by its name in ``first_invalid``."""
 
     FREE = "free"
     UUID = "uuid"

@@ -6,15 +6,9 @@ FROM (
     SELECT v.order_id, v.status, min(v.at) AS reached_at
     FROM (
         SELECT e.entity_id AS order_id, nullif(e.payload #>> '{object,status}', '') AS status,
-               CASE WHEN coalesce(o.updated_at, '') = '' THEN e.created_at
-                    WHEN pipeline.first_fault(
-                             e.payload -> 'object', ARRAY['updated_at'], ARRAY['time'],
-                             ARRAY['updated_at']) IS NOT NULL THEN NULL
-                    WHEN length(o.updated_at) = 10
-                         THEN CAST(o.updated_at || ' 00:00:00Z' AS timestamptz)
-                    ELSE CAST(o.updated_at AS timestamptz) END AS at
+               CASE WHEN coalesce(e.payload #>> '{object,updated_at}', '') = '' THEN e.created_at
+                    ELSE pipeline.rfc3339_time(e.payload #>> '{object,updated_at}') END AS at
         FROM pipeline.events e
-        CROSS JOIN LATERAL (SELECT e.payload #>> '{object,updated_at}' AS updated_at) o
         WHERE e.event_type LIKE 'ORDER.%' AND e.entity_id IS NOT NULL AND e.problem IS NULL
           AND e.repeat_of IS NULL AND e.payload #>> '{object,id}' IS NOT NULL
     ) v

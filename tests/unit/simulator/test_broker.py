@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.events import micros
+from pipeline.rfc3339 import micros
 from pipeline.sandbox.simulator import Simulation
 from pipeline.sandbox.simulator.broker import Broker
 from pipeline.sandbox.simulator.exact import add

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import events
+from pipeline.rfc3339 import micros
 from pipeline.sandbox.simulator import Books, Chaos, Simulation
 from pipeline.sandbox.simulator.chaos import MALFORMED
 from pipeline.sandbox.simulator.timeline import SimulatedEvent
@@ -143,11 +144,11 @@ RANKS = {
 
 def version(category, event, thing):
     """What decides which of two events about one thing is newer."""
-    told = events.micros(event["created_at"])
+    told = micros(event["created_at"])
     rank = RANKS.get(thing.get("status", ""), 0)
     if category in ("EXECUTION", "USER_CHECK"):
         return rank, told
-    return events.micros(thing.get("updated_at")) or told, rank, told
+    return micros(thing.get("updated_at")) or told, rank, told
 
 
 def key_of(category, event, thing):

@@ -18,9 +18,9 @@ from sqlalchemy import Engine
 
 from benchmarks.report import Pairs, Run, Section, bars, table
 from benchmarks.stage import Stage, run_process
+from pipeline import catalogue
 from pipeline.db import open_engine
 from pipeline.projection.loop import run_projection
-from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import rebuild
@@ -93,7 +93,7 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
     """
     of_one, rows = _measure_orders(stage, events, pairs)
     of_all, live = _measure_all(stage, events, pairs)
-    models = discover()
+    models = catalogue.load().models
     return Section(
         "Projection of `orders`, and of all read models",
         f"A log of {events:,} events of orders, which make {rows:,} rows of "
@@ -133,7 +133,7 @@ def _measure_all(stage: Stage, events: int, pairs: int) -> tuple[Pairs, str]:
         engine = open_engine(database.url, application="benchmark")
         for _ in range(pairs):
             empty_all(connection)
-            live.append(_timed(stage, events, lambda: _project(engine, *discover())))
+            live.append(_timed(stage, events, lambda: _project(engine, *catalogue.load().models)))
             by_two.theirs.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=1)))
             by_two.ours.append(_timed(stage, events, lambda: _rebuild_all(database, jobs=2)))
         engine.dispose()
@@ -159,7 +159,7 @@ def log_of_orders(stage: Stage, events: int) -> Iterator[tuple[Database, Engine]
 
 def empty_all(connection: psycopg.Connection) -> None:
     """Truncate all read models, which are then projected from the log's beginning."""
-    tables = ", ".join(table.fullname for one in discover() for table in one.tables)
+    tables = ", ".join(table.fullname for one in catalogue.load().models for table in one.tables)
     connection.execute(f"TRUNCATE {tables}".encode())
 
 

@@ -18,9 +18,9 @@ from confluent_kafka import Producer
 
 from benchmarks.report import Lines, Section
 from benchmarks.stage import PARTITIONS, Stage
+from pipeline import catalogue
 from pipeline.db import open_engine
 from pipeline.health.status import read_status
-from pipeline.projectors import discover
 from pipeline.settings import Settings
 from tests.servers.databases import Database
 
@@ -256,7 +256,7 @@ def _looked(database: Database, topic: str) -> list[float]:
         taken = [
             _median_ms(partial(connection.execute, query, given)) for query in QUERIES.values()
         ]
-        taken.append(_median_ms(partial(read_status, engine, discover())))
+        taken.append(_median_ms(partial(read_status, engine, catalogue.load().models)))
     engine.dispose()
     return taken
 

@@ -10,7 +10,7 @@ from benchmarks.filling import fill, one_row
 from benchmarks.projection import empty_all
 from benchmarks.report import Run, Section, Ways, ways_bars, ways_table
 from benchmarks.stage import PARTITIONS, Stage
-from pipeline.projectors import discover
+from pipeline import catalogue
 from tests.servers.databases import Database
 
 INGESTING = ((6, 1), (6, 2), (6, 4), (1, 1), (50, 1), (50, 4))
@@ -27,7 +27,7 @@ QUICK_EVENTS = 20_000
 KAFKA_OPTIONS = "heartbeat.interval.ms=200"
 CONTENT = "SELECT " + ", ".join(
     f"(SELECT (count(*), bit_xor(hashtextextended(CAST(t AS text), 0))) FROM {table.fullname} t)"
-    for one in discover()
+    for one in catalogue.load().models
     for table in one.tables
 )
 """How many rows each table of a read model has, and a digest of them."""

@@ -9,6 +9,9 @@ from pipeline.schema.migrate import declare_tables, open_from_settings
 
 def run() -> None:
     """Bring the database to the head; one transaction per migration."""
+    if context.is_offline_mode():
+        _print_statements()
+        return
     connection = context.config.attributes.get("connection") or open_from_settings()
     connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {LOG_SCHEMA}"))
     connection.commit()
@@ -21,6 +24,18 @@ def run() -> None:
         include_name=lambda name, kind, _parents: kind != "schema" or name == LOG_SCHEMA,
         transaction_per_migration=True,
         on_version_apply=context.config.attributes.get("on_version_apply"),
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _print_statements() -> None:
+    """Write what would be executed, for a DBA."""
+    context.configure(
+        dialect_name="postgresql",
+        version_table_schema=LOG_SCHEMA,
+        transaction_per_migration=True,
+        output_buffer=context.config.output_buffer,
     )
     with context.begin_transaction():
         context.run_migrations()

@@ -40,6 +40,7 @@ Place = Literal[
     "after_fill",
     "after_closing",
     "mid_migration",
+    "mid_read_models",
     "on_sigterm",
 ]
 

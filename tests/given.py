@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from sqlalchemy import Engine, Row, text
 
+from pipeline import catalogue
 from pipeline import events as reading
 from pipeline.db import open_engine, transaction
 from pipeline.ingest.repeats import RepeatWindow
@@ -186,13 +187,24 @@ class Log:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def rows_of(engine: Engine, table: str, *, schema: str = "upvest") -> Sequence[Row[Any]]:
-    """Every row of a table, in the order of its primary key."""
+def full(table: str) -> str:
+    """A read model's table with its schema."""
+    return catalogue.load().tables[table].fullname
+
+
+def rows_of(engine: Engine, table: str, *, schema: str | None = None) -> Sequence[Row[Any]]:
+    """Every row of a table, in the order of its primary key; with its personal columns."""
+    names = [f"{schema}.{table}"] if schema else [f"upvest_personal.{table}", f"upvest.{table}"]
     with transaction(engine) as db:
-        key = db.execute(PRIMARY_KEY, {"table": f"{schema}.{table}"}).scalar_one()
-        return db.execute(text(f"SELECT * FROM {schema}.{table} ORDER BY {key}")).all()
+        [name] = db.execute(FIRST_TABLE, {"names": names}).scalars()
+        key = db.execute(PRIMARY_KEY, {"table": name}).scalar_one()
+        return db.execute(text(f"SELECT * FROM {name} ORDER BY {key}")).all()
 
 
+FIRST_TABLE = text("""
+    SELECT n.name FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS n(name, place)
+    WHERE to_regclass(n.name) IS NOT NULL ORDER BY n.place LIMIT 1
+""")
 PRIMARY_KEY = text("""
     SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.place)
     FROM pg_index i

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from pipeline.projectors import discover
+from pipeline import catalogue
 from pipeline.readmodel import Projector
 from pipeline.readmodel.model import Declared
 
@@ -33,7 +33,7 @@ ORDER BY a.attnum
 
 def reference(db: Connection) -> str:
     """Every table and view of the schema ``upvest``, as Markdown."""
-    owners = {table.name: one for one in discover() for table in one.tables}
+    owners = {table.name: one for one in catalogue.load().models for table in one.tables}
     relations = db.execute(RELATIONS).all()
     tables = [row for row in relations if not row.is_view and row.name in owners]
     # Children stand behind their parents.

@@ -99,9 +99,13 @@ COMMENT ON COLUMN pipeline.lag.problem IS 'Why the partition is halted; NULL if 
 def upgrade() -> None:
     op.execute("CREATE SCHEMA pipeline_segments")
     op.execute("CREATE SCHEMA upvest")
+    op.execute("CREATE SCHEMA upvest_personal")
     op.execute("COMMENT ON SCHEMA pipeline IS 'The event log and its bookkeeping.'")
     op.execute("COMMENT ON SCHEMA pipeline_segments IS 'The segments of pipeline.events.'")
     op.execute("COMMENT ON SCHEMA upvest IS 'Read models and views for analysts.'")
+    op.execute(
+        "COMMENT ON SCHEMA upvest_personal IS 'Read models with personal data, all their columns.'"
+    )
     op.create_table(
         "consumer_offsets",
         sa.Column("topic", sa.Text(collation="C"), nullable=False, comment="Kafka topic."),
@@ -413,5 +417,6 @@ def downgrade() -> None:
     for table in ("installation", "gaps", "consumer_offsets", "segments", "events"):
         op.drop_table(table, schema="pipeline")
     op.execute("DROP FUNCTION pipeline.refuse_change()")
+    op.execute("DROP SCHEMA upvest_personal")
     op.execute("DROP SCHEMA upvest")
     op.execute("DROP SCHEMA pipeline_segments")

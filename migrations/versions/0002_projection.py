@@ -120,19 +120,28 @@ COMMENT ON FUNCTION pipeline.first_invalid(jsonb, text[], text[], text[]) IS
 
 -- In the transaction of the TRUNCATE, so that a rollback brings both back. Whoever may truncate
 -- need not have rights on the bookkeeping.
-CREATE FUNCTION pipeline.read_model_truncated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION pipeline.start_again(of_projector text, without_main_table boolean) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE pipeline.projection_checkpoints SET next_offset = 0, moved_at = now()
-     WHERE projector = TG_ARGV[0];
-    DELETE FROM pipeline.dead_letters WHERE projector = TG_ARGV[0];
+     WHERE projector = of_projector;
+    DELETE FROM pipeline.dead_letters WHERE projector = of_projector;
     -- Without its main table nothing is left of what an older definition built.
-    IF TG_TABLE_NAME = TG_ARGV[0] THEN
+    IF without_main_table THEN
         UPDATE pipeline.projectors
            SET fingerprint = NULL, built_at = NULL,
                state = 'live', problem = NULL, problem_at = NULL
-         WHERE projector = TG_ARGV[0];
+         WHERE projector = of_projector;
     END IF;
+END $$;
+COMMENT ON FUNCTION pipeline.start_again(text, boolean) IS
+    'The projector takes the log from its beginning again, so that its empty tables are filled.';
+REVOKE ALL ON FUNCTION pipeline.start_again(text, boolean) FROM PUBLIC;
+
+CREATE FUNCTION pipeline.read_model_truncated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pipeline.start_again(TG_ARGV[0], TG_TABLE_NAME = TG_ARGV[0]);
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION pipeline.read_model_truncated() IS
@@ -323,6 +332,7 @@ def downgrade() -> None:
     op.execute("DROP VIEW pipeline.projection_lag")
     op.execute("DROP FUNCTION pipeline.watch_read_model(regclass, text)")
     op.execute("DROP FUNCTION pipeline.read_model_truncated()")
+    op.execute("DROP FUNCTION pipeline.start_again(text, boolean)")
     op.execute("DROP FUNCTION pipeline.first_invalid(jsonb, text[], text[], text[])")
     op.execute("DROP FUNCTION pipeline.rfc3339_time(text)")
     op.execute("DROP FUNCTION pipeline.is_rfc3339(text)")

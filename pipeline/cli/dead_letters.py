@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.events import document_of, parse_place, print_event
 from pipeline.cli.rebuild import known
@@ -16,7 +17,6 @@ from pipeline.log.search import newest
 from pipeline.log_events import printable
 from pipeline.projection.dead_letters import DeadLetter, listed
 from pipeline.projection.dead_letters import retry as try_again
-from pipeline.projectors import discover
 from pipeline.schema.migrate import check_schema
 
 _WHY = {
@@ -134,7 +134,7 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: _AsJson = False) ->
     wanted = [one.name for one in known(names or [])]
     with database_of(settings_of(ctx), "dead-letters") as engine:
         check_schema(engine)
-        landed, refused = try_again(engine, discover(), wanted or None)
+        landed, refused = try_again(engine, catalogue.load().models, wanted or None)
     if as_json:
         emit({"landed": landed, "refused": refused})
     else:

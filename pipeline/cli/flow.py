@@ -18,6 +18,7 @@ import structlog
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
 from pipeline.cli.tally import Tally
 from pipeline.cli.terminal import Gauge
@@ -32,7 +33,6 @@ from pipeline.outages import OutagePolicy
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
-from pipeline.projectors import discover
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild.rebuild import rebuild
@@ -280,7 +280,7 @@ def _ingest(job: Job) -> None:
 def _project(job: Job, stop: threading.Event) -> None:
     run_projection(
         job.engine,
-        discover(),
+        catalogue.load().models,
         projection_limits(job.settings),
         stop=stop,
         observe=job.tally.of_projection(),
@@ -298,7 +298,7 @@ def _project_to_the_end(job: Job) -> None:
 
         run_projection(
             job.engine,
-            discover(),
+            catalogue.load().models,
             projection_limits(job.settings),
             stop=job.stop,
             until_end=True,
@@ -373,7 +373,7 @@ def _rebuild_stale(job: Job) -> None:
     """Rebuild what was built by another definition; no failure here stops what runs beside."""
     # Its statements may take long, so it has a database of its own.
     with database_of(job.settings, "rebuild") as engine:
-        for projector in discover():
+        for projector in catalogue.load().models:
             _rebuild_if_stale(job, engine, projector)
 
 

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, projection_limits, settings_of
 from pipeline.cli.flow import show_projection
 from pipeline.cli.terminal import Gauge, emit, say, table
 from pipeline.errors import ExitCode
-from pipeline.projectors import discover
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import (
     Difference,
@@ -81,7 +81,7 @@ def rebuild(
         raise typer.BadParameter("name read models, or give --all")
     if in_place and only_check:
         raise typer.BadParameter("--check changes nothing, so it does not go with --in-place")
-    chosen = list(discover()) if everything else known(names or [])
+    chosen = list(catalogue.load().models) if everything else known(names or [])
     settings = settings_of(ctx)
     done: dict[str, Difference] = {}
     with (
@@ -213,7 +213,7 @@ def _show_differences(done: Sequence[Difference], *, repaired: bool, as_json: bo
 
 def known(names: Sequence[str]) -> list[Projector]:
     """The read models of these names; wrong usage if one does not exist."""
-    by_name = {one.name: one for one in discover()}
+    by_name = {one.name: one for one in catalogue.load().models}
     if unknown := [name for name in names if name not in by_name]:
         raise typer.BadParameter(
             f"no read model {', '.join(unknown)}; there are {', '.join(by_name)}"

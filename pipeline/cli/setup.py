@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import catalogue
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.terminal import emit, say
 from pipeline.health.check import (
@@ -16,7 +17,6 @@ from pipeline.health.check import (
     run_checks,
 )
 from pipeline.log_events import printable
-from pipeline.projectors import discover
 from pipeline.schema import migrate as schema
 from pipeline.schema.roles import PREFIX_DEFAULT
 
@@ -124,7 +124,7 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
     """
     settings = settings_of(ctx)
     results = []
-    for result in run_checks(settings, discover()):
+    for result in run_checks(settings, catalogue.load().models):
         results.append(result)
         if not as_json:
             _show(result)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.terminal import (
     NOTHING,
@@ -27,7 +28,6 @@ from pipeline.health.problem import Problem
 from pipeline.health.status import PartitionStatus, ProjectorStatus, Recent, Status, read_status
 from pipeline.log_events import printable
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
 from pipeline.schema.migrate import check_schema
 
 TYPES_MAX = 5
@@ -86,7 +86,7 @@ def status(
     with database_of(settings, "status", read_only=True, answers_soon=True) as engine:
         check_schema(engine)
         if not watch:
-            seen = read_status(engine, discover())
+            seen = read_status(engine, catalogue.load().models)
             show(seen)
             raise typer.Exit(ExitCode.DONE if seen.ok else ExitCode.FOUND)
         try:
@@ -100,7 +100,7 @@ def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None
     seen: Status | None = None
     while True:
         try:
-            seen = read_status(engine, discover())
+            seen = read_status(engine, catalogue.load().models)
         except TransientError as error:
             # What is on the screen is no longer so.
             if console.is_terminal:

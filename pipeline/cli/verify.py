@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.rebuild import known
 from pipeline.cli.rewind import offsets
@@ -14,7 +15,6 @@ from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ExitCode
 from pipeline.health.verify import Evidence, verify_kafka, verify_log, verify_read_models
 from pipeline.log_events import printable
-from pipeline.projectors import discover
 from pipeline.schema.migrate import check_schema
 
 
@@ -55,7 +55,7 @@ def verify(
     $ pipeline verify --only log --only kafka
     $ pipeline verify orders positions --only read-models
     """
-    chosen = known(names or []) or list(discover())
+    chosen = known(names or []) or list(catalogue.load().models)
     settings = settings_of(ctx)
     found: list[Evidence] = []
     with database_of(settings, "verify") as engine, Gauge("verifying", unit="rows") as gauge:

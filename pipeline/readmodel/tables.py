@@ -1,6 +1,7 @@
 """From a declaration to the tables that hold its rows, as SQLAlchemy describes tables.
 
-Each table is a value of its own, in a ``MetaData`` of its own.
+Each table is a value of its own, in a ``MetaData`` of its own. A table with a personal column is in
+the schema for personal data.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from sqlalchemy import (
     Uuid,
 )
 
-from pipeline.db import READ_SCHEMA, metadata
+from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA, metadata
 from pipeline.readmodel.fields import Field
 
 VERSION_COLUMNS = (
@@ -95,12 +96,13 @@ def _table(
     indexes: Iterable[Index],
     projector: str,
 ) -> Table:
+    is_personal = any(column.info.get("personal") for column in columns)
     return Table(
         name,
         MetaData(naming_convention=metadata.naming_convention),
         *columns,
         *indexes,
-        schema=READ_SCHEMA,
+        schema=PERSONAL_SCHEMA if is_personal else READ_SCHEMA,
         comment=comment,
         info={"projector": projector},
     )

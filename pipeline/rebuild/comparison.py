@@ -35,6 +35,7 @@ class Difference(NamedTuple):
         behind: Offsets that the live projector had not taken yet, so that some rows differ for
             that reason; 0 where both have the same checkpoints.
         dead_letters: Events that the rebuild rejected.
+        is_replaced: The live tables had other columns, so they were replaced and not compared.
     """
 
     projector: str
@@ -44,6 +45,7 @@ class Difference(NamedTuple):
     surplus: int
     behind: int
     dead_letters: int
+    is_replaced: bool = False
 
     @property
     def differing(self) -> int:
@@ -75,6 +77,11 @@ def repair(db: Connection, projector: Projector) -> None:
     for table in projector.tables:
         for statement in (_delete, _change, _insert):
             db.execute(text(statement(table)))
+
+
+def count_shadow(table: Table) -> str:
+    """Counts the rows of the table that a rebuild has computed."""
+    return f'SELECT count(*) FROM "{SHADOW_SCHEMA}"."{table.name}"'  # noqa: S608 - declared names
 
 
 def _live(table: Table) -> str:

@@ -24,7 +24,7 @@ from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild import work_list
-from pipeline.rebuild.comparison import Difference, measure, repair
+from pipeline.rebuild.comparison import Difference, count_shadow, measure, repair
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +44,8 @@ EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
 # Functions of the owner, so that any login may resume the rebuild of another one.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
 DROP = text("SELECT pipeline.drop_shadow(:table)")
+MUST_SWAP = text("SELECT pipeline.must_swap(:table)")
+SWAP = text("SELECT pipeline.swap_read_model(:table)")
 
 
 class RebuildRunsError(PipelineError):
@@ -379,13 +381,18 @@ class Shadow:
             behind = sum(
                 lag(live.get(partition, NextOffset(0)), end) for partition, end in goal.items()
             )
-            if behind < self._chunk_offsets and checkpoints.is_live(db, name):
+            is_replaced = self._must_swap()
+            is_followed = behind < self._chunk_offsets and checkpoints.is_live(db, name)
+            if is_followed and not is_replaced:
                 self._catch_up(None, name, live, goal)
                 behind = 0
             failpoints.reach("before_swap", connection_fd=descriptor(db))
-            difference = self._measured(behind=behind)
-            if difference.differing:
-                repair(db, self._projector)
+            if is_replaced:
+                difference = self._swap(behind=behind)
+            else:
+                difference = self._measured(behind=behind)
+                if difference.differing:
+                    repair(db, self._projector)
             dead_letters.forget(db, name)
             dead_letters.hand_over(db, self._name, name)
             checkpoints.set_next_offsets(db, name, goal)
@@ -393,6 +400,22 @@ class Shadow:
             self._drop()
             failpoints.reach("after_swap", connection_fd=descriptor(db))
         return difference
+
+    def _must_swap(self) -> bool:
+        """Whether a live table has other columns or another key than it is declared to have."""
+        return any(
+            self._db.execute(MUST_SWAP, {"table": table.name}).scalar_one()
+            for table in self._projector.tables
+        )
+
+    def _swap(self, *, behind: int) -> Difference:
+        """Put the tables in the place of the live ones; readers wait for this instant only."""
+        rows = 0
+        for table in self._projector.tables:
+            rows += self._db.execute(text(count_shadow(table))).scalar_one()
+            self._db.execute(SWAP, {"table": table.name})
+        letters = len(dead_letters.listed(self._db, [self._name]))
+        return Difference(self._projector.name, rows, 0, 0, 0, behind, letters, is_replaced=True)
 
     def _measured(self, *, behind: int) -> Difference:
         letters = len(dead_letters.listed(self._db, [self._name]))

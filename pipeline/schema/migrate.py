@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from sqlalchemy import Connection, Engine, Table, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints
+from pipeline.catalogue import Catalogue, load
 from pipeline.db import (
     LOG_SCHEMA,
     READ_SCHEMA,
@@ -27,6 +29,7 @@ from pipeline.db import (
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.schema import read_models, roles
 from pipeline.schema.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
+from pipeline.schema.plan import Step
 from pipeline.settings import load_settings
 
 log = structlog.get_logger(__name__)
@@ -51,20 +54,27 @@ _ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 class Migrated(NamedTuple):
-    """What was done.
+    """What was done, or is to be done.
 
     Attributes:
-        applied: Revisions, oldest first.
+        applied: Revisions of the log and the bookkeeping, oldest first.
+        steps: Changes of read models and views, in order.
         grants: Statements that changed roles and rights.
         role_prefix: With what the names of this database's roles begin; None if it has none.
     """
 
     applied: list[str]
+    steps: list[Step]
     grants: list[str]
     role_prefix: str | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was nothing to do."""
+        return not (self.applied or self.steps or self.grants)
 
-def migrate(url: str) -> list[str]:
+
+def migrate(url: str, catalogue: Catalogue | None = None) -> list[str]:
     """Bring the database to the schema of this program, and its roles to their rights.
 
     Returns:
@@ -72,32 +82,43 @@ def migrate(url: str) -> list[str]:
 
     Raises:
         ConfigurationError: A right is missing, or the schema is newer than this program.
-        TransientError: The server went away or a lock was not to be had; repeat.
+        TransientError: The server is unavailable or a lock was not to be had; repeat.
     """
-    return set_up(url).applied
+    return set_up(url, catalogue).applied
 
 
-def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None) -> Migrated:
+def set_up(
+    url: str,
+    catalogue: Catalogue | None = None,
+    *,
+    with_roles: bool = False,
+    role_prefix: str | None = None,
+) -> Migrated:
     """Bring the database to the schema and the rights of this program; safe to repeat and live.
 
-    Each migration is one transaction, so a crash leaves the database between two of them. Where the
-    database has roles, the owner among them makes everything, and the rights of the others follow.
+    First the log and the bookkeeping, by Alembic, each migration in a transaction of its own; then
+    read models and views, as they are declared, each step in a transaction of its own; then rights.
+    So a crash leaves the database between two of them, and the next call continues. Where the
+    database has roles, the owner among them makes everything.
 
     Args:
         url: ``postgresql+psycopg://…`` of a role that may create schemas, or act as the owner.
+        catalogue: The read models and views; by default those that are installed.
         with_roles: Make the roles too, where they are not there.
         role_prefix: With what their names then begin; None for what they begin with already, or
             the default.
 
     Raises:
-        ConfigurationError: A right is missing, or the schema is newer than this program.
-        TransientError: The server went away or a lock was not to be had; repeat.
+        ConfigurationError: A right is missing, the schema is newer than this program, or objects of
+            others are in the way.
+        TransientError: The server is unavailable or a lock was not to be had; repeat.
     """
+    declared = catalogue or load()
     engine = open_engine(url, application="pipeline migrate")
     applied: list[str] = []
+    steps: list[Step] = []
 
-    def note(*, ctx: Any, step: Any, **_rest: Any) -> None:  # noqa: ANN401 - Alembic's own types
-        _close_what_is_open(ctx.connection, roles.found_prefix(ctx.connection))
+    def note(*, step: Any, **_rest: Any) -> None:  # noqa: ANN401 - Alembic's own types
         failpoints.reach("mid_migration")
         applied.append(step.up_revision_id)
 
@@ -115,17 +136,66 @@ def set_up(url: str, *, with_roles: bool = False, role_prefix: str | None = None
                 db.commit()
                 _refuse_newer(db)
                 _refuse_dropped_tables(db)
-                _close_personal_columns(db, found)
+                _close_personal_columns(db, found, declared)
                 _upgrade(db, note)
                 grants = []
                 if with_roles:
                     found = found or role_prefix or roles.PREFIX_DEFAULT
                     grants += _make_roles(db, found)
                 db.commit()
+                with _dependents_named(db):
+                    read_models.make(db, declared, steps.append)
                 grants += _follow_up(db, found)
-                return Migrated(applied, grants, found)
+                return Migrated(applied, steps, grants, found)
     finally:
         engine.dispose()
+
+
+def planned(url: str, catalogue: Catalogue | None = None) -> Migrated:
+    """What ``set_up`` would do now; nothing is changed.
+
+    Read models and views are compared only in a database whose log is current; else all that is
+    known is that they follow.
+
+    Raises:
+        ConfigurationError: The schema is newer than this program, or objects of others are in the
+            way.
+        TransientError: The server is unavailable.
+    """
+    engine = open_engine(url, application="pipeline migrate")
+    try:
+        with transaction(engine) as db:
+            db.execute(_ONE_SNAPSHOT)
+            _refuse_newer(db)
+            found = roles.found_prefix(db)
+            missing = _missing_revisions(db)
+            if missing:
+                return Migrated(missing, [], [], found)
+            steps = read_models.planned(db, catalogue or load())
+            return Migrated([], steps, roles.grant_statements(db, found) if found else [], found)
+    finally:
+        engine.dispose()
+
+
+def _missing_revisions(db: Connection) -> list[str]:
+    known, found = [script.revision for script in _scripts().walk_revisions()], _revision_of(db)
+    known.reverse()
+    return known[known.index(found) + 1 :] if found else known
+
+
+def revision_sql(url: str) -> str:
+    """The statements of the migrations that are missing, for a DBA; nothing is executed."""
+    engine = open_engine(url, application="pipeline migrate")
+    try:
+        with transaction(engine) as db:
+            found = _revision_of(db)
+    finally:
+        engine.dispose()
+    written = StringIO()
+    config = _config(offline=True)
+    config.output_buffer = written
+    command.upgrade(config, f"{found or 'base'}:head", sql=True)
+    return written.getvalue()
 
 
 def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
@@ -145,23 +215,21 @@ def planned_roles(url: str, role_prefix: str | None = None) -> Migrated:
             db.execute(_ONE_SNAPSHOT)
             found = _found_roles(db, role_prefix) or role_prefix or roles.PREFIX_DEFAULT
             statements = roles.role_statements(db, found)
-            return Migrated([], [*statements, *_grants(db, found)], found)
+            return Migrated([], [], [*statements, *roles.grant_statements(db, found)], found)
     finally:
         engine.dispose()
 
 
-def _close_personal_columns(db: Connection, prefix: str | None) -> None:
+def _close_personal_columns(db: Connection, prefix: str | None, catalogue: Catalogue) -> None:
     """Committed before anything that can fail; again in each migration, for what that one makes."""
     db.rollback()
     with db.begin():
-        _close_what_is_open(db, prefix)
+        _close_what_is_open(db, prefix, catalogue)
     failpoints.reach("after_closing")
 
 
-def _close_what_is_open(db: Connection, prefix: str | None) -> None:
-    from pipeline.projectors import discover
-
-    if closed := roles.close_personal_columns(db, prefix, discover()):
+def _close_what_is_open(db: Connection, prefix: str | None, catalogue: Catalogue) -> None:
+    if closed := read_models.close_personal_columns(db, prefix, catalogue):
         log.warning("personal_data_closed", statements=closed)
 
 
@@ -285,29 +353,18 @@ def _make_roles(db: Connection, prefix: str) -> list[str]:
 
 
 def _follow_up(db: Connection, prefix: str | None) -> list[str]:
-    """What the declarations say beyond tables: masked views, and who has rights on what."""
-    from pipeline.projectors import discover
-
-    with db.begin():
-        read_models.make_missing(db, discover())
+    """Who has rights on what."""
+    if prefix is None:
+        return []
     with db.begin():
         db.execute(_ONE_SNAPSHOT)
-        roles.mask_personal_columns(db, discover())
-        if prefix is None:
-            return []
         if missing := roles.missing_roles(db, prefix):
             raise ConfigurationError(
                 f"role {', '.join(missing)} does not exist: run `pipeline migrate --roles`"
             )
-        statements = _grants(db, prefix)
+        statements = roles.grant_statements(db, prefix)
         roles.execute(db, statements)
         return statements
-
-
-def _grants(db: Connection, prefix: str) -> list[str]:
-    from pipeline.projectors import discover
-
-    return roles.grant_statements(db, prefix, discover())
 
 
 def check_schema(engine: Engine) -> None:
@@ -340,10 +397,8 @@ def check_tables(engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHE
 
 def our_tables() -> list[Table]:
     """Every table that this program makes: of the log, of the bookkeeping, of the read models."""
-    from pipeline import projectors
-
     declare_tables()
-    return [*metadata.tables.values(), *projectors.tables().values()]
+    return [*metadata.tables.values(), *load().tables.values()]
 
 
 def declare_tables() -> None:

@@ -1,4 +1,4 @@
--- Personal data: reviewed, it shows none.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.cash_ledger AS
 SELECT t.cash_transaction_id, t.transaction_type, t.account_group_id, t.account_id,
        t.booking_date, t.value_date, t.amount, t.currency,

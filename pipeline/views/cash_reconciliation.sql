@@ -1,4 +1,4 @@
--- Personal data: reviewed, it shows none.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.cash_reconciliation AS
 SELECT account_group_id, currency, b.balance, coalesce(t.ledger_sum, 0) AS ledger_sum,
        coalesce(b.balance, 0) - coalesce(t.ledger_sum, 0) AS break_amount,

@@ -1,4 +1,4 @@
--- Personal data: reviewed, it shows none.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.holdings AS
 SELECT p.account_id, a.account_number, a.account_type, a.account_group_id, g.group_type,
        u.owner_user_ids, coalesce(g.business_id, a.business_id) AS business_id,

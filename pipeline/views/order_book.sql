@@ -1,4 +1,4 @@
--- Personal data: it reads no table with personal data.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.order_book AS
 SELECT o.order_id, o.created_at, o.updated_at, o.status, o.cancellation_reason,
        o.account_id, coalesce(o.user_id, o.business_id) AS holder_id,

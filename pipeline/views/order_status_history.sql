@@ -1,4 +1,4 @@
--- Personal data: reviewed, it shows none.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.order_status_history WITH (security_barrier) AS
 SELECT s.order_id, row_number() OVER reached AS step, s.status, s.reached_at,
        s.reached_at - lag(s.reached_at) OVER reached AS after_previous

@@ -1,4 +1,4 @@
--- Personal data: it reads no table with personal data.
+-- Personal data: none, reviewed 2026-11-29.
 CREATE VIEW upvest.position_reconciliation AS
 SELECT account_id, instrument_uuid, coalesce(i.name, i.isin, p.isin, t.isin) AS instrument_name,
        p.quantity, coalesce(t.ledger_sum, 0) AS ledger_sum,

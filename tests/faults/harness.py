@@ -20,13 +20,14 @@ from urllib.parse import quote, urlsplit
 import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
+from pipeline import catalogue
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
 from pipeline.sandbox.simulator import Books
 from pipeline.schema.migrate import set_up
 from pipeline.schema.roles import ROLES
 from tests import canaries, waiting
 from tests.faults.ledger import Feed, Headers, Ledger
+from tests.given import full
 from tests.servers import Kafka
 from tests.servers.databases import Database
 
@@ -403,7 +404,7 @@ class Bench:
 
     def count(self, table: str) -> int:
         """Rows of a read model."""
-        [(rows,)] = self.query(f"SELECT count(*) FROM upvest.{table}")
+        [(rows,)] = self.query(f"SELECT count(*) FROM {full(table)}")
         return int(rows)
 
     def owners_of_all(self) -> dict[Partition, int | None]:
@@ -474,7 +475,7 @@ class Bench:
                 for at, next_offset in self.checkpoints().items()
                 if at[1] in ledger.ends
             }
-            return len(seen) == len(discover()) * len(ledger.ends) and all(
+            return len(seen) == len(catalogue.load().models) * len(ledger.ends) and all(
                 next_offset >= ledger.ends[place] for (_, place), next_offset in seen.items()
             )
 
@@ -519,9 +520,7 @@ class Bench:
         """How many rows of a read model the books do not have, or have and it does not."""
         columns = SQL(", ").join(map(Identifier, books.columns(table)))
         with self.database.connect() as db:
-            found = Counter(
-                db.execute(SQL("SELECT {} FROM upvest.{}").format(columns, Identifier(table)))
-            )
+            found = Counter(db.execute(SQL(f"SELECT {{}} FROM {full(table)}").format(columns)))
         wanted = Counter(books.rows(table))
         return (found - wanted).total() + (wanted - found).total()
 

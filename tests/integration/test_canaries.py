@@ -19,9 +19,9 @@ from psycopg.sql import SQL, Identifier, Literal
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from pipeline import catalogue
 from pipeline.cli.app import app
 from pipeline.db import open_engine
-from pipeline.projectors import discover
 from pipeline.readmodel import Custom, integer
 from pipeline.sandbox.servers.broker import MockBroker
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
@@ -161,7 +161,7 @@ def _filled(house: House, commands: Commands) -> House:
                     "SELECT count(*) FROM pipeline.projection_checkpoints WHERE next_offset = %s",
                     [len(records())],
                 ).fetchone()
-                return done is not None and done[0] == len(discover())
+                return done is not None and done[0] == len(catalogue.load().models)
 
             wait(is_projected)
             argv = subprocess.run(

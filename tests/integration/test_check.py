@@ -12,12 +12,12 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from pipeline import catalogue
 from pipeline.db import open_engine
 from pipeline.health.check import Promise, PromiseState, promise_statuses, run_checks
 from pipeline.health.check.database import _server, _session, check_database, is_loopback
 from pipeline.health.check.kafka import kafka_tls
 from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION
-from pipeline.projectors import discover
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from pipeline.schema.migrate import set_up
 from pipeline.schema.roles import ROLES
@@ -38,14 +38,14 @@ def found(url, servers, topic=TOPIC, **settings):
         topics=topic,
         **settings,
     )
-    return list(run_checks(chosen, discover()))
+    return list(run_checks(chosen, catalogue.load().models))
 
 
 def found_in(url):
     """The results of a check of the database."""
     engine = open_engine(url, application="test")
     try:
-        return list(check_database(engine, discover()))
+        return list(check_database(engine, catalogue.load().models))
     finally:
         engine.dispose()
 
@@ -141,7 +141,7 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
     ids=["parent", "segment", "truncate", "broken"],
 )
 def test_a_safeguard_that_is_missing_is_wrong(given, harm, expected):
-    given([order_event("NEW", at=1)]).project(*discover())
+    given([order_event("NEW", at=1)]).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
     given.execute(harm.format(segment=segment))
 
@@ -151,7 +151,7 @@ def test_a_safeguard_that_is_missing_is_wrong(given, harm, expected):
 
 
 def test_a_read_model_of_another_definition_is_a_warning(given):
-    given([order_event("NEW", at=1)]).project(*discover())
+    given([order_event("NEW", at=1)]).project(*catalogue.load().models)
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
 
     results = found_in(given.database.url)

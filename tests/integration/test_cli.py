@@ -11,9 +11,9 @@ import sys
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from pipeline import catalogue
 from pipeline.db import locks
 from pipeline.errors import ExitCode
-from pipeline.projectors import discover
 from pipeline.sandbox.servers.postgres import free_port
 from pipeline.sandbox.simulator import Chaos, Simulation
 from pipeline.sandbox.simulator.producer import Producer
@@ -233,7 +233,7 @@ def test_stale_read_models_are_rebuilt_beside_the_running_job(commands, broker, 
     produce(broker)
     commands.run("run", "--until-end")
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'older' WHERE projector = 'users'")
-    given.execute("UPDATE upvest.users SET status = 'CORRUPTED'")
+    given.execute("UPDATE upvest_personal.users SET status = 'CORRUPTED'")
 
     result = commands.run("run", "--until-end", "--rebuild-stale")
 
@@ -349,7 +349,9 @@ def test_all_read_models_are_rebuilt_several_at_once(commands, given, pipeline):
     clean = pipeline(commands, "rebuild", "--all", "--check", "-j", "5", "--json")
 
     assert mended.code == 0
-    assert [one["projector"] for one in mended.json] == [one.name for one in discover()]
+    assert [one["projector"] for one in mended.json] == [
+        one.name for one in catalogue.load().models
+    ]
     assert {one["projector"] for one in mended.json if one["differing"]} == gone
     assert clean.code == 0
     assert {one["differing"] for one in clean.json} == {0}

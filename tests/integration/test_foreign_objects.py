@@ -8,8 +8,8 @@ import sys
 import psycopg
 import pytest
 
+from pipeline import catalogue
 from pipeline.errors import ConfigurationError
-from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.schema.migrate import migrate, set_up
@@ -113,9 +113,9 @@ def test_a_masked_view_is_recognised_after_a_restore(given, cast):
 
 
 def test_views_of_analysts_on_a_masked_view_survive_and_show_nothing(given, cast):
-    column = next(t for one in discover() for t in one.tables if t.name == "users").columns[
-        "status"
-    ]
+    column = next(
+        t for one in catalogue.load().models for t in one.tables if t.name == "users"
+    ).columns["status"]
     anna = cast.login("analyst")
     given.execute("CREATE SCHEMA bi")
     given.execute(f"GRANT ALL ON SCHEMA bi TO {anna}")

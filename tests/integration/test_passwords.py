@@ -8,11 +8,10 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from pipeline import outages
+from pipeline import catalogue, outages
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError, ExitCode
 from pipeline.health.status import queries, read_status
-from pipeline.projectors import discover
 from pipeline.settings import load_settings
 from tests import waiting
 from tests.commands import Commands
@@ -122,12 +121,15 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
     user.kafka.set_password(user.name)
     engine = open_engine(database.url, application="test", read_only=True)
     waiting.until(
-        lambda: [one.state for one in read_status(engine, discover()).partitions] == ["UNKNOWN"],
+        lambda: (
+            [one.state for one in read_status(engine, catalogue.load().models).partitions]
+            == ["UNKNOWN"]
+        ),
         "status says that it is unknown what Kafka has",
         seconds_max=WAIT_S_MAX,
     )
     assert not running.has_ended
-    assert not read_status(engine, discover()).ok
+    assert not read_status(engine, catalogue.load().models).ok
     engine.dispose()
     waiting.until(lambda: running.has_ended, "it ends", seconds_max=WAIT_S_MAX)
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from pipeline import failpoints
+from pipeline import catalogue, failpoints
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.partitions import NextOffset, OffsetRange, Partition
@@ -17,7 +17,6 @@ from pipeline.projection import checkpoints
 from pipeline.projection import loop as looping
 from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.projection.one_pass import Result, project
-from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.sandbox.servers.postgres import PostgresServer
@@ -27,7 +26,7 @@ from tests.given import TOPIC, Given, contents, execution_event, order_event, sa
 from tests.servers import FAST_AND_UNSAFE
 from tests.servers.databases import fresh_database
 
-ALL = discover()
+ALL = catalogue.load().models
 BOTH = (executions, orders)
 PATIENCE_S = 30.0
 

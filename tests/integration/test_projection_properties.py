@@ -13,10 +13,10 @@ from hypothesis import given as over
 from hypothesis import strategies as st
 from sqlalchemy import Row
 
+from pipeline import catalogue
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.projection.one_pass import Result, project
-from pipeline.projectors import discover
 from pipeline.rebuild.rebuild import rebuild
 from tests.given import TOPIC, Event, Given, contents, event, some_id
 from tests.given import sample_events as the_sample
@@ -24,7 +24,7 @@ from tests.servers.databases import Database, fresh_database
 
 pytestmark = pytest.mark.timeout(600)
 
-PROJECTORS = discover()
+PROJECTORS = catalogue.load().models
 NAMES = [projector.name for projector in PROJECTORS]
 PARTITIONS = range(4)
 THOROUGH = settings(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.projectors import discover
-from tests.given import Given, contents, event, moment, sample_events, some_id
+from pipeline import catalogue
+from tests.given import Given, contents, event, full, moment, sample_events, some_id
 
 pytestmark = pytest.mark.both_postgres
 
-PROJECTORS = {projector.name: projector for projector in discover()}
+PROJECTORS = {projector.name: projector for projector in catalogue.load().models}
 TABLES = [table.name for projector in PROJECTORS.values() for table in projector.tables]
 DIGITS_27 = "123456789.000000000000000000000000001"
 SAMPLE = sample_events()
@@ -195,7 +195,7 @@ def test_every_table_that_is_truncated_alone_heals(given: Given):
     assert all(before[table] for table in TABLES)
 
     for table in TABLES:
-        given.execute(f"TRUNCATE upvest.{table}")
+        given.execute(f"TRUNCATE {full(table)}")
         assert given.rows(table) == []
         given.project(*PROJECTORS.values())
         assert contents(given.engine, PROJECTORS.values()) == before, table
@@ -306,7 +306,7 @@ def test_a_bad_value_costs_its_event_and_its_neighbours_land(given: Given):
     given(SAMPLE).project(*PROJECTORS.values())
     good = contents(given.engine, PROJECTORS.values(), machinery=False)
     bad = [told(kind, "23:59:59", **changes) for _, kind, _, changes in REFUSED]
-    given.execute(f"TRUNCATE {', '.join(f'upvest.{table}' for table in TABLES)}")
+    given.execute(f"TRUNCATE {', '.join(map(full, TABLES))}")
     between = [SAMPLE[0], *bad, SAMPLE[1]]
 
     given(between, partition=1)(between, partition=1).project(*PROJECTORS.values())
@@ -365,7 +365,7 @@ def test_social_security_numbers_are_in_no_table(given: Given):
 
     for table in TABLES:
         assert (
-            given.query(f"SELECT 1 FROM upvest.{table} t WHERE to_jsonb(t)::text LIKE '%345678%'")
+            given.query(f"SELECT 1 FROM {full(table)} t WHERE to_jsonb(t)::text LIKE '%345678%'")
             == []
         )
 

@@ -7,11 +7,11 @@ from decimal import Decimal
 
 import pytest
 
-from pipeline.projectors import discover
+from pipeline import catalogue
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import check
 from pipeline.sandbox.simulator import Books, Chaos, Simulation
-from tests.given import Given
+from tests.given import Given, full
 from tests.read_models_page import questions
 from tests.servers.databases import fresh_database
 
@@ -45,9 +45,11 @@ class Broker:
             if not waiting[partition]:
                 del waiting[partition]
             if self._random.random() < 0.1:
-                some = self._random.sample(discover(), self._random.randint(1, len(discover())))
+                some = self._random.sample(
+                    catalogue.load().models, self._random.randint(1, len(catalogue.load().models))
+                )
                 self.given.project(*some)
-        self.given.project(*discover())
+        self.given.project(*catalogue.load().models)
         self.given.execute("ANALYZE")
 
 
@@ -63,19 +65,19 @@ def broker(request: pytest.FixtureRequest, postgres_server_18, _templates) -> It
 def test_every_read_model_says_what_the_books_say(broker: Broker):
     for table in broker.books.tables:
         columns = ", ".join(broker.books.columns(table))
-        found = broker.given.query(f"SELECT {columns} FROM upvest.{table}")
+        found = broker.given.query(f"SELECT {columns} FROM {full(table)}")
 
         assert Counter(map(tuple, found)) == Counter(broker.books.rows(table)), table
         assert found, table
 
 
 def test_every_table_of_the_read_models_is_in_the_books(broker: Broker):
-    tables = {table.name for projector in discover() for table in projector.tables}
+    tables = {table.name for projector in catalogue.load().models for table in projector.tables}
 
     assert tables == set(broker.books.tables)
 
 
-@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
+@pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)
 def test_every_read_model_equals_its_rebuild(broker: Broker, projector: Projector):
     """Computed anew in other ranges of the log, from its beginning."""
     difference = check(broker.given.engine, projector, chunk_offsets=333)

@@ -5,19 +5,19 @@ import threading
 
 import pytest
 
+from pipeline import catalogue
 from pipeline.db import locks, open_engine
 from pipeline.errors import ExitCode
 from pipeline.kafka import Brokers
 from pipeline.log.compare import Comparison
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import run_projection
-from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from pipeline.rebuild.rebuild import check, rebuild
 from pipeline.rewind import Step, execute, plan
 from pipeline.sandbox.simulator import Chaos, Simulation
 from tests.commands import Commands, InProcess
-from tests.given import contents
+from tests.given import contents, full
 from tests.integration.ingesting import (
     Ledger,
     ingest_until_end,
@@ -101,7 +101,7 @@ def first_offsets(database):
 
 
 def differing(engine):
-    return {one.name: check(engine, one).differing for one in discover()}
+    return {one.name: check(engine, one).differing for one in catalogue.load().models}
 
 
 # ------------------------------------------------------------------------------------ what it fills
@@ -119,7 +119,7 @@ def test_history_from_before_the_log_began_comes_in_and_read_models_are_as_if_it
         ledger.send(name, [record.value], partition=record.partition or 0, key=record.key)
     ledger.flush()
     ingest_until_end(settings(name))
-    run_projection(engine, discover(), until_end=True)
+    run_projection(engine, catalogue.load().models, until_end=True)
 
     result = pipeline("rewind", name, "--to", "earliest", "--execute", "--json")
 
@@ -129,14 +129,14 @@ def test_history_from_before_the_log_began_comes_in_and_read_models_are_as_if_it
     stored = payloads(database, name)
     assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
     assert first_offsets(database) == {0: 0, 1: 0}
-    run_projection(engine, discover(), until_end=True)
+    run_projection(engine, catalogue.load().models, until_end=True)
     assert set(differing(engine).values()) == {0}
-    afterwards = contents(engine, discover(), machinery=False)
-    for one in discover():
+    afterwards = contents(engine, catalogue.load().models, machinery=False)
+    for one in catalogue.load().models:
         with database.connect() as db:
-            db.execute(f"TRUNCATE upvest.{one.name} CASCADE")
-    run_projection(engine, discover(), until_end=True)
-    assert contents(engine, discover(), machinery=False) == afterwards
+            db.execute(f"TRUNCATE {full(one.name)} CASCADE")
+    run_projection(engine, catalogue.load().models, until_end=True)
+    assert contents(engine, catalogue.load().models, machinery=False) == afterwards
 
 
 def in_log_order(database, name):
@@ -221,7 +221,7 @@ def test_a_rewind_beside_live_traffic_loses_and_doubles_nothing(
     ingest_until_end(settings(name, start="latest"))
     stop = threading.Event()
     follower = threading.Thread(
-        target=run_projection, args=[engine, discover()], kwargs={"stop": stop}
+        target=run_projection, args=[engine, catalogue.load().models], kwargs={"stop": stop}
     )
     follower.start()
     brokers = Brokers(settings(name))
@@ -237,7 +237,7 @@ def test_a_rewind_beside_live_traffic_loses_and_doubles_nothing(
     brokers.close()
 
     assert in_log_order(database, name) == ledger.records
-    run_projection(engine, discover(), until_end=True)
+    run_projection(engine, catalogue.load().models, until_end=True)
     assert set(differing(engine).values()) == {0}
 
 

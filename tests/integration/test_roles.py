@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import psycopg
@@ -16,23 +17,20 @@ import pytest
 from confluent_kafka import Producer
 from sqlalchemy import Engine, text
 
+from pipeline import catalogue
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError
 from pipeline.projection.loop import run_projection
-from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from pipeline.readmodel import EntityTable, uuid
 from pipeline.readmodel import text as text_field
 from pipeline.readmodel.fields import looks_personal
 from pipeline.readmodel.model import personal_columns
 from pipeline.rebuild.rebuild import StoppedError, rebuild
-from pipeline.schema import roles as granting
 from pipeline.schema.migrate import planned_roles, set_up
 from pipeline.schema.roles import ROLES
-from pipeline.schema.roles.rights import REVIEWED_VIEWS
 from tests.commands import InProcess, on_mock
 from tests.given import (
-    create_tables,
     order_event,
     sample_events,
     some_id,
@@ -204,34 +202,33 @@ SELECT * FROM pipeline.consumer_offsets
 SELECT * FROM pipeline.dead_letters
 SELECT * FROM pipeline.alembic_version
 """
-MASKED_WRITES = """
-UPDATE upvest.users_masked SET status = 'x'
-DELETE FROM upvest.users_masked
+VIEW_WRITES = """
+UPDATE upvest.users SET status = 'x'
+DELETE FROM upvest.users
 """
 PERSONAL_DATA = """
 SELECT first_name FROM upvest.users
-SELECT user_id FROM upvest.users WHERE last_name LIKE 'A%'
-SELECT user_id FROM upvest.users ORDER BY birth_date
-SELECT * FROM upvest.users
-SELECT u FROM upvest.users u
-SELECT to_jsonb(u) ->> 'first_name' FROM upvest.users u
-TABLE upvest.users
-COPY upvest.users TO STDOUT
-SELECT name FROM upvest.accounts
-SELECT securities_account_number FROM upvest.account_groups
-SELECT tax_details FROM upvest.cash_transactions
-SELECT confirmed_address FROM upvest.user_checks
+SELECT first_name FROM upvest_personal.users
+SELECT user_id FROM upvest_personal.users
+SELECT * FROM upvest_personal.users
+SELECT to_jsonb(u) ->> 'first_name' FROM upvest_personal.users u
+TABLE upvest_personal.users
+COPY upvest_personal.users TO STDOUT
+SELECT name FROM upvest_personal.accounts
+SELECT securities_account_number FROM upvest_personal.account_groups
+SELECT tax_details FROM upvest_personal.cash_transactions
+SELECT confirmed_address FROM upvest_personal.user_checks
 """
 FORBIDDEN = {
     "ingest": (TO_ALL, WRITES_OF_PROJECT, ACCEPTING, PERSONAL_DATA),
     "project": (TO_ALL, WRITES_OF_INGEST, ACCEPTING),
     "operator": (TO_ALL, WRITES_OF_INGEST),
     "analyst": (
-        *(TO_ALL, WRITES_OF_INGEST, WRITES_OF_PROJECT, ACCEPTING, PAYLOADS, MASKED_WRITES),
+        *(TO_ALL, WRITES_OF_INGEST, WRITES_OF_PROJECT, ACCEPTING, PAYLOADS, VIEW_WRITES),
         PERSONAL_DATA,
     ),
     "personal_data": (
-        *(TO_ALL, WRITES_OF_INGEST, WRITES_OF_PROJECT, ACCEPTING, PAYLOADS, MASKED_WRITES),
+        *(TO_ALL, WRITES_OF_INGEST, WRITES_OF_PROJECT, ACCEPTING, PAYLOADS, VIEW_WRITES),
     ),
 }
 
@@ -261,7 +258,7 @@ BY_RIGHTS = ("42501 permission denied", "42501 must be owner of", "42501 must ha
 
 @pytest.mark.both_postgres
 def test_no_role_may_do_what_it_is_not_for(given, cast):
-    given(sample_events()).project(*discover())
+    given(sample_events()).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
 
     got_through = {}
@@ -278,7 +275,7 @@ def test_no_role_may_do_what_it_is_not_for(given, cast):
 @pytest.mark.both_postgres
 def test_each_role_may_do_what_it_is_for(given, cast):
     """The lists above forbid for the right reason: with the role they go through."""
-    given(sample_events()).project(*discover())
+    given(sample_events()).project(*catalogue.load().models)
 
     refused = {}
     for role, blocks in {
@@ -298,7 +295,7 @@ def test_each_role_may_do_what_it_is_for(given, cast):
 
 
 def test_two_roles_together_may_what_each_may_and_no_more(given, cast):
-    given(sample_events()).project(*discover())
+    given(sample_events()).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
 
     with cast.connect("ingest", "project", "operator") as db:
@@ -320,7 +317,7 @@ def test_two_roles_together_may_what_each_may_and_no_more(given, cast):
 
 @pytest.mark.both_postgres
 def test_analysts_get_an_answer_to_each_question_of_the_page(given, cast):
-    given(sample_events()).project(*discover())
+    given(sample_events()).project(*catalogue.load().models)
 
     with cast.connect("analyst") as db:
         refused = [
@@ -332,27 +329,20 @@ def test_analysts_get_an_answer_to_each_question_of_the_page(given, cast):
     assert refused == []
 
 
-def test_a_masked_view_shows_every_column_but_the_personal_ones(given, cast):
-    given(sample_events()).project(*discover())
+def test_under_its_plain_name_a_table_shows_every_column_but_the_personal_ones(given, cast):
+    given(sample_events()).project(*catalogue.load().models)
 
     with cast.connect("analyst") as db:
-        for projector in discover():
-            for table in projector.tables:
-                if not personal_columns(table):
-                    db.execute(f"SELECT * FROM upvest.{table.name}".encode())
-                    continue
-                cursor = db.execute(f"SELECT * FROM upvest.{table.name}_masked".encode())
-                shown = {column.name for column in cursor.description or ()}
-                assert shown == {c.name for c in table.columns} - personal_columns(table)
-                assert cursor.fetchone() is not None
-                # The same columns under the table's own name.
-                listed = ", ".join(sorted(shown))
-                db.execute(f"SELECT {listed} FROM upvest.{table.name}".encode())
+        for table in catalogue.load().tables.values():
+            cursor = db.execute(f"SELECT * FROM upvest.{table.name}".encode())
+            shown = {column.name for column in cursor.description or ()}
+            assert shown == {c.name for c in table.columns} - personal_columns(table)
+            assert cursor.fetchone() is not None
 
 
 def test_statistics_of_personal_columns_are_hidden_too(given, cast):
-    given(sample_events()).project(*discover())
-    given.execute("ANALYZE upvest.users")
+    given(sample_events()).project(*catalogue.load().models)
+    given.execute("ANALYZE upvest_personal.users")
     statistics = "SELECT count(*) FROM pg_stats WHERE tablename = 'users' AND attname = 'last_name'"
     assert given.scalar(statistics) == 1
 
@@ -405,12 +395,11 @@ def test_no_column_that_an_analyst_sees_looks_personal(cast):
     } == set()
 
 
-def test_the_reviewed_views_read_no_personal_column(given):
+def test_no_view_for_analysts_reads_a_personal_column(given):
     """By the columns on which PostgreSQL knows that they depend."""
     personal = {
         (table.name, name)
-        for projector in discover()
-        for table in projector.tables
+        for table in catalogue.load().tables.values()
         for name in personal_columns(table)
     }
 
@@ -421,11 +410,10 @@ def test_the_reviewed_views_read_no_personal_column(given):
         "AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0 "
         "JOIN pg_class c ON c.oid = d.refobjid "
         "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid "
-        "WHERE v.relname = ANY (:views)",
-        views=sorted(REVIEWED_VIEWS),
+        "WHERE v.relnamespace = 'upvest'::regnamespace"
     )
 
-    assert {row.view for row in rows} == REVIEWED_VIEWS
+    assert {row.view for row in rows} >= {*catalogue.load().views, "users"}
     assert {tuple(row) for row in rows if (row.table, row.column) in personal} == set()
     of_log = {row.column for row in rows if row.table == "events"}
     assert of_log & {"raw", "key", "headers"} == set()
@@ -456,59 +444,64 @@ def test_a_view_that_nobody_has_reviewed_is_for_those_who_may_see_personal_data(
     assert all(is_so for (_, role), is_so in may.items() if role == "personal_data")
 
 
-def test_a_new_read_model_has_its_rights_without_anybody_thinking_of_them(given, cast):
-    letters = EntityTable(
-        table="letters",
-        comment="Letters.",
-        events="LETTER.*",
-        key=uuid("letter_id", "Id.", path="id"),
-        fields=[
-            text_field("street", "Where to.", path="to.street", personal=True),
-            text_field("stamp", "Stamp."),
-        ],
-    )
-    with cast.acting_as_owner() as owner:
-        create_tables(owner, letters)
-        # From its first moment, before any grant, whoever projects may fill it.
-        with cast.connect("project") as db:
-            db.execute("SELECT count(*) FROM upvest.letters")
-        with transaction(owner) as db:
-            granting.mask_personal_columns(db, [*discover(), letters])
-            granting.execute(db, granting.grant_statements(db, cast.prefix, [*discover(), letters]))
+LETTERS = EntityTable(
+    table="letters",
+    comment="Letters.",
+    events="LETTER.*",
+    key=uuid("letter_id", "Id.", path="id"),
+    fields=[
+        text_field("street", "Where to.", path="to.street", personal=True),
+        text_field("stamp", "Stamp."),
+    ],
+)
 
-        with cast.connect("analyst") as db:
-            assert outcome(db, "SELECT * FROM upvest.letters_masked") is None
-            assert outcome(db, "SELECT letter_id, stamp FROM upvest.letters") is None
-            assert outcome(db, "SELECT street FROM upvest.letters") is not None
-            assert outcome(db, "UPDATE upvest.letters_masked SET stamp = ''") is not None
-        with cast.connect("personal_data") as db:
-            assert outcome(db, "SELECT * FROM upvest.letters") is None
-        comment = given.scalar(
-            "SELECT col_description('upvest.letters'::regclass, attnum) FROM pg_attribute "
-            "WHERE attrelid = 'upvest.letters'::regclass AND attname = 'street'"
-        )
-        assert comment == "Where to. Personal data."
+
+def with_models(*models):
+    """What is installed, and these."""
+    installed = catalogue.load()
+    others = [model for model in installed.models if model.name not in {m.name for m in models}]
+    return replace(installed, models=(*others, *models))
+
+
+def test_a_new_read_model_has_its_rights_without_anybody_thinking_of_them(given, cast):
+    set_up(given.database.url, with_models(LETTERS))
+
+    with cast.connect("project") as db:
+        db.execute("SELECT count(*) FROM upvest_personal.letters")
+    with cast.connect("analyst") as db:
+        assert outcome(db, "SELECT * FROM upvest.letters") is None
+        assert outcome(db, "SELECT letter_id, stamp FROM upvest.letters") is None
+        assert outcome(db, "SELECT street FROM upvest.letters") is not None
+        assert outcome(db, "SELECT street FROM upvest_personal.letters") is not None
+        assert outcome(db, "UPDATE upvest.letters SET stamp = ''") is not None
+    with cast.connect("personal_data") as db:
+        assert outcome(db, "SELECT * FROM upvest_personal.letters") is None
+    comment = given.scalar(
+        "SELECT col_description('upvest_personal.letters'::regclass, attnum) FROM pg_attribute "
+        "WHERE attrelid = 'upvest_personal.letters'::regclass AND attname = 'street'"
+    )
+    assert comment == "Where to. Personal data."
 
 
 def test_a_column_that_is_found_to_be_personal_is_hidden_by_the_next_migrate(given, cast):
-    column = orders.tables[0].columns["client_reference"]
+    fields = [
+        replace(field, personal=True) if field.column == "execution_flow" else field
+        for field in orders.fields
+    ]
     with cast.connect("analyst") as db:
-        assert outcome(db, "SELECT client_reference FROM upvest.orders") is None
+        assert outcome(db, "SELECT execution_flow FROM upvest.orders") is None
 
-        column.info["personal"] = True
-        try:
-            set_up(given.database.url)
-            hidden = outcome(db, "SELECT client_reference FROM upvest.orders")
-            rest = outcome(db, "SELECT order_id, status FROM upvest.orders")
-            masked = outcome(db, "SELECT * FROM upvest.orders_masked")
-        finally:
-            column.info["personal"] = False
+        set_up(given.database.url, with_models(replace(orders, fields=fields)))
+        hidden = outcome(db, "SELECT execution_flow FROM upvest.orders")
+        direct = outcome(db, "SELECT execution_flow FROM upvest_personal.orders")
+        rest = outcome(db, "SELECT order_id, status FROM upvest.orders")
+        book = outcome(db, "SELECT * FROM upvest.holdings")
         set_up(given.database.url)
 
-        assert str(hidden).startswith("42501")
-        assert (rest, masked) == (None, None)
-        assert outcome(db, "SELECT * FROM upvest.orders") is None
-        assert str(outcome(db, "SELECT * FROM upvest.orders_masked")).startswith("42P01")
+        assert str(hidden).startswith("42703")
+        assert str(direct).startswith("42501")
+        assert (rest, book) == (None, None)
+        assert outcome(db, "SELECT execution_flow FROM upvest.orders") is None
 
 
 def test_a_table_that_the_program_does_not_know_is_not_for_every_analyst(given, cast):
@@ -604,7 +597,7 @@ def test_run_wants_both_roles_and_no_more(given, cast, broker, pipeline):
 @pytest.mark.both_postgres
 def test_an_operator_has_what_the_bad_day_wants(given, cast, broker, pipeline):
     bad = order_event("NEW", at=2, order="bad", cash_amount="no number", name="bad")
-    given([order_event("NEW", at=1), bad]).project(*discover())
+    given([order_event("NEW", at=1), bad]).project(*catalogue.load().models)
     given.execute(
         "INSERT INTO pipeline.gaps (topic, partition, first_offset, end_offset, reason) "
         "VALUES (:topic, 0, 2, 5, 'retention')",

@@ -7,18 +7,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.event import listen
 
+from pipeline import catalogue
 from pipeline.cli.status import _age
 from pipeline.db import transaction
 from pipeline.health.status import read_status
 from pipeline.health.status.queries import RECENT_OFFSETS_MAX
 from pipeline.log.search import first_since
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
 from pipeline.projectors.orders import orders
 from tests.commands import Commands, InProcess, wait
 from tests.given import TOPIC, event, order_event
 
-ALL = discover()
+ALL = catalogue.load().models
 
 
 def seen(given):

@@ -6,22 +6,22 @@ import time
 import psycopg
 import pytest
 
+from pipeline import catalogue
 from pipeline.db import transaction
 from pipeline.projection import checkpoints
 from pipeline.projection.loop import Limits, run_projection
-from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.rebuild.rebuild import check
-from tests.given import Given, contents, order_event, sample_events
+from tests.given import Given, contents, full, order_event, sample_events
 from tests.servers.databases import Database
 
 BOTH = (executions, orders)
 
 
 @pytest.mark.both_postgres
-@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
+@pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)
 def test_every_table_heals_alone_and_all_together(given: Given, projector):
     given(sample_events()).project(projector)
     expected = contents(given.engine, [projector])
@@ -107,7 +107,7 @@ def test_truncated_again_and_again_under_live_traffic(given: Given, database: Da
             deadline = time.monotonic() + 15
             while time.monotonic() < deadline and truncated < 60:
                 table = ("orders", "executions", "execution_taxes")[truncated % 3]
-                db.execute(f"TRUNCATE upvest.{table}")
+                db.execute(f"TRUNCATE {full(table)}")
                 truncated += 1
                 given.log.append(
                     [order_event("NEW", at=truncated, order=f"order {truncated}")],

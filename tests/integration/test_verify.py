@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import pytest
 
+from pipeline import catalogue
 from pipeline.db import open_engine
 from pipeline.errors import ExitCode
 from pipeline.projection.loop import run_projection
-from pipeline.projectors import discover
 from pipeline.sandbox.simulator import Chaos, Simulation
 from tests.commands import Commands, InProcess
 from tests.given import order_event
@@ -40,7 +40,7 @@ def day(kafka, postgres_server_18, _templates):
     with fresh_database(postgres_server_18, template=template) as database:
         ingest_until_end(settings_for(database, kafka.bootstrap_servers, topic))
         engine = open_engine(database.url, application="test")
-        run_projection(engine, discover(), until_end=True)
+        run_projection(engine, catalogue.load().models, until_end=True)
         engine.dispose()
         yield Day(topic, ledger, database)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipeline import catalogue
 from pipeline.db import transaction
-from pipeline.projectors import discover
 from tests.given import (
     Given,
     event,
@@ -62,7 +62,7 @@ def balance(amount: str, *, currency: str = "EUR") -> Any:
 
 
 def seen(given: Given, view: str, *events: Any, order: str = "1") -> Any:
-    given(events).project(*discover())
+    given(events).project(*catalogue.load().models)
     assert given.query("SELECT * FROM pipeline.dead_letters") == []
     return given.query(f"SELECT * FROM upvest.{view} ORDER BY {order}")
 
@@ -387,7 +387,7 @@ def test_a_break_in_units_shows_by_how_much(given: Given):
 
 
 def test_the_sample_adds_up(given: Given):
-    given(sample_events()).project(*discover())
+    given(sample_events()).project(*catalogue.load().models)
 
     cash_rows = given.query("SELECT is_break FROM upvest.cash_reconciliation")
     unit_rows = given.query("SELECT is_break FROM upvest.position_reconciliation")

@@ -16,8 +16,9 @@ import psycopg
 from psycopg.rows import namedtuple_row
 from psycopg.sql import SQL, Identifier
 
+from pipeline import catalogue
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
+from tests.given import full
 from tests.servers.databases import Database
 from tests.soak.journal import Journal
 
@@ -31,7 +32,7 @@ LATEST_OFFSETS = 500
 HOLD_STILL = SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(
     SQL(", ").join(
         Identifier("upvest", table.name)
-        for projector in sorted(discover(), key=lambda one: one.name)
+        for projector in sorted(catalogue.load().models, key=lambda one: one.name)
         for table in projector.tables
     )
 )
@@ -53,7 +54,7 @@ COUNTS = SQL("SELECT {}").format(
         SQL("(SELECT count(*) FROM upvest.{}) AS {}").format(
             Identifier(projector.name), Identifier(projector.name)
         )
-        for projector in discover()
+        for projector in catalogue.load().models
     )
 )
 # Events just below the checkpoint that are neither in the read model nor among the dead letters.
@@ -63,8 +64,8 @@ SELECT count(*) AS events, min(e."offset") AS lowest FROM pipeline.events e
 WHERE e.topic = %(topic)s AND e."partition" = %(number)s
   AND e."offset" >= %(first)s AND e."offset" < %(end)s
   AND e.problem IS NULL AND e.event_type LIKE %(type)s
-  AND NOT EXISTS (SELECT FROM upvest.{table} t WHERE {key})
-  AND NOT EXISTS (SELECT FROM pipeline.dead_letters d WHERE d.projector = '{table}'
+  AND NOT EXISTS (SELECT FROM {table} t WHERE {key})
+  AND NOT EXISTS (SELECT FROM pipeline.dead_letters d WHERE d.projector = '{projector}'
                   AND d.topic = e.topic AND d."partition" = e."partition"
                   AND d."offset" = e."offset")
 """
@@ -341,7 +342,7 @@ class Analyst:
 
     def _unseen(self, db: Any, projector: str, place: Partition, checkpoint: int) -> Iterator[str]:
         wanted = SEEN[projector]
-        query = UNSEEN.format(table=projector, key=wanted.key)
+        query = UNSEEN.format(projector=projector, table=full(projector), key=wanted.key)
         span = {
             "topic": place.topic,
             "number": place.number,

@@ -15,14 +15,15 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import psycopg
-from psycopg.sql import SQL, Identifier
+from psycopg.sql import SQL
 
+from pipeline import catalogue
 from pipeline.errors import ExitCode
-from pipeline.projectors import discover
 from pipeline.readmodel import Projector
 from tests import waiting
 from tests.faults.harness import Worker
 from tests.faults.proxy import CAN_DROP, Loss
+from tests.given import full
 from tests.soak.analyst import Analyst
 from tests.soak.journal import BACK_SECONDS_MAX, Journal, MissedError, patiently
 from tests.soak.world import Slot, World
@@ -360,7 +361,7 @@ KAFKA = [
 def _truncate(lane: Lane) -> None:
     projector = _any_projector(lane)
     table = lane.chance.choice([one.name for one in projector.tables])
-    emptied = SQL("TRUNCATE upvest.{}").format(Identifier(table))
+    emptied = SQL(f"TRUNCATE {full(table)}")
     with lane.analyst.announced(projector.name):
 
         def truncate() -> None:
@@ -416,7 +417,7 @@ def _rebuild_of(lane: Lane, projector: Projector, *, fail: str | None = None) ->
 def _lock(lane: Lane) -> None:
     table = lane.chance.choice([one.name for one in _any_projector(lane).tables])
     mode = lane.chance.choice(["ACCESS EXCLUSIVE", "SHARE ROW EXCLUSIVE", "SHARE"])
-    lock = SQL(f"LOCK TABLE upvest.{{}} IN {mode} MODE").format(Identifier(table))
+    lock = SQL(f"LOCK TABLE {full(table)} IN {mode} MODE")
 
     def hold() -> None:
         with lane.world.bench.database.connect(autocommit=False) as db:
@@ -432,8 +433,8 @@ def _analyse_long(lane: Lane) -> None:
     table = lane.chance.choice([one.name for one in _any_projector(lane).tables])
     count = SQL(
         "SELECT count(*), (SELECT count(*) FROM upvest.orders), "
-        "(SELECT sum(next_offset) FROM pipeline.consumer_offsets) FROM upvest.{}"
-    ).format(Identifier(table))
+        f"(SELECT sum(next_offset) FROM pipeline.consumer_offsets) FROM {full(table)}"
+    )
     try:
         with lane.world.bench.database.connect(autocommit=False) as db:
             db.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -447,7 +448,7 @@ def _analyse_long(lane: Lane) -> None:
 
 
 def _any_projector(lane: Lane) -> Projector:
-    return lane.chance.choice(sorted(discover(), key=lambda one: one.name))
+    return lane.chance.choice(sorted(catalogue.load().models, key=lambda one: one.name))
 
 
 def _insist(work: Callable[[], None]) -> None:

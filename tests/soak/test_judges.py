@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import catalogue
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
 from pipeline.sandbox.simulator import Chaos
 from tests.faults.harness import Bench
 from tests.faults.ledger import Feed, Held, LeanLedger
@@ -24,7 +24,7 @@ SPOT = "ctid = (SELECT min(ctid) FROM {})"
 @pytest.fixture
 def given(database) -> Iterator[Given]:
     made = Given(database)
-    made(sample_events()).project(*discover())
+    made(sample_events()).project(*catalogue.load().models)
     yield made
     made.close()
 
@@ -89,7 +89,7 @@ def test_an_announced_truncation_is_no_harm_and_an_unannounced_one_is(given, jou
     analyst.look()
     assert journal.failures == []
 
-    given.project(*discover())
+    given.project(*catalogue.load().models)
     analyst.look()
     given.execute("TRUNCATE upvest.orders")
     analyst.look()
@@ -97,7 +97,9 @@ def test_an_announced_truncation_is_no_harm_and_an_unannounced_one_is(given, jou
 
 
 MONEY = {
-    "UPDATE upvest.cash_transactions SET amount = amount + 0.01 WHERE ": "sums of the cash ledger",
+    "UPDATE upvest_personal.cash_transactions SET amount = amount + 0.01 WHERE ": (
+        "sums of the cash ledger"
+    ),
     "UPDATE upvest.security_transactions SET quantity = quantity * 2 WHERE ": (
         "sums of the securities ledger"
     ),
@@ -110,7 +112,7 @@ MONEY = {
 def test_the_analyst_sees_money_and_units_that_are_not_what_the_log_says(
     given, journal, analyst, harm: str
 ):
-    table = next(word for word in harm.split() if word.startswith("upvest."))
+    table = next(word for word in harm.split() if word.startswith("upvest"))
     given.execute(harm + SPOT.format(table))
 
     analyst.audit()

@@ -11,8 +11,8 @@ from typing import Any
 
 import psycopg
 
+from pipeline import catalogue
 from pipeline.partitions import Partition
-from pipeline.projectors import discover
 from pipeline.sandbox.servers.postgres import PostgresServer
 from pipeline.sandbox.simulator import Chaos, Keying
 from pipeline.schema.migrate import migrate
@@ -227,7 +227,7 @@ class World:
                 seen = self.bench.checkpoints()
                 return all(stored.get(place, 0) >= end for place, end in ends.items()) and all(
                     seen.get((one.name, place), 0) >= end
-                    for one in discover()
+                    for one in catalogue.load().models
                     for place, end in ends.items()
                 )
             return False

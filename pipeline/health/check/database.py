@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Row, text
 
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
+from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import NEWEST
 from pipeline.db.session_settings import is_sorted
 from pipeline.errors import ConfigurationError, ExitCode
@@ -233,18 +233,19 @@ FROM pg_trigger t
 JOIN pg_proc p ON p.oid = t.tgfoid
 JOIN pg_class c ON c.oid = t.tgrelid
 JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = :schema AND p.oid = 'pipeline.read_model_truncated()'::regprocedure
+WHERE n.nspname = ANY (CAST(:schemas AS text[]))
+  AND p.oid = 'pipeline.read_model_truncated()'::regprocedure
   AND t.tgenabled IN ('O', 'A')
 """)
 BROKEN = text("SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'")
 
 
 def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:
-    watched = set(db.execute(WATCHED, {"schema": READ_SCHEMA}).scalars())
-    tables = [(model.name, table.name) for model in projectors for table in model.tables]
-    not_watched = [(model, table) for model, table in tables if table not in watched]
+    watched = set(db.execute(WATCHED, {"schemas": [READ_SCHEMA, PERSONAL_SCHEMA]}).scalars())
+    tables = [(model.name, table) for model in projectors for table in model.tables]
+    not_watched = [(model, table) for model, table in tables if table.name not in watched]
     for model, table in not_watched:
-        problem = problems.NOT_REFILLED.of(model, table=f"{READ_SCHEMA}.{table}")
+        problem = problems.NOT_REFILLED.of(model, table=table.fullname)
         yield found(problem, Promise.DISPOSABLE)
     if not not_watched:
         yield ok(

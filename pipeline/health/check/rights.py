@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sqlalchemy import Connection, text
 
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA
+from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA
 from pipeline.health import problems
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
@@ -29,8 +29,9 @@ FROM unnest(CAST(:kinds AS text[]), CAST(:names AS text[]), CAST(:columns AS tex
 ORDER BY needed.place
 """)
 READ_MODELS = text("""
-SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = :schema AND c.relkind = 'r' ORDER BY 1
+SELECT n.nspname || '.' || c.relname
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = ANY (CAST(:schemas AS text[])) AND c.relkind = 'r' ORDER BY 1
 """)
 # Settings of a role are those of its own logins only, so no group can give them.
 UNBOUNDED_ANALYSTS = text("""
@@ -59,7 +60,7 @@ _ON_RIGHTS = (Promise.FAITHFUL_LOG, Promise.ONE_PROJECTION, Promise.DISPOSABLE)
 def check_rights(db: Connection) -> Iterator[Result]:
     """What this role may do, by its purposes; and whether it may do too much."""
     prefix = roles.found_prefix(db)
-    models = db.execute(READ_MODELS, {"schema": READ_SCHEMA}).scalars().all()
+    models = db.execute(READ_MODELS, {"schemas": [READ_SCHEMA, PERSONAL_SCHEMA]}).scalars().all()
     has_purpose = False
     for purpose in roles.Purpose:
         held, missing = _divided(db, list(roles.needed_by(purpose, models)))

@@ -6,8 +6,8 @@ from uuid import UUID
 
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.health.status import read_status
-from pipeline.projectors import discover
 from pipeline.rebuild.rebuild import check
 from pipeline.sandbox.demo import queries
 from pipeline.sandbox.demo.load import Ledger
@@ -86,7 +86,7 @@ class Proof:
         )
 
     def _replay(self, engine: Engine) -> None:
-        replays = [check(engine, one) for one in discover()]
+        replays = [check(engine, one) for one in catalogue.load().models]
         differing = sum(one.differing for one in replays)
         self.found(
             "replayed",
@@ -109,7 +109,7 @@ class Proof:
         self.found(
             "repeats", repeats, f"recognized; {produced:,} were produced", ok=repeats == produced
         )
-        seen = read_status(engine, discover())
+        seen = read_status(engine, catalogue.load().models)
         # The service was stopped for the proof, so that its partitions have no reader is right.
         halted = [one for one in seen.partitions if one.state == "ERR"]
         broken = [one for one in seen.projectors if one.state == "broken"]

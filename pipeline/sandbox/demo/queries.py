@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine, Row, select, text
 
-from pipeline import projectors
+from pipeline import catalogue
 from pipeline.db import transaction
 from pipeline.log.offsets import ranges
 from pipeline.log.watermarks import partition_rows
@@ -179,7 +179,7 @@ def compare_cash(engine: Engine, books: Iterable[Books]) -> CashComparison:
 def compare_books(engine: Engine, books: Sequence[Books]) -> tuple[int, int, int]:
     """Every read model against the books: how many tables, rows, and rows that differ."""
     compared = differing = 0
-    declared = projectors.tables()
+    declared = catalogue.load().tables
     for name in books[0].tables:
         table = declared[name]
         columns = [table.c[column] for column in books[0].columns(name)]

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-from pipeline import log_events
+from pipeline import catalogue, log_events
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.health.status import read_status
-from pipeline.projectors import discover
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.sandbox.demo import queries
 from pipeline.sandbox.demo.environment import PARTITIONS, TOPIC, DemoError, Stage, Worker
@@ -167,7 +166,7 @@ class _Story:
         screen.say(f"{took} from the first record to the last row.")
 
     def _counts(self) -> dict[str, int]:
-        now = queries.standing(self._engine, [one.name for one in discover()])
+        now = queries.standing(self._engine, [one.name for one in catalogue.load().models])
         return {
             "records produced": len(self._ledger),
             "in the log": now.logged,
@@ -232,7 +231,7 @@ class _Story:
 
     def _show_freshness(self) -> None:
         screen = self._screen
-        now = read_status(self._engine, discover())
+        now = read_status(self._engine, catalogue.load().models)
         median, most = queries.delay_ms(self._engine)
         screen.caption("Freshness")
         screen.fact("log behind Kafka", now.lag, f"records, in {len(now.partitions)} partitions")
@@ -277,7 +276,7 @@ class _Story:
         screen = self._screen
         screen.caption("Rebuild of orders from the log, beside the live table")
         took = _Stopwatch()
-        [orders] = [one for one in discover() if one.name == "orders"]
+        [orders] = [one for one in catalogue.load().models if one.name == "orders"]
         with screen.waiting("rebuilding"):
             rebuilt = rebuild(self._engine, orders)
         screen.fact("rows made from the log", rebuilt.rows, f"in {took}")

@@ -8,14 +8,13 @@ from pipeline.schema.roles.grants import (
     PREFIX_DEFAULT,
     act_as_owner,
     check_prefix,
-    close_personal_columns,
+    close_columns,
     execute,
     found_prefix,
     grant_statements,
     missing_roles,
     role_statements,
 )
-from pipeline.schema.roles.masks import mask_personal_columns, masked_name
 from pipeline.schema.roles.rights import ANALYST, ROLES, Purpose, Right, needed_by
 
 __all__ = [
@@ -26,12 +25,10 @@ __all__ = [
     "Right",
     "act_as_owner",
     "check_prefix",
-    "close_personal_columns",
+    "close_columns",
     "execute",
     "found_prefix",
     "grant_statements",
-    "mask_personal_columns",
-    "masked_name",
     "missing_roles",
     "needed_by",
     "role_statements",

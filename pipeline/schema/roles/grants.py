@@ -6,15 +6,13 @@ so repeating costs nothing and takes no locks. Each is atomic by itself, and the
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
 
 from pipeline.db import LOG_SCHEMA, translated
 from pipeline.errors import ConfigurationError
-from pipeline.readmodel import Projector
-from pipeline.readmodel.model import personal_columns
 from pipeline.schema.roles.rights import (
     MEMBERSHIPS,
     OWNER,
@@ -228,7 +226,7 @@ def role_statements(db: Connection, prefix: str) -> list[str]:
     return statements + [row.statement for row in others]
 
 
-def grant_statements(db: Connection, prefix: str, projectors: Sequence[Projector]) -> list[str]:
+def grant_statements(db: Connection, prefix: str) -> list[str]:
     """What gives each role its rights, and takes what it should not have; needs the owner's rights.
 
     Empty if all is as it should be.
@@ -236,48 +234,42 @@ def grant_statements(db: Connection, prefix: str, projectors: Sequence[Projector
     Args:
         db: An open transaction; the database has the schema of this program.
         prefix: Of the roles.
-        projectors: The read models of this program.
     """
-    return _difference(
-        db, prefix, wanted(db, projectors), {"SCHEMA", "TABLE", "FUNCTION", "DEFAULT"}
-    )
+    return _difference(db, prefix, wanted(db), {"SCHEMA", "TABLE", "FUNCTION", "DEFAULT"})
 
 
-def close_personal_columns(
-    db: Connection, prefix: str | None, projectors: Iterable[Projector]
+def close_columns(
+    db: Connection, prefix: str | None, relation: str, hidden: Collection[str]
 ) -> list[str]:
-    """Take from everybody who may not have it the right to read personal data; nothing else.
+    """Take from everybody who may not have it the right to read columns of a table; nothing else.
 
-    Before anything that can fail: statements on rights alone, which wait for no reader. The owner,
-    who writes the table, and the role for personal data may read it. Others keep the other columns.
+    Statements on rights alone, which wait for no reader. The owner, who writes the table, and the
+    role for personal data may read it. Others keep the other columns.
 
     Args:
         db: An open transaction of the owner.
         prefix: Of the roles; None if there are none.
-        projectors: The read models of this program.
+        relation: The table, quoted and with its schema.
+        hidden: The columns.
 
     Returns:
         The statements, executed.
     """
     may = [f"{prefix}{PERSONAL}"] if prefix else []
+    there = list(db.execute(COLUMNS, {"relation": relation}).scalars())
+    closed = [name for name in there if name in hidden]
+    rest = ", ".join(_quote(name) for name in there if name not in hidden)
     statements: list[str] = []
-    for table in (table for one in projectors for table in one.tables):
-        relation = f'"{table.schema}"."{table.name}"'
-        there = list(db.execute(COLUMNS, {"relation": relation}).scalars())
-        hidden = [name for name in there if name in personal_columns(table)]
-        if not hidden:
-            continue
-        rest = ", ".join(_quote(name) for name in there if name not in hidden)
-        take, give = "REVOKE SELECT {}ON {} FROM {} CASCADE", "GRANT SELECT ({}) ON {} TO {}"
-        for role in _readers(db, relation, may):
-            statements.append(take.format("", relation, role))
-            statements.append(give.format(rest, relation, role))
-        for role, column in _readers_of_columns(db, relation, may):
-            if column in hidden:
-                statements.append(take.format(f"({_quote(column)}) ", relation, role))
-        exposing = db.execute(EXPOSING, {"relation": relation, "columns": hidden}).scalars()
-        for view in exposing.all():
-            statements += [take.format("", view, role) for role in _readers(db, view, may)]
+    take, give = "REVOKE SELECT {}ON {} FROM {} CASCADE", "GRANT SELECT ({}) ON {} TO {}"
+    for role in _readers(db, relation, may):
+        statements.append(take.format("", relation, role))
+        statements.append(give.format(rest, relation, role))
+    for role, column in _readers_of_columns(db, relation, may):
+        if column in closed:
+            statements.append(take.format(f"({_quote(column)}) ", relation, role))
+    exposing = db.execute(EXPOSING, {"relation": relation, "columns": closed}).scalars()
+    for view in exposing.all():
+        statements += [take.format("", view, role) for role in _readers(db, view, may)]
     execute(db, statements)
     return statements
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Text
 
+from pipeline import catalogue
 from pipeline.errors import ConfigurationError
-from pipeline.projectors import discover
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.readmodel import (
@@ -152,11 +152,11 @@ def test_a_category_is_not_another_one_that_begins_alike():
 
 
 def test_constructing_a_declaration_changes_nothing_elsewhere():
-    before = [model.name for model in discover()]
+    before = [model.name for model in catalogue.load().models]
 
     twins = [kites(), kites()]
 
-    assert [model.name for model in discover()] == before
+    assert [model.name for model in catalogue.load().models] == before
     assert twins[0].tables[0].metadata is not twins[1].tables[0].metadata
 
 
@@ -249,7 +249,7 @@ def test_a_name_or_value_cannot_leave_its_quotes():
 
 
 def test_every_projector_is_found_once_and_in_order():
-    names = [projector.name for projector in discover()]
+    names = [projector.name for projector in catalogue.load().models]
 
     assert names == sorted(set(names))
     assert {"orders", "executions"} <= set(names)
@@ -261,10 +261,10 @@ def test_two_projectors_of_one_name_are_refused(monkeypatch):
     monkeypatch.setattr(module, "twin", custom(table="orders"), raising=False)
 
     with pytest.raises(ConfigurationError, match="called orders"):
-        discover.__wrapped__()
+        catalogue.load.__wrapped__()
 
 
-@pytest.mark.parametrize("projector", discover(), ids=lambda projector: projector.name)
+@pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)
 def test_every_table_and_column_has_a_comment_and_its_projectors_name(projector):
     for table in projector.tables:
         assert table.comment
@@ -275,7 +275,7 @@ def test_every_table_and_column_has_a_comment_and_its_projectors_name(projector)
 
 def test_text_columns_are_as_wide_as_they_need():
     """No length: an enum grows, and Upvest says nothing binding on any other text."""
-    for projector in discover():
+    for projector in catalogue.load().models:
         for table in projector.tables:
             for column in table.columns:
                 assert not isinstance(column.type, Text) or column.type.length is None

@@ -6,8 +6,8 @@ Lock: ACCESS EXCLUSIVE on `pipeline.consumer_offsets`, for a moment; no row is r
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0009"
-down_revision = "0008"
+revision = "0008"
+down_revision = "0007"
 
 
 def upgrade() -> None:

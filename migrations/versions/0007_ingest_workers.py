@@ -9,8 +9,8 @@ Lock: none that matters, the table is new. The service may run meanwhile.
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = "0007"
+down_revision = "0006"
 
 
 def upgrade() -> None:

@@ -1,0 +1,391 @@
+"""What is to be done so that the schemas for analysts hold what is declared, and no more.
+
+Additive changes are made in place, each object in a transaction of its own. For anything else the
+table is recorded as it should be; the rebuild that is due anyway makes it beside the live one and
+puts it in its place. What others have made on our tables survives, or is named before anything
+changes. Nothing that holds data is dropped.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alembic.autogenerate import produce_migrations
+from alembic.migration import MigrationContext
+from alembic.operations import ops
+from sqlalchemy import Connection, MetaData, Row, text
+from sqlalchemy.schema import SchemaItem
+
+from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA, metadata
+from pipeline.errors import ConfigurationError
+from pipeline.schema import objects
+from pipeline.schema.declared import DeclaredTable, DeclaredView, literal, plain_view, sql_of
+
+SCHEMAS = (READ_SCHEMA, PERSONAL_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change, executed as a whole.
+
+    Attributes:
+        name: Schema and name of the object.
+        what: What happens, for people.
+        statements: What is executed.
+        declared: The object as it is recorded afterwards; None to forget it.
+        in_transaction: False for a statement that must not be in one.
+    """
+
+    name: str
+    what: str
+    statements: tuple[str, ...]
+    declared: DeclaredTable | DeclaredView | None = None
+    in_transaction: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def moves(db: Connection, tables: Iterable[DeclaredTable]) -> Iterator[Step]:
+    """Tables that are in the wrong one of the two schemas: a column has become personal, or is not.
+
+    Views of ours that read such a table are made again by the steps of ``views``.
+    """
+    recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
+    for table in tables:
+        before = f"{_other(table.table.schema)}.{table.table.name}"
+        is_table = before in there and there[before].kind == "r"
+        if not (is_table and before in recorded and recorded[before].is_ours):
+            continue
+        statements = []
+        if table.name in there and table.name in recorded and recorded[table.name].is_ours:
+            # Its plain view has the name; views of ours on it are made again by later steps.
+            ours, others = dependents(db, there[table.name].oid)
+            if others:
+                raise ConfigurationError(
+                    f"{table.name} is a table again, as no column is personal any more, and others "
+                    f"have made views on the view of that name: {'; '.join(others)}. Nothing was "
+                    "changed. Have their owners drop them, then repeat `pipeline migrate`"
+                )
+            statements += [f"DROP VIEW {quoted(name)}" for name in [*reversed(ours), table.name]]
+            statements.append(
+                "DELETE FROM pipeline.declared_objects "  # noqa: S608 - declared names
+                f"WHERE name = {literal(table.name)}"
+            )
+        statements.append(f"ALTER TABLE {quoted(before)} SET SCHEMA {table.table.schema}")
+        statements.append(
+            "UPDATE pipeline.declared_objects "  # noqa: S608 - declared names
+            f"SET name = {literal(table.name)} WHERE name = {literal(before)}"
+        )
+        reason = "a column is personal" if table.personal else "no column is personal any more"
+        yield Step(table.name, f"move from {before}, as {reason}", tuple(statements), table)
+
+
+def _other(schema: str | None) -> str:
+    return READ_SCHEMA if schema == PERSONAL_SCHEMA else PERSONAL_SCHEMA
+
+
+def tables(db: Connection, declared: Sequence[DeclaredTable]) -> Iterator[Step]:
+    """What is missing or different of the tables.
+
+    Raises:
+        ConfigurationError: Somebody else's object has the name of a table, or others' objects are
+            on a table that must be replaced; the text names each.
+    """
+    recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
+    for table in declared:
+        _refuse_others(table.name, recorded, there)
+    present = [table for table in declared if table.name in there]
+    changes = _changes(db, present)
+    for table in declared:
+        if table.name not in there:
+            yield _create(table, was_there=table.name in recorded)
+        else:
+            yield from _alter(db, table, recorded.get(table.name), changes.get(table.name, []))
+
+
+def _refuse_others(
+    name: str, recorded: Mapping[str, objects.Recorded], there: Mapping[str, Row[Any]]
+) -> None:
+    known = recorded.get(name)
+    if name in there and not (known and known.is_ours):
+        owner = there[name].owner
+        raise ConfigurationError(
+            f"{name} exists, and `pipeline migrate` has not made it; its owner is {owner}. It is "
+            "left as it is. Rename it or move it to another schema, then repeat: "
+            f"ALTER TABLE {quoted(name)} RENAME TO …"
+        )
+
+
+def _create(table: DeclaredTable, *, was_there: bool) -> Step:
+    watch = f"SELECT pipeline.watch_read_model({literal(table.name)}, {literal(table.projector)})"
+    statements = [*sql_of(ops.CreateTableOp.from_table(table.table)), *_indexes(table), watch]
+    if was_there:
+        # As after TRUNCATE: the projector fills the table from the beginning of the log.
+        statements.append(f"SELECT pipeline.start_again({literal(table.projector)}, true)")
+    what = "create again: somebody dropped it" if was_there else "create table"
+    return Step(table.name, what, tuple(statements), table)
+
+
+def _indexes(table: DeclaredTable) -> list[str]:
+    return sql_of(*(ops.CreateIndexOp.from_index(index) for index in sorted(
+        table.table.indexes, key=lambda index: str(index.name)
+    )))  # fmt: skip
+
+
+def _changes(
+    db: Connection, declared: Sequence[DeclaredTable]
+) -> dict[str, list[ops.MigrateOperation]]:
+    """The differences that Alembic finds, by table."""
+    wanted = MetaData(naming_convention=metadata.naming_convention)
+    for table in declared:
+        table.table.to_metadata(wanted)
+    ours = {table.name for table in declared}
+
+    def include(item: SchemaItem, _name: str | None, kind: str, *_: object) -> bool:
+        return kind != "table" or f"{item.schema}.{item.name}" in ours  # type: ignore[attr-defined]  # it is a Table
+
+    context = MigrationContext.configure(
+        db,
+        opts={
+            "include_schemas": True,
+            "include_name": lambda name, kind, _parents: kind != "schema" or name in SCHEMAS,
+            "include_object": include,
+        },
+    )
+    found = produce_migrations(context, wanted).upgrade_ops
+    changes: dict[str, list[ops.MigrateOperation]] = {}
+    for operation in found.ops if found else ():
+        if isinstance(operation, ops.ModifyTableOps):
+            name = f"{operation.schema}.{operation.table_name}"
+            changes.setdefault(name, []).extend(operation.ops)
+    return changes
+
+
+def _alter(
+    db: Connection,
+    table: DeclaredTable,
+    known: objects.Recorded | None,
+    operations: Sequence[ops.MigrateOperation],
+) -> Iterator[Step]:
+    details = known.details if known else {}
+    in_place: list[tuple[ops.MigrateOperation, str]] = []
+    replaced: list[str] = []
+    for operation in operations:
+        match operation:
+            case ops.AddColumnOp():
+                column = operation.column
+                if column.nullable:
+                    in_place.append((operation, f"add {column.name}"))
+                else:
+                    replaced.append(f"add {column.name}, which is never NULL")
+            case ops.AlterColumnOp():
+                if operation.modify_type is not None or operation.modify_nullable is not None:
+                    replaced.append(f"change the type of {operation.column_name}")
+                if operation.modify_comment is not False:
+                    comment = ops.AlterColumnOp(
+                        operation.table_name,
+                        operation.column_name,
+                        schema=operation.schema,
+                        modify_comment=operation.modify_comment,
+                    )
+                    in_place.append((comment, f"comment of {operation.column_name}"))
+            case ops.DropColumnOp() if operation.column_name in details.get("made", ()):
+                replaced.append(f"drop {operation.column_name}")
+            case ops.CreateTableCommentOp():
+                in_place.append((operation, "comment"))
+            case _:
+                pass  # indexes follow; all else was made by others, and stays
+    if _key_of(db, table) != [column.name for column in table.table.primary_key]:
+        replaced.append("change the key")
+    if replaced:
+        _refuse_dependents(db, table, details, replaced)
+        if known is None or known.definition != table.definition:
+            what = f"{', '.join(replaced)}: by the rebuild that is due"
+            yield Step(table.name, what, (), table)
+        return
+    if in_place:
+        statements = sql_of(*(operation for operation, _ in in_place))
+        yield Step(table.name, ", ".join(what for _, what in in_place), tuple(statements), table)
+    elif known and (known.definition, {**known.details, "made": None}) != (
+        table.definition,
+        {**table.details, "made": None},
+    ):
+        yield Step(table.name, "record its definition", (), table)
+    yield from _index_steps(db, table, details)
+
+
+KEY = text("""
+SELECT a.attname FROM pg_index i
+CROSS JOIN LATERAL unnest(i.indkey::int[]) WITH ORDINALITY AS k(attnum, place)
+JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+WHERE i.indisprimary AND i.indrelid = CAST(:table AS regclass) ORDER BY k.place
+""")
+INDEXES = text("""
+SELECT c.relname AS name, i.indisvalid AS is_valid
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = CAST(:table AS regclass) AND NOT i.indisprimary
+""")
+
+
+def _key_of(db: Connection, table: DeclaredTable) -> list[str]:
+    return list(db.execute(KEY, {"table": quoted(table.name)}).scalars())
+
+
+def _index_steps(
+    db: Connection, table: DeclaredTable, details: Mapping[str, Any]
+) -> Iterator[Step]:
+    """Indexes, made and dropped beside readers and writers: one statement, in no transaction."""
+    there = {row.name: row.is_valid for row in db.execute(INDEXES, {"table": quoted(table.name)})}
+    wanted = {str(index.name): index for index in table.table.indexes}
+    surplus = (set(details.get("indexes", {})) & set(there)) - set(wanted)
+    for name in sorted(surplus | {name for name in wanted if there.get(name) is False}):
+        drop = f'DROP INDEX CONCURRENTLY {table.table.schema}."{name}"'
+        yield Step(table.name, f"drop index {name}", (drop,), table, in_transaction=False)
+    for name in sorted(name for name in wanted if not there.get(name)):
+        [create] = sql_of(ops.CreateIndexOp.from_index(wanted[name]))
+        beside = create.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+        yield Step(table.name, f"create index {name}", (beside,), table, in_transaction=False)
+
+
+# Whatever depends on a table and is neither ours nor part of it.
+OTHERS_ON = text("""
+SELECT pg_describe_object(d.classid, d.objid, d.objsubid) || ' (owner '
+       || pg_get_userbyid(coalesce(v.relowner, c.relowner)) || ')' AS described
+FROM pg_depend d
+JOIN pg_class c ON c.oid = d.refobjid
+LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+LEFT JOIN pg_class v ON v.oid = r.ev_class
+LEFT JOIN pg_class i ON d.classid = 'pg_class'::regclass AND i.oid = d.objid AND i.relkind = 'i'
+LEFT JOIN pg_trigger t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid
+LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = CAST(:table AS regclass)
+  AND d.deptype IN ('n', 'a')
+  AND NOT (v.oid IS NOT NULL AND v.oid = ANY (CAST(:ours AS oid[])))
+  AND NOT (i.oid IS NOT NULL AND (i.relname = ANY (CAST(:indexes AS text[]))))
+  AND NOT (t.oid IS NOT NULL AND t.tgfoid = 'pipeline.read_model_truncated()'::regprocedure)
+  AND NOT (k.oid IS NOT NULL AND k.conrelid = d.refobjid AND k.contype IN ('p', 'n'))
+  AND d.classid NOT IN ('pg_type'::regclass, 'pg_attrdef'::regclass)
+GROUP BY 1
+UNION ALL
+SELECT 'column ' || quote_ident(a.attname) || ' of ' || a.attrelid::regclass
+FROM pg_attribute a
+WHERE a.attrelid = CAST(:table AS regclass) AND a.attnum > 0 AND NOT a.attisdropped
+  AND a.attname <> ALL (CAST(:columns AS text[]))
+ORDER BY 1
+""")
+
+
+def _refuse_dependents(
+    db: Connection, table: DeclaredTable, details: Mapping[str, Any], changes: Sequence[str]
+) -> None:
+    ours = [known.oid for known in objects.recorded(db).values() if known.is_ours]
+    columns = {*details.get("made", ()), *(column.name for column in table.table.columns)}
+    found = db.execute(
+        OTHERS_ON,
+        {
+            "table": quoted(table.name),
+            "ours": ours,
+            "indexes": list(details.get("indexes", {})),
+            "columns": sorted(columns),
+        },
+    )
+    if others := list(found.scalars()):
+        raise ConfigurationError(
+            f"{table.name} must be replaced ({', '.join(changes)}), and others have made objects "
+            f"on it, which would be lost: {'; '.join(others)}. Nothing was changed. Have their "
+            "owners drop them, repeat `pipeline migrate`, and make them again after the rebuild"
+        )
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def views(db: Connection, declared: Sequence[DeclaredView]) -> Iterator[Step]:
+    """Views that are missing, or changed in their declaration or by hand.
+
+    Raises:
+        ConfigurationError: Somebody else's object has the name of a view.
+    """
+    recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
+    for view in declared:
+        known = recorded.get(view.name)
+        _refuse_others(view.name, recorded, there)
+        if view.name not in there:
+            what = "create view" if known is None else "create again: somebody dropped it"
+            yield Step(view.name, what, (view.definition,), view)
+        elif known and known.definition != view.definition:
+            yield Step(view.name, "replace view", (view.definition,), view)
+        elif known and known.query != known.details.get("query"):
+            yield Step(view.name, "replace view: somebody changed it", (view.definition,), view)
+    wanted = {view.name for view in declared}
+    for name, known in sorted(recorded.items()):
+        if known.kind == "view" and name not in wanted and known.is_ours:
+            yield Step(name, "drop view: nothing declares it", (f"DROP VIEW {quoted(name)}",))
+
+
+DEPENDENT_VIEWS = text("""
+SELECT DISTINCT n.nspname || '.' || v.relname AS name, v.oid,
+       pg_get_userbyid(v.relowner) AS owner, v.relkind::text AS kind
+FROM pg_depend d
+JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+JOIN pg_class v ON v.oid = r.ev_class
+JOIN pg_namespace n ON n.oid = v.relnamespace
+WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = :oid AND v.oid <> d.refobjid
+ORDER BY 1
+""")
+VIEW_COLUMNS = text("""
+SELECT attname::text AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
+WHERE attrelid = :oid AND attnum > 0 ORDER BY attnum
+""")
+
+
+def dependents(db: Connection, oid: int) -> tuple[Sequence[str], Sequence[str]]:
+    """Views on a relation, and views on those: ours in the order of their making, and others'."""
+    recorded = objects.recorded(db)
+    ours: list[str] = []
+    others: list[str] = []
+    to_see = [oid]
+    while to_see:
+        for row in db.execute(DEPENDENT_VIEWS, {"oid": to_see.pop(0)}):
+            if row.name in recorded and recorded[row.name].is_ours:
+                if row.name in ours:
+                    ours.remove(row.name)
+                ours.append(row.name)
+                to_see.append(row.oid)
+            else:
+                others.append(f"{row.name} (owner {row.owner})")
+    return ours, sorted(set(others))
+
+
+def shows(db: Connection, oid: int, columns: Iterable[str]) -> bool:
+    """Whether a view shows the values of columns that its table has."""
+    read = set(db.execute(READ_COLUMNS, {"oid": oid}).scalars())
+    return bool(read & set(columns))
+
+
+READ_COLUMNS = text("""
+SELECT a.attname::text FROM pg_rewrite r
+JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+                AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> r.ev_class
+JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+WHERE r.ev_class = :oid AND d.refobjsubid > 0
+""")
+
+
+def with_kept_columns(db: Connection, view: DeclaredView, oid: int) -> DeclaredView:
+    """A view of a table with personal data that keeps the columns that it has, NULL where personal.
+
+    So that others' views on it, which need all of its columns, stay.
+    """
+    if view.of_table is None:
+        return view
+    had = [(row.name, row.type) for row in db.execute(VIEW_COLUMNS, {"oid": oid})]
+    kept = plain_view(view.of_table, nulls=had)
+    return DeclaredView(view.name, kept.definition, view.of_table, view.shows_personal)
+
+
+def quoted(name: str) -> str:
+    """Schema and name, as SQL."""
+    schema, _, relation = name.partition(".")
+    return f'{schema}."{relation}"'

@@ -52,7 +52,7 @@ def refusal(
         ORDERS,
         Logged(Origin(*logged_ids), NextOffset(next_offset)),
         None if last is None else LastRecord(Offset(next_offset - 1), digest(last)),
-        KafkaPartition(*kafka_ids, NextOffset(low), NextOffset(high)),
+        KafkaPartition(kafka_ids[0], kafka_ids[1], NextOffset(low), NextOffset(high)),
         lambda _partition, _offset: None if in_kafka is None else record(in_kafka),
     )
 

@@ -26,7 +26,7 @@ from pipeline.cli.workers import WORKERS_MAX, become_worker
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import address_of
 from pipeline.errors import PipelineError, RefusedError, TransientError
-from pipeline.ingest import Ingest
+from pipeline.ingest import Ingest, tuned_interpreter
 from pipeline.ingest import Progress as Ingested
 from pipeline.kafka import Brokers
 from pipeline.outages import OutagePolicy
@@ -274,7 +274,9 @@ def _who(settings: Settings) -> dict[str, object]:
 
 
 def _ingest(job: Job) -> None:
-    Ingest(job.settings, job.engine, stop=job.stop, observe=job.tally.of_ingest()).run()
+    ingest = Ingest(job.settings, job.engine, stop=job.stop, observe=job.tally.of_ingest())
+    with tuned_interpreter():
+        ingest.run()
 
 
 def _project(job: Job, stop: threading.Event) -> None:
@@ -324,9 +326,11 @@ def _ingest_to_the_end(job: Job) -> None:
 
         def observe(progress: Ingested) -> None:
             count(progress)
-            gauge.show(progress.written, progress.written + progress.behind)
+            gauge.show(progress.written, progress.written + progress.lag)
 
-        Ingest(job.settings, job.engine, stop=job.stop, until_end=True, observe=observe).run()
+        ingest = Ingest(job.settings, job.engine, stop=job.stop, until_end=True, observe=observe)
+        with tuned_interpreter():
+            ingest.run()
 
 
 def _side_by_side(job: Job, *, until_end: bool) -> None:

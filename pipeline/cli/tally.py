@@ -37,7 +37,7 @@ class Tally:
     def of_ingest(self) -> Callable[[Ingested], None]:
         """What an ingest is to call with its progress."""
         counter = self._counter("ingested", "ingest_lag")
-        return lambda progress: counter(progress.written, progress.behind)
+        return lambda progress: counter(progress.written, progress.lag)
 
     def of_projection(self) -> Callable[[Projected], None]:
         """What a projection is to call with its progress."""

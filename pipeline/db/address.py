@@ -113,6 +113,6 @@ class Address:
         url = self._fresh_url()
         if url == self._url:
             return False
-        log.info("password_read_again", server="PostgreSQL", effect="the new login is used")
+        log.info("password_reloaded", server="PostgreSQL", effect="the new login is used")
         self._use(url)
         return True

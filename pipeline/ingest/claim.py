@@ -1,4 +1,9 @@
-"""Taking a partition over: claim it, and make sure that Kafka still is what was read before."""
+"""Claiming partitions: become their owner, and check that Kafka still has what was read before.
+
+``Claimer.claim`` reads from top to bottom: which topics exist, where new partitions begin, then per
+partition the claim in the database, the comparison with Kafka, and the result: ``Claimed``, or the
+reason why it is halted.
+"""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
@@ -20,7 +25,6 @@ from pipeline.errors import (
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.kafka import GroupConsumer, RecordReader, why_not_readable
 from pipeline.log import offsets
-from pipeline.log.installation import installation_id
 from pipeline.log.offsets import LoggedPartition, Owner
 from pipeline.log.origin import (
     KafkaPartition,
@@ -37,117 +41,94 @@ from pipeline.settings import Settings
 log = structlog.get_logger(__name__)
 
 LOCK_NOT_AVAILABLE = "55P03"
-"""What a claim gets while the former owner's transaction is open for longer than we wait."""
+"""SQLSTATE of a claim that waits too long for a transaction of the former owner."""
 
 
-class Taken(NamedTuple):
-    """A partition that is ours and may go on.
+class Claimed(NamedTuple):
+    """A partition that we own and may read.
 
     Attributes:
         held: The epoch under which to append.
-        begin: Where to read on.
+        start: The offset at which to start reading.
         end: Kafka's end at this moment.
-        topic_id: The id of the topic whose records come; None where nobody knows it.
-        window: What the last offsets held, for telling repeats.
+        topic_id: The id of the topic that is read; None if unknown.
+        window: The digests of the last offsets, to detect repeats.
     """
 
     held: Epoch
-    begin: NextOffset
+    start: NextOffset
     end: NextOffset
     topic_id: str | None
     window: RepeatWindow
 
 
-class Takeover:
-    """Takes partitions over for one membership in the group."""
+class Claimer:
+    """Claims partitions for one membership in the group.
 
-    def __init__(self, engine: Engine, source: GroupConsumer, settings: Settings) -> None:
+    Args:
+        engine: The database.
+        consumer: The member of the group.
+        settings: Where a new topic begins, the group, the size of the window for repeats.
+        installation: The identity of the database.
+    """
+
+    def __init__(
+        self, engine: Engine, consumer: GroupConsumer, settings: Settings, installation: UUID
+    ) -> None:
         self._engine = engine
-        self._source = source
+        self._consumer = consumer
+        self._brokers = consumer.brokers
         self._settings = settings
-        with transaction(engine) as db:
-            self.installation: UUID = installation_id(db)
+        self._installation = installation
 
-    def take(self, partitions: Collection[Partition]) -> Mapping[Partition, Taken | RefusedError]:
-        """Claim partitions; those that must not go on are named with the reason, and recorded so.
+    def claim(
+        self, partitions: Collection[Partition]
+    ) -> Mapping[Partition, Claimed | RefusedError]:
+        """Claim partitions; one that must not be read is recorded as halted, with the reason.
 
-        A partition never seen begins at ``START``; one that was added to a known topic at its
-        beginning, for what came before we noticed it must not be lost.
+        A partition that was never read begins at ``START``; one that was added to a known topic at
+        its beginning, so that nothing is lost from before we noticed it.
 
         Raises:
-            TransientError: A server is away. Claims already made do no harm; take again.
+            TransientError: A server is unavailable. Claims that were made do no harm; claim again.
             ConfigurationError: A login or a right is missing.
         """
-        cluster_id = self._source.brokers.cluster_id()
-        # All of them are asked for: a broker may make a topic that it is asked for by name.
-        counts = self._source.brokers.partition_counts()
+        cluster_id = self._brokers.cluster_id()
+        # Request all topics: a broker may create a topic that is requested by name.
+        counts = self._brokers.partition_counts()
         topics = sorted({partition.topic for partition in partitions} & counts.keys())
-        topic_ids = self._source.brokers.topic_ids(topics)
-        taken: dict[Partition, Taken | RefusedError] = {}
+        topic_ids = self._brokers.topic_ids(topics)
+        origins = {topic: Origin(cluster_id, topic_ids.get(topic)) for topic in topics}
+        results: dict[Partition, Claimed | RefusedError] = {}
         for topic in topics:
-            # The broker that we ask may not have heard yet of what the group has given us.
-            given = {place.number for place in partitions if place.topic == topic}
-            now = Origin(cluster_id, topic_ids.get(topic))
-            taken |= self._begin(topic, sorted({*range(counts[topic]), *given}), now)
+            # This broker may not know yet of a partition that the group has assigned to us.
+            assigned = {partition.number for partition in partitions if partition.topic == topic}
+            numbers = sorted({*range(counts[topic]), *assigned})
+            results |= self._begin_new_partitions(topic, numbers, origins[topic])
         others = self.other_databases(topics)
-        with self._source.brokers.record_reader() as reader:
+        with self._brokers.record_reader() as reader:
             readable = {topic for topic in topics if reader.may_read(topic)}
-            for partition in sorted(set(partitions) - taken.keys()):
-                if partition.topic in readable:
-                    now = Origin(cluster_id, topic_ids.get(partition.topic))
-                    taken[partition] = self._take(
-                        partition, now, others.get(partition.topic), reader
+            for partition in sorted(set(partitions) - results.keys()):
+                topic = partition.topic
+                if topic in readable:
+                    results[partition] = self._claim_one(
+                        partition, origins[topic], others.get(topic), reader
                     )
-                elif partition.topic in topics:
-                    why = why_not_readable(self._settings, partition.topic)
-                    taken[partition] = self._halt(partition, ForbiddenTopicError(partition, why))
+                elif topic in topics:
+                    reason = why_not_readable(self._settings, topic)
+                    results[partition] = self._halt(
+                        partition, ForbiddenTopicError(partition, reason)
+                    )
                 else:
-                    taken[partition] = self._miss(partition)
-        return {partition: taken[partition] for partition in sorted(partitions)}
+                    results[partition] = self._halt_missing(partition)
+        return {partition: results[partition] for partition in sorted(partitions)}
 
-    def miss(self, topic: str) -> None:
-        """Record that a topic is gone, for its partitions that the group gives to nobody now.
+    # ------------------------------------------------------------------------------- new partitions
 
-        Raises:
-            TransientError: The database is away.
-            ConfigurationError: A login or a right is missing.
-        """
-        with transaction(self._engine) as db:
-            deserted = offsets.without_reader(db, topic)
-        for partition in deserted:
-            self._miss(partition)
-
-    def _miss(self, partition: Partition) -> RefusedError:
-        return self._halt(partition, self._source.brokers.missing_topic_error(partition))
-
-    def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
-        with transaction(self._engine) as db:
-            if partition.number in offsets.lock_origins(db, partition.topic):
-                claim = offsets.claim(db, partition, self._owner)
-                offsets.halt(db, partition, claim.epoch, refusal)
-        return refusal
-
-    def other_databases(self, topics: Collection[str]) -> Mapping[str, UUID]:
-        """By topic, a database besides this one that the consumer group says it feeds.
-
-        All partitions are looked at, not ours alone: two databases that share a group from the
-        start own different ones.
-        """
-        partitions = [
-            Partition(topic, number)
-            for topic in sorted(topics)
-            for number in range(self._source.brokers.partition_count(topic))
-        ]
-        return {
-            partition.topic: fed.installation
-            for partition, fed in self._source.brokers.group.last_commits(partitions).items()
-            if fed.installation != self.installation
-        }
-
-    def _begin(
-        self, topic: str, numbers: Collection[int], now: Origin
+    def _begin_new_partitions(
+        self, topic: str, numbers: Collection[int], origin: Origin
     ) -> Mapping[Partition, RefusedError]:
-        """Begin partitions that were never read; not those of what only has our topic's name."""
+        """Begin partitions that were never read; refuse them if the topic is another one."""
         refused: dict[Partition, RefusedError] = {}
         with transaction(self._engine) as db:
             known = offsets.lock_origins(db, topic)
@@ -155,7 +136,7 @@ class Takeover:
                 if number in known:
                     continue
                 partition = Partition(topic, number)
-                if refusal := why_other_origin(partition, known.values(), now):
+                if refusal := why_other_origin(partition, known.values(), origin):
                     refused[partition] = refusal
                 else:
                     first = self._low(partition) if known else self._start(partition)
@@ -163,10 +144,10 @@ class Takeover:
         return refused
 
     def _low(self, partition: Partition) -> NextOffset:
-        return self._source.brokers.watermarks(partition).low
+        return self._brokers.watermarks(partition).low
 
     def _start(self, partition: Partition) -> NextOffset:
-        low, high = self._source.brokers.watermarks(partition)
+        low, high = self._brokers.watermarks(partition)
         match self._settings.start:
             case "earliest":
                 return low
@@ -174,28 +155,26 @@ class Takeover:
                 return high
             case datetime() as moment:
                 milliseconds = int(moment.timestamp() * 1000)
-                first = self._source.brokers.offset_at(partition, milliseconds)
+                first = self._brokers.offset_at(partition, milliseconds)
                 return high if first is None else first
 
-    @property
-    def _owner(self) -> Owner:
-        return Owner(self._settings.group_id, self._source.member_id)
+    # -------------------------------------------------------------------------------- one partition
 
-    def _take(
-        self, partition: Partition, now: Origin, other: UUID | None, reader: RecordReader
-    ) -> Taken | RefusedError:
+    def _claim_one(
+        self, partition: Partition, origin: Origin, other: UUID | None, reader: RecordReader
+    ) -> Claimed | RefusedError:
         try:
             with transaction(self._engine) as db:
                 claim = offsets.claim(db, partition, self._owner)
                 last = last_record(db, partition, claim.next_offset)
         except TransientError as error:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
-                self._end_silent_owner(partition)
+                self._terminate_silent_owner(partition)
             raise
-        # Not before the claim: the commit that it waited for may have moved past an older reading,
-        # and the topic would seem to end in front of us.
-        low, high = self._source.brokers.watermarks(partition)
-        source = KafkaPartition(str(now.cluster_id), now.topic_id, low, high)
+        # Only after the claim: it waited for a commit that may have advanced past an older reading,
+        # and the topic would seem to end before our next offset.
+        low, high = self._brokers.watermarks(partition)
+        source = KafkaPartition(str(origin.cluster_id), origin.topic_id, low, high)
         refusal = self._objection(partition, claim, source, last, other, reader)
         with transaction(self._engine) as db:
             if refusal is not None:
@@ -204,23 +183,27 @@ class Takeover:
             offsets.record_source(db, partition, claim.epoch, source)
             size = self._settings.repeat_window
             seen = recent(db, partition, claim.next_offset, size)
-        known_id = now.topic_id or claim.topic_id
-        return Taken(claim.epoch, claim.next_offset, high, known_id, RepeatWindow(size, seen))
+        topic_id = origin.topic_id or claim.topic_id
+        return Claimed(claim.epoch, claim.next_offset, high, topic_id, RepeatWindow(size, seen))
 
-    def _end_silent_owner(self, partition: Partition) -> None:
-        """A former owner that was stopped must not keep the partition for as long as it likes."""
+    @property
+    def _owner(self) -> Owner:
+        return Owner(self._settings.group_id, self._consumer.member_id)
+
+    def _terminate_silent_owner(self, partition: Partition) -> None:
+        """Terminate the session of a former owner that was stopped; it would hold the lock."""
         silent_for = timedelta(milliseconds=self._settings.idle_in_transaction_timeout_ms)
         try:
             with transaction(self._engine) as db:
-                ended = offsets.end_silent_owner(db, partition, silent_for)
+                terminated = offsets.end_silent_owner(db, partition, silent_for)
         except ConfigurationError as error:
-            log.warning("former_owner_not_ended", partition=str(partition), reason=str(error))
+            log.warning("former_owner_not_terminated", partition=str(partition), reason=str(error))
             return
-        if ended:
+        if terminated:
             log.warning(
-                "former_owner_ended",
+                "former_owner_terminated",
                 partition=str(partition),
-                reason="its session was silent in the midst of a COPY and held the partition",
+                reason="its session sent nothing in the middle of a COPY and held the partition",
             )
 
     def _objection(
@@ -232,16 +215,57 @@ class Takeover:
         other: UUID | None,
         reader: RecordReader,
     ) -> RefusedError | None:
-        """Why the partition must not go on; None if all is well."""
+        """Why the partition must not be read; None if it may be."""
         if other is not None:
             return SharedGroupError(
                 partition,
                 group=self._settings.group_id,
-                expected=str(self.installation),
+                expected=str(self._installation),
                 found=str(other),
             )
-        if other_topic := why_other_topic(partition, claim, last, source, reader.record_at):
-            return other_topic
+        if refusal := why_other_topic(partition, claim, last, source, reader.record_at):
+            return refusal
         if claim.next_offset < source.low:
             return RetentionGapError(partition, expected=claim.next_offset, low=source.low)
         return None
+
+    # ---------------------------------------------------------------------------- halted partitions
+
+    def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
+        with transaction(self._engine) as db:
+            if partition.number in offsets.lock_origins(db, partition.topic):
+                claim = offsets.claim(db, partition, self._owner)
+                offsets.halt(db, partition, claim.epoch, refusal)
+        return refusal
+
+    def _halt_missing(self, partition: Partition) -> RefusedError:
+        return self._halt(partition, self._brokers.missing_topic_error(partition))
+
+    def halt_unassigned(self, topic: str) -> None:
+        """Record that a topic is missing, for its partitions that the group assigns to nobody.
+
+        Raises:
+            TransientError: The database is unavailable.
+            ConfigurationError: A login or a right is missing.
+        """
+        with transaction(self._engine) as db:
+            unassigned = offsets.without_reader(db, topic)
+        for partition in unassigned:
+            self._halt_missing(partition)
+
+    def other_databases(self, topics: Collection[str]) -> Mapping[str, UUID]:
+        """By topic, another database for which members of the consumer group commit.
+
+        Reads the commits of all partitions, not only of ours: two databases that share a group from
+        the start own different ones.
+        """
+        partitions = [
+            Partition(topic, number)
+            for topic in sorted(topics)
+            for number in range(self._brokers.partition_count(topic))
+        ]
+        return {
+            partition.topic: commit.installation
+            for partition, commit in self._brokers.group.last_commits(partitions).items()
+            if commit.installation != self._installation
+        }

@@ -1,20 +1,22 @@
-"""Whether a copy of this database is fed by the same consumer group at this moment.
+"""Whether a member of our consumer group writes to a copy of this database at this moment.
 
-A copy has the identity of the original, so the identity cannot tell the two apart. What tells them
-apart is who is alive: each living member of the group must write to this very database, and it
-registers there (``log.workers``). A member that does not register here, and lives, feeds another
-database. A database that was restored, failed over or upgraded has no such member, since the old
-one is gone or writes here now.
+A copy has the identity of the original, so the identity does not distinguish the two. The members
+do: each member of the group must write to this very database, and it registers there
+(``log.workers``). A member that is alive and not registered here writes to another database. A
+database that was restored, failed over or upgraded has no such member, because no worker writes to
+the old one any more.
 
-A worker looks before it joins, so a copy takes nothing from the original, not even for a moment;
-and once more with its first partitions, for what has joined at the same time. It looks before it
-claims or commits anything. Who was there first never gives way. No clocks are compared: a member
-lives if the brokers list it, and its beat, which it commits after each registration, moves.
+A worker checks before it joins, so a copy takes nothing from the original, not even for a moment;
+and again with its first partitions, for members that have joined at the same time. It checks before
+it claims or commits anything. The member that was first never gives way. No clocks are compared: a
+member is alive if the brokers list it, and if its heartbeat, which it commits after each
+registration, rises.
 """
 
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from uuid import UUID
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -22,35 +24,33 @@ from sqlalchemy import Connection, Engine
 from pipeline.db import transaction
 from pipeline.errors import CopiedDatabaseError
 from pipeline.kafka import GroupCommit, GroupConsumer, Member
-from pipeline.kafka.client import consumer_config
 from pipeline.log import workers
-from pipeline.log.installation import installation_id
 from pipeline.log.workers import Server
 from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-BEAT_S = 5.0
-"""How often a worker registers and beats: with each look around of the loop."""
-LOOK_AGAIN_S = 0.5
-"""How often somebody who does not register here is looked at."""
-BEATS_MIN = 2
-"""How many beats prove that a member writes to another database. One may have been on its way when
-this database took over from the one that it was written to."""
-REGISTER_S_MAX = 2 * BEAT_S
-"""How long a worker of this database needs at most to register after it has joined."""
-SESSION_MS_DEFAULT = 45_000
+HEARTBEAT_S = 5.0
+"""How often a worker registers and commits a heartbeat: with each round of periodic checks."""
+RETRY_S = 0.5
+"""Pause between two looks at members that are not registered here."""
+HEARTBEATS_MIN = 2
+"""How many heartbeats prove that a member writes to another database. One may have been sent before
+this database replaced the one that it was written to."""
+REGISTER_S_MAX = 2 * HEARTBEAT_S
+"""Maximum time that a worker of this database needs to register after it has joined."""
 
 
 class CopyCheck:
-    """Looks for members of the group that feed a copy, for one membership in it.
+    """Looks for members of the group that write to a copy, for one membership in it.
 
     Args:
         engine: The database.
-        source: Kafka, as this membership reads it.
+        consumer: The member of the group.
         settings: Group and topics.
-        stop: When it is set, nothing is waited for any more.
+        stop: When it is set, the check no longer waits.
+        installation: The identity of the database.
         was_replaced: This process was in the group, and Kafka gave its ``group.instance.id`` to
             another member. That may be an earlier request of our own client, which never registers.
     """
@@ -58,193 +58,157 @@ class CopyCheck:
     def __init__(
         self,
         engine: Engine,
-        source: GroupConsumer,
+        consumer: GroupConsumer,
         settings: Settings,
         stop: threading.Event,
         *,
+        installation: UUID,
         was_replaced: bool = False,
     ) -> None:
         self._engine = engine
-        self._source = source
+        self._consumer = consumer
         self._settings = settings
         self._stop = stop
+        self._installation = installation
         self._was_replaced = was_replaced
-        self._tried_to_register = ""
+        self._last_tried: str = ""
         self._checked: str | None = None
-        self._beat = 0
-        # A member that was looked for where nobody could be listed, or whose database was replaced
-        # under it, goes on looking.
+        self._heartbeat = 0
+        # A member that checked while the brokers listed nobody, or whose database was replaced
+        # while it ran, checks with every heartbeat.
         self._is_unsure = False
-        self._beats: dict[str, set[int]] = {}
+        self._heartbeats_seen: dict[str, set[int]] = {}
         with transaction(engine) as db:
-            self._installation = installation_id(db)
-            self._here = workers.here(db)
+            self._server = workers.here(db)
 
-    @property
-    def beat(self) -> int:
-        """How often this member has found that its database answers."""
-        return self._beat
+    # ------------------------------------------------------------------------------ when it checks
 
     def before_joining(self) -> None:
-        """Find nobody in the group who feeds a copy, or wait until nobody does.
+        """Wait until no member of the group writes to a copy.
 
-        A member that is listed and does nothing may be dead: it is waited for until the brokers
-        would have taken it from the group.
+        A member that is listed and does nothing may be dead: wait until the brokers would have
+        removed it from the group.
 
         Raises:
-            CopiedDatabaseError: Somebody does. The group has not seen this process.
+            CopiedDatabaseError: A member does. The group has not seen this process.
             TransientError: A server is unavailable.
         """
-        session_s = self._session_ms() / 1000
-        self._watch(session_s + REGISTER_S_MAX, has_joined=False)
+        self._wait_until_all_are_registered(
+            self._consumer.session_timeout_s + REGISTER_S_MAX, has_joined=False
+        )
         if not self._stop.is_set():
-            self._record_move()
+            self._log_move_since_last_worker()
 
-    def when_assigned(self) -> None:
-        """The same with the first partitions, and again when Kafka has taken us for gone.
+    def after_assignment(self) -> None:
+        """Check once per member id: with the first partitions, and after the session timed out.
 
         Raises:
-            CopiedDatabaseError: Somebody feeds a copy, and was there first.
+            CopiedDatabaseError: A member writes to a copy, and was first.
             TransientError: A server is unavailable.
         """
-        if self._source.member_id != self._checked:
+        if self._consumer.member_id != self._checked:
             with transaction(self._engine) as db:
                 self._register(db)
-            self._watch(REGISTER_S_MAX, has_joined=True)
-            self._checked = self._source.member_id
+            self._wait_until_all_are_registered(REGISTER_S_MAX, has_joined=True)
+            self._checked = self._consumer.member_id
 
-    def register_new_id(self, query: Callable[[Callable[[Connection], None]], None]) -> None:
-        """Register soon after the group knows us by another id; else it costs nothing.
+    # ----------------------------------------------------------------------------------- heartbeat
 
-        What fails is tried again with the next beat, and not with each turn of the loop.
+    @property
+    def heartbeat(self) -> int:
+        """How often this member has found that its database answers."""
+        return self._heartbeat
+
+    def register_new_member_id(self, query: Callable[[Callable[[Connection], None]], None]) -> None:
+        """Register soon after the group gives us another id; otherwise this costs nothing.
+
+        If it fails, it is tried again with the next heartbeat, and not in each turn of the loop.
         """
-        if self._source.member_id != self._tried_to_register:
-            self._tried_to_register = self._source.member_id
+        if self._consumer.member_id != self._last_tried:
+            self._last_tried = self._consumer.member_id
             query(self._register)
 
-    def _register(self, db: Connection) -> None:
-        member = self._source.member_id
-        if not member:
-            return
-        now_here = workers.here(db)
-        workers.register(db, member, now_here)
-        workers.forget(db)
-        if now_here.running != self._here.running:
-            self._is_unsure = True
-            if now_here.place != self._here.place:
-                _tell_move(self._here, now_here)
-            self._here = now_here
-
-    def keep_up(self, stored: Mapping[Partition, NextOffset]) -> None:
-        """Register and beat; if it is unsure who else is there, look.
+    def send_heartbeat(self, stored: Mapping[Partition, NextOffset]) -> None:
+        """Register, and commit a heartbeat; check the other members if that is unsure.
 
         Args:
-            stored: Our partitions. The beat is committed with the first of them.
+            stored: Our partitions. The heartbeat is committed with the first of them.
 
         Raises:
-            CopiedDatabaseError: Another database is fed by this group since ours was replaced.
-            TransientError: A server is unavailable. This beat is left out.
+            CopiedDatabaseError: A member writes to another database since ours was replaced.
+            TransientError: A server is unavailable. This heartbeat is left out.
         """
         with transaction(self._engine) as db:
             self._register(db)
-        self._beat += 1
+        self._heartbeat += 1
         if stored:
             first = min(stored)
-            self._source.commit({first: stored[first]}, self._installation, self._beat)
+            self._consumer.commit({first: stored[first]}, self._installation, self._heartbeat)
         if self._is_unsure:
-            fed = self._committed()
-            self._note_beats(fed, {one.member for one in fed} - self._own(), None)
+            commits = [
+                commit
+                for commit in self._last_commits()
+                if commit.installation == self._installation
+            ]
+            others = {commit.member for commit in commits} - self._registered_here()
+            self._refuse_living(commits, others, None)
 
-    def _watch(self, silent_s_max: float, *, has_joined: bool) -> None:
-        self._beats = {}
+    def _register(self, db: Connection) -> None:
+        member = self._consumer.member_id
+        if not member:
+            return
+        server = workers.here(db)
+        workers.register(db, member, server)
+        workers.forget(db)
+        if server.running != self._server.running:
+            self._is_unsure = True
+            if server.place != self._server.place:
+                _log_move(self._server, server)
+            self._server = server
+
+    # ------------------------------------------------------------------------------------ the check
+
+    def _wait_until_all_are_registered(self, silent_s_max: float, *, has_joined: bool) -> None:
+        self._heartbeats_seen = {}
         began = time.monotonic()
-        told = False
+        was_logged = False
         while not self._stop.is_set():
-            # Kafka first: who beats has registered before, so it must be found here afterwards.
-            everything = self._fed()
-            if any(one.installation != self._installation for one in everything):
-                return  # another installation: refused for each partition, when it is claimed
-            members = self._source.brokers.group.members()
-            own = self._own()
-            strangers = self._strangers(everything, members, own)
-            if not strangers:
+            # Read Kafka first: a member with a heartbeat has registered before it, so the database,
+            # read afterwards, must have it.
+            commits = self._last_commits()
+            if any(commit.installation != self._installation for commit in commits):
+                return  # another installation: each partition is refused when it is claimed
+            members = self._consumer.brokers.group.members()
+            registered = self._registered_here()
+            unregistered = self._unregistered(commits, members, registered)
+            if not unregistered:
                 return
             if members is None:
                 self._is_unsure = True
-            if not told:
-                told = True
+            if not was_logged:
+                was_logged = True
                 log.warning(
-                    "group_has_unknown_member",
+                    "unknown_member_found",
                     group=self._settings.group_id,
-                    members=sorted(strangers),
-                    hosts=sorted({members[one].host for one in strangers}) if members else None,
+                    members=sorted(unregistered),
+                    hosts=sorted({members[name].host for name in unregistered})
+                    if members
+                    else None,
                     effect="waiting until they register in this database or leave the group",
                 )
-            self._note_beats(everything, strangers, members)
+            self._refuse_living(commits, unregistered, members)
             if time.monotonic() - began > silent_s_max:
-                if members is None or (has_joined and self._was_first(everything, members, own)):
+                if members is None or (
+                    has_joined and self._was_first(commits, members, registered)
+                ):
                     return
-                if self._was_replaced and self._hold_our_place(strangers, members):
+                if self._was_replaced and self._have_our_instance_id(unregistered, members):
                     return
-                raise self._refusal(min(strangers), members)
-            self._stop.wait(LOOK_AGAIN_S)
+                raise self._refusal(min(unregistered), members)
+            self._stop.wait(RETRY_S)
 
-    def _strangers(
-        self,
-        fed: Collection[GroupCommit],
-        members: Mapping[str, Member] | None,
-        own: Collection[str],
-    ) -> set[str]:
-        """The members that live, work as we do, and do not write to this database."""
-        committed = {one.member for one in fed if one.member}
-        if members is None:
-            return committed - set(own)
-        # One that has not committed yet is known by its client's name; other programs may look.
-        client = str(consumer_config(self._settings)["client.id"])
-        return {
-            name
-            for name, member in members.items()
-            if name not in own and (name in committed or member.client == client)
-        }
-
-    def _note_beats(
-        self,
-        fed: Collection[GroupCommit],
-        strangers: Collection[str],
-        members: Mapping[str, Member] | None,
-    ) -> None:
-        for one in fed:
-            if one.member in strangers:
-                seen = self._beats.setdefault(one.member, set())
-                seen.add(one.heartbeat)
-                if len(seen) > BEATS_MIN:
-                    raise self._refusal(one.member, members)
-
-    def _hold_our_place(self, strangers: Collection[str], members: Mapping[str, Member]) -> bool:
-        """Whether they are listed under our own instance id, which Kafka gives to one member only.
-
-        None of them beats: whoever does was refused before.
-        """
-        ours = self._settings.group_instance_id
-        return ours is not None and all(members[one].instance == ours for one in strangers)
-
-    def _was_first(
-        self, fed: Collection[GroupCommit], members: Mapping[str, Member], own: Collection[str]
-    ) -> bool:
-        """Of two that join at once: whose database the group fed last, else by their ids."""
-        if fed:
-            return all(one.member in own for one in fed)
-        return min(members) in own
-
-    def _own(self) -> frozenset[str]:
-        with transaction(self._engine) as db:
-            return workers.registered(db, workers.here(db)) | {self._source.member_id}
-
-    def _committed(self) -> list[GroupCommit]:
-        return [one for one in self._fed() if one.installation == self._installation]
-
-    def _fed(self) -> list[GroupCommit]:
-        brokers = self._source.brokers
+    def _last_commits(self) -> list[GroupCommit]:
+        brokers = self._consumer.brokers
         counts = brokers.partition_counts()
         partitions = [
             Partition(topic, number)
@@ -253,15 +217,72 @@ class CopyCheck:
         ]
         return list(brokers.group.last_commits(partitions).values())
 
+    def _registered_here(self) -> frozenset[str]:
+        with transaction(self._engine) as db:
+            return workers.registered(db, workers.here(db)) | {self._consumer.member_id}
+
+    def _unregistered(
+        self,
+        commits: Collection[GroupCommit],
+        members: Mapping[str, Member] | None,
+        registered: Collection[str],
+    ) -> set[str]:
+        """The members that are workers of ours and do not write to this database."""
+        committed = {commit.member for commit in commits if commit.member}
+        if members is None:
+            return committed - set(registered)
+        # A worker that has not committed yet has our client's name. Other programs may be members.
+        return {
+            name
+            for name, member in members.items()
+            if name not in registered
+            and (name in committed or member.client == self._consumer.client_id)
+        }
+
+    def _refuse_living(
+        self,
+        commits: Collection[GroupCommit],
+        unregistered: Collection[str],
+        members: Mapping[str, Member] | None,
+    ) -> None:
+        """Raise if the heartbeat of one of these members rises."""
+        for commit in commits:
+            if commit.member in unregistered:
+                seen = self._heartbeats_seen.setdefault(commit.member, set())
+                seen.add(commit.heartbeat)
+                if len(seen) > HEARTBEATS_MIN:
+                    raise self._refusal(commit.member, members)
+
+    def _have_our_instance_id(
+        self, unregistered: Collection[str], members: Mapping[str, Member]
+    ) -> bool:
+        """Whether they are listed under our own instance id, which Kafka gives to one member only.
+
+        None of them sends heartbeats: one that does was refused before.
+        """
+        ours = self._settings.group_instance_id
+        return ours is not None and all(members[name].instance == ours for name in unregistered)
+
+    def _was_first(
+        self,
+        commits: Collection[GroupCommit],
+        members: Mapping[str, Member],
+        registered: Collection[str],
+    ) -> bool:
+        """Of two that join at once: whose database the group wrote to last, else by their ids."""
+        if commits:
+            return all(commit.member in registered for commit in commits)
+        return min(members) in registered
+
     def _refusal(self, member: str, members: Mapping[str, Member] | None) -> CopiedDatabaseError:
         with transaction(self._engine) as db:
-            at = workers.here(db)
+            server = workers.here(db)
             known = workers.find(db, member)
         host = members[member].host if members and member in members else "unknown"
         return CopiedDatabaseError(
             group=self._settings.group_id,
             member=f"{member} (host {host})",
-            here=str(at),
+            here=str(server),
             installation=self._installation,
             other=f"{known.server}, since {known.since:%Y-%m-%d %H:%M:%S%z}, "
             f"as process {known.pid} of host {known.host}"
@@ -269,18 +290,14 @@ class CopyCheck:
             else None,
         )
 
-    def _record_move(self) -> None:
+    def _log_move_since_last_worker(self) -> None:
         with transaction(self._engine) as db:
             last = workers.newest(db)
-        if last is not None and last.server.place != self._here.place:
-            _tell_move(last.server, self._here)
-
-    def _session_ms(self) -> int:
-        chosen = consumer_config(self._settings).get("session.timeout.ms")
-        return int(chosen) if chosen is not None else SESSION_MS_DEFAULT
+        if last is not None and last.server.place != self._server.place:
+            _log_move(last.server, self._server)
 
 
-def _tell_move(was: Server, now: Server) -> None:
+def _log_move(was: Server, now: Server) -> None:
     log.warning(
         "database_moved",
         was=str(was),

@@ -1,22 +1,26 @@
-"""The partitions that the group has given us, from one assignment to the next revocation.
+"""The partitions that one membership in the consumer group has, from assignment to revocation.
 
-Each is claimed and looked at (``takeover``). One that may go on is the machine's from then on; one
-that must not stands still, and is refused with a reason until an operator or Kafka changes it.
+An assignment reads from top to bottom: ``on_assign`` claims the partitions (``claim``), waiting for
+servers that are unavailable; each one is then started or halted. A halted partition has a reason
+and stays halted until an operator or Kafka removes the reason; then it is claimed again.
 """
 
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
+from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import ConfigurationError, RefusedError, TransientError
-from pipeline.ingest.claim import Taken, Takeover
+from pipeline.errors import ConfigurationError, RefusedError, SharedGroupError, TransientError
+from pipeline.ingest.claim import Claimed, Claimer
+from pipeline.ingest.copies import CopyCheck
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.state import Machine
-from pipeline.kafka import GroupConsumer
+from pipeline.kafka import Access, GroupConsumer, RebalanceListener
 from pipeline.log import offsets
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Epoch, NextOffset, Partition, lag
@@ -24,163 +28,118 @@ from pipeline.partitions import Epoch, NextOffset, Partition, lag
 log = structlog.get_logger(__name__)
 
 ASSIGN_S_MAX = 240.0
-"""How long an assignment may wait for the database; below Kafka's max.poll.interval.ms."""
-RETRY_S = 1.0
-"""Wait before asking again a server that is away."""
+"""Maximum wait of an assignment for a server; below Kafka's max.poll.interval.ms."""
 
 
-class Assignment:
-    """What one membership in the group has been given.
+class Membership:
+    """Starts, halts and releases the partitions that the group assigns to one consumer.
 
     Args:
         engine: The database.
-        machine: It is told which partitions are ours.
-        source: Kafka, as this membership reads it.
-        takeover: Claims partitions for this membership.
-        outages: How long to wait for servers that are unavailable when a partition is taken.
-        stop: When it is set, nothing is waited for any more.
+        machine: Decides for the partitions that are started.
+        consumer: The member of the group.
+        claimer: Claims partitions for this member.
+        copies: Checks for members that write to a copy of this database.
+        installation: The identity of the database.
+        outages: How long to wait for servers that are unavailable.
+        stop: When it is set, a claim no longer waits for a server.
+        drain: Writes what is held of partitions that are about to be revoked.
+
+    Attributes:
+        was_assigned: Whether the group has assigned something, even if it was no partition.
     """
 
     def __init__(
         self,
         engine: Engine,
         machine: Machine,
-        source: GroupConsumer,
-        takeover: Takeover,
+        consumer: GroupConsumer,
+        claimer: Claimer,
+        copies: CopyCheck,
+        installation: UUID,
         outages: OutagePolicy,
         stop: threading.Event,
+        drain: Callable[[Collection[Partition]], None],
     ) -> None:
         self._engine = engine
         self._machine = machine
-        self._source = source
-        self._takeover = takeover
+        self._consumer = consumer
+        self._claimer = claimer
+        self._copies = copies
+        self._installation = installation
         self._outages = outages
         self._stop = stop
+        self._drain = drain
         self._windows: dict[Partition, RepeatWindow] = {}
-        self._refusals: dict[Partition, RefusedError] = {}
-        self._unreleased: dict[Partition, Epoch] = {}
+        self._halted: dict[Partition, RefusedError] = {}
         self._topic_ids: dict[str, str] = {}
-        self._has_failed = False
+        self._unrecorded_releases: dict[Partition, Epoch] = {}
+        self.was_assigned = False
 
-    @property
-    def refusals(self) -> Mapping[Partition, RefusedError]:
-        """The partitions that stand still, with the reason of each."""
-        return self._refusals
+    def join(self) -> frozenset[str]:
+        """Join the group; topics of the default list that Kafka does not show.
 
-    @property
-    def topic_ids(self) -> Mapping[str, str]:
-        """The id that each topic had when it was taken over, where Kafka tells ids."""
-        return self._topic_ids
+        Raises:
+            ConfigurationError: A topic does not exist.
+            CopiedDatabaseError: A member of the group writes to a copy of this database.
+        """
+        with transaction(self._engine) as db:
+            known_topics = offsets.topics(db)
+        return self._consumer.join(
+            RebalanceListener(self._on_assign, self._on_revoke, self._on_lost),
+            known_topics,
+            self._copies.before_joining,
+        )
 
-    def window(self, partition: Partition) -> RepeatWindow:
-        """What tells the repeats of a partition that is ours."""
-        return self._windows[partition]
+    # ----------------------------------------------------------------------------------- assignment
 
-    def take(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
-        """Take partitions over; where those that may go on begin.
+    def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+        failpoints.reach("in_on_assign")
+        self.was_assigned = True
+        if partitions:
+            self._copies.after_assignment()
+        starts = self._claim(partitions)
+        for partition in partitions:
+            if isinstance(refusal := self._halted.get(partition), SharedGroupError):
+                # As long as we stay, the other database of the group gets no records of them.
+                raise refusal
+        return starts
+
+    def _claim(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+        """Claim partitions; the offsets at which those start that are not halted."""
+        starts: dict[Partition, NextOffset] = {}
+        total_lag = 0
+        for partition, result in self._claim_when_available(partitions).items():
+            match result:
+                case Claimed():
+                    self._start(partition, result)
+                    starts[partition] = result.start
+                    total_lag += lag(result.start, result.end)
+                case RefusedError():
+                    self._halt(partition, result)
+        if starts:
+            log.info(
+                "partitions_claimed",
+                next_offsets={str(partition): at for partition, at in sorted(starts.items())},
+                lag=total_lag,
+            )
+        return starts
+
+    def _claim_when_available(
+        self, partitions: Collection[Partition]
+    ) -> Mapping[Partition, Claimed | RefusedError]:
+        """Claim; wait for servers that are unavailable: only the database has the next offsets.
 
         Raises:
             TransientError: A server was unavailable for too long.
             ConfigurationError: A login or a right is missing, and stays so.
         """
-        begin: dict[Partition, NextOffset] = {}
-        behind = 0
-        for partition, outcome in self._take_patiently(partitions).items():
-            match outcome:
-                case Taken(held, first, end, topic_id, window):
-                    self._machine.claimed(partition, held, first, end)
-                    if topic_id is not None:
-                        self._topic_ids[partition.topic] = topic_id
-                    self._windows[partition] = window
-                    self._refusals.pop(partition, None)
-                    begin[partition] = first
-                    behind += lag(first, end)
-                case RefusedError() as refusal:
-                    self._refuse(partition, refusal)
-        if begin:
-            log.info(
-                "partitions_claimed",
-                next_offsets={str(one): first for one, first in sorted(begin.items())},
-                lag=behind,
-            )
-        return begin
-
-    def retake(self, partitions: Collection[Partition]) -> None:
-        """Claim partitions again that are assigned to us, and read on where the log ends."""
-        for partition, begin in self.take(partitions).items():
-            self._source.seek(partition, begin)
-            self._source.resume([partition])
-
-    def retake_topics(self, topics: Collection[str]) -> None:
-        """The same, for the partitions of these topics that are ours."""
-        self.retake([partition for partition in self._machine.owned if partition.topic in topics])
-
-    def let_go(self, partitions: Collection[Partition], event: str) -> None:
-        """Hold nothing of these partitions any more; what is not written of them is dropped.
-
-        Args:
-            partitions: Which; those of them that are not ours do not matter.
-            event: How the log tells it.
-        """
-        held = {p: epoch for p, epoch in self._machine.owned.items() if p in partitions}
-        was_troubled = self._machine.is_troubled
-        dropped = self._machine.released(partitions)
-        for partition in partitions:
-            self._windows.pop(partition, None)
-            self._refusals.pop(partition, None)
-        if held:
-            log.info(event, partitions=sorted(map(str, held)), records_dropped=dropped)
-        self._unreleased |= held
-        if not was_troubled:
-            self.release()
-
-    def release(self) -> None:
-        """Say in the database what we no longer own; while it fails, that waits."""
-        if gone := self._unreleased:
-            self._unreleased = {}
-            try:
-                with transaction(self._engine) as db:
-                    offsets.release(db, gone.items())
-            except (TransientError, ConfigurationError) as error:
-                log.info(
-                    "partitions_not_released", partitions=sorted(map(str, gone)), reason=str(error)
-                )
-
-    def attempt(self, work: Callable[[], None]) -> None:
-        """Record or look at what may also be done later; a failure is an outage like any other.
-
-        Raises:
-            PipelineError: It has lasted for longer than the policy allows.
-        """
-        try:
-            work()
-        except (TransientError, ConfigurationError) as error:
-            self._has_failed = True
-            self._outages.on_error(error)
-        else:
-            if self._has_failed:
-                self._has_failed = False
-                self._outages.on_success()
-
-    def query(self, work: Callable[[Connection], None]) -> None:
-        """The same, with a transaction of its own."""
-
-        def in_transaction() -> None:
-            with transaction(self._engine) as db:
-                work(db)
-
-        self.attempt(in_transaction)
-
-    def _take_patiently(
-        self, partitions: Collection[Partition]
-    ) -> Mapping[Partition, Taken | RefusedError]:
-        """Wait for servers that are away: without the database there is no place to begin at."""
         if not partitions:
             return {}
         deadline = time.monotonic() + ASSIGN_S_MAX
         while True:
             try:
-                taken = self._takeover.take(partitions)
+                results = self._claimer.claim(partitions)
             except (TransientError, ConfigurationError) as error:
                 if self._stop.is_set():
                     return {}
@@ -189,29 +148,132 @@ class Assignment:
                 self._stop.wait(self._outages.on_error(error))
             else:
                 self._outages.on_success()
-                return taken
+                return results
 
-    def _refuse(self, partition: Partition, refusal: RefusedError) -> None:
+    def _start(self, partition: Partition, claimed: Claimed) -> None:
+        self._machine.claimed(partition, claimed.held, claimed.start, claimed.end)
+        if claimed.topic_id is not None:
+            self._topic_ids[partition.topic] = claimed.topic_id
+        self._windows[partition] = claimed.window
+        if self._halted.pop(partition, None) is not None:
+            log.info("partition_resumed", topic=partition.topic, partition=partition.number)
+
+    def _halt(self, partition: Partition, refusal: RefusedError) -> None:
         self._machine.released([partition])
         self._windows.pop(partition, None)
-        self._source.pause([partition])
-        known = self._refusals.get(partition)
-        self._refusals[partition] = refusal
-        if str(known) != str(refusal):
+        self._consumer.pause([partition])
+        before = self._halted.get(partition)
+        self._halted[partition] = refusal
+        if str(before) != str(refusal):
             log.error(
-                "partition_stands_still",
+                "partition_halted",
                 topic=partition.topic,
                 partition=partition.number,
                 reason=str(refusal),
             )
 
+    def reclaim(self, partitions: Collection[Partition]) -> None:
+        """Claim assigned partitions again, and continue where the log ends.
 
-def tell_fenced(partitions: Collection[Partition]) -> None:
-    """Log which partitions turned out to be no longer ours, or not where we left them."""
+        Raises:
+            TransientError: A server was unavailable for too long.
+            ConfigurationError: A login or a right is missing, and stays so.
+        """
+        for partition, start in self._claim(partitions).items():
+            self._consumer.seek(partition, start)
+            self._consumer.resume([partition])
+
+    def reclaim_topics(self, topics: Collection[str]) -> None:
+        """Reclaim the owned partitions of these topics."""
+        self.reclaim([partition for partition in self._machine.owned if partition.topic in topics])
+
+    # ----------------------------------------------------------------------------- while it is ours
+
+    @property
+    def halted(self) -> Mapping[Partition, RefusedError]:
+        """The halted partitions, with the reason of each."""
+        return self._halted
+
+    @property
+    def topic_ids(self) -> Mapping[str, str]:
+        """The id that each topic had when it was claimed, where Kafka returns ids."""
+        return self._topic_ids
+
+    def window(self, partition: Partition) -> RepeatWindow:
+        """The window that detects the repeats of an owned partition."""
+        return self._windows[partition]
+
+    def commit(self, next_offsets: Mapping[Partition, NextOffset]) -> None:
+        """Show Kafka's tools how far the log is; best effort."""
+        self._consumer.commit(next_offsets, self._installation, self._copies.heartbeat)
+
+    # -------------------------------------------------------------------------- revocation and loss
+
+    def _on_revoke(self, partitions: Collection[Partition]) -> None:
+        failpoints.reach("in_on_revoke")
+        self._drain(partitions)
+        self.commit({p: stored for p, stored in self._machine.stored.items() if p in partitions})
+        self.release(partitions, "partitions_revoked")
+
+    def _on_lost(self, partitions: Collection[Partition]) -> None:
+        failpoints.reach("in_on_lost")
+        # For a topic that is deleted or hidden, the periodic checks log the reason.
+        access = self._consumer.brokers.access({partition.topic for partition in partitions})
+        visible = [
+            partition
+            for partition in partitions
+            if access.get(partition.topic, Access.VISIBLE) is Access.VISIBLE
+        ]
+        if visible:
+            log.warning(
+                "member_timed_out",
+                partitions=sorted(map(str, visible)),
+                reason="this process did not poll Kafka for too long, so the group has given these "
+                "partitions to another member",
+            )
+        self.release(partitions, "partitions_lost")
+
+    def release(self, partitions: Collection[Partition], event: str) -> None:
+        """Stop reading these partitions; rows that are not written are dropped.
+
+        Args:
+            partitions: The partitions; those that we do not own do not matter.
+            event: The log event.
+        """
+        owned = {p: epoch for p, epoch in self._machine.owned.items() if p in partitions}
+        was_failing = self._machine.is_failing
+        dropped = self._machine.released(partitions)
+        for partition in partitions:
+            self._windows.pop(partition, None)
+            self._halted.pop(partition, None)
+        if owned:
+            log.info(event, partitions=sorted(map(str, owned)), records_dropped=dropped)
+        self._unrecorded_releases |= owned
+        if not was_failing:
+            self.record_releases()
+
+    def record_releases(self) -> None:
+        """Record in the database what we no longer own; best effort: others can claim it anyway."""
+        if releases := self._unrecorded_releases:
+            self._unrecorded_releases = {}
+            try:
+                with transaction(self._engine) as db:
+                    offsets.release(db, releases.items())
+            except (TransientError, ConfigurationError) as error:
+                log.info(
+                    "partitions_not_released",
+                    partitions=sorted(map(str, releases)),
+                    reason=str(error),
+                )
+
+
+def log_fenced(partitions: Collection[Partition]) -> None:
+    """Log which partitions we no longer own, or whose next offset somebody else has moved."""
     if partitions:
         log.warning(
-            "fenced",
+            "partitions_fenced",
             partitions=sorted(map(str, partitions)),
             reason="another process has claimed them, or their next offsets were moved",
-            effect="nothing of ours was written; they are claimed again if Kafka leaves them to us",
+            effect="nothing of ours was written; they are claimed again if the group leaves them "
+            "to us",
         )

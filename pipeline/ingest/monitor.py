@@ -1,8 +1,8 @@
-"""What an ingest looks at now and then, for no record and no commit tells it.
+"""The periodic checks of an ingest: what neither a record nor a commit reports.
 
-Kafka's ends, topics that are gone or made anew, another database in our group; what an operator has
-decided, and a database that was put back to a backup. Whatever is not as it was when a partition
-was taken over has it taken over again, which looks closely.
+Kafka's ends, missing and recreated topics, rights, another database in our group; what an operator
+has decided, and a database that was restored from a backup. Where something is not as it was when a
+partition was claimed, the partition is claimed again, which checks everything.
 """
 
 import time
@@ -10,107 +10,186 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import structlog
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
+from pipeline.db import transaction
 from pipeline.errors import (
+    ConfigurationError,
     DeletedTopicError,
     ForbiddenTopicError,
     PipelineError,
     RefusedError,
     TransientError,
 )
-from pipeline.ingest.claim import Takeover
-from pipeline.ingest.membership import Assignment, tell_fenced
+from pipeline.ingest.claim import Claimer
+from pipeline.ingest.membership import Membership, log_fenced
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Brokers
 from pipeline.log import offsets
 from pipeline.log.watermarks import Watermark, kept_until, record_watermarks
-from pipeline.outages import GRACE_S
+from pipeline.outages import GRACE_S, OutagePolicy
 from pipeline.partitions import Offset, Ownership, Partition
 
 log = structlog.get_logger(__name__)
 
 
-class Lookout:
-    """Looks around for one membership in the group.
+class BestEffort:
+    """Does work that may also be done later; a failure is an outage like any other.
 
     Args:
-        machine: Is told the ends, and where partitions stand.
+        engine: The database.
+        outages: How long to wait for it.
+    """
+
+    def __init__(self, engine: Engine, outages: OutagePolicy) -> None:
+        self._engine = engine
+        self._outages = outages
+        self._has_failed = False
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do the work, or leave it for the next time.
+
+        Raises:
+            PipelineError: The outage has lasted for longer than the policy allows.
+        """
+        try:
+            work()
+        except (TransientError, ConfigurationError) as error:
+            self._has_failed = True
+            self._outages.on_error(error)
+        else:
+            if self._has_failed:
+                self._has_failed = False
+                self._outages.on_success()
+
+    def query(self, work: Callable[[Connection], None]) -> None:
+        """``run``, with a transaction of its own."""
+
+        def in_transaction() -> None:
+            with transaction(self._engine) as db:
+                work(db)
+
+        self.run(in_transaction)
+
+
+class PeriodicChecks:
+    """The checks of one membership in the group.
+
+    Args:
+        machine: Receives Kafka's ends, and what is stored of each partition.
         brokers: Kafka.
-        takeover: Knows who else is in the group, and records that a topic is gone.
-        assignment: Takes partitions over again.
+        claimer: Finds other databases in the group; records that a topic is missing.
+        membership: Claims partitions again.
+        best_effort: Runs queries that may also be run later.
         topics: Those that are configured.
-        note_kept_until: Is told until when Kafka keeps the oldest record that is not in the log, in
-            seconds since 1970; None if not known.
+        set_retained_until: Called with the time until which Kafka keeps the oldest record that is
+            not in the log, in seconds since 1970; None if it is not known.
 
     Attributes:
-        absent: Configured topics that Kafka had not, when last looked at.
-        optional: Those of them that were never read, and need not be there.
-        arrived: Those that were optional, and are there now.
-        kafka_error: Why Kafka did not answer then; None if it did.
+        absent: Configured topics that Kafka did not show at the last check.
+        optional: Those of them that were never read and may be missing.
+        arrived: Those that were optional and exist now.
+        kafka_error: Why Kafka did not answer at the last check; None if it did.
     """
 
     def __init__(
         self,
         machine: Machine,
         brokers: Brokers,
-        takeover: Takeover,
-        assignment: Assignment,
+        claimer: Claimer,
+        membership: Membership,
+        best_effort: BestEffort,
         topics: Collection[str],
-        note_kept_until: Callable[[float | None], None],
+        set_retained_until: Callable[[float | None], None],
     ) -> None:
         self._machine = machine
         self._brokers = brokers
-        self._takeover = takeover
-        self._assignment = assignment
+        self._claimer = claimer
+        self._membership = membership
+        self._best_effort = best_effort
         self._topics = topics
-        self._note_kept_until = note_kept_until
+        self._set_retained_until = set_retained_until
         self.absent: frozenset[str] = frozenset()
         self.optional: frozenset[str] = frozenset()
         self.arrived: frozenset[str] = frozenset()
-        self._forbidden_since: float | None = None
         self.kafka_error: TransientError | None = None
+        self._forbidden_since: float | None = None
 
-    def look(self) -> None:
-        """Look at everything once.
+    def run(self) -> None:
+        """Run every check once.
 
         Raises:
-            TransientError: Kafka fell silent in the midst of it, or a partition could not be taken.
+            TransientError: Kafka stopped answering in the middle, or a partition was not claimed.
             ConfigurationError: A login or a right is missing, and stays so.
         """
-        # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
-        if self._see_absent_topics():
-            self._see_rights()
-            self._see_watermarks()
-            self._see_topic_ids()
-            self._see_other_databases()
-        self._see_decisions()
-        self._see_places()
+        # If Kafka does not answer, send it one request and no more: meanwhile nobody polls.
+        if self._check_topics():
+            self._check_rights()
+            self._record_ends()
+            self._check_topic_ids()
+            self._check_group()
+        self._check_decisions()
+        self._check_stored()
 
     @property
     def refusals(self) -> Sequence[RefusedError]:
-        """Why an ingest of the absent topics is not complete."""
-        return [self._why_gone(topic) for topic in sorted(self.absent - self.optional)]
+        """Why an ingest is not complete without the absent topics."""
+        return [self._missing(topic) for topic in sorted(self.absent - self.optional)]
 
-    def _why_gone(self, topic: str) -> RefusedError:
+    def _missing(self, topic: str) -> RefusedError:
         return self._brokers.missing_topic_error(Partition(topic, 0))
 
-    def _see_rights(self) -> None:
-        """Topics that we were not allowed to read continue once we are.
+    # --------------------------------------------------------------------------------------- Kafka
+
+    def _check_topics(self) -> bool:
+        """Kafka takes the partitions of a deleted topic away without a reason; it may come back.
+
+        Returns:
+            Whether Kafka answers.
+        """
+        try:
+            shown = self._brokers.partition_counts()
+        except TransientError as error:
+            self.kafka_error = error
+            return False
+        self.kafka_error = None
+        absent = frozenset(self._topics) - shown.keys()
+        self.arrived |= self.optional - absent
+        self.optional &= absent
+        for topic in sorted(absent - self.absent - self.optional):
+            reason = self._missing(topic)
+            is_forbidden = isinstance(reason, ForbiddenTopicError)
+            event = "topic_not_authorized" if is_forbidden else "topic_missing"
+            log.error(event, topic=topic, reason=str(reason))
+        self.absent = absent
+        self._membership.reclaim_topics(absent)
+        for topic in sorted(absent - self.optional):
+            self._best_effort.run(partial(self._claimer.halt_unassigned, topic))
+        self._membership.reclaim(
+            [
+                partition
+                for partition, refusal in self._membership.halted.items()
+                if isinstance(refusal, DeletedTopicError) and partition.topic in shown
+            ]
+        )
+        return True
+
+    def _check_rights(self) -> None:
+        """Topics that we were not allowed to read are resumed once we are.
 
         Raises:
             ForbiddenTopicError: None of them may be read, and this lasts.
         """
         forbidden = [
             refusal
-            for refusal in self._assignment.refusals.values()
+            for refusal in self._membership.halted.values()
             if isinstance(refusal, ForbiddenTopicError)
         ]
         topics = {refusal.partition.topic for refusal in forbidden} - self.absent
         if topics:  # each client is one more login
             with self._brokers.record_reader() as reader:
                 readable = {topic for topic in topics if reader.may_read(topic)}
-            self._assignment.retake([p for p in self._assignment.refusals if p.topic in readable])
+            self._membership.reclaim([p for p in self._membership.halted if p.topic in readable])
         if not forbidden or self._machine.owned:
             self._forbidden_since = None
             return
@@ -119,8 +198,68 @@ class Lookout:
         if now - self._forbidden_since > GRACE_S:
             raise forbidden[0]
 
-    def kept_until(self) -> float | None:
-        """Until when Kafka keeps the oldest record that is not in the log, as Kafka says now.
+    def _record_ends(self) -> None:
+        """Record Kafka's ends, so that the lag is known without Kafka."""
+        owned = self._machine.owned
+        requested_at = time.monotonic()
+        ends = self._brokers.ends(owned)
+        retention_ms = self._brokers.retention_ms({partition.topic for partition in ends})
+        watermarks = []
+        for partition, high in ends.items():
+            self._machine.end_reported(partition, high, requested_at)
+            retention = retention_ms.get(partition.topic)
+            watermarks.append(Watermark(partition, owned[partition], high, retention))
+
+        def record(db: Connection) -> None:
+            record_watermarks(db, watermarks)
+            self._set_retained_until(kept_until(db, owned))
+
+        self._best_effort.query(record)
+
+    def _check_topic_ids(self) -> None:
+        """Each batch detects a recreated topic; this is for a topic without records."""
+        ids = self._brokers.topic_ids({partition.topic for partition in self._machine.owned})
+        claimed = self._membership.topic_ids
+        self._membership.reclaim_topics(
+            [topic for topic, topic_id in ids.items() if topic_id != claimed.get(topic, topic_id)]
+        )
+
+    def _check_group(self) -> None:
+        """Another database in our group is detected only once it has committed there."""
+        try:
+            others = self._claimer.other_databases({p.topic for p in self._machine.owned})
+        except TransientError as error:
+            log.debug("group_commits_unknown", reason=str(error))
+            return
+        self._membership.reclaim([p for p in self._machine.owned if p.topic in others])
+
+    # ------------------------------------------------------------------------------------- database
+
+    def _check_decisions(self) -> None:
+        """Halted partitions are resumed when an operator has decided so."""
+        if not self._membership.halted:
+            return
+        freed: list[Partition] = []
+        self._best_effort.query(
+            lambda db: freed.extend(offsets.not_halted(db, self._membership.halted))
+        )
+        if freed:
+            self._membership.reclaim(freed)
+
+    def _check_stored(self) -> None:
+        """A database that was restored from a backup is detected before the next record arrives."""
+        if self._machine.awaits_outcome:
+            return
+        stored: dict[Partition, Ownership] = {}
+        self._best_effort.query(
+            lambda db: stored.update(offsets.ownerships(db, self._machine.owned))
+        )
+        log_fenced(self._machine.checked(stored, time.monotonic()))
+
+    # ------------------------------------------------------------------------------------ retention
+
+    def retained_until(self) -> float | None:
+        """Until when Kafka keeps the oldest record that is not in the log, as Kafka reports now.
 
         By the topic's ``retention.ms`` and the record's timestamp. Kafka deletes whole segments of
         its log, so it may keep the record for longer.
@@ -147,94 +286,3 @@ class Lookout:
             log.debug("time_left_unknown", reason=str(error))
             return None
         return min(times) / 1000 if times else None
-
-    def _see_watermarks(self) -> None:
-        owned = self._machine.owned
-        asked_at = time.monotonic()
-        ends = self._brokers.ends(owned)
-        retention_ms = self._brokers.retention_ms({partition.topic for partition in ends})
-        seen = []
-        for partition, high in ends.items():
-            self._machine.saw_end(partition, high, asked_at)
-            retention = retention_ms.get(partition.topic)
-            seen.append(Watermark(partition, owned[partition], high, retention))
-
-        def note(db: Connection) -> None:
-            record_watermarks(db, seen)
-            self._note_kept_until(kept_until(db, owned))
-
-        self._assignment.query(note)
-
-    def _see_absent_topics(self) -> bool:
-        """A topic that is deleted is taken from us without a word of why; it may come back.
-
-        Returns:
-            Whether Kafka answers.
-        """
-        try:
-            there = self._brokers.partition_counts()
-        except TransientError as error:
-            self.kafka_error = error
-            return False
-        self.kafka_error = None
-        absent = frozenset(self._topics) - there.keys()
-        self.arrived |= self.optional - absent
-        self.optional &= absent
-        for topic in sorted(absent - self.absent - self.optional):
-            why = self._why_gone(topic)
-            is_forbidden = isinstance(why, ForbiddenTopicError)
-            event = "topic_not_authorized" if is_forbidden else "topic_gone"
-            log.error(event, topic=topic, reason=str(why))
-        self.absent = absent
-        self._assignment.retake_topics(absent)
-        for topic in sorted(absent - self.optional):
-            self._assignment.attempt(partial(self._takeover.miss, topic))
-        self._assignment.retake(
-            [
-                partition
-                for partition, refusal in self._assignment.refusals.items()
-                if isinstance(refusal, DeletedTopicError) and partition.topic in there
-            ]
-        )
-        return True
-
-    def _see_topic_ids(self) -> None:
-        """A topic made anew is noticed by each batch; this is for one that is silent."""
-        now_there = self._brokers.topic_ids({partition.topic for partition in self._machine.owned})
-        self._assignment.retake_topics(
-            [
-                topic
-                for topic, seen in now_there.items()
-                if seen != self._assignment.topic_ids.get(topic, seen)
-            ]
-        )
-
-    def _see_other_databases(self) -> None:
-        """Another database in our group says so only once it has committed there."""
-        try:
-            others = self._takeover.other_databases({p.topic for p in self._machine.owned})
-        except TransientError as error:
-            log.debug("group_not_seen", reason=str(error))
-            return
-        self._assignment.retake([p for p in self._machine.owned if p.topic in others])
-
-    def _see_decisions(self) -> None:
-        """Partitions that stand still go on when an operator has said so."""
-        if not self._assignment.refusals:
-            return
-        freed: list[Partition] = []
-        self._assignment.query(
-            lambda db: freed.extend(offsets.not_halted(db, self._assignment.refusals))
-        )
-        if freed:
-            self._assignment.retake(freed)
-
-    def _see_places(self) -> None:
-        """A database that was put back to a backup is noticed before the next record comes."""
-        if self._machine.is_with_database:
-            return
-        places: dict[Partition, Ownership] = {}
-        self._assignment.query(
-            lambda db: places.update(offsets.ownerships(db, self._machine.owned))
-        )
-        tell_fenced(self._machine.looked(places, time.monotonic()))

@@ -1,4 +1,4 @@
-"""The thread that talks to the database, so that the next batch fills while this one is written."""
+"""The thread that writes to the database: the next batch fills while this one is written."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,46 +28,46 @@ class Committed(NamedTuple):
 
 
 class Fenced(NamedTuple):
-    """Nothing was written: a partition has another owner or stands elsewhere."""
+    """Nothing was written: a partition has another owner or another next offset."""
 
     error: FencedError
 
 
-class Replaced(NamedTuple):
-    """Nothing was written: these topics are gone, or others have their names."""
+class TopicsReplaced(NamedTuple):
+    """Nothing was written: these topics are deleted or recreated."""
 
     topics: Collection[str]
 
 
 class Failed(NamedTuple):
-    """The database went away; whether the batch is in the log is unknown."""
+    """The database failed; whether the batch is in the log is unknown."""
 
     error: PipelineError
 
 
-class Found(NamedTuple):
-    """Where the batch's partitions stand."""
+class Resolved(NamedTuple):
+    """What is stored of the batch's partitions."""
 
-    places: Mapping[Partition, Ownership]
+    stored: Mapping[Partition, Ownership]
 
 
-class Broken(NamedTuple):
-    """What must not happen has happened, or a defect of ours; the process must stop."""
+class Fatal(NamedTuple):
+    """An invariant is violated, or we have a defect; the process must stop."""
 
     error: Exception
 
 
-Outcome = Committed | Fenced | Replaced | Failed | Found | Broken
+Outcome = Committed | Fenced | TopicsReplaced | Failed | Resolved | Fatal
 
-Replacement = Callable[[], Collection[str]]
-"""Waits for Kafka's word on a batch; the topics that are not those whose records it holds.
+ReplacedTopics = Callable[[], Collection[str]]
+"""Waits for Kafka's answer about a batch; returns the topics from which its records did not come.
 
 Raises:
-    TransientError: Kafka does not say.
+    TransientError: Kafka does not answer.
 """
 
 
-class _ReplacedError(Exception):
+class _TopicsReplacedError(Exception):
     """Rolls the batch back."""
 
     def __init__(self, topics: Collection[str]) -> None:
@@ -76,21 +76,21 @@ class _ReplacedError(Exception):
 
 
 class Writer:
-    """Does one ``Write`` or ``Resolve`` at a time, in a thread of its own.
+    """Executes one ``Write`` or ``Resolve`` at a time, in a thread of its own.
 
     Args:
         engine: The database.
-        segment_span: How many offsets a new segment of the log holds.
+        segment_span: Number of offsets in a new segment of the log.
     """
 
     def __init__(self, engine: Engine, *, segment_span: int) -> None:
         self._engine = engine
         self._span = segment_span
         self._covered: dict[str, list[tuple[NextOffset, NextOffset]]] = {}
-        self._jobs: SimpleQueue[tuple[Write | Resolve, Replacement] | None] = SimpleQueue()
+        self._steps: SimpleQueue[tuple[Write | Resolve, ReplacedTopics] | None] = SimpleQueue()
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
-        self._busy = False
-        self._thread = threading.Thread(target=self._serve, name="writer", daemon=True)
+        self._is_busy = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> Self:
         """Start the thread."""
@@ -98,82 +98,84 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the thread end after what it does now. It is not waited for if the database hangs."""
-        self._jobs.put(None)
+        """End the thread after its current step. If the database hangs, do not wait for it."""
+        self._steps.put(None)
         self._thread.join(timeout=1.0)
 
-    def do(self, job: Write | Resolve, replaced: Replacement = tuple) -> None:
-        """Hand over a step; its outcome comes out of ``outcome``.
+    def submit(self, step: Write | Resolve, replaced_topics: ReplacedTopics = tuple) -> None:
+        """Start a step; ``outcome`` returns its outcome.
 
-        A batch is committed only if ``replaced`` names no topic. The question must have been asked
-        after the batch's last record had come: what a topic that was made anew has at our offsets
-        comes without any error (librdkafka issue 3255).
+        A batch is committed only if ``replaced_topics`` returns none. Its request must have been
+        sent after the batch's last record arrived: the records of a recreated topic at our offsets
+        arrive without any error (librdkafka issue 3255).
         """
-        self._busy = True
-        self._jobs.put((job, replaced))
+        self._is_busy = True
+        self._steps.put((step, replaced_topics))
 
     def outcome(self, timeout_s: float) -> Outcome | None:
-        """The outcome of the step in hand, if it comes within this time."""
+        """The outcome of the current step, if it arrives within this time."""
         try:
             outcome = self._outcomes.get(block=timeout_s > 0, timeout=timeout_s)
         except Empty:
             return None
-        self._busy = False
+        self._is_busy = False
         return outcome
 
-    def settle(self) -> None:
-        """Wait for the step in hand, whose outcome nobody wants any more."""
-        while self._busy:
+    def wait_until_idle(self) -> None:
+        """Wait for the current step and ignore its outcome."""
+        while self._is_busy:
             self.outcome(1.0)
 
-    def _serve(self) -> None:
-        while (handed := self._jobs.get()) is not None:
-            job, replaced = handed
+    # ------------------------------------------------------------------------------- in the thread
+
+    def _run(self) -> None:
+        while (submitted := self._steps.get()) is not None:
+            step, replaced_topics = submitted
             try:
                 outcome = (
-                    self._write(job.batch, replaced)
-                    if isinstance(job, Write)
-                    else self._find(job.batch)
+                    self._write(step.batch, replaced_topics)
+                    if isinstance(step, Write)
+                    else self._resolve(step.batch)
                 )
-            except Exception as error:  # noqa: BLE001 - carried to the loop, which raises it
-                outcome = Broken(error)
+            except Exception as error:  # noqa: BLE001 - passed to the loop, which raises it
+                outcome = Fatal(error)
             self._outcomes.put(outcome)
 
-    def _write(self, batch: Batch, replaced: Replacement) -> Outcome:
+    def _write(self, batch: Batch, replaced_topics: ReplacedTopics) -> Outcome:
         try:
-            self._make_segments(_likely(batch, ahead=self._span // 10))
+            self._make_segments(_offsets_of(batch, ahead=self._span // 10))
             try:
-                self._append(batch, replaced)
+                self._append(batch, replaced_topics)
             except MissingSegmentError:
-                # A wide gap in the offsets, or a segment that is gone: look at every single row.
+                # A wide gap in the offsets, or a segment that was dropped: check every single row.
                 self._covered.clear()
                 self._make_segments((row.topic, NextOffset(row.offset)) for row in batch.rows)
-                self._append(batch, replaced)
+                self._append(batch, replaced_topics)
             failpoints.reach("after_commit_before_ack")
         except FencedError as error:
             return Fenced(error)
-        except _ReplacedError as error:
-            return Replaced(error.topics)
+        except _TopicsReplacedError as error:
+            return TopicsReplaced(error.topics)
         except PipelineError as error:
-            return Failed(error) if _may_pass(error) else Broken(error)
+            return Failed(error) if _may_pass(error) else Fatal(error)
         return Committed()
 
-    def _append(self, batch: Batch, replaced: Replacement) -> None:
+    def _append(self, batch: Batch, replaced_topics: ReplacedTopics) -> None:
         with transaction(self._engine) as db:
             append(db, batch.rows, batch.advances)
-            # Asked before, and answered while PostgreSQL worked.
-            if topics := replaced():
-                raise _ReplacedError(topics)
+            # Requested before, and answered while PostgreSQL worked.
+            if topics := replaced_topics():
+                raise _TopicsReplacedError(topics)
 
-    def _find(self, batch: Batch) -> Outcome:
+    def _resolve(self, batch: Batch) -> Outcome:
         try:
             with transaction(self._engine) as db:
-                return Found(offsets.lock_ownerships(db, batch.advances))
+                return Resolved(offsets.lock_ownerships(db, batch.advances))
         except PipelineError as error:
-            return Failed(error) if _may_pass(error) else Broken(error)
+            return Failed(error) if _may_pass(error) else Fatal(error)
 
-    def _make_segments(self, places: Iterable[tuple[str, NextOffset]]) -> None:
-        for topic, offset in places:
+    def _make_segments(self, needed: Iterable[tuple[str, NextOffset]]) -> None:
+        for topic, offset in needed:
             covered = self._covered.setdefault(topic, [])
             if not any(first <= offset < end for first, end in covered):
                 with transaction(self._engine) as db:
@@ -181,12 +183,12 @@ class Writer:
 
 
 def _may_pass(error: PipelineError) -> bool:
-    """Whether waiting may help: a server comes back, a right or a password is mended."""
+    """Whether waiting may help: a server becomes available, a right or a password is corrected."""
     return isinstance(error, TransientError | ConfigurationError)
 
 
-def _likely(batch: Batch, *, ahead: int) -> Iterator[tuple[str, NextOffset]]:
-    """Where each partition's part of the batch lies, and a place it will reach before long."""
+def _offsets_of(batch: Batch, *, ahead: int) -> Iterator[tuple[str, NextOffset]]:
+    """Where each partition's part of the batch begins and ends, and an offset soon after it."""
     for partition, advance in batch.advances.items():
         yield partition.topic, advance.expected
         yield partition.topic, advance.new

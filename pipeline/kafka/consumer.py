@@ -45,6 +45,9 @@ log = structlog.get_logger(__name__)
 FIRST_REQUEST_S = 0.5
 """Maximum wait for one attempt of the first request; then we check if the login was refused."""
 
+SESSION_MS_DEFAULT = 45_000
+"""librdkafka's ``session.timeout.ms``, where no option sets it."""
+
 
 class ReachedEnd(NamedTuple):
     """Every record below ``offset`` was returned, and Kafka has no more at the moment."""
@@ -116,6 +119,8 @@ class GroupConsumer:
         self._is_cooperative = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")
         )
+        self._client_id = str(config["client.id"])
+        self._session_timeout_s = int(config.get("session.timeout.ms", SESSION_MS_DEFAULT)) / 1000
         self._listener: RebalanceListener | None = None
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
@@ -227,6 +232,16 @@ class GroupConsumer:
         self.brokers.close()
         if self._raised is not None:
             raise self._raised
+
+    @property
+    def client_id(self) -> str:
+        """The name of our clients, which is the same for every worker with our settings."""
+        return self._client_id
+
+    @property
+    def session_timeout_s(self) -> float:
+        """How long the brokers list a member that has died."""
+        return self._session_timeout_s
 
     @property
     def member_id(self) -> str:

@@ -76,7 +76,7 @@ def test_another_kafka_under_the_same_names_is_refused_and_begins_nothing(
     once = bench.worker("ingest", "--until-end", **staging)
     assert once.wait() == 65, once.tail()
     runs = bench.worker(**staging)
-    runs.wait_until_said("partition_stands_still")
+    runs.wait_until_said("partition_halted")
     until(lambda: len(problems(bench)) == bench.partitions, "every partition says why")
     assert all("PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in text for text in problems(bench))
     assert runs.stop() == 0, runs.tail()

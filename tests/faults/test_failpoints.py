@@ -141,7 +141,7 @@ def test_a_process_that_was_stopped_where_no_transaction_is_open_gives_way(bench
         bench.wait_until_owner_of_all(heir)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
         overslept.resume()
-        overslept.wait_until_said("fenced", "fenced_by_group", "partitions_claimed")
+        overslept.wait_until_said("partitions_fenced", "member_timed_out", "partitions_claimed")
 
     bench.finish(feed.ledger)
 
@@ -180,7 +180,7 @@ def test_a_loop_that_is_stuck_loses_its_partitions_and_comes_back(bench: Bench):
         bench.wait_until_logged(1)
         heir = bench.worker(kafka_options=options)
         # By the group, or at its word, if that had been given before the loop stood still for long.
-        stuck.wait_until_said("fenced_by_group", "partitions_revoked")
+        stuck.wait_until_said("member_timed_out", "partitions_revoked")
         until(lambda: set(bench.owners().values()) == {stuck.pid, heir.pid}, "both own some")
 
     bench.finish(feed.ledger)

@@ -17,7 +17,7 @@ from pipeline.backoff import Backoff
 from pipeline.db import open_engine
 from pipeline.errors import TransientError
 from pipeline.health.status import queries, read_status
-from pipeline.ingest import Ingest, Progress, service
+from pipeline.ingest import Ingest, Progress, loop
 from pipeline.kafka import metadata
 from pipeline.sandbox.servers.broker import MockBroker
 from pipeline.settings import Settings
@@ -34,7 +34,7 @@ def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
     database: Database, mock_broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 1.0)
-    monkeypatch.setattr(service, "LOOK_S", 0.5)
+    monkeypatch.setattr(loop, "CHECK_S", 0.5)
     monkeypatch.setattr("pipeline.kafka.metadata.REQUEST_S_MAX", 1.0)
     mock_broker.create_topic("orders", 1)
     producer = Producer({"bootstrap.servers": mock_broker.bootstrap_servers, "log_level": 0})
@@ -145,9 +145,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
     """An outage is logged again every second, and Kafka is looked at more often; the log lines."""
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
     monkeypatch.setattr(outages, "SERVER", Backoff(0.1, 0.5))
-    monkeypatch.setattr(service, "LOOK_S", 0.2)
+    monkeypatch.setattr(loop, "CHECK_S", 0.2)
     monkeypatch.setattr(metadata, "REQUEST_S_MAX", 0.5)
-    monkeypatch.setattr(metadata, "TOPIC_ID_S_MAX", 0.5)
+    monkeypatch.setattr(metadata, "OPTIONAL_REQUEST_S_MAX", 0.5)
     with capture_logs() as lines:
         yield lines
 

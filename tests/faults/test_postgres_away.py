@@ -127,7 +127,7 @@ def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench
             bench.wait_until_sent(feed.ledger, len(feed.ledger) + 8 * PER_SECOND)
             assert bench.logged() == standing
         bench.wait_until_logged(standing + PER_SECOND)
-        left = worker.said("fenced_by_group", "partitions_revoked", "server_unavailable")
+        left = worker.said("member_timed_out", "partitions_revoked", "server_unavailable")
 
     bench.finish(feed.ledger)
     assert not left, "it stayed in the group and did not complain"
@@ -155,6 +155,6 @@ def test_a_postgresql_restored_from_an_older_backup_is_filled_again(
     private_postgres.start()
     until(lambda: bench.sessions(worker), "it has noticed by itself")
     with bench.feed(events=PER_SECOND, seed=2, into=sent):
-        worker.wait_until_said("fenced")
+        worker.wait_until_said("partitions_fenced")
 
     bench.finish(sent)

@@ -82,7 +82,7 @@ def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
     assert any("hangs" in reason for reason in stays.reasons()), stays.tail()
-    assert not stays.said("fenced_by_group", "partitions_lost")
+    assert not stays.said("member_timed_out", "partitions_lost")
 
 
 def test_a_session_that_hangs_alone_is_given_up(bench: Bench):

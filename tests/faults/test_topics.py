@@ -51,7 +51,7 @@ def test_of_a_topic_made_anew_under_a_running_worker_no_record_enters_the_log(
     kafka.delete_topic(name)
     kafka.create_topic(name, bench.partitions)
     Ledger(kafka.bootstrap_servers).send(name, numbered(2000, first=100)).flush()
-    worker.wait_until_said("partition_stands_still")
+    worker.wait_until_said("partition_halted")
     ledger.send(other, numbered(5, first=5)).flush()
     until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
 
@@ -72,7 +72,7 @@ def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
     bench.wait_until_logged(10)
 
     kafka.delete_topic(name)
-    first.wait_until_said("topic_gone")
+    first.wait_until_said("topic_missing")
     until(lambda: None not in problem(bench, name), "every partition of it says why")
     ledger.send(other, numbered(5, first=5)).flush()
     until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
@@ -87,7 +87,7 @@ def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
     until(lambda: stands(bench, other) == {0: 15}, "the other topic flows again")
     kafka.create_topic(name, bench.partitions + 1)
     Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
-    second.wait_until_said("partition_stands_still")
+    second.wait_until_said("partition_halted")
     until(lambda: all("topic id" in (it or "") for it in problem(bench, name)), "it is another one")
 
     assert second.stop() == 0, second.tail()
@@ -129,7 +129,7 @@ def test_records_that_kafka_loses_and_replaces_stop_their_topic(
 
     again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
     assert again.wait() == 65, again.tail()
-    runs.wait_until_said("partition_stands_still")
+    runs.wait_until_said("partition_halted")
     until(lambda: stands(bench, "intact") == {0: 15}, "the other topic flows on")
     assert runs.stop() == 0, runs.tail()
     for name in names[:2]:

@@ -163,7 +163,7 @@ def test_each_worker_has_a_name_of_its_own_in_the_group(bench: Bench):
         wait_until_all_own(bench, command, 2)
 
     bench.finish(feed.ledger)
-    assert not command.said("fenced_by_group")
+    assert not command.said("member_timed_out")
 
 
 def test_a_worker_that_another_process_replaces_ends_all_with_75(bench: Bench):

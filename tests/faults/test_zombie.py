@@ -16,7 +16,7 @@ def wakes_fenced(bench: Bench, zombie: Worker, heir: Worker) -> None:
 
     zombie.resume()
 
-    zombie.wait_until_said("fenced", "fenced_by_group")
+    zombie.wait_until_said("partitions_fenced", "member_timed_out")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -71,7 +71,7 @@ def test_a_worker_that_wakes_before_its_heir_has_written_is_refused_by_its_epoch
         bench.wait_until_owner_of_all(heir)
         heir.wait_until_stopped()
         zombie.resume()
-        zombie.wait_until_said("fenced", "fenced_by_group")
+        zombie.wait_until_said("partitions_fenced", "member_timed_out")
         heir.resume()
 
     bench.finish(feed.ledger)

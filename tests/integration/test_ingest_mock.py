@@ -11,10 +11,11 @@ from confluent_kafka import KafkaError, Uuid
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
-from pipeline.ingest.claim import Taken, Takeover
+from pipeline.ingest.claim import Claimed, Claimer
 from pipeline.kafka import Brokers, GroupConsumer, errors, group, metadata
 from pipeline.log import offsets
 from pipeline.log.append import append
+from pipeline.log.installation import installation_id
 from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Partition
@@ -227,14 +228,16 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
             offsets.begin(db, Partition(TOPIC, number), NextOffset(0))
         make_segment(db, TOPIC, NextOffset(0), 1000)
         held = offsets.claim(db, partition, Owner("group", "former")).epoch
-    source = GroupConsumer(settings())
-    takeover = Takeover(engine, source, settings())
-    taken = []
+    consumer = GroupConsumer(settings())
+    with transaction(engine) as db:
+        identity = installation_id(db)
+    claimer = Claimer(engine, consumer, settings(), identity)
+    claimed = []
 
     with engine.connect() as former, database.connect() as watcher:
         former.execute(offsets.LOCK_OWNERSHIP, {"of_topic": TOPIC, "of_number": 0})
-        taker = threading.Thread(target=lambda: taken.append(takeover.take([partition])))
-        taker.start()
+        claiming = threading.Thread(target=lambda: claimed.append(claimer.claim([partition])))
+        claiming.start()
         until(
             lambda: watcher.execute(
                 "SELECT true FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
@@ -246,12 +249,12 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
         rows = [row_at(partition, n, value) for n, value in enumerate(numbered(10))]
         append(former, rows, {partition: advance(held, 0, 10)})
         former.commit()
-        taker.join(20)
+        claiming.join(20)
 
-    [outcome] = [it[partition] for it in taken]
-    assert isinstance(outcome, Taken), outcome
-    assert (outcome.begin, outcome.end, outcome.held) == (10, 10, held + 1)
-    source.leave()
+    [outcome] = [it[partition] for it in claimed]
+    assert isinstance(outcome, Claimed), outcome
+    assert (outcome.start, outcome.end, outcome.held) == (10, 10, held + 1)
+    consumer.leave()
     engine.dispose()
 
 

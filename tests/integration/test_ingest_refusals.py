@@ -18,7 +18,7 @@ from pipeline.errors import (
     SharedGroupError,
     WrongClusterError,
 )
-from pipeline.ingest import service
+from pipeline.ingest import loop
 from pipeline.ingest.state import Bounds
 from pipeline.log.gaps import accept_gap
 from pipeline.partitions import Partition
@@ -53,7 +53,7 @@ def settings(database, kafka):
 @pytest.fixture
 def looks_often(monkeypatch):
     """An ingest that looks at what Kafka and the operator say ten times a second."""
-    monkeypatch.setattr(service, "LOOK_S", 0.1)
+    monkeypatch.setattr(loop, "CHECK_S", 0.1)
 
 
 def numbered(count, first=0):
@@ -284,7 +284,7 @@ def test_two_groups_on_one_database_do_not_go_on_for_ever(
     topic, database, settings, ledger, monkeypatch
 ):
     """Safe, but each would take the partitions from the other for ever."""
-    monkeypatch.setattr(service, "Bounds", partial(Bounds, reclaim_s_min=0.2))
+    monkeypatch.setattr(loop, "Bounds", partial(Bounds, reclaim_s_min=0.2))
     name = topic(2)
     both = [Running(settings(name, group_id=f"{name}-{n}")) for n in range(2)]
 

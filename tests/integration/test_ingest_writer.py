@@ -11,7 +11,15 @@ from pipeline import failpoints
 from pipeline.db import SessionLimits, open_engine, transaction
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.ingest.state import Batch, Resolve, Write
-from pipeline.ingest.writer import Broken, Committed, Failed, Fenced, Found, Replaced, Writer
+from pipeline.ingest.writer import (
+    Committed,
+    Failed,
+    Fatal,
+    Fenced,
+    Resolved,
+    TopicsReplaced,
+    Writer,
+)
 from pipeline.log import offsets
 from pipeline.log.offsets import Owner
 from pipeline.partitions import NextOffset, Partition
@@ -59,7 +67,7 @@ def batch_of(held: int, expected: int, *offsets: int) -> Batch:
 
 
 def outcome(writer: Writer, job: Write | Resolve) -> object:
-    writer.do(job)
+    writer.submit(job)
     return writer.outcome(WAIT_S_MAX)
 
 
@@ -73,7 +81,7 @@ def test_a_batch_is_written_and_its_place_found(writer, held, database):
     batch = batch_of(held, 0, 0, 1, 7)
 
     assert outcome(writer, Write(batch)) == Committed()
-    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 8)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 8)})
     assert logged_offsets(database) == [0, 1, 7]
 
 
@@ -81,18 +89,18 @@ def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, datab
     """Kafka's word comes last, when all but the commit is done."""
     batch = batch_of(held, 0, 0, 1, 7)
 
-    writer.do(Write(batch), lambda: ["orders"])
+    writer.submit(Write(batch), lambda: ["orders"])
 
-    assert writer.outcome(WAIT_S_MAX) == Replaced(["orders"])
+    assert writer.outcome(WAIT_S_MAX) == TopicsReplaced(["orders"])
     assert logged_offsets(database) == []
-    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
 
 
 def test_a_batch_of_which_kafka_says_nothing_is_not_committed(writer, held, database):
     def says_nothing():
         raise TransientError("Kafka is away")
 
-    writer.do(Write(batch_of(held, 0, 0, 1)), says_nothing)
+    writer.submit(Write(batch_of(held, 0, 0, 1)), says_nothing)
 
     failed = writer.outcome(WAIT_S_MAX)
     assert isinstance(failed, Failed)
@@ -150,7 +158,7 @@ def test_trouble_at_any_step_leaves_nothing_and_the_next_try_works(
 
     assert isinstance(told, Failed)
     assert isinstance(told.error, TransientError)
-    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
     assert outcome(writer, Write(batch)) == Committed()
     assert logged_offsets(database) == [0, 1]
 
@@ -160,7 +168,7 @@ def test_a_lost_answer_is_an_unknown_outcome_that_is_found_committed(writer, hel
     arm("after_commit_before_ack:raise:08006")
 
     assert isinstance(outcome(writer, Write(batch)), Failed)
-    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 1)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 1)})
     assert logged_offsets(database) == [0]
 
 
@@ -172,7 +180,7 @@ def test_a_look_that_must_wait_too_long_fails_and_may_be_repeated(writer, held, 
         told = outcome(writer, Resolve(batch))
 
     assert isinstance(told, Failed)
-    assert outcome(writer, Resolve(batch)) == Found({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
 
 
 def test_a_row_that_is_there_already_breaks_the_work(writer, held, database):
@@ -180,17 +188,17 @@ def test_a_row_that_is_there_already_breaks_the_work(writer, held, database):
 
     told = outcome(writer, Write(batch_of(held, 1, 0)))
 
-    assert isinstance(told, Broken)
+    assert isinstance(told, Fatal)
     assert isinstance(told.error, InvariantError)
     assert logged_offsets(database) == [0]
 
 
 def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
     arm("before_commit:sleep:0.3")
-    writer.do(Write(batch_of(held, 0, 0)))
+    writer.submit(Write(batch_of(held, 0, 0)))
 
     assert writer.outcome(0.0) is None
-    writer.settle()
+    writer.wait_until_idle()
 
     assert logged_offsets(database) == [0]
 
@@ -198,8 +206,8 @@ def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
 def test_leaving_does_not_wait_for_a_database_that_hangs(engine, held, arm):
     arm("before_commit:sleep:2.5")
     with Writer(engine, segment_span=1000) as writer:
-        writer.do(Write(batch_of(held, 0, 0)))
+        writer.submit(Write(batch_of(held, 0, 0)))
         began = time.monotonic()
 
     assert time.monotonic() - began < 2.0
-    writer.settle()
+    writer.wait_until_idle()

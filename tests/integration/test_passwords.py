@@ -87,7 +87,7 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
         if when == "after it was refused":
             worker.until('"access_refused"')
         user.update_file()
-        worker.until('"password_read_again"')
+        worker.until('"password_reloaded"')
         user.send()
 
         waiting.until(
@@ -97,7 +97,7 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
         )
         logged = "".join(worker.err)
     assert user.kafka.password(user.name) not in logged
-    assert logged.count('"password_read_again"') == 1
+    assert logged.count('"password_reloaded"') == 1
 
 
 @pytest.mark.kafka
@@ -171,7 +171,7 @@ def test_a_password_of_postgresql_is_read_again_and_a_wrong_one_is_tried_once(se
     with capture_logs() as logged:
         ask()
 
-    assert [line["event"] for line in logged] == ["password_read_again"]
+    assert [line["event"] for line in logged] == ["password_reloaded"]
     assert secured_postgres.password(user) not in str(logged)
     assert refused() == 1
     engine.dispose()

@@ -182,8 +182,10 @@ WEIGHED = {
     "rebuild_tables_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),
+    # Once per halted partition.
+    "partition_resumed",
     # At most once per minute.
     *("events_processed", "projection_caught_up", "kafka_commit_skipped"),
     # Once per outage or refused login, and once per statement that takes long.
-    *("server_available", "topic_available", "password_read_again", "server_slow"),
+    *("server_available", "topic_available", "password_reloaded", "server_slow"),
 }

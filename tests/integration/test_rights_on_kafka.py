@@ -169,8 +169,8 @@ def test_a_right_that_is_revoked_is_reported_as_that_and_used_again(client, data
         reached(20)
         said = "".join(process.err)
 
-    assert "topic_gone" not in said
-    assert "fenced_by_group" not in said
+    assert "topic_missing" not in said
+    assert "member_timed_out" not in said
 
 
 def test_a_missing_topic_of_the_default_list_is_a_warning_and_a_configured_one_is_refused(

@@ -1,14 +1,15 @@
-"""The protocol of claim, fence and unknown outcome as a model that is explored to its last state.
+"""The protocol of claim, fence and unknown outcome as a model of which every state is explored.
 
-Two workers, one log, and everything that may happen to them in any order: Kafka gives a partition
-to either or to both, a commit travels, arrives late or never, its answer is lost, a worker lets go
-or dies, the database is put back to a backup. Each worker is a real ``Machine`` and the log is the
-one in memory that passes the contract of the real one, so what is explored is what runs.
+Two workers, one log, and everything that may happen to them in any order: Kafka assigns a partition
+to either or to both, a commit travels, arrives late or never, its answer is lost, a worker releases
+a partition or dies, the database is restored from a backup. Each worker is a real ``Machine``, and
+the log is the one in memory that passes the contract of the real one: the code that is explored is
+the code that runs.
 
-The search is breadth first, so a violation comes with the shortest way to it. Machines decide by
-what they hold and not by the clock: all waits are zero here, and a step that may be done now may
-also be done after anything else. A machine runs once for each of its states and what it is told;
-the rest is looking up, which is what makes hundreds of thousands of states a matter of seconds.
+The search is breadth first, so a violation is reported with the shortest sequence that leads to it.
+Machines decide by their state and not by the clock: all waits are zero here, and a step that is
+possible now is also possible after anything else. A machine is called once for each of its states
+and each call; the rest is looked up. So hundreds of thousands of states take seconds.
 """
 
 import copy
@@ -22,35 +23,48 @@ from typing import Any, NamedTuple
 from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
 from pipeline.events import EncodedRow
-from pipeline.ingest.state import Batch, Bounds, Machine, Outcome, Reclaim, Resolve, Write, _Flight
+from pipeline.ingest.state import (
+    Batch,
+    Bounds,
+    Machine,
+    Outcome,
+    Reclaim,
+    Resolve,
+    Write,
+    _BatchState,
+)
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, row_at
 
 WITHOUT_WAITS = Bounds(
-    batch_rows_max=10, backoff=Backoff(0, 0), reclaim_s_min=0, steals_max=2, steals_s=0
+    batch_rows_max=10,
+    backoff=Backoff(0, 0),
+    reclaim_s_min=0,
+    takeovers_max=2,
+    takeovers_s=0,
 )
 NOW = 0.0
-ALONE_STEPS_MAX = 60
-GONE = -1
+STEPS_ALONE_MAX = 60
+DEAD = -1
 """The sender of a commit whose process has died."""
 
 
 class BlindRetry(Machine):
-    """Writes again what may be in the log already: what a client does that retries COMMIT."""
+    """Writes again what may be in the log already, like a client that retries COMMIT."""
 
     def failed(self, now: float) -> None:
         super().failed(now)
-        self._flight_state = _Flight.READY
+        self._batch_state = _BatchState.READY
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is switched on; all of it, unless a test wants to see the harm.
+    """The guards that are active; all of them, unless a test needs a violation.
 
     Attributes:
         guards: What the log compares at an append.
-        waits: The look at an unknown outcome waits for the worker's own commits on their way.
-        machine: Who decides.
+        waits: Resolving an unknown outcome waits for the worker's own open commits.
+        machine: The class that decides.
     """
 
     guards: Guards = EVERY_GUARD
@@ -60,27 +74,27 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Space:
-    """The bounds of what may happen. Within them everything is explored.
+    """The bounds of the model. Within them everything is explored.
 
     Attributes:
         kafka: The offsets at which each partition has a record.
         end: The end of each partition.
-        claims_max: How often partitions may be claimed, by both workers together.
-        deaths_max: How many workers may die.
-        on_the_way_max: How many commits may travel at a time.
-        restore: Whether the database may be backed up, and put back, once.
+        claims_max: Maximum number of claims, by both workers together.
+        deaths_max: Maximum number of workers that die.
+        open_commits_max: Maximum number of commits that travel at a time.
+        restore: Whether the database may be backed up, and restored, once.
     """
 
     kafka: Sequence[Sequence[int]] = ((0, 2, 3),)
     end: int = 4
     claims_max: int = 3
     deaths_max: int = 1
-    on_the_way_max: int = 2
+    open_commits_max: int = 2
     restore: bool = False
 
     @cached_property
     def partitions(self) -> list[Partition]:
-        """The partitions that there are."""
+        """All partitions."""
         return [Partition("orders", number) for number in range(len(self.kafka))]
 
     def below(self, partition: Partition, end: int) -> list[int]:
@@ -89,7 +103,7 @@ class Space:
 
 
 class Waiting(IntEnum):
-    """What a worker has asked of the database and not been told."""
+    """The answer of the database that a worker waits for."""
 
     NOTHING = auto()
     COMMIT = auto()
@@ -99,14 +113,14 @@ class Waiting(IntEnum):
 
 
 class Worker(NamedTuple):
-    """One process; ``machine`` is the number of a machine's state."""
+    """One process; ``machine`` is the number of the state of its machine."""
 
     machine: int
     waiting: Waiting = Waiting.NOTHING
 
 
 class Flight(NamedTuple):
-    """A commit on its way; ``batch`` is the number of a batch. Its sender may have given it up."""
+    """A commit that travels; ``batch`` is the number of a batch. Its sender may not wait for it."""
 
     sender: int
     awaited: bool
@@ -114,7 +128,7 @@ class Flight(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything; ``log`` and ``backup`` are numbers of the log's states."""
+    """The whole state; ``log`` and ``backup`` are numbers of states of the log."""
 
     log: int
     workers: tuple[Worker, Worker]
@@ -125,20 +139,20 @@ class State(NamedTuple):
     restored: bool = False
 
 
-class Violation(Exception):  # noqa: N818 - what was found, not what went wrong here
-    """What must never be, and the shortest way to it."""
+class Violation(Exception):  # noqa: N818 - a finding, not an error of this code
+    """An invariant that does not hold, and the shortest sequence of moves that leads there."""
 
-    def __init__(self, what: str, way: Sequence[str]) -> None:
-        super().__init__(f"{what}, after {len(way)} steps: " + " > ".join(way))
-        self.way = way
+    def __init__(self, invariant: str, moves: Sequence[str]) -> None:
+        super().__init__(f"{invariant}, after {len(moves)} steps: " + " > ".join(moves))
+        self.moves = moves
 
 
-class _Harm(Exception):  # noqa: N818 - carries the word to where the way is known
+class _Violated(Exception):  # noqa: N818 - raised where the moves are not known
     pass
 
 
 class Explored(NamedTuple):
-    """How many states there are within the bounds, and what happened on the way, in words."""
+    """The number of states within the bounds, and the names of the moves between them."""
 
     states: int
     moves: frozenset[str]
@@ -148,7 +162,7 @@ Move = tuple[str, State]
 
 
 class Model:
-    """The protocol over a space: ``explore`` looks at every state."""
+    """The protocol within bounds: ``explore`` visits every state."""
 
     def __init__(self, protocol: Protocol, space: Space) -> None:
         self._protocol = protocol
@@ -156,22 +170,22 @@ class Model:
         self._machines = _Numbered()
         self._batches = _Numbered()
         self._logs = _Numbered()
-        # Each of these runs code of the product; what it gives for the same is the same.
-        self._told = cache(self._told_anew)
-        self._in_hand_of = cache(self._in_hand_anew)
-        self._found = cache(self._found_anew)
-        self._looked = cache(self._looked_anew)
-        self._look_at_log = cache(self._look_at_log_anew)
-        self._applied = cache(self._applied_anew)
-        self._claimed_log = cache(self._claimed_log_anew)
-        self._finishes_alone = cache(self._finishes_alone_anew)
-        self._own_moves = cache(self._own_moves_anew)
+        # Each of these calls code of the product, which returns the same for the same arguments.
+        self._call = cache(self._compute_call)
+        self._batch_of_machine = cache(self._compute_batch_of_machine)
+        self._resolved = cache(self._compute_resolved)
+        self._checked = cache(self._compute_checked)
+        self._check_log = cache(self._compute_check_log)
+        self._applied = cache(self._compute_applied)
+        self._claimed_log = cache(self._compute_claimed_log)
+        self._finishes_alone = cache(self._compute_finishes_alone)
+        self._own_moves = cache(self._compute_own_moves)
 
     def explore(self) -> Explored:
-        """Look at every state there is; in none of them is anything wrong.
+        """Visit every state and check its invariants.
 
         Raises:
-            Violation: Something is.
+            Violation: One does not hold.
         """
         log = FakeLog(self._protocol.guards)
         for partition in self._space.partitions:
@@ -184,68 +198,68 @@ class Model:
         while waiting:
             state = waiting.popleft()
             try:
-                self._look_at(state)
+                self._check(state)
                 for name, after in self._moves(state):
                     moves.add(name)
                     if after not in came_from:
                         came_from[after] = (state, name)
                         waiting.append(after)
-            except _Harm as harm:
-                raise Violation(str(harm), _way(came_from, state)) from None
+            except _Violated as violated:
+                raise Violation(str(violated), _moves_to(came_from, state)) from None
         return Explored(len(came_from), frozenset(moves))
 
-    # ------------------------------------------------------------------------- what must hold
+    # ------------------------------------------------------------------------- invariants
 
-    def _look_at(self, state: State) -> None:
-        self._look_at_log(state.log)
+    def _check(self, state: State) -> None:
+        self._check_log(state.log)
         for worker in state.workers:
             machine: Machine = self._machines[worker.machine]
-            if machine.is_with_database != (worker.waiting is not Waiting.NOTHING):
-                raise _Harm("a worker waits for what nobody does")
+            if machine.awaits_outcome != (worker.waiting is not Waiting.NOTHING):
+                raise _Violated("a worker waits for an answer that never comes")
             self._finishes_alone(state.log, worker)
 
-    def _look_at_log_anew(self, number: int) -> None:
+    def _compute_check_log(self, number: int) -> None:
         log: FakeLog = self._logs[number]
         for partition in self._space.partitions:
             end = log.places[partition].next_offset
-            there, due = log.offsets(partition), self._space.below(partition, end)
-            if there != due:
-                raise _Harm(f"{partition} below {end} holds {there} and not {due}")
+            logged, due = log.offsets(partition), self._space.below(partition, end)
+            if logged != due:
+                raise _Violated(f"{partition} below {end} holds {logged} and not {due}")
 
-    def _look_at_outcome(self, state: State, outcome: Outcome, batch: Batch) -> None:
-        """What a worker takes for committed is in the log, unless a restore took it away."""
+    def _check_outcome(self, state: State, outcome: Outcome, batch: Batch) -> None:
+        """What a worker treats as committed is in the log, unless a restore removed it."""
         if state.restored:
             return
         log: FakeLog = self._logs[state.log]
-        for partition, end in outcome.moved.items():
+        for partition, end in outcome.next_offsets.items():
             if log.places[partition].next_offset < end:
-                raise _Harm(f"a worker takes {partition} for committed up to {end}")
+                raise _Violated(f"a worker treats {partition} as committed up to {end}")
         if outcome.records and any(
             row.offset not in log.rows[Partition(row.topic, row.partition)] for row in batch.rows
         ):
-            raise _Harm("a worker takes rows for written that are not")
+            raise _Violated("a worker treats rows as written that are not")
 
-    def _finishes_alone_anew(self, log: int, worker: Worker) -> None:
-        """Left alone, with every connection cut once, a worker brings everything to its end."""
+    def _compute_finishes_alone(self, log: int, worker: Worker) -> None:
+        """Running alone, after a lost connection, a worker reaches the end."""
         if worker.waiting is not Waiting.NOTHING:
-            worker = self._tell(worker, "failed")
+            worker = self._report(worker, "failed")
         state = State(log, (worker, worker))
-        for _ in range(ALONE_STEPS_MAX):
+        for _ in range(STEPS_ALONE_MAX):
             machine: Machine = self._machines[state.workers[0].machine]
             ends = [place.next_offset for place in self._logs[state.log].places.values()]
-            if set(ends) == {self._space.end} and machine.is_caught_up and not machine.behind:
+            if set(ends) == {self._space.end} and machine.is_caught_up and not machine.lag:
                 return
             state = self._alone(state)
-        raise _Harm("a worker that is left alone never comes to the end")
+        raise _Violated("a worker that runs alone never reaches the end")
 
     def _alone(self, state: State) -> State:
         worker = state.workers[0]
         if worker.waiting is Waiting.OUTCOME:
-            return self._with(state, 0, self._find(state, worker))
+            return self._with(state, 0, self._resolve(state, worker))
         if worker.waiting is Waiting.COMMIT:
-            batch = self._in_hand(worker)
+            batch = self._batch_of(worker)
             log, answer = self._applied(state.log, batch)
-            return self._with(state._replace(log=log), 0, self._tell(worker, answer))
+            return self._with(state._replace(log=log), 0, self._report(worker, answer))
         stepped = self._step(state._replace(claims=0), 0)
         if stepped is not None:
             return stepped[1]._replace(flights=())
@@ -256,16 +270,16 @@ class Model:
         for partition in self._space.partitions:
             if (fetched := self._fetch(worker, partition)) is not None:
                 return self._with(state, 0, fetched)
-        looked = self._look(state, 0)
+        looked = self._check_stored(state, 0)
         if looked is not None:
             return looked
         for partition, held in machine.owned.items():
             if self._logs[state.log].places[partition].epoch > held:
-                # The group gave it to the other worker, which is gone: so it comes back.
+                # The group gave it to the other worker, which died: it is assigned again.
                 return self._claim(state, 0, partition)
-        raise _Harm("a worker that is left alone does nothing, and is not at the end")
+        raise _Violated("a worker that runs alone does nothing, and is not at the end")
 
-    # ------------------------------------------------------------------------- what may happen
+    # ------------------------------------------------------------------------- moves
 
     def _moves(self, state: State) -> Iterator[Move]:
         for who in (0, 1):
@@ -278,7 +292,7 @@ class Model:
             if state.backup is None:
                 yield "backup", state._replace(backup=state.log)
             elif not state.flights:
-                # The server was down for it: nothing is on its way.
+                # The server was stopped for it: no commit is open.
                 yield "restore", state._replace(log=state.backup, backup=None, restored=True)
 
     def _moves_of(self, state: State, who: int) -> Iterator[Move]:
@@ -293,76 +307,77 @@ class Model:
             yield stepped
         match worker.waiting:
             case Waiting.COMMITTED | Waiting.FENCED:
-                yield f"{who} hears: {worker.waiting.name}", self._hear(state, who)
-            case Waiting.OUTCOME if not self._waits_for_its_own(state, who):
-                yield f"{who} finds out", self._with(state, who, self._find(state, worker))
-            case Waiting.NOTHING if (looked := self._look(state, who)) is not None:
-                yield f"{who} looks around", looked
+                yield f"{who} receives {worker.waiting.name}", self._receive_answer(state, who)
+            case Waiting.OUTCOME if not self._has_open_commits(state, who):
+                yield f"{who} resolves", self._with(state, who, self._resolve(state, worker))
+            case Waiting.NOTHING if (checked := self._check_stored(state, who)) is not None:
+                yield f"{who} checks", checked
             case _:
                 pass
         if worker.waiting is not Waiting.NOTHING:
-            cut = state._replace(flights=_given_up(state.flights, who))
-            yield f"{who} is cut off", self._with(cut, who, self._tell(worker, "failed"))
+            lost = state._replace(flights=_not_awaited(state.flights, who))
+            yield (
+                f"{who} loses its connection",
+                self._with(lost, who, self._report(worker, "failed")),
+            )
         if state.deaths < self._space.deaths_max:
             yield f"{who} dies", self._die(state, who)
 
-    def _own_moves_anew(self, worker: Worker) -> list[tuple[str, Worker]]:
-        """What concerns nobody but the worker itself."""
+    def _compute_own_moves(self, worker: Worker) -> list[tuple[str, Worker]]:
+        """Moves that depend on the worker alone."""
         moves = []
         owned = self._machines[worker.machine].owned
         for partition in self._space.partitions:
             if (fetched := self._fetch(worker, partition)) is not None:
                 moves.append((f"fetches {partition.number}", fetched))
             if partition in owned:
-                let_go = self._tell(worker, "released", partition)
-                moves.append((f"lets go {partition.number}", let_go))
+                released = self._report(worker, "released", partition)
+                moves.append((f"releases {partition.number}", released))
         return moves
 
     def _claim(self, state: State, who: int, partition: Partition) -> State:
         log = self._claimed_log(state.log, partition)
         epoch, next_offset, _ = self._logs[log].places[partition]
         end = NextOffset(self._space.end)
-        worker = self._tell(state.workers[who], "claimed", partition, epoch, next_offset, end)
+        worker = self._report(state.workers[who], "claimed", partition, epoch, next_offset, end)
         after = state._replace(log=log, claims=state.claims + 1)
         return self._with(after, who, worker)
 
     def _fetch(self, worker: Worker, partition: Partition) -> Worker | None:
-        """The next record, or the end behind the last one."""
+        """The next record, or the end after the last one."""
         machine: Machine = self._machines[worker.machine]
-        first = machine.wants_from(partition)
+        first = machine.first_wanted(partition)
         if first is None or first == self._space.end:
             return None
         following = [at for at in self._space.kafka[partition.number] if at >= first]
         if following:
-            return self._tell(worker, "received", partition, (following[0],))
-        return self._tell(worker, "reached_end", partition, NextOffset(self._space.end))
+            return self._report(worker, "received", partition, (following[0],))
+        return self._report(worker, "reached_end", partition, NextOffset(self._space.end))
 
     def _step(self, state: State, who: int) -> Move | None:
-        """What the machine wants done."""
+        """The next step of the machine."""
         worker = state.workers[who]
-        machine, step = self._told(worker.machine, "next_step", NOW)
+        machine, step = self._call(worker.machine, "next_step", NOW)
         after = worker._replace(machine=machine)
         match step:
             case Write():
-                if len(state.flights) == self._space.on_the_way_max:
+                if len(state.flights) == self._space.open_commits_max:
                     return None
-                flight = Flight(who, True, self._in_hand_of(machine))
+                flight = Flight(who, True, self._batch_of_machine(machine))
                 written = self._with(state, who, after._replace(waiting=Waiting.COMMIT))
                 flights = tuple(sorted((*state.flights, flight)))
                 return f"{who} sends a commit", written._replace(flights=flights)
             case Resolve():
-                asked = after._replace(waiting=Waiting.OUTCOME)
-                return f"{who} asks for the outcome", self._with(state, who, asked)
+                requested = after._replace(waiting=Waiting.OUTCOME)
+                return f"{who} requests the outcome", self._with(state, who, requested)
             case Reclaim(partition):
                 if state.claims == self._space.claims_max:
                     return None
-                return f"{who} claims again", self._claim(
-                    self._with(state, who, after), who, partition
-                )
+                return f"{who} reclaims", self._claim(self._with(state, who, after), who, partition)
             case None:
                 return None
             case _:
-                raise _Harm(f"nobody expects {step}")
+                raise _Violated(f"unexpected step {step}")
 
     def _arrive(self, state: State, flight: Flight) -> Move:
         log, answer = self._applied(state.log, flight.batch)
@@ -373,32 +388,33 @@ class Model:
             after = self._with(after, flight.sender, worker)
         return f"commit of {flight.sender} arrives: {answer}", after
 
-    def _hear(self, state: State, who: int) -> State:
+    def _receive_answer(self, state: State, who: int) -> State:
         worker = state.workers[who]
         if worker.waiting is Waiting.FENCED:
-            return self._with(state, who, self._tell(worker, "fenced"))
-        machine, outcome = self._told(worker.machine, "committed")
-        self._look_at_outcome(state, outcome, self._batches[self._in_hand(worker)])
+            return self._with(state, who, self._report(worker, "fenced"))
+        machine, outcome = self._call(worker.machine, "committed")
+        self._check_outcome(state, outcome, self._batches[self._batch_of(worker)])
         return self._with(state, who, Worker(machine))
 
-    def _find(self, state: State, worker: Worker) -> Worker:
-        machine, outcome = self._found(worker.machine, state.log)
-        self._look_at_outcome(state, outcome, self._batches[self._in_hand(worker)])
+    def _resolve(self, state: State, worker: Worker) -> Worker:
+        machine, outcome = self._resolved(worker.machine, state.log)
+        self._check_outcome(state, outcome, self._batches[self._batch_of(worker)])
         return Worker(machine)
 
-    def _look(self, state: State, who: int) -> State | None:
-        """Where the worker's partitions stand, if that is any news."""
+    def _check_stored(self, state: State, who: int) -> State | None:
+        """The worker after it has checked what is stored; None if that changes nothing."""
         worker = state.workers[who]
-        looked = self._looked(worker.machine, state.log)
-        return None if looked == worker.machine else self._with(state, who, Worker(looked))
+        checked = self._checked(worker.machine, state.log)
+        return None if checked == worker.machine else self._with(state, who, Worker(checked))
 
-    def _waits_for_its_own(self, state: State, who: int) -> bool:
-        return self._protocol.waits and any(it.sender == who for it in state.flights)
+    def _has_open_commits(self, state: State, who: int) -> bool:
+        return self._protocol.waits and any(flight.sender == who for flight in state.flights)
 
     def _die(self, state: State, who: int) -> State:
         flights = tuple(
             sorted(
-                Flight(GONE, False, it.batch) if it.sender == who else it for it in state.flights
+                Flight(DEAD, False, flight.batch) if flight.sender == who else flight
+                for flight in state.flights
             )
         )
         dead = state._replace(flights=flights, deaths=state.deaths + 1)
@@ -414,49 +430,49 @@ class Model:
     def _fresh(self) -> int:
         return self._machines.number(self._protocol.machine(WITHOUT_WAITS))
 
-    def _in_hand_anew(self, machine: int) -> int:
-        return self._batches.number(self._machines[machine]._flight)
+    def _compute_batch_of_machine(self, machine: int) -> int:
+        return self._batches.number(self._machines[machine]._batch)
 
-    def _in_hand(self, worker: Worker) -> int:
-        return self._in_hand_of(worker.machine)
+    def _batch_of(self, worker: Worker) -> int:
+        return self._batch_of_machine(worker.machine)
 
-    def _tell(self, worker: Worker, what: str, *rest: Any) -> Worker:
-        machine, _ = self._told(worker.machine, what, *rest)
-        heard = what in ("committed", "fenced", "failed", "found")
-        return Worker(machine, Waiting.NOTHING if heard else worker.waiting)
+    def _report(self, worker: Worker, method: str, *arguments: Any) -> Worker:
+        machine, _ = self._call(worker.machine, method, *arguments)
+        is_answer = method in ("committed", "fenced", "failed", "resolved")
+        return Worker(machine, Waiting.NOTHING if is_answer else worker.waiting)
 
-    def _told_anew(self, number: int, what: str, *rest: Any) -> tuple[int, Any]:
-        """The state of a machine after it was told something, and what it said."""
+    def _compute_call(self, number: int, method: str, *arguments: Any) -> tuple[int, Any]:
+        """The state of a machine after a call of a method, and what the method returned."""
         machine: Machine = copy.deepcopy(self._machines[number])
-        said: Any
-        match what:
+        returned: Any
+        match method:
             case "received":
-                partition, offsets = rest
+                partition, offsets = arguments
                 machine.received(partition, [row_at(partition, at) for at in offsets])
-                said = None
+                returned = None
             case "released":
-                said = machine.released(rest)
+                returned = machine.released(arguments)
             case "fenced" | "failed":
-                said = getattr(machine, what)(NOW)
-            case "found" | "looked":
-                said = getattr(machine, what)(dict(rest[0]), NOW)
+                returned = getattr(machine, method)(NOW)
+            case "resolved" | "checked":
+                returned = getattr(machine, method)(dict(arguments[0]), NOW)
             case _:
-                said = getattr(machine, what)(*rest)
-        # How often the database failed decides when to try again, and nothing else.
+                returned = getattr(machine, method)(*arguments)
+        # The number of failures decides only when to try again.
         machine._failures = min(machine._failures, 1)
-        return self._machines.number(machine), said
+        return self._machines.number(machine), returned
 
-    def _found_anew(self, number: int, log: int) -> tuple[int, Outcome]:
-        batch: Batch = self._batches[self._in_hand_of(number)]
-        places = self._logs[log].find(batch.advances)
-        told: tuple[int, Outcome] = self._told(number, "found", tuple(places.items()))
-        return told
+    def _compute_resolved(self, number: int, log: int) -> tuple[int, Outcome]:
+        batch: Batch = self._batches[self._batch_of_machine(number)]
+        stored = self._logs[log].find(batch.advances)
+        called: tuple[int, Outcome] = self._call(number, "resolved", tuple(stored.items()))
+        return called
 
-    def _looked_anew(self, number: int, log: int) -> int:
-        places = self._logs[log].find(self._machines[number].owned)
-        return self._told(number, "looked", tuple(places.items()))[0]
+    def _compute_checked(self, number: int, log: int) -> int:
+        stored = self._logs[log].find(self._machines[number].owned)
+        return self._call(number, "checked", tuple(stored.items()))[0]
 
-    def _applied_anew(self, number: int, batch_number: int) -> tuple[int, str]:
+    def _compute_applied(self, number: int, batch_number: int) -> tuple[int, str]:
         log: FakeLog = copy.deepcopy(self._logs[number])
         batch: Batch = self._batches[batch_number]
         try:
@@ -464,57 +480,59 @@ class Model:
         except FencedError:
             return number, "fenced"
         except InvariantError as error:
-            raise _Harm(f"what passed the guards was refused: {error}") from error
+            raise _Violated(f"the log refused what passed its guards: {error}") from error
         return self._logs.number(log), "committed"
 
-    def _claimed_log_anew(self, number: int, partition: Partition) -> int:
+    def _compute_claimed_log(self, number: int, partition: Partition) -> int:
         log: FakeLog = copy.deepcopy(self._logs[number])
         log.claim(partition)
         return self._logs.number(log)
 
 
 class _Numbered:
-    """Things that change, by the number of their contents."""
+    """Numbers mutable objects by their contents."""
 
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
-        self._things: list[Any] = []
+        self._objects: list[Any] = []
 
-    def number(self, thing: object) -> int:
-        number = self._numbers.setdefault(_contents(thing), len(self._things))
-        if number == len(self._things):
-            self._things.append(thing)
+    def number(self, value: object) -> int:
+        number = self._numbers.setdefault(_contents(value), len(self._objects))
+        if number == len(self._objects):
+            self._objects.append(value)
         return number
 
     def __getitem__(self, number: int) -> Any:
-        return self._things[number]
+        return self._objects[number]
 
 
-def _contents(thing: Any) -> Any:
-    """Every field of a thing, whichever it has, so that two are one only where all is equal."""
-    match thing:
+def _contents(value: Any) -> Any:
+    """All fields of an object: two objects get one number only if all of them are equal."""
+    match value:
         case EncodedRow():
-            return thing.partition, thing.offset
+            return value.partition, value.offset
         case Mapping():
-            return tuple((_contents(key), _contents(value)) for key, value in thing.items())
+            return tuple((_contents(key), _contents(value)) for key, value in value.items())
         case tuple() | list():
-            return tuple(map(_contents, thing))
+            return tuple(map(_contents, value))
         case set() | frozenset():
-            return frozenset(map(_contents, thing))
-        case _ if is_dataclass(thing):
-            return tuple(_contents(getattr(thing, it.name)) for it in fields(thing))
+            return frozenset(map(_contents, value))
+        case _ if is_dataclass(value):
+            return tuple(_contents(getattr(value, field.name)) for field in fields(value))
         case _:
-            return thing
+            return value
 
 
-def _given_up(flights: tuple[Flight, ...], who: int) -> tuple[Flight, ...]:
-    given_up = (it._replace(awaited=False) if it.sender == who else it for it in flights)
-    return tuple(sorted(given_up))
+def _not_awaited(flights: tuple[Flight, ...], who: int) -> tuple[Flight, ...]:
+    changed = (
+        flight._replace(awaited=False) if flight.sender == who else flight for flight in flights
+    )
+    return tuple(sorted(changed))
 
 
-def _way(came_from: Mapping[State, tuple[State, str] | None], state: State) -> list[str]:
-    way: list[str] = []
+def _moves_to(came_from: Mapping[State, tuple[State, str] | None], state: State) -> list[str]:
+    moves: list[str] = []
     while (step := came_from[state]) is not None:
         state, name = step
-        way.append(name)
-    return way[::-1]
+        moves.append(name)
+    return moves[::-1]

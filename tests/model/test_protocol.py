@@ -1,7 +1,7 @@
-"""The protocol holds in every state there is, and each of its guards is missed at once.
+"""The protocol holds in every reachable state, and a violation is found if a guard is missing.
 
-What must hold in each state: the log has the records below the next offset, all, in order, once;
-what a worker takes for committed is there; a worker that is left alone comes to the end.
+Invariants of each state: the log has the records below the next offset, all, in order, once; what a
+worker treats as committed is in the log; a worker that runs alone reaches the end.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.model.protocol import BlindRetry, Model, Protocol, Space, Violation
 
 pytestmark = pytest.mark.timeout(900)
 
-# The primary key would refuse some of the harm; none of this needs it.
+# Without the primary key, which would prevent some violations; none of this needs it.
 GUARDS = Guards(primary_key=False)
 EPOCH_ALONE = GUARDS._replace(expected=False)
 OFFSETS_ALONE = GUARDS._replace(epoch=False)
@@ -23,7 +23,7 @@ NEITHER = Guards(epoch=False, expected=False, primary_key=False)
 
 # One partition with an offset that Kafka used for itself.
 SMALL = Space(kafka=((0, 2),), end=3, claims_max=2, deaths_max=0)
-TWO_PARTITIONS = Space(kafka=((0,), (0,)), end=1, claims_max=3, deaths_max=0, on_the_way_max=1)
+TWO_PARTITIONS = Space(kafka=((0,), (0,)), end=1, claims_max=3, deaths_max=0, open_commits_max=1)
 WITH_A_RESTORE = Space(kafka=((0, 2),), end=3, claims_max=2, deaths_max=0, restore=True)
 
 
@@ -33,7 +33,7 @@ WITH_A_RESTORE = Space(kafka=((0, 2),), end=3, claims_max=2, deaths_max=0, resto
         (Protocol(GUARDS), Space(kafka=((0, 2),), end=3, claims_max=2, deaths_max=1)),
         (Protocol(GUARDS), Space(kafka=((1,),), end=2, claims_max=3, deaths_max=0)),
         (Protocol(GUARDS), TWO_PARTITIONS),
-        (Protocol(GUARDS), replace(WITH_A_RESTORE, on_the_way_max=1)),
+        (Protocol(GUARDS), replace(WITH_A_RESTORE, open_commits_max=1)),
         (Protocol(GUARDS, waits=False), SMALL),
         (Protocol(GUARDS, machine=BlindRetry), SMALL),
         (Protocol(OFFSETS_ALONE), SMALL),
@@ -43,27 +43,27 @@ WITH_A_RESTORE = Space(kafka=((0, 2),), end=3, claims_max=2, deaths_max=0, resto
         "a worker dies",
         "three claims",
         "two partitions",
-        "the database is put back",
-        "nobody waits",
+        "a restored database",
+        "no waiting for open commits",
         "a blind retry",
         "offsets alone",
         "the epoch alone",
     ],
 )
-def test_the_log_holds_every_record_once_in_every_state_there_is(protocol, space):
+def test_the_log_has_every_record_once_in_every_reachable_state(protocol, space):
     explored = Model(protocol, space).explore()
 
     print(f"{explored.states} states")
     assert explored.states > 10_000
-    happened = " | ".join(explored.moves)
-    for what in ("cut off", "FENCED", "finds out", "is lost"):
-        assert what in happened
+    moves = " | ".join(explored.moves)
+    for move in ("loses its connection", "FENCED", "resolves", "is lost"):
+        assert move in moves
     if space.restore:
-        assert "looks around" in happened
+        assert "checks" in moves
     if space.claims_max > 2:
-        assert "claims again" in happened
-    assert ("dies" in happened) == (space.deaths_max > 0)
-    assert ("restore" in happened) == space.restore
+        assert "reclaims" in moves
+    assert ("dies" in moves) == (space.deaths_max > 0)
+    assert ("restore" in moves) == space.restore
 
 
 @pytest.mark.parametrize(
@@ -76,56 +76,59 @@ def test_the_log_holds_every_record_once_in_every_state_there_is(protocol, space
     ],
     ids=[
         "no guards",
-        "the epoch alone, nobody waits",
+        "the epoch alone, no waiting for open commits",
         "the epoch alone, a blind retry",
-        "the epoch alone, the database is put back",
+        "the epoch alone, a restored database",
     ],
 )
-def test_without_a_guard_the_same_search_finds_the_harm(protocol, space):
+def test_without_a_guard_the_same_search_finds_a_violation(protocol, space):
     with pytest.raises(Violation, match=r"orders\[0\] below \d holds") as found:
         Model(protocol, space).explore()
 
     print(found.value)
-    assert len(found.value.way) <= 10
+    assert len(found.value.moves) <= 10
 
 
-# ----------------------------------------------------------------------------- machines with a flaw
+# ----------------------------------------------------------------------------- faulty machines
 
 
-class TakesForeignForCommitted(Machine):
-    def found(self, places, now):
-        batch = self._flight
+class TreatsFencedAsCommitted(Machine):
+    def resolved(self, stored, now):
+        batch = self._batch
         assert batch is not None
-        here = {
+        committed = {
             partition: Ownership(advance.held, advance.new)
             for partition, advance in batch.advances.items()
         }
-        return super().found(here, now)
+        return super().resolved(committed, now)
 
 
-class NeverAsksAnEpoch(Machine):
-    def found(self, places, now):
-        batch = self._flight
+class IgnoresTheEpoch(Machine):
+    def resolved(self, stored, now):
+        batch = self._batch
         assert batch is not None
-        return super().found(
-            {place: at._replace(epoch=batch.advances[place].held) for place, at in places.items()},
+        return super().resolved(
+            {
+                partition: row._replace(epoch=batch.advances[partition].held)
+                for partition, row in stored.items()
+            },
             now,
         )
 
 
 class ExpectsTheFirstRecord(Machine):
-    def _cut(self):
-        batch = super()._cut()
+    def _next_batch(self):
+        batch = super()._next_batch()
         if batch is None or not batch.rows:
             return batch
         advances = {
-            partition: step._replace(
+            partition: advance._replace(
                 expected=NextOffset(
-                    min(it.offset for it in batch.rows if it.partition == partition.number)
+                    min(row.offset for row in batch.rows if row.partition == partition.number)
                 )
             )
-            for partition, step in batch.advances.items()
-            if any(it.partition == partition.number for it in batch.rows)
+            for partition, advance in batch.advances.items()
+            if any(row.partition == partition.number for row in batch.rows)
         }
         return Batch(batch.rows, advances)
 
@@ -134,63 +137,63 @@ class StoresTheLastOffset(Machine):
     def received(self, partition, rows):
         super().received(partition, rows)
         owned = self._owned[partition]
-        owned.taken = NextOffset(owned.taken - 1)
+        owned.received = NextOffset(owned.received - 1)
 
 
-class ForgetsThatItHasCommitted(Machine):
+class ForgetsTheCommit(Machine):
     def committed(self):
-        batch = self._end_flight()
+        batch = self._finish_batch()
         return Outcome(len(batch.rows), {}, ())
 
 
-class KeepsTheRowsOfAFormerClaim(Machine):
+class KeepsRowsOfAnEarlierClaim(Machine):
     def claimed(self, partition, held, next_offset, end):
         rows = list(self._rows)
         super().claimed(partition, held, next_offset, end)
         self._rows = rows
 
 
-class WantsAgainWhatItHolds(Machine):
-    def wants_from(self, partition):
+class AcceptsRecordsTwice(Machine):
+    def first_wanted(self, partition):
         return self.stored.get(partition)
 
 
-class DropsABatchThatWasNotCommitted(Machine):
-    def found(self, places, now):
-        outcome = super().found(places, now)
-        self._flight = None
+class DropsUncommittedBatches(Machine):
+    def resolved(self, stored, now):
+        outcome = super().resolved(stored, now)
+        self._batch = None
         return outcome
 
 
-class LooksAtNothingWhenIdle(Machine):
-    def looked(self, places, now):
+class NeverChecksWhenIdle(Machine):
+    def checked(self, stored, now):
         return ()
 
 
-class TellsClaimsApartByTheirEpochOnly(Machine):
-    def _holds(self, partition, advance):
+class ComparesOnlyTheEpoch(Machine):
+    def _still_owns(self, partition, advance):
         owned = self._owned.get(partition)
         return owned is not None and owned.held == advance.held
 
 
 @pytest.mark.parametrize(
-    ("flawed", "space", "harm"),
+    ("faulty", "space", "violation"),
     [
-        (TakesForeignForCommitted, SMALL, "takes .* for"),
-        (NeverAsksAnEpoch, SMALL, "never comes to the end"),
-        (ExpectsTheFirstRecord, SMALL, "never comes to the end"),
-        (StoresTheLastOffset, SMALL, "never comes to the end"),
-        (ForgetsThatItHasCommitted, SMALL, "never comes to the end"),
-        (KeepsTheRowsOfAFormerClaim, SMALL, "below"),
-        (WantsAgainWhatItHolds, SMALL, "below"),
-        (DropsABatchThatWasNotCommitted, SMALL, "below"),
-        (LooksAtNothingWhenIdle, WITH_A_RESTORE, "does nothing, and is not at the end"),
-        (TellsClaimsApartByTheirEpochOnly, WITH_A_RESTORE, "below"),
+        (TreatsFencedAsCommitted, SMALL, "treats .* as"),
+        (IgnoresTheEpoch, SMALL, "never reaches the end"),
+        (ExpectsTheFirstRecord, SMALL, "never reaches the end"),
+        (StoresTheLastOffset, SMALL, "never reaches the end"),
+        (ForgetsTheCommit, SMALL, "never reaches the end"),
+        (KeepsRowsOfAnEarlierClaim, SMALL, "below"),
+        (AcceptsRecordsTwice, SMALL, "below"),
+        (DropsUncommittedBatches, SMALL, "below"),
+        (NeverChecksWhenIdle, WITH_A_RESTORE, "does nothing, and is not at the end"),
+        (ComparesOnlyTheEpoch, WITH_A_RESTORE, "below"),
     ],
-    ids=lambda it: it.__name__ if isinstance(it, type) else None,
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
-def test_a_flaw_of_the_machine_is_found_though_the_log_has_its_guards(flawed, space, harm):
-    with pytest.raises(Violation, match=harm) as found:
-        Model(Protocol(GUARDS, machine=flawed), space).explore()
+def test_a_fault_of_the_machine_is_found_although_the_log_has_its_guards(faulty, space, violation):
+    with pytest.raises(Violation, match=violation) as found:
+        Model(Protocol(GUARDS, machine=faulty), space).explore()
 
     print(found.value)

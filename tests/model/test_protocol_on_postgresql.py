@@ -148,7 +148,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
     @rule(who=who, records=st.integers(1, 3))
     def fetch(self, who, records):
         machine = self.workers[who].machine
-        first = machine.wants_from(PLACE)
+        first = machine.first_wanted(PLACE)
         if first is None:
             return
         found = [offset for offset in OFFSETS if offset >= first][:records]
@@ -231,7 +231,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         except TransientError:
             worker.machine.failed(NOW)
         else:
-            worker.machine.found(places, NOW)
+            worker.machine.resolved(places, NOW)
 
     def _find_while_in_flight(self, worker, batch, own, *, commits):
         """The question waits for the commit that is still on its way, whichever way that ends."""
@@ -246,7 +246,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             assert not answer.done()
             self.adrift.remove(own)
             _end(own[1], commits=commits)
-            worker.machine.found(answer.result(), NOW)
+            worker.machine.resolved(answer.result(), NOW)
 
     def _somebody_waits(self) -> bool:
         with transaction(self.bench.engine) as db:
@@ -256,10 +256,10 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
     @rule(who=who)
     def look_around(self, who):
         worker = self.workers[who]
-        if not worker.machine.is_with_database:
+        if not worker.machine.awaits_outcome:
             with transaction(self.bench.engine) as db:
                 places = offsets.ownerships(db, worker.machine.owned)
-            worker.machine.looked(places, NOW)
+            worker.machine.checked(places, NOW)
 
     @rule(who=who)
     def let_go(self, who):

@@ -80,7 +80,7 @@ def test_every_event_that_wants_attention_is_explained_and_no_other_is():
     }
 
     assert len(logged) > 30
-    assert {"topic_gone", "kafka_client_error", "waiting_for_lock"} <= logged
+    assert {"topic_missing", "kafka_client_error", "waiting_for_lock"} <= logged
     assert logged - set(explained) == set()
     assert set(explained) - texts == set()
     assert len(explained) == len(set(explained))

@@ -1,11 +1,11 @@
-"""The decisions of the ingest loop, under every order of events that hypothesis thinks of.
+"""The decisions of the ingest loop, for every order of events that hypothesis generates.
 
 Two workers run the production state machine against one log in memory. Commits travel: they may
-arrive late, never, or arrive and their answer be lost; partitions are claimed by both, revoked and
+arrive late, never, or arrive and lose their answer; partitions are claimed by both, revoked and
 lost at any moment, workers crash, and the log is restored from a backup. After every step the log
-must hold the records below the next offset: all, in order, once.
+must have the records below the next offset: all, in order, once.
 
-The same histories, run against a log without its guards, must find the harm: otherwise they would
+The same histories, run against a log without its guards, must find violations: otherwise they would
 prove nothing.
 """
 
@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 
 from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
-from pipeline.ingest.state import Batch, Bounds, Machine, Reclaim, Resolve, Stolen, Write
+from pipeline.ingest.state import Batch, Bounds, Contested, Machine, Reclaim, Resolve, Write
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, place, row_at
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1)]
-NEVER_STOLEN = Bounds(
-    batch_rows_max=3, steals_max=10**9, reclaim_s_min=0.5, backoff=Backoff(0.1, 0.4)
+NEVER_CONTESTED = Bounds(
+    batch_rows_max=3, takeovers_max=10**9, reclaim_s_min=0.5, backoff=Backoff(0.1, 0.4)
 )
 END = 14
 
 
 @dataclass
 class Commit:
-    """A transaction on its way: not yet at the log, or arrived with an answer to give."""
+    """A transaction: not yet at the log, or executed and with an answer that travels back."""
 
     batch: Batch
     answer: str | None = None
@@ -42,9 +42,9 @@ class Commit:
 
 @dataclass
 class Worker:
-    """One process: a machine, where it reads each partition, and what it waits for."""
+    """One process: its machine, its position in each partition, and what it waits for."""
 
-    machine: Machine = field(default_factory=lambda: Machine(NEVER_STOLEN))
+    machine: Machine = field(default_factory=lambda: Machine(NEVER_CONTESTED))
     reading: dict[Partition, int] = field(default_factory=dict)
     assigned: set[Partition] = field(default_factory=set)
     commit: Commit | None = None
@@ -52,17 +52,17 @@ class Worker:
 
 
 class Fate(Enum):
-    """What becomes of a step that was handed to the database."""
+    """What happens to a step that was sent to the database."""
 
     ANSWERED = auto()
-    ARRIVES = auto()  # and its answer is still on its way
+    ARRIVES = auto()  # and its answer still travels
     STAYS = auto()
     BREAKS_LATE = auto()  # the connection breaks; the commit arrives, or not, some time later
     BREAKS_NEVER = auto()
 
 
 class Kind(Enum):
-    """What may happen to the workers and to the log."""
+    """The actions of the workers and of the log."""
 
     WORK = auto()
     WAIT = auto()
@@ -77,8 +77,8 @@ class Kind(Enum):
     RESTORE = auto()
 
 
-class Happening(NamedTuple):
-    """One thing that happens; a kind makes of the rest what it needs."""
+class Action(NamedTuple):
+    """One action; each kind uses the other fields that it needs."""
 
     kind: Kind
     who: int
@@ -88,13 +88,13 @@ class Happening(NamedTuple):
 
 
 class History:
-    """Two workers, one log, and what happens to them.
+    """Two workers, one log, and the actions on them.
 
     Args:
         kafka: The offsets at which each partition has a record.
         guards: What the log compares at an append.
-        waits: A claim, and a look at an unknown outcome, wait for what is still on its way.
-        looks: The outcome of a commit is looked up; else it is taken for not committed.
+        waits: Claims and resolving wait for open commits.
+        resolves: The outcome of a commit is read from the log; else it counts as not committed.
     """
 
     def __init__(
@@ -103,41 +103,43 @@ class History:
         *,
         guards: Guards = EVERY_GUARD,
         waits: bool = True,
-        looks: bool = True,
+        resolves: bool = True,
     ) -> None:
-        self.kafka = {place: sorted(at) for place, at in zip(PARTITIONS, kafka, strict=True)}
+        self.kafka = {
+            partition: sorted(offsets) for partition, offsets in zip(PARTITIONS, kafka, strict=True)
+        }
         self.waits = waits
-        self.looks = looks
+        self.resolves = resolves
         self.log = FakeLog(guards)
         self.workers = [Worker(), Worker()]
         self.now = 0.0
-        # Commits whose worker has stopped waiting; they may still arrive.
-        self.adrift: list[Batch] = []
+        # Commits for which no worker waits any more; they may still arrive.
+        self.abandoned: list[Batch] = []
         self.backup: FakeLog | None = None
         self.was_restored = False
         for partition in PARTITIONS:
             self.log.begin(partition, 0)
             self.assign(0, partition)
 
-    def happens(self, it: Happening) -> None:
-        """One thing happens, and what must hold is looked at."""
-        match it.kind:
+    def execute(self, action: Action) -> None:
+        """Execute an action, then check the invariants."""
+        match action.kind:
             case Kind.WORK:
-                self.work(it.who, it.records, it.then)
+                self.work(action.who, action.records, action.then)
             case Kind.WAIT:
-                self.wait(it.who, it.then)
+                self.wait(action.who, action.then)
             case Kind.ASSIGN:
-                self.assign(it.who, it.partition)
+                self.assign(action.who, action.partition)
             case Kind.REVOKE | Kind.LOSE:
-                self.take_away(it.who, it.partition, graceful=it.kind is Kind.REVOKE)
+                self.take_away(action.who, action.partition, graceful=action.kind is Kind.REVOKE)
             case Kind.FETCH_AGAIN:
-                self.fetch_again(it.who, it.partition, it.records)
-            case Kind.LATE_COMMIT_ARRIVES if self.adrift:
-                self._apply(self.adrift.pop(it.records % len(self.adrift)))
-            case Kind.LATE_COMMIT_IS_LOST if self.adrift:
-                self.adrift.pop()
+                self.fetch_again(action.who, action.partition, action.records)
+            case Kind.LATE_COMMIT_ARRIVES if self.abandoned:
+                self._apply(self.abandoned.pop(action.records % len(self.abandoned)))
+            case Kind.LATE_COMMIT_IS_LOST if self.abandoned:
+                self.abandoned.pop()
             case Kind.CRASH:
-                self.crash(it.who)
+                self.crash(action.who)
             case Kind.BACK_UP:
                 self.backup = copy.deepcopy(self.log)
             case Kind.RESTORE:
@@ -146,10 +148,10 @@ class History:
                 pass
         self.check()
 
-    # ------------------------------------------------------------------------------ what happens
+    # ------------------------------------------------------------------------------ the actions
 
     def assign(self, who, partition):
-        """The group gives a partition; the other worker may not know yet that it lost it."""
+        """The group assigns a partition; the other worker may not know yet that it lost it."""
         self.workers[who].assigned.add(partition)
         self._claim(self.workers[who], partition)
 
@@ -165,7 +167,7 @@ class History:
         worker.reading.pop(partition, None)
 
     def work(self, who, records, then):
-        """Poll once, do what the machine says, and let that meet its fate."""
+        """Poll once, and do the next step of the machine; what happens to it is ``then``."""
         worker = self.workers[who]
         for partition, begin in worker.reading.items():
             if worker.machine.room:
@@ -175,16 +177,16 @@ class History:
                 if not found:
                     worker.machine.reached_end(partition, NextOffset(END))
         self._step(worker)
-        self._meet(worker, then)
+        self._finish(worker, then)
 
     def wait(self, who, then):
-        """Time passes; the machine repeats, looks up or reclaims, and that meets its fate."""
+        """Time passes; the machine repeats, resolves up or reclaims, and that meets its fate."""
         self.now += 1.0
         self._step(self.workers[who])
-        self._meet(self.workers[who], then)
+        self._finish(self.workers[who], then)
 
     def fetch_again(self, who, partition, records):
-        """Records that were fetched before come once more."""
+        """Records that were fetched before arrive again."""
         begin = self.workers[who].reading.get(partition, 0)
         again = [offset for offset in self.kafka[partition] if offset < begin][-records:]
         self._receive(self.workers[who], partition, again)
@@ -192,13 +194,13 @@ class History:
     def crash(self, who):
         worker = self.workers[who]
         if worker.commit is not None and worker.commit.answer is None:
-            self.adrift.append(worker.commit.batch)
+            self.abandoned.append(worker.commit.batch)
         self.workers[who] = Worker()
 
     def restore(self):
-        """The backup comes back; the server was down for it, so nothing is on its way."""
-        idle = not self.adrift and all(worker.commit is None for worker in self.workers)
-        if self.backup is not None and idle:
+        """The backup is restored; the server was stopped for it, so no commit is open."""
+        is_idle = not self.abandoned and all(worker.commit is None for worker in self.workers)
+        if self.backup is not None and is_idle:
             self.log, self.backup = self.backup, None
             self.was_restored = True
 
@@ -207,14 +209,14 @@ class History:
     def _claim(self, worker, partition):
         if self.waits:
             # The claim's UPDATE waits for a transaction that holds the row.
-            self._let_arrive(partition)
-        place = self.log.claim(partition)
-        worker.machine.claimed(partition, place.epoch, place.next_offset, NextOffset(END))
-        worker.reading[partition] = place.next_offset
+            self._finish_open_commits(partition)
+        stored = self.log.claim(partition)
+        worker.machine.claimed(partition, stored.epoch, stored.next_offset, NextOffset(END))
+        worker.reading[partition] = stored.next_offset
 
     @staticmethod
     def _receive(worker, partition, offsets):
-        first = worker.machine.wants_from(partition)
+        first = worker.machine.first_wanted(partition)
         if first is not None:
             wanted = [row_at(partition, offset) for offset in offsets if offset >= first]
             worker.machine.received(partition, wanted)
@@ -232,12 +234,12 @@ class History:
             case Reclaim(partition):
                 assert partition in worker.assigned
                 self._claim(worker, partition)
-            case Stolen():
-                raise AssertionError("nobody steals here so often")
+            case Contested():
+                raise AssertionError("no partition is contested here")
             case _:
                 pass
 
-    def _meet(self, worker, fate):
+    def _finish(self, worker, fate):
         commit = worker.commit
         match fate:
             case Fate.ANSWERED:
@@ -246,7 +248,7 @@ class History:
                 commit.answer = self._apply(commit.batch)
             case Fate.BREAKS_LATE | Fate.BREAKS_NEVER if commit is not None:
                 if commit.answer is None and fate is Fate.BREAKS_LATE:
-                    self.adrift.append(commit.batch)
+                    self.abandoned.append(commit.batch)
                 worker.commit = None
                 worker.machine.failed(self.now)
             case Fate.BREAKS_LATE | Fate.BREAKS_NEVER if worker.resolving is not None:
@@ -256,7 +258,7 @@ class History:
                 pass
 
     def _answer(self, worker):
-        """The log does what it was asked and says so."""
+        """The log executes the step, and its answer arrives."""
         if worker.commit is not None:
             commit, worker.commit = worker.commit, None
             match commit.answer or self._apply(commit.batch):
@@ -268,23 +270,23 @@ class History:
                     self.workers[self.workers.index(worker)] = Worker()
         elif worker.resolving is not None:
             batch, worker.resolving = worker.resolving, None
-            worker.machine.found(self._places(batch), self.now)
+            worker.machine.resolved(self._stored(batch), self.now)
 
-    def _places(self, batch):
+    def _stored(self, batch):
         if self.waits:
             for partition in batch.advances:
-                self._let_arrive(partition)
-        if not self.looks:
+                self._finish_open_commits(partition)
+        if not self.resolves:
             return {
                 partition: Ownership(advance.held, advance.expected)
                 for partition, advance in batch.advances.items()
             }
         return self.log.find(batch.advances)
 
-    def _let_arrive(self, partition):
-        """What holds the partition's row ends before anybody else gets it."""
-        for batch in [batch for batch in self.adrift if partition in batch.advances]:
-            self.adrift.remove(batch)
+    def _finish_open_commits(self, partition):
+        """A commit that has locked the partition's row ends before the row can be read."""
+        for batch in [batch for batch in self.abandoned if partition in batch.advances]:
+            self.abandoned.remove(batch)
             self._apply(batch)
 
     def _apply(self, batch):
@@ -293,29 +295,29 @@ class History:
         except FencedError:
             return "fenced"
         except InvariantError:
-            # The primary key's refusal ends the process. After a restore an epoch may be given
-            # out a second time, to a process whose first batch under it is still on its way.
+            # A duplicate key ends the process. After a restore the log may give the same epoch out
+            # again, to a process whose first batch under it is still open.
             assert self.was_restored
-            return "broken"
+            return "fatal"
         return "committed"
 
-    # -------------------------------------------------------------------------------- what holds
+    # -------------------------------------------------------------------------------- invariants
 
     def check(self):
-        """The log holds every record below the next offset, in order and once."""
+        """The log has every record below the next offset, in order and once."""
         for partition in PARTITIONS:
             next_offset = self.log.places[partition].next_offset
             below = [offset for offset in self.kafka[partition] if offset < next_offset]
             assert self.log.offsets(partition) == below, f"{partition} below {next_offset}"
         for worker in self.workers:
-            busy = worker.commit is not None or worker.resolving is not None
-            assert worker.machine.is_with_database == busy
+            is_waiting = worker.commit is not None or worker.resolving is not None
+            assert worker.machine.awaits_outcome == is_waiting
 
     def end(self):
-        """One worker is left alone: it brings everything to its end, however it went before."""
-        self.adrift.clear()
+        """One worker runs alone: it reaches the end, whatever happened before."""
+        self.abandoned.clear()
         for _ in range(60):
-            # A process that broke is started anew.
+            # A process that ended is started again.
             for partition in set(PARTITIONS) - self.workers[0].assigned:
                 self.assign(0, partition)
             self.work(0, 4, Fate.ANSWERED)
@@ -323,8 +325,8 @@ class History:
         self.check()
         machine = self.workers[0].machine
         assert machine.is_caught_up
-        assert machine.behind == 0
-        assert not machine.is_troubled
+        assert machine.lag == 0
+        assert not machine.is_failing
 
 
 kafkas = st.lists(
@@ -332,15 +334,15 @@ kafkas = st.lists(
     min_size=len(PARTITIONS),
     max_size=len(PARTITIONS),
 )
-happenings = st.builds(
-    Happening,
+actions = st.builds(
+    Action,
     st.sampled_from([*Kind, *[Kind.WORK] * 7, *[Kind.WAIT] * 3, Kind.LATE_COMMIT_ARRIVES]),
     st.sampled_from([0, 1]),
     st.sampled_from(PARTITIONS),
     st.integers(1, 4),
     st.sampled_from([*Fate, Fate.ANSWERED, Fate.ANSWERED]),
 )
-histories = st.lists(happenings, min_size=15, max_size=60)
+histories = st.lists(actions, min_size=15, max_size=60)
 ALWAYS_THE_SAME = settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -352,18 +354,18 @@ ALWAYS_THE_SAME = settings(
         {},
         {"waits": False},
         # The comparison of offsets refuses even blind repeats.
-        {"guards": Guards(epoch=False, primary_key=False), "waits": False, "looks": False},
+        {"guards": Guards(epoch=False, primary_key=False), "waits": False, "resolves": False},
     ],
-    ids=["as it is", "nobody waits", "offsets alone"],
+    ids=["all guards", "no waiting", "offsets alone"],
 )
 def test_the_log_holds_every_record_once_whatever_happens(setting):
     @ALWAYS_THE_SAME
     @given(kafkas, histories)
-    def run(kafka, happenings):
+    def run(kafka, actions):
         history = History(kafka, **setting)
-        for happening in happenings:
-            history.happens(happening)
-        if setting.get("looks", True):
+        for action in actions:
+            history.execute(action)
+        if setting.get("resolves", True):
             history.end()
 
     run()
@@ -374,17 +376,17 @@ def test_the_log_holds_every_record_once_whatever_happens(setting):
     [
         {"guards": Guards(epoch=False, expected=False, primary_key=False)},
         {"guards": Guards(expected=False, primary_key=False), "waits": False},
-        {"guards": Guards(expected=False, primary_key=False), "looks": False},
+        {"guards": Guards(expected=False, primary_key=False), "resolves": False},
     ],
-    ids=["no guards", "no offsets, nobody waits", "no offsets, nobody looks"],
+    ids=["no guards", "no offsets, no waiting", "no offsets, no resolving"],
 )
 def test_without_its_guards_the_same_histories_find_the_harm(setting):
     @settings(ALWAYS_THE_SAME, max_examples=3000, phases=[Phase.generate])
     @given(kafkas, histories)
-    def run(kafka, happenings):
+    def run(kafka, actions):
         history = History(kafka, **setting)
-        for happening in happenings:
-            history.happens(happening)
+        for action in actions:
+            history.execute(action)
 
     with pytest.raises(AssertionError, match=r"orders\[\d\] below"):
         run()
@@ -472,11 +474,11 @@ def test_a_failing_database_is_tried_again_ever_more_rarely():
         waits.append(now - begin)
 
     assert waits == [1.0, 2.0, 4.0, 5.0, 5.0]
-    assert machine.is_troubled
-    machine.found({A: place(1, 0)}, now)
+    assert machine.is_failing
+    machine.resolved({A: place(1, 0)}, now)
     assert write(machine, now) == batch
     machine.committed()
-    assert not machine.is_troubled
+    assert not machine.is_failing
 
 
 @pytest.mark.parametrize("end", ["revoked", "fenced"])
@@ -490,16 +492,16 @@ def test_a_failure_is_forgotten_with_the_batch_that_met_it(end):
         machine.released([A])
     else:
         machine.next_step(1.0)
-        machine.found({A: place(2, 0)}, 1.0)
+        machine.resolved({A: place(2, 0)}, 1.0)
 
-    assert not machine.is_troubled
+    assert not machine.is_failing
     machine.claimed(B, Epoch(1), NextOffset(0), NextOffset(END))
     receive(machine, B, 0)
     assert machine.next_step(1.0) is not None
-    assert not machine.is_troubled, "this batch was not tried yet"
+    assert not machine.is_failing, "this batch was not tried yet"
 
 
-def test_an_unknown_outcome_is_told_by_where_the_partition_stands():
+def test_an_unknown_outcome_is_seen_by_where_the_partition_stands():
     found = {}
     for next_offset in (0, 1, 5):
         machine = owning(A)
@@ -507,7 +509,7 @@ def test_an_unknown_outcome_is_told_by_where_the_partition_stands():
         write(machine)
         machine.failed(0.0)
         assert isinstance(machine.next_step(1.0), Resolve)
-        found[next_offset] = machine.found({A: place(1, next_offset)}, 1.0)
+        found[next_offset] = machine.resolved({A: place(1, next_offset)}, 1.0)
 
     assert found[0] == (0, {}, set())
     assert found[1] == (1, {A: 1}, set())
@@ -522,9 +524,9 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
     machine.fenced(0.0)
     assert isinstance(machine.next_step(0.0), Resolve)
 
-    outcome = machine.found({A: place(2, 0), B: place(1, 0)}, 0.0)
+    outcome = machine.resolved({A: place(2, 0), B: place(1, 0)}, 0.0)
 
-    assert outcome.foreign == {A}
+    assert outcome.fenced == {A}
     assert write(machine).advances == {B: advance(1, 0, 1)}
     assert machine.owned == {B: 1}
     assert not machine.is_caught_up
@@ -532,13 +534,13 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
 
 def test_a_partition_that_was_taken_rests_and_one_that_was_moved_is_claimed_at_once():
     reclaims = {}
-    for name, at in (("taken", place(2, 0)), ("moved", place(1, 9))):
+    for name, stored in (("taken", place(2, 0)), ("moved", place(1, 9))):
         machine = owning(A, bounds=Bounds(reclaim_s_min=5.0))
         receive(machine, A, 0)
         write(machine)
         machine.fenced(0.0)
         machine.next_step(0.0)
-        machine.found({A: at}, 0.0)
+        machine.resolved({A: stored}, 0.0)
         reclaims[name] = [machine.next_step(now) for now in (0.0, 4.9, 5.0, 5.1)]
 
     assert reclaims == {
@@ -548,7 +550,7 @@ def test_a_partition_that_was_taken_rests_and_one_that_was_moved_is_claimed_at_o
 
 
 def test_a_partition_that_is_stolen_again_and_again_ends_the_work():
-    machine = Machine(Bounds(steals_max=3, steals_s=60.0, reclaim_s_min=5.0))
+    machine = Machine(Bounds(takeovers_max=3, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
@@ -556,15 +558,15 @@ def test_a_partition_that_is_stolen_again_and_again_ends_the_work():
         write(machine, now)
         machine.fenced(now)
         machine.next_step(now)
-        machine.found({A: place(epoch + 1, 0)}, now)
+        machine.resolved({A: place(epoch + 1, 0)}, now)
         now += 5.0
         steps.append(machine.next_step(now))
 
-    assert steps == [Reclaim(A), Reclaim(A), Stolen(A)]
+    assert steps == [Reclaim(A), Reclaim(A), Contested(A)]
 
 
 def test_steals_long_ago_are_forgotten():
-    machine = Machine(Bounds(steals_max=2, steals_s=60.0, reclaim_s_min=5.0))
+    machine = Machine(Bounds(takeovers_max=2, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
@@ -572,7 +574,7 @@ def test_steals_long_ago_are_forgotten():
         write(machine, now)
         machine.fenced(now)
         machine.next_step(now)
-        machine.found({A: place(epoch + 1, 0)}, now)
+        machine.resolved({A: place(epoch + 1, 0)}, now)
         now += 70.0
         steps.append(machine.next_step(now))
 
@@ -593,12 +595,12 @@ def test_what_is_let_go_is_dropped_from_every_place_where_it_waits():
     resolve = machine.next_step(1.0)
     assert isinstance(resolve, Resolve)
     assert resolve.batch.advances.keys() == {B}
-    assert machine.wants_from(A) is None
+    assert machine.first_wanted(A) is None
     assert machine.is_drained([A])
 
 
-def test_a_claim_of_the_same_epoch_is_told_from_the_one_before_it():
-    """A database that was put back to a backup gives an epoch out a second time."""
+def test_a_claim_of_the_same_epoch_is_seen_from_the_one_before_it():
+    """A database that was restored from a backup gives an epoch out again."""
     machine = owning(A)
     receive(machine, A, 0)
     write(machine)
@@ -608,7 +610,7 @@ def test_a_claim_of_the_same_epoch_is_told_from_the_one_before_it():
     machine.failed(0.0)
     assert isinstance(machine.next_step(1.0), Resolve)
 
-    machine.found({A: place(1, 0)}, 1.0)
+    machine.resolved({A: place(1, 0)}, 1.0)
 
     assert [row.offset for row in write(machine, 1.0).rows] == [0, 1]
 
@@ -619,19 +621,21 @@ def test_an_idle_worker_reads_again_where_the_database_was_put_back():
     write(machine)
     machine.committed()
 
-    assert machine.looked({A: place(1, 1), B: place(1, 0)}, 0.0) == set()
-    assert machine.looked({A: place(1, 0), B: place(2, 0)}, 0.0) == {A}, "a new owner is no news"
+    assert machine.checked({A: place(1, 1), B: place(1, 0)}, 0.0) == set()
+    assert machine.checked({A: place(1, 0), B: place(2, 0)}, 0.0) == {A}, (
+        "a new owner that still reads"
+    )
     assert machine.next_step(0.0) == Reclaim(A)
     assert machine.owned == {B: 1}
 
 
 def test_an_idle_worker_claims_again_what_another_process_claimed_and_released():
-    """Not a theft: a run of another group that ends at once may come every minute."""
+    """No takeover: a run in another group that ends at once may happen every minute."""
     machine = owning(A)
 
-    for epoch in range(2, 2 + 2 * machine.bounds.steals_max):
+    for epoch in range(2, 2 + 2 * machine.bounds.takeovers_max):
         released = Ownership(Epoch(epoch), NextOffset(0), is_owned=False)
-        assert machine.looked({A: released}, 0.0) == {A}
+        assert machine.checked({A: released}, 0.0) == {A}
         assert machine.next_step(0.0) == Reclaim(A)
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
 
@@ -641,8 +645,8 @@ def test_a_look_says_nothing_of_a_batch_in_hand():
     receive(machine, A, 0)
     write(machine)
 
-    assert machine.looked({A: place(1, 9)}, 0.0) == ()
-    assert machine.is_with_database
+    assert machine.checked({A: place(1, 9)}, 0.0) == ()
+    assert machine.awaits_outcome
 
 
 def test_what_is_with_the_database_when_it_is_let_go_is_neither_ours_nor_repeated():
@@ -654,7 +658,7 @@ def test_what_is_with_the_database_when_it_is_let_go_is_neither_ours_nor_repeate
 
     outcome = machine.committed()
 
-    assert outcome.moved == {}
+    assert outcome.next_offsets == {}
     assert machine.stored == {A: 0}
     assert machine.next_step(0.0) is None
 
@@ -668,19 +672,19 @@ def test_an_abandoned_machine_owns_nothing_and_asks_for_nothing():
 
     assert machine.owned == {}
     assert machine.next_step(100.0) is None
-    assert not machine.is_with_database
+    assert not machine.awaits_outcome
 
 
 def test_caught_up_is_what_was_there_at_the_claim():
     machine = owning(A, B, end=2)
-    told = [(machine.is_caught_up, machine.behind)]
+    seen = [(machine.is_caught_up, machine.lag)]
     for partition in (A, B):
         receive(machine, partition, 0, 1)
-    told.append((machine.is_caught_up, machine.behind))
+    seen.append((machine.is_caught_up, machine.lag))
     write(machine)
     machine.committed()
-    told.append((machine.is_caught_up, machine.behind))
-    machine.saw_end(A, 10, now=0.0)
-    told.append((machine.is_caught_up, machine.behind))
+    seen.append((machine.is_caught_up, machine.lag))
+    machine.end_reported(A, 10, now=0.0)
+    seen.append((machine.is_caught_up, machine.lag))
 
-    assert told == [(False, 4), (False, 4), (True, 0), (True, 8)]
+    assert seen == [(False, 4), (False, 4), (True, 0), (True, 8)]

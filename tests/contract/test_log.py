@@ -71,7 +71,7 @@ def test_an_older_epoch_writes_nothing(log):
     assert log.find([A]) == {A: place(held + 1, 0)}
 
 
-def test_an_epoch_that_nobody_was_given_writes_nothing(log):
+def test_an_epoch_that_was_never_given_out_writes_nothing(log):
     log.begin(A, 0)
     held = log.claim(A).epoch
 

@@ -59,7 +59,7 @@ def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_f
     assert first.exit_code == 0
 
 
-def test_another_kafka_under_the_same_names_is_refused_and_begins_nothing(
+def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
     bench: Bench, private_kafka: KafkaServer
 ):
     """Somebody points a database at staging; then all is put right again."""

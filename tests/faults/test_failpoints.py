@@ -82,7 +82,7 @@ def test_a_crash_on_sigterm_neither_loses_nor_repeats_a_record(bench: Bench):
         "before_commit@2:raise:40001",
     ],
 )
-def test_the_same_process_goes_on_after_trouble_at_any_step(bench: Bench, trouble: str):
+def test_the_same_process_continues_after_an_error_at_any_step(bench: Bench, trouble: str):
     worker = bench.worker(fail=trouble)
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -95,7 +95,7 @@ def test_the_same_process_goes_on_after_trouble_at_any_step(bench: Bench, troubl
 @pytest.mark.parametrize(
     "trouble", ["before_commit@2:raise:57P01", "after_commit_before_ack@2:raise:57P01"]
 )
-def test_a_session_ended_by_an_operator_is_no_end(bench: Bench, trouble: str):
+def test_a_worker_continues_after_an_operator_terminates_its_session(bench: Bench, trouble: str):
     """Before the commit the batch is repeated, behind it the batch is found in the log."""
     worker = bench.worker(fail=trouble)
 
@@ -106,7 +106,7 @@ def test_a_session_ended_by_an_operator_is_no_end(bench: Bench, trouble: str):
 
 
 @pytest.mark.parametrize("step", ["after_poll@5", "after_fence@2"])
-def test_a_long_wait_at_a_step_changes_nothing(bench: Bench, step: str):
+def test_a_long_wait_at_any_step_changes_nothing(bench: Bench, step: str):
     """Longer than PostgreSQL bears with an open transaction that says nothing."""
     bench.worker(fail=f"{step}:sleep:2.5", idle_in_transaction_timeout_ms="1000")
 
@@ -117,7 +117,7 @@ def test_a_long_wait_at_a_step_changes_nothing(bench: Bench, step: str):
 
 
 @pytest.mark.parametrize("step", ["mid_copy@2", "before_commit@2"])
-def test_a_process_that_was_stopped_goes_on_when_it_is_woken(bench: Bench, step: str):
+def test_a_process_that_was_stopped_continues_when_it_is_resumed(bench: Bench, step: str):
     """As a laptop that sleeps with a transaction open; nobody else is there to take over."""
     worker = bench.worker(fail=f"{step}:stop")
 
@@ -131,7 +131,7 @@ def test_a_process_that_was_stopped_goes_on_when_it_is_woken(bench: Bench, step:
 
 
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit_before_ack@2"])
-def test_a_process_that_was_stopped_where_no_transaction_is_open_gives_way(bench: Bench, step: str):
+def test_a_process_that_was_stopped_outside_a_transaction_is_replaced(bench: Bench, step: str):
     """Another takes over meanwhile; the batch that it had committed is there once."""
     overslept = bench.worker(fail=f"{step}:stop")
 
@@ -147,7 +147,7 @@ def test_a_process_that_was_stopped_where_no_transaction_is_open_gives_way(bench
 
 
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit@2"])
-def test_trouble_in_the_loop_itself_is_borne_by_joining_the_group_anew(bench: Bench, step: str):
+def test_an_error_in_the_loop_leads_to_joining_the_group_again(bench: Bench, step: str):
     """Also within a callback of Kafka's client, which would go on at an offset of its own."""
     worker = bench.worker(fail=f"{step}:raise:57P01")
 
@@ -171,7 +171,7 @@ def test_a_defect_in_a_callback_ends_the_worker_with_70_and_costs_nothing(bench:
     bench.finish(feed.ledger)
 
 
-def test_a_loop_that_is_stuck_loses_its_partitions_and_comes_back(bench: Bench):
+def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench):
     """Longer than max.poll.interval.ms; its heartbeats went on."""
     options = "session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000"
     stuck = bench.worker(fail="after_commit@2:sleep:6", kafka_options=options)

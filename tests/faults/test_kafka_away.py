@@ -30,7 +30,7 @@ from tests.servers.databases import Database
 RECORDS = 20_000
 
 
-def test_a_one_shot_ingest_gives_up_when_its_brokers_go_on_the_way(
+def test_a_one_shot_ingest_ends_when_its_brokers_stop_answering(
     database: Database, mock_broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 1.0)
@@ -85,7 +85,7 @@ def settings_of(database: Database, broker: MockBroker) -> Settings:
 
 
 @pytest.mark.timeout(240)
-def test_a_batch_in_hand_waits_for_kafkas_word_that_its_topic_is_the_same(
+def test_a_batch_is_committed_only_after_kafka_confirms_its_topic(
     private_kafka: KafkaServer, database: Database, tmp_path: Path
 ):
     bench = Bench(private_kafka, database, "waits", 1, tmp_path)
@@ -117,7 +117,7 @@ def test_a_batch_in_hand_waits_for_kafkas_word_that_its_topic_is_the_same(
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_goes_on_by_itself_after_its_only_broker_was_killed_under_load(
+def test_a_worker_continues_by_itself_after_its_only_broker_was_killed_under_load(
     private_kafka: KafkaServer, database: Database, tmp_path: Path
 ):
     bench = Bench(private_kafka, database, "killed", 2, tmp_path)
@@ -163,7 +163,7 @@ def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
 
 
 @pytest.mark.timeout(120)
-def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_read(
+def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unread_records(
     private_kafka: KafkaServer,
     database: Database,
     impatient: MutableSequence[Any],
@@ -208,7 +208,7 @@ def has_looked(database: Database) -> bool:
 
 
 @pytest.mark.timeout(120)
-def test_while_postgresql_takes_nothing_the_log_says_how_long_kafka_keeps_what_was_not_read(
+def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_unread_records(
     private_kafka: KafkaServer, database: Database, impatient: MutableSequence[Any]
 ):
     """Kafka is asked as long as it answers; after that, what it answered last counts."""
@@ -249,7 +249,7 @@ CONNECTIONS, CONNECTIONS_S_MIN = 12, 2.5
 """A worker has a few clients. At librdkafka's own pace so many connections take about 1 s."""
 
 
-def test_a_port_that_closes_each_connection_is_not_tried_over_and_over(bench: Bench):
+def test_a_port_that_closes_each_connection_is_tried_after_growing_waits(bench: Bench):
     seen: list[float] = []
 
     class Closing(socketserver.BaseRequestHandler):

@@ -70,7 +70,7 @@ def forbid(kafka: KafkaServer, topic: str) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_wrong_password_is_told_and_a_right_that_is_revoked_stops_its_topic_alone(
+def test_a_wrong_password_is_reported_and_a_revoked_right_halts_only_its_topic(
     guarded_kafka: tuple[KafkaServer, str], database: Database, tmp_path: Path
 ):
     kafka, guarded = guarded_kafka

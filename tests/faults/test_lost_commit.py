@@ -53,9 +53,7 @@ def test_a_commit_or_its_answer_that_is_lost_costs_nothing(bench: Bench, proxy: 
     assert worker.said("server_available")
 
 
-def test_a_commit_still_in_flight_is_waited_for_before_the_batch_is_judged(
-    bench: Bench, proxy: Proxy
-):
+def test_an_open_commit_ends_before_its_batch_is_resolved(bench: Bench, proxy: Proxy):
     bench.execute(SLOW_COMMIT)
     bench.worker(through=proxy.through, lock_timeout_ms="10000")
 
@@ -73,9 +71,7 @@ def test_a_commit_still_in_flight_is_waited_for_before_the_batch_is_judged(
 
 @pytest.mark.skipif(not CAN_DROP, reason="packets are dropped with a socket filter of Linux")
 @pytest.mark.timeout(180)
-def test_a_connection_that_is_silently_gone_is_given_up_in_less_than_a_minute(
-    bench: Bench, proxy: Proxy
-):
+def test_a_connection_that_is_silently_lost_is_closed_within_a_minute(bench: Bench, proxy: Proxy):
     worker = bench.worker(through=proxy.through)
 
     with bench.feed(rate=PER_SECOND) as feed:

@@ -15,7 +15,7 @@ TERMINATIONS = 8
 
 
 @pytest.mark.timeout(240)
-def test_the_same_process_goes_on_after_five_crashes_of_postgresql(
+def test_the_same_process_continues_after_five_crashes_of_postgresql(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
     bench = shaky_postgres

@@ -44,7 +44,9 @@ def test_workers_may_come_and_go_all_the_time(bench: Bench, way: str):
     assert len(skipped) <= 2 * len(set(skipped)), "told once a minute, however many come back"
 
 
-def test_partitions_that_are_held_when_they_go_flow_when_they_come_back(bench: Bench):
+def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
+    bench: Bench,
+):
     """A full batch has them held; the client remembers that for longer than the assignment."""
     stays = bench.worker(lock_timeout_ms="60000", revoke_deadline_ms="1000")
 

@@ -39,7 +39,7 @@ def stands(bench: Bench, topic: str) -> dict[int, int]:
     return {place.number: at for place, at in bench.next_offsets().items() if place.topic == topic}
 
 
-def test_of_a_topic_made_anew_under_a_running_worker_no_record_enters_the_log(
+def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):
     """Kafka gives what the new topic has at our offsets without any error, within half a second."""
@@ -61,7 +61,7 @@ def test_of_a_topic_made_anew_under_a_running_worker_no_record_enters_the_log(
     assert all("topic id" in (text or "") for text in problem(bench, name)), problem(bench, name)
 
 
-def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
+def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):
     """Also for a worker that starts while it is gone; made anew it is refused as another one."""
@@ -99,7 +99,7 @@ def test_a_topic_that_is_deleted_stands_still_and_the_other_one_flows_on(
 
 
 @pytest.mark.timeout(300)
-def test_records_that_kafka_loses_and_replaces_stop_their_topic(
+def test_records_that_kafka_loses_and_replaces_halt_their_topic(
     private_kafka: KafkaServer, database: Database, tmp_path: Path
 ):
     """The topic keeps its id, and its end is beyond ours again: no error tells of it."""

@@ -35,7 +35,7 @@ def wait_until_all_own(bench: Bench, command: Worker, workers: int) -> dict[int,
 
 
 @pytest.mark.timeout(180)
-def test_a_worker_that_is_killed_comes_back_and_its_partitions_go_on(bench: Bench):
+def test_a_worker_that_is_killed_is_started_again_and_its_partitions_are_read(bench: Bench):
     command = bench.worker("run", "--workers", "2")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -130,7 +130,7 @@ def test_several_workers_catch_up_and_end(bench: Bench):
     assert {line["worker"] for line in command.said("started")} == {1, 2}
 
 
-def test_one_that_is_to_end_waits_for_what_others_have_not_written_yet(bench: Bench):
+def test_a_one_shot_worker_waits_for_what_others_have_not_written_yet(bench: Bench):
     """They own partitions, and cannot write."""
     slow = bench.worker()
     bench.wait_until_owner_of_all(slow)

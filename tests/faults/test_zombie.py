@@ -60,7 +60,9 @@ def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
     bench.finish(feed.ledger)
 
 
-def test_a_worker_that_wakes_before_its_heir_has_written_is_refused_by_its_epoch(bench: Bench):
+def test_a_worker_that_resumes_before_the_next_owner_writes_is_refused_by_its_epoch(
+    bench: Bench,
+):
     """The next offset is what it expects still; only the epoch tells that it is not the owner."""
     zombie = bench.worker(fail="after_poll@9:stop")
 

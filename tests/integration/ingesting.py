@@ -1,4 +1,4 @@
-"""What the tests of the ingest loop share: a producer's ledger, and ingests that run in threads."""
+"""Shared by the tests of the ingest loop: a producer's ledger, and ingests that run in threads."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from tests.servers.databases import Database
 
 WAIT_S_MAX = 40.0
 Headers = Sequence[tuple[str, bytes | None]]
-Place = tuple[str, int, int]
+Coordinates = tuple[str, int, int]
 
 
 until = partial(waiting.until, seconds_max=WAIT_S_MAX)
@@ -33,7 +33,7 @@ until = partial(waiting.until, seconds_max=WAIT_S_MAX)
 
 
 class Sent(NamedTuple):
-    """A record as the brokers confirmed it, or as the log holds it."""
+    """A record as the brokers confirmed it, or as it is in the log."""
 
     digest: bytes | None
     key: bytes | None
@@ -43,7 +43,7 @@ class Sent(NamedTuple):
 
 
 class Ledger:
-    """Produces, and keeps what the brokers confirmed, by its place.
+    """Produces, and keeps what the brokers confirmed, by its coordinates.
 
     Args:
         bootstrap_servers: Where to.
@@ -60,9 +60,9 @@ class Ledger:
                 **(options or {}),
             }
         )
-        self.records: dict[Place, Sent] = {}
-        self.values: dict[Place, bytes | None] = {}
-        self._unsettled: dict[Place, tuple[Sent, bytes | None]] = {}
+        self.records: dict[Coordinates, Sent] = {}
+        self.values: dict[Coordinates, bytes | None] = {}
+        self._unsettled: dict[Coordinates, tuple[Sent, bytes | None]] = {}
 
     def send(
         self,
@@ -94,16 +94,16 @@ class Ledger:
             kind, milliseconds = message.timestamp()
             digest = None if value is None else blake2b(value, digest_size=16).digest()
             sent = Sent(digest, key, tuple(headers), milliseconds, kind)
-            self._unsettled[place_of(message)] = (sent, value)
+            self._unsettled[coordinates_of(message)] = (sent, value)
 
         return note
 
     def flush(self) -> Self:
         """Wait until the brokers have all of it."""
         assert self.producer.flush(WAIT_S_MAX) == 0
-        for place, (sent, value) in self._unsettled.items():
-            self.records[place] = sent
-            self.values[place] = value
+        for at, (sent, value) in self._unsettled.items():
+            self.records[at] = sent
+            self.values[at] = value
         self._unsettled.clear()
         return self
 
@@ -113,12 +113,12 @@ class Ledger:
         self._unsettled.clear()
         return self
 
-    def without(self, unwanted: Callable[[Place], bool]) -> dict[Place, Sent]:
-        """The records but for some places."""
-        return {place: sent for place, sent in self.records.items() if not unwanted(place)}
+    def without(self, unwanted: Callable[[Coordinates], bool]) -> dict[Coordinates, Sent]:
+        """The records without those at some coordinates."""
+        return {at: sent for at, sent in self.records.items() if not unwanted(at)}
 
 
-def place_of(message: Message) -> Place:
+def coordinates_of(message: Message) -> Coordinates:
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     assert topic is not None
     assert partition is not None
@@ -126,8 +126,8 @@ def place_of(message: Message) -> Place:
     return topic, partition, offset
 
 
-def read_back(bootstrap_servers: str, topic: str, partitions: int = 1) -> set[Place]:
-    """The places at which Kafka itself has records."""
+def read_back(bootstrap_servers: str, topic: str, partitions: int = 1) -> set[Coordinates]:
+    """The coordinates at which Kafka has records."""
     reader = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
@@ -143,7 +143,7 @@ def read_back(bootstrap_servers: str, topic: str, partitions: int = 1) -> set[Pl
         assert time.monotonic() < deadline, "Kafka did not give its records back"
         for message in reader.consume(500, 0.2):
             if message.error() is None:
-                found.add(place_of(message))
+                found.add(coordinates_of(message))
             else:
                 open_ends.discard(message.partition() or 0)
     reader.close()
@@ -153,9 +153,9 @@ def read_back(bootstrap_servers: str, topic: str, partitions: int = 1) -> set[Pl
 # ---------------------------------------------------------------------------------- what is logged
 
 
-def logged(database: Database, topic: str) -> dict[Place, Sent]:
-    """What the log holds of a topic, as the ledger tells it; each row once, written in order."""
-    found: dict[Place, Sent] = {}
+def logged(database: Database, topic: str) -> dict[Coordinates, Sent]:
+    """The rows of a topic in the log, in the form of the ledger; each once, written in order."""
+    found: dict[Coordinates, Sent] = {}
     with database.connect() as db:
         rows = db.execute(
             'SELECT topic, "partition", "offset", digest, key, headers, kafka_timestamp, '
@@ -164,17 +164,17 @@ def logged(database: Database, topic: str) -> dict[Place, Sent]:
             [topic],
         ).fetchall()
     written: dict[int, datetime] = {}
-    for _, partition, offset, digest, key, headers, at, kind, ingested_at in rows:
-        place = (topic, partition, offset)
-        assert place not in found, f"{place} is there twice"
+    for _, partition, offset, digest, key, headers, sent_at, kind, ingested_at in rows:
+        at = (topic, partition, offset)
+        assert at not in found, f"{at} is in the log twice"
         in_order = ingested_at >= written.setdefault(partition, ingested_at)
-        assert in_order, f"{place} was written before the one in front of it"
+        assert in_order, f"{at} was written before the row that precedes it"
         written[partition] = ingested_at
-        found[place] = Sent(digest, key, _as_sent(headers), _milliseconds(at), kind)
+        found[at] = Sent(digest, key, _as_sent(headers), _milliseconds(sent_at), kind)
     return found
 
 
-def payloads(database: Database, topic: str) -> dict[Place, tuple[str | None, bytes | None]]:
+def payloads(database: Database, topic: str) -> dict[Coordinates, tuple[str | None, bytes | None]]:
     """The payload's text and the bytes kept beside it."""
     with database.connect() as db:
         rows = db.execute(
@@ -210,7 +210,7 @@ def _milliseconds(moment: datetime) -> int:
     return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
 
 
-class Standing(NamedTuple):
+class OffsetRow(NamedTuple):
     """A partition's row."""
 
     next_offset: int
@@ -220,28 +220,28 @@ class Standing(NamedTuple):
     owner: str | None
 
 
-def standings(database: Database) -> dict[tuple[str, int], Standing]:
-    """Where every partition stands."""
+def offset_rows(database: Database) -> dict[tuple[str, int], OffsetRow]:
+    """The row of every partition."""
     with database.connect() as db:
         rows = db.execute(
             'SELECT o.topic, o."partition", o.next_offset, o.epoch, l.lag_events, o.problem, '
             "o.owner_member FROM pipeline.consumer_offsets o "
             'JOIN pipeline.lag l USING (topic, "partition")'
         ).fetchall()
-    return {(topic, partition): Standing(*rest) for topic, partition, *rest in rows}
+    return {(topic, partition): OffsetRow(*rest) for topic, partition, *rest in rows}
 
 
 def next_offsets(database: Database, topic: str) -> dict[int, int]:
     """The next offsets of a topic's partitions."""
     return {
-        partition: standing.next_offset
-        for (of_topic, partition), standing in standings(database).items()
+        partition: row.next_offset
+        for (of_topic, partition), row in offset_rows(database).items()
         if of_topic == topic
     }
 
 
 def installation(database: Database) -> UUID:
-    """Who the database is."""
+    """The identity of the database."""
     with database.connect() as db:
         row = db.execute("SELECT installation_id FROM pipeline.installation").fetchone()
     assert row is not None
@@ -276,7 +276,7 @@ def settings_for(
 
 
 def ingest_until_end(settings: Settings) -> int:
-    """What `pipeline ingest --until-end` does; how many records it wrote."""
+    """Run `pipeline ingest --until-end`; returns the number of records written."""
     written = 0
 
     def observe(progress: Progress) -> None:
@@ -309,14 +309,14 @@ class Running:
     def _run(self) -> None:
         try:
             self._ingest.run()
-        except BaseException as error:  # noqa: BLE001 - told by whoever asks for it
+        except BaseException as error:  # noqa: BLE001 - returned by end()
             self.error = error
         finally:
             self._engine.dispose()
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has come to an end, stopped or not."""
+        """Whether it has ended, stopped or not."""
         return not self._thread.is_alive()
 
     def end(self) -> BaseException | None:

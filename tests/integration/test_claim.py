@@ -233,7 +233,7 @@ def test_two_writers_of_the_same_partitions_never_deadlock(engine, pool):
 
 
 @pytest.mark.both_postgres
-def test_a_claim_says_who_the_owner_is_and_a_release_that_there_is_none(engine):
+def test_a_claim_records_the_owner_and_a_release_removes_it(engine):
     first = claim(engine, A).epoch
     owner = [column(engine, f"owner_{name}") for name in ("group", "member", "host", "pid")]
     second = claim(engine, A).epoch
@@ -281,7 +281,7 @@ def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, datab
     assert sorted(len(it.result(WAIT_S_MAX)) for it in both) == [0, 3]
 
 
-def test_what_an_older_owner_records_is_ignored(engine):
+def test_a_record_of_an_older_owner_is_ignored(engine):
     old = claim(engine, A).epoch
     new = claim(engine, A).epoch
     source = KafkaPartition("cluster", "topic id", NextOffset(0), NextOffset(50))

@@ -15,11 +15,11 @@ from tests.integration.ingesting import (
     is_faithful,
     logged,
     next_offsets,
+    offset_rows,
     payloads,
     read_back,
     running,
     settings_for,
-    standings,
     until,
 )
 from tests.records import HOSTILE, deep_nesting, envelope
@@ -46,11 +46,11 @@ def numbered(count, first=0):
 
 
 def committed(kafka, group, topic, partitions):
-    """Kafka's own idea of where the group is: offset and metadata by partition."""
+    """The commits of the group in Kafka: offset and metadata by partition."""
     reader = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": group})
-    places = reader.committed([TopicPartition(topic, n) for n in range(partitions)], timeout=10)
+    found = reader.committed([TopicPartition(topic, n) for n in range(partitions)], timeout=10)
     reader.close()
-    return {place.partition: (place.offset, place.metadata) for place in places}
+    return {commit.partition: (commit.offset, commit.metadata) for commit in found}
 
 
 # --------------------------------------------------------------------------------- all of it, once
@@ -78,14 +78,14 @@ def test_the_log_equals_the_producers_ledger(kafka, topic, database, settings, l
     assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
     ends = {n: max(it[2] for it in ledger.records if it[1] == n) + 1 for n in range(6)}
     assert next_offsets(database, name) == ends
-    told = committed(kafka, name, name, 6)
-    assert {n: end for n, (end, _) in told.items()} == ends
+    commits = committed(kafka, name, name, 6)
+    assert {n: end for n, (end, _) in commits.items()} == ends
     named = f"pipeline:{installation(database)}:"
-    assert [text for _, text in told.values() if not text.startswith(named)] == []
-    assert {standing.lag for standing in standings(database).values()} == {0}
+    assert [text for _, text in commits.values() if not text.startswith(named)] == []
+    assert {row.lag for row in offset_rows(database).values()} == {0}
 
 
-def test_odd_times_are_kept_where_postgresql_has_such_a_time(
+def test_unusual_times_are_kept_where_postgresql_can_represent_them(
     kafka, topic, database, settings, ledger
 ):
     for_ever = str(2**63 - 1)
@@ -113,7 +113,7 @@ def test_odd_times_are_kept_where_postgresql_has_such_a_time(
     assert {sent.timestamp_type for sent in stamped.records.values()} == {2}
 
 
-def test_a_second_run_goes_on_where_the_first_ended(topic, database, settings, ledger):
+def test_a_second_run_continues_where_the_first_ended(topic, database, settings, ledger):
     name = topic(2)
     written = []
     for n in range(3):
@@ -125,7 +125,7 @@ def test_a_second_run_goes_on_where_the_first_ended(topic, database, settings, l
     assert {raw for _, raw in payloads(database, name).values()} == set(numbered(30))
 
 
-def test_a_running_ingest_writes_as_records_come(topic, database, settings, ledger):
+def test_a_running_ingest_writes_records_as_they_arrive(topic, database, settings, ledger):
     name = topic(2)
 
     with running(settings(name)) as ingest:
@@ -135,7 +135,7 @@ def test_a_running_ingest_writes_as_records_come(topic, database, settings, ledg
                 lambda: sum(next_offsets(database, name).values()) == len(ledger.records),
                 "the records are in the log",
             )
-        until(lambda: ingest.progress == (35, 0), "the progress is told")
+        until(lambda: ingest.progress == (35, 0), "the progress is reported")
 
     assert logged(database, name) == ledger.records
 
@@ -146,7 +146,7 @@ def test_an_empty_topic_is_read_to_its_end(topic, database, settings):
     assert ingest_until_end(settings(name)) == 0
 
     assert next_offsets(database, name) == {0: 0, 1: 0, 2: 0}
-    assert {standing.lag for standing in standings(database).values()} == {0}
+    assert {row.lag for row in offset_rows(database).values()} == {0}
 
 
 def test_several_topics_are_read_together(topic, database, settings, ledger):
@@ -183,10 +183,10 @@ def test_repeats_are_marked_across_batches_and_restarts(topic, database, setting
         (-25, 0),  # before the first record of all
         (5, 10),
         (15, 20),
-        (25, 30),  # behind the last
+        (25, 30),  # after the last
     ],
 )
-def test_a_topic_never_seen_begins_at_start(topic, database, settings, ledger, start, begins):
+def test_a_new_topic_begins_at_start(topic, database, settings, ledger, start, begins):
     name = topic(1)
     now = int(time.time()) * 1000 - 20 * HOUR_MS
     for hours in (0, 10, 20):
@@ -201,7 +201,7 @@ def test_a_topic_never_seen_begins_at_start(topic, database, settings, ledger, s
     ledger.send(name, numbered(3, first=90)).flush()
     ingest_until_end(settings(name, start="latest"))
 
-    assert logged(database, name) == ledger.without(lambda place: place[2] < begins)
+    assert logged(database, name) == ledger.without(lambda at: at[2] < begins)
 
 
 def test_a_partition_that_is_added_is_read_from_its_beginning(
@@ -225,7 +225,7 @@ def test_a_partition_that_is_added_is_read_from_its_beginning(
     assert logged(database, name) == ledger.records
 
 
-def test_a_missing_topic_is_refused_with_what_is_there(topic, settings):
+def test_a_missing_topic_is_refused_and_the_existing_ones_are_named(topic, settings):
     name = topic(1)
 
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_aborted_records_are_left_out_and_markers_leave_no_lag(kafka, topic, dat
     assert logged(database, name) == ledger.records
     assert [at for *_, at in ledger.records] == [0, 1, 2, 8, 9, 10, 16, 17, 18]
     assert next_offsets(database, name) == {0: 24}
-    assert standings(database)[name, 0].lag == 0
+    assert offset_rows(database)[name, 0].lag == 0
 
 
 def test_an_open_transaction_is_waited_for_by_a_running_ingest(kafka, topic, database, settings):
@@ -266,14 +266,17 @@ def test_an_open_transaction_is_waited_for_by_a_running_ingest(kafka, topic, dat
     ledger.producer.init_transactions(10)
     ledger.producer.begin_transaction()
     ledger.send(name, numbered(3)).flush()
-    behind = Ledger(kafka.bootstrap_servers).send(name, numbered(2)).flush()
+    after = Ledger(kafka.bootstrap_servers).send(name, numbered(2)).flush()
 
     with running(settings(name)):
-        until(lambda: next_offsets(database, name) == {0: 2}, "all before the transaction is there")
+        until(
+            lambda: next_offsets(database, name) == {0: 2},
+            "the log ends at the transaction",
+        )
         ledger.producer.commit_transaction(10)
         until(lambda: next_offsets(database, name) == {0: 8}, "the end is reached")
 
-    assert logged(database, name) == before.records | ledger.records | behind.records
+    assert logged(database, name) == before.records | ledger.records | after.records
 
 
 def test_a_compacted_topic_is_read_with_its_holes_and_tombstones(
@@ -301,9 +304,9 @@ def test_a_compacted_topic_is_read_with_its_holes_and_tombstones(
     found = logged(database, name)
     left = read_back(kafka.bootstrap_servers, name)
     assert left <= found.keys() < ledger.records.keys()
-    assert {place: ledger.records[place] for place in found} == found
+    assert {at: ledger.records[at] for at in found} == found
     assert next_offsets(database, name) == {0: max(at for *_, at in ledger.records) + 1}
-    assert standings(database)[name, 0].lag == 0
+    assert offset_rows(database)[name, 0].lag == 0
 
 
 # ------------------------------------------------------------------------------ who decides where
@@ -314,10 +317,10 @@ def test_what_kafka_has_committed_decides_nothing(kafka, topic, database, settin
     name = topic(1)
     ledger.send(name, numbered(10)).flush()
     ingest_until_end(settings(name))
-    meddler = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": name})
-    # Even where it looks like ours.
-    meddler.commit(offsets=[TopicPartition(name, 0, odd, f"pipeline:{odd}")], asynchronous=False)
-    meddler.close()
+    other = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": name})
+    # Even if it looks like a commit of ours.
+    other.commit(offsets=[TopicPartition(name, 0, odd, f"pipeline:{odd}")], asynchronous=False)
+    other.close()
     ledger.send(name, numbered(5, first=10)).flush()
 
     written = ingest_until_end(settings(name))

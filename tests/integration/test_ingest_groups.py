@@ -1,4 +1,4 @@
-"""Several ingests in one group share the partitions, and together lose and double nothing."""
+"""Several ingests in one group share the partitions and neither lose nor repeat a record."""
 
 import threading
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from tests.integration.ingesting import (
     Running,
     logged,
     next_offsets,
+    offset_rows,
     settings_for,
-    standings,
     until,
 )
 
 PARTITIONS = 4
 PACE_S = 0.01
 
-# A classic member hears of a rebalance with its next heartbeat.
+# A classic member learns of a rebalance with its next heartbeat.
 QUICK = {"heartbeat.interval.ms": "200", "session.timeout.ms": "6000"}
 PROTOCOLS: dict[str, Any] = {
     "cooperative-sticky": {"options": QUICK},
@@ -57,7 +57,7 @@ def producing(ledger, topic):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_ingests_of_one_group_lose_and_double_nothing(kafka, topic, database, protocol):
+def test_ingests_of_one_group_neither_lose_nor_repeat_a_record(kafka, topic, database, protocol):
     name = topic(PARTITIONS)
     ledger = Ledger(kafka.bootstrap_servers)
     settings = settings_for(
@@ -67,7 +67,7 @@ def test_ingests_of_one_group_lose_and_double_nothing(kafka, topic, database, pr
 
     def owners():
         """How many partitions each owner has."""
-        found = [it.owner for it in standings(database).values()]
+        found = [it.owner for it in offset_rows(database).values()]
         return sorted(found.count(owner) for owner in set(found) - {None})
 
     def are_shared_by(count):
@@ -99,4 +99,4 @@ def test_ingests_of_one_group_lose_and_double_nothing(kafka, topic, database, pr
     assert errors == [None]
     assert logged(database, name) == ledger.records
     assert owners() == []
-    assert {it.problem for it in standings(database).values()} == {None}
+    assert {it.problem for it in offset_rows(database).values()} == {None}

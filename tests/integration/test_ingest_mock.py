@@ -1,4 +1,4 @@
-"""The core of the ingest on librdkafka's mock broker: what needs no Java, in seconds."""
+"""The core of the ingest on librdkafka's mock broker: without Java, in seconds."""
 
 import ctypes
 import threading
@@ -28,10 +28,10 @@ from tests.integration.ingesting import (
     is_faithful,
     logged,
     next_offsets,
+    offset_rows,
     payloads,
     running,
     settings_for,
-    standings,
     until,
 )
 from tests.records import HOSTILE, deep_nesting
@@ -41,8 +41,8 @@ TOPIC = "orders"
 
 
 @pytest.fixture(autouse=True)
-def asks_briefly(monkeypatch):
-    """This broker never answers some questions, and one that is down none."""
+def short_requests(monkeypatch):
+    """This broker never answers some requests, and none while it is down."""
     monkeypatch.setattr(metadata, "OPTIONAL_REQUEST_S_MAX", 0.3)
     monkeypatch.setattr(metadata, "REQUEST_S_MAX", 2.0)
     monkeypatch.setattr(group, "REQUEST_S_MAX", 2.0)
@@ -67,7 +67,7 @@ def ledger(mock_broker):
 
 
 def timeless(records):
-    """Without the times, of which this broker confirms others than it keeps."""
+    """Without the times: this broker confirms others than it stores."""
     return {at: sent[:3] for at, sent in records.items()}
 
 
@@ -116,7 +116,7 @@ def produce_with_a_header_named(name, bootstrap_servers):
 def test_a_header_that_the_client_cannot_read_costs_the_headers_only(
     database, settings, ledger, mock_broker
 ):
-    # So many that the interpreter has specialized the calls by then.
+    # So many that the interpreter has specialized the calls.
     ledger.send(TOPIC, numbered(100)).flush()
     produce_with_a_header_named(b"\xff\xfe", mock_broker.bootstrap_servers)
     ledger.send(TOPIC, numbered(1)).flush()
@@ -131,7 +131,9 @@ def test_a_header_that_the_client_cannot_read_costs_the_headers_only(
     assert headers == [*[(None,)] * 100, unreadable, (None,)]
 
 
-def test_a_running_ingest_goes_on_when_the_broker_is_back(database, settings, ledger, mock_broker):
+def test_a_running_ingest_continues_when_the_broker_is_available_again(
+    database, settings, ledger, mock_broker
+):
     ledger.send(TOPIC, numbered(5)).flush()
 
     with running(settings()):
@@ -144,9 +146,7 @@ def test_a_running_ingest_goes_on_when_the_broker_is_back(database, settings, le
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
 
 
-def test_a_database_that_was_put_back_is_filled_again_though_no_record_comes(
-    database, settings, ledger
-):
+def test_a_restored_database_is_filled_again_although_no_record_arrives(database, settings, ledger):
     """A backup from when the running worker had claimed already: the epoch is the same."""
     ledger.send(TOPIC, numbered(20)).flush()
 
@@ -156,12 +156,12 @@ def test_a_database_that_was_put_back_is_filled_again_though_no_record_comes(
             db.execute("SET LOCAL session_replication_role = replica")
             db.execute('DELETE FROM pipeline.events WHERE "offset" >= 8')
             db.execute('UPDATE pipeline.consumer_offsets SET next_offset = 8 WHERE "partition" = 0')
-        until(lambda: next_offsets(database, TOPIC) == {0: 20, 1: 0}, "it is there again")
+        until(lambda: next_offsets(database, TOPIC) == {0: 20, 1: 0}, "it is filled again")
 
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
 
 
-def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_broker):
+def test_records_that_retention_deleted_are_a_gap(database, settings, ledger, mock_broker):
     for n in range(2):
         ledger.send(TOPIC, numbered(5), partition=n)
     ledger.flush()
@@ -180,30 +180,30 @@ def test_records_that_retention_took_are_a_gap(database, settings, ledger, mock_
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "reason"),
     [
         (3, "to continue at offset 5.*a topic that ends at 3"),
         (9, "the record of the log at offset 4.*another record there"),
     ],
     ids=["shorter", "longer"],
 )
-def test_a_topic_that_was_made_anew_is_known_by_its_records(
-    database, settings, ledger, mock_broker, records, told
+def test_a_recreated_topic_is_detected_by_its_records(
+    database, settings, ledger, mock_broker, records, reason
 ):
-    """This broker does not tell the topic's id."""
+    """This broker returns no topic id."""
     ledger.send(TOPIC, numbered(5)).flush()
     ingest_until_end(settings())
     mock_broker.delete_topic(TOPIC)
     mock_broker.create_topic(TOPIC, 2)
     Ledger(mock_broker.bootstrap_servers).send(TOPIC, numbered(records, first=100)).flush()
 
-    with pytest.raises(RecreatedTopicError, match=told):
+    with pytest.raises(RecreatedTopicError, match=reason):
         ingest_until_end(settings())
 
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
 
 
-def test_a_topic_that_was_not_made_anew_is_known_too(database, settings, ledger, mock_broker):
+def test_a_topic_that_was_not_recreated_is_read_on(database, settings, ledger, mock_broker):
     ledger.send(TOPIC, [None, *numbered(4)]).send(TOPIC, [None], partition=1).flush()
     ingest_until_end(settings())
     # The last record of one partition is gone, that of the other is a tombstone.
@@ -213,13 +213,13 @@ def test_a_topic_that_was_not_made_anew_is_known_too(database, settings, ledger,
     ingest_until_end(settings())
 
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
-    assert {it.problem for it in standings(database).values()} == {None}
+    assert {it.problem for it in offset_rows(database).values()} == {None}
 
 
-def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
+def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
     database, settings, ledger, mock_broker
 ):
-    """Its records came, and its commit ended, while the claim waited for it."""
+    """Its records arrived, and its commit ended, while the claim waited for it."""
     partition = Partition(TOPIC, 0)
     ledger.send(TOPIC, numbered(5)).flush()
     engine = open_engine(database.url, application="test")
@@ -259,9 +259,9 @@ def test_a_former_owners_last_commit_makes_no_topic_seem_made_anew(
 
 
 @pytest.mark.parametrize(
-    ("bits", "told"), [((0, 0), {}), ((0, 7), {TOPIC: "AAAAAAAAAAAAAAAAAAAABw"})]
+    ("bits", "ids"), [((0, 0), {}), ((0, 7), {TOPIC: "AAAAAAAAAAAAAAAAAAAABw"})]
 )
-def test_a_topic_id_of_zeros_is_none(settings, monkeypatch, bits, told):
+def test_a_topic_id_of_zeros_is_none(settings, monkeypatch, bits, ids):
     """Brokers before Kafka 2.8 leave the field as it is; every topic would seem to be the same."""
     brokers = Brokers(settings())
     answer: Future[Any] = Future()
@@ -270,12 +270,12 @@ def test_a_topic_id_of_zeros_is_none(settings, monkeypatch, bits, told):
         brokers, "_admin", SimpleNamespace(describe_topics=lambda *_, **__: {TOPIC: answer})
     )
 
-    assert brokers.topic_ids([TOPIC]) == told
+    assert brokers.topic_ids([TOPIC]) == ids
 
     brokers.close()
 
 
-def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, mock_broker):
+def test_brokers_that_do_not_answer_are_a_transient_error(database, settings, mock_broker):
     brokers = Brokers(settings(options={"socket.timeout.ms": "1000"}))
     mock_broker.set_down()
 
@@ -289,11 +289,15 @@ def test_brokers_that_do_not_answer_are_a_matter_of_time(database, settings, moc
 
 def test_a_lost_connection_is_explained_without_a_request_that_kafka_cannot_read(capfd):
     """A broker without TLS logs an error for each TLS handshake."""
-    with MockBroker() as there:
-        errors.client_created({"bootstrap.servers": there.bootstrap_servers}, "pipeline")
-        lost = KafkaError(KafkaError._TRANSPORT, f"{there.bootstrap_servers}/1: Disconnected")
+    with MockBroker() as broker_without_tls:
+        errors.client_created(
+            {"bootstrap.servers": broker_without_tls.bootstrap_servers}, "pipeline"
+        )
+        lost = KafkaError(
+            KafkaError._TRANSPORT, f"{broker_without_tls.bootstrap_servers}/1: Disconnected"
+        )
 
-        told = errors.translated(lost)
+        error = errors.translated(lost)
 
-    assert "Disconnected" in str(told)
+    assert "Disconnected" in str(error)
     assert "PROTOERR" not in capfd.readouterr().err

@@ -1,6 +1,7 @@
-"""What must not be read on: lost records, another topic, another cluster, another database.
+"""What must not be read: after lost records, another topic, another cluster, another database.
 
-Each is told by name, with what was expected and found, and what to do; the other partitions flow.
+Each is reported with its name, what was expected, what was found, and what to do; the other
+partitions are read.
 """
 
 from contextlib import closing
@@ -29,9 +30,9 @@ from tests.integration.ingesting import (
     installation,
     logged,
     next_offsets,
+    offset_rows,
     running,
     settings_for,
-    standings,
     until,
 )
 from tests.servers.databases import fresh_database
@@ -51,8 +52,8 @@ def settings(database, kafka):
 
 
 @pytest.fixture
-def looks_often(monkeypatch):
-    """An ingest that looks at what Kafka and the operator say ten times a second."""
+def frequent_checks(monkeypatch):
+    """The periodic checks run ten times per second."""
     monkeypatch.setattr(loop, "CHECK_S", 0.1)
 
 
@@ -77,13 +78,13 @@ def accept(database, partition):
 
 
 def problem(database, topic, partition=0):
-    return standings(database)[topic, partition].problem
+    return offset_rows(database)[topic, partition].problem
 
 
-# ----------------------------------------------------------------------------- retention overran us
+# ---------------------------------------------------------------------------------------- retention
 
 
-def test_records_that_retention_took_stop_their_partition_alone(
+def test_records_that_retention_deleted_halt_only_their_partition(
     kafka, topic, database, settings, ledger
 ):
     name = topic(3)
@@ -115,8 +116,8 @@ def test_records_that_retention_took_stop_their_partition_alone(
     assert logged(database, name) == ledger.without(lambda at: at[1] == 1 and 10 <= at[2] < 17)
 
 
-def test_retention_that_overtakes_a_running_ingest_stops_the_partition_until_it_is_accepted(
-    kafka, topic, database, settings, ledger, looks_often
+def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the_gap_is_accepted(
+    kafka, topic, database, settings, ledger, frequent_checks
 ):
     name = topic(2)
     ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
@@ -124,21 +125,21 @@ def test_retention_that_overtakes_a_running_ingest_stops_the_partition_until_it_
 
     with running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest:
         until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
-        # The database stands still while Kafka goes on and forgets.
+        # The database is locked while Kafka receives records and deletes them.
         with database.connect(autocommit=False) as somebody:
             somebody.execute("SELECT 1 FROM pipeline.consumer_offsets FOR UPDATE")
             ledger.send(name, [b"x" * 10_000 for _ in range(200)])
             ledger.send(name, numbered(5, first=5), partition=1).flush()
             kafka.delete_records(name, 0, 190)
-        until(lambda: problem(database, name), "the gap is noticed")
+        until(lambda: problem(database, name), "the gap is detected")
         stopped_at = next_offsets(database, name)[0]
-        until(lambda: next_offsets(database, name)[1] == 10, "the other partition flows")
+        until(lambda: next_offsets(database, name)[1] == 10, "the other partition is read")
 
         assert gaps(database) == [(0, stopped_at, 190, False)]
         assert accept(database, Partition(name, 0)) == (stopped_at, 190)
-        until(lambda: next_offsets(database, name) == {0: 205, 1: 10}, "it goes on")
+        until(lambda: next_offsets(database, name) == {0: 205, 1: 10}, "it continues")
         ledger.send(name, numbered(2)).flush()
-        until(lambda: next_offsets(database, name)[0] == 207, "and on")
+        until(lambda: next_offsets(database, name)[0] == 207, "it continues further")
         assert not ingest.has_ended
 
     assert problem(database, name) is None
@@ -147,13 +148,11 @@ def test_retention_that_overtakes_a_running_ingest_stops_the_partition_until_it_
     )
 
 
-# ------------------------------------------------------------------------------------ made anew
+# -------------------------------------------------------------------------------- recreated topics
 
 
 @pytest.mark.parametrize("records", [3, 5, 9], ids=["shorter", "as long", "longer"])
-def test_a_topic_that_was_made_anew_is_not_read_on(
-    kafka, topic, database, settings, ledger, records
-):
+def test_a_recreated_topic_is_not_read(kafka, topic, database, settings, ledger, records):
     name = topic(1)
     ledger.send(name, numbered(5)).flush()
     ingest_until_end(settings(name))
@@ -172,8 +171,8 @@ def test_a_topic_that_was_made_anew_is_not_read_on(
 
 
 @pytest.mark.parametrize("records", [2, 20], ids=["shorter", "longer"])
-def test_a_topic_that_is_made_anew_under_a_running_ingest_is_noticed(
-    kafka, topic, database, settings, ledger, looks_often, records
+def test_a_topic_that_is_recreated_under_a_running_ingest_is_detected(
+    kafka, topic, database, settings, ledger, frequent_checks, records
 ):
     name, other = topic(1), topic(1)
     ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
@@ -185,9 +184,9 @@ def test_a_topic_that_is_made_anew_under_a_running_ingest_is_noticed(
         kafka.delete_topic(name)
         kafka.create_topic(name)
         Ledger(kafka.bootstrap_servers).send(name, numbered(records, first=100)).flush()
-        until(lambda: "topic id" in (problem(database, name) or ""), "the new topic is noticed")
+        until(lambda: "topic id" in (problem(database, name) or ""), "the new topic is detected")
         ledger.send(other, numbered(5, first=5)).flush()
-        until(lambda: next_offsets(database, other) == {0: 10}, "the other topic goes on")
+        until(lambda: next_offsets(database, other) == {0: 10}, "the other topic is read")
 
     of_first_topic = {at: sent for at, sent in ledger.records.items() if at[0] == name}
     found = logged(database, name)
@@ -198,7 +197,7 @@ def test_a_topic_that_is_made_anew_under_a_running_ingest_is_noticed(
 # ---------------------------------------------------------------- another cluster, another database
 
 
-def test_another_cluster_is_told_from_the_one_whose_records_are_in_the_log(
+def test_another_cluster_than_that_of_the_log_is_detected(
     topic, database, settings, ledger, mock_broker
 ):
     name = topic(1)
@@ -243,10 +242,10 @@ def test_a_second_database_in_the_same_group_is_refused(
     assert {p for p in (problem(another_database, name, n) for n in (0, 1)) if p is None} == set()
 
 
-def test_another_database_that_joins_the_group_later_is_noticed(
-    kafka, topic, database, settings, ledger, looks_often
+def test_another_database_that_joins_the_group_later_is_detected(
+    kafka, topic, database, settings, ledger, frequent_checks
 ):
-    """Each would hold a part of the events, and nobody would see an error."""
+    """Each database would have a part of the events, and no error would be reported."""
     name = topic(2)
     ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
     other = uuid4()
@@ -263,9 +262,9 @@ def test_another_database_that_joins_the_group_later_is_noticed(
     def joins_and_commits():
         member.consume(10, 0.1)
         mine = member.assignment()
-        for place in mine:
-            said = TopicPartition(place.topic, place.partition, 0, f"pipeline:{other}")
-            member.commit(offsets=[said], asynchronous=False)
+        for partition in mine:
+            commit = TopicPartition(partition.topic, partition.partition, 0, f"pipeline:{other}")
+            member.commit(offsets=[commit], asynchronous=False)
         return mine
 
     quick = {"heartbeat.interval.ms": "200", "session.timeout.ms": "6000"}
@@ -273,14 +272,15 @@ def test_another_database_that_joins_the_group_later_is_noticed(
         until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
         member.subscribe([name])
         until(joins_and_commits, "the other member has a partition")
-        noticed = until(
-            lambda: [it.problem for it in standings(database).values() if it.problem], "a word"
+        halted = until(
+            lambda: [it.problem for it in offset_rows(database).values() if it.problem],
+            "a partition is halted",
         )
 
-    assert [str(other) in it and f"consumer group '{name}'" in it for it in noticed] == [True]
+    assert [str(other) in it and f"consumer group '{name}'" in it for it in halted] == [True]
 
 
-def test_two_groups_on_one_database_do_not_go_on_for_ever(
+def test_two_groups_on_one_database_do_not_take_turns_for_ever(
     topic, database, settings, ledger, monkeypatch
 ):
     """Safe, but each would take the partitions from the other for ever."""
@@ -298,7 +298,7 @@ def test_two_groups_on_one_database_do_not_go_on_for_ever(
         errors = [it.end() for it in both]
     ingest_until_end(settings(name, group_id=f"{name}-0"))
 
-    # Where each held one of the partitions, both were robbed as often, and both have ended.
+    # If each owned one of the partitions, both were fenced as often, and both have ended.
     ended = [error for error in errors if error is not None]
     assert [type(error) for error in ended] in ([GroupFencedError], [GroupFencedError] * 2)
     assert all(getattr(error, "exit_code", None) == 75 for error in ended)

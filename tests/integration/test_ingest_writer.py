@@ -1,4 +1,4 @@
-"""The writer's thread: one step at a time, and what came of it, in a real PostgreSQL."""
+"""The writer's thread: one step at a time, and its outcome, in a real PostgreSQL."""
 
 import time
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def logged_offsets(database) -> list[int]:
     return [offset for (offset,) in rows]
 
 
-def test_a_batch_is_written_and_its_place_found(writer, held, database):
+def test_a_batch_is_written_and_its_next_offset_resolved(writer, held, database):
     batch = batch_of(held, 0, 0, 1, 7)
 
     assert outcome(writer, Write(batch)) == Committed()
@@ -85,8 +85,8 @@ def test_a_batch_is_written_and_its_place_found(writer, held, database):
     assert logged_offsets(database) == [0, 1, 7]
 
 
-def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, database):
-    """Kafka's word comes last, when all but the commit is done."""
+def test_a_batch_of_a_recreated_topic_is_rolled_back(writer, held, database):
+    """Kafka answers last, when everything but the commit is done."""
     batch = batch_of(held, 0, 0, 1, 7)
 
     writer.submit(Write(batch), lambda: ["orders"])
@@ -96,19 +96,19 @@ def test_a_batch_of_a_topic_that_was_replaced_is_rolled_back(writer, held, datab
     assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
 
 
-def test_a_batch_of_which_kafka_says_nothing_is_not_committed(writer, held, database):
-    def says_nothing():
-        raise TransientError("Kafka is away")
+def test_a_batch_is_not_committed_while_kafka_does_not_answer(writer, held, database):
+    def does_not_answer():
+        raise TransientError("Kafka is unavailable")
 
-    writer.submit(Write(batch_of(held, 0, 0, 1)), says_nothing)
+    writer.submit(Write(batch_of(held, 0, 0, 1)), does_not_answer)
 
     failed = writer.outcome(WAIT_S_MAX)
     assert isinstance(failed, Failed)
-    assert str(failed.error) == "Kafka is away"
+    assert str(failed.error) == "Kafka is unavailable"
     assert logged_offsets(database) == []
 
 
-def test_segments_are_made_before_they_are_needed(writer, held, database):
+def test_segments_are_created_before_they_are_needed(writer, held, database):
     outcome(writer, Write(batch_of(held, 0, 0, 950)))
 
     with database.connect() as db:
@@ -124,7 +124,7 @@ def test_a_batch_across_wide_gaps_finds_its_segments(writer, held, database):
     assert logged_offsets(database) == far_apart
 
 
-def test_a_segment_that_was_taken_away_is_made_again(writer, held, database):
+def test_a_segment_that_was_dropped_is_created_again(writer, held, database):
     outcome(writer, Write(batch_of(held, 0, 0)))
     with database.connect() as db:
         segments = db.execute("SELECT segment FROM pipeline.segments").fetchall()
@@ -136,34 +136,36 @@ def test_a_segment_that_was_taken_away_is_made_again(writer, held, database):
     assert logged_offsets(database) == [1, 2]
 
 
-def test_a_fenced_batch_is_told_with_its_partition(writer, held, database):
-    told = outcome(writer, Write(batch_of(held - 1, 0, 0)))
+def test_a_fenced_batch_is_reported_with_its_partition(writer, held, database):
+    result = outcome(writer, Write(batch_of(held - 1, 0, 0)))
 
-    assert isinstance(told, Fenced)
-    assert isinstance(told.error, FencedError)
-    assert told.error.partition == A
+    assert isinstance(result, Fenced)
+    assert isinstance(result.error, FencedError)
+    assert result.error.partition == A
     assert logged_offsets(database) == []
 
 
 @pytest.mark.parametrize("step", ["after_begin", "after_fence", "mid_copy", "after_copy",
                                   "before_commit"])  # fmt: skip
-@pytest.mark.parametrize("trouble", ["raise:40001", "disconnect"])
-def test_trouble_at_any_step_leaves_nothing_and_the_next_try_works(
-    writer, held, database, arm, step, trouble
+@pytest.mark.parametrize("error", ["raise:40001", "disconnect"])
+def test_an_error_at_any_step_writes_nothing_and_the_next_attempt_succeeds(
+    writer, held, database, arm, step, error
 ):
     batch = batch_of(held, 0, 0, 1)
-    arm(f"{step}:{trouble}")
+    arm(f"{step}:{error}")
 
-    told = outcome(writer, Write(batch))
+    result = outcome(writer, Write(batch))
 
-    assert isinstance(told, Failed)
-    assert isinstance(told.error, TransientError)
+    assert isinstance(result, Failed)
+    assert isinstance(result.error, TransientError)
     assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
     assert outcome(writer, Write(batch)) == Committed()
     assert logged_offsets(database) == [0, 1]
 
 
-def test_a_lost_answer_is_an_unknown_outcome_that_is_found_committed(writer, held, database, arm):
+def test_a_lost_answer_is_an_unknown_outcome_that_is_resolved_as_committed(
+    writer, held, database, arm
+):
     batch = batch_of(held, 0, 0)
     arm("after_commit_before_ack:raise:08006")
 
@@ -172,28 +174,28 @@ def test_a_lost_answer_is_an_unknown_outcome_that_is_found_committed(writer, hel
     assert logged_offsets(database) == [0]
 
 
-def test_a_look_that_must_wait_too_long_fails_and_may_be_repeated(writer, held, database):
+def test_resolving_that_waits_too_long_for_a_lock_fails_and_can_be_repeated(writer, held, database):
     batch = batch_of(held, 0, 0)
     with database.connect(autocommit=False) as somebody:
         somebody.execute("SELECT 1 FROM pipeline.consumer_offsets FOR UPDATE")
 
-        told = outcome(writer, Resolve(batch))
+        result = outcome(writer, Resolve(batch))
 
-    assert isinstance(told, Failed)
+    assert isinstance(result, Failed)
     assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
 
 
-def test_a_row_that_is_there_already_breaks_the_work(writer, held, database):
+def test_a_row_that_is_in_the_log_already_is_fatal(writer, held, database):
     outcome(writer, Write(batch_of(held, 0, 0)))
 
-    told = outcome(writer, Write(batch_of(held, 1, 0)))
+    result = outcome(writer, Write(batch_of(held, 1, 0)))
 
-    assert isinstance(told, Fatal)
-    assert isinstance(told.error, InvariantError)
+    assert isinstance(result, Fatal)
+    assert isinstance(result.error, InvariantError)
     assert logged_offsets(database) == [0]
 
 
-def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
+def test_waiting_until_idle_waits_for_the_current_step(writer, held, database, arm):
     arm("before_commit:sleep:0.3")
     writer.submit(Write(batch_of(held, 0, 0)))
 
@@ -203,7 +205,7 @@ def test_settling_waits_for_the_step_in_hand(writer, held, database, arm):
     assert logged_offsets(database) == [0]
 
 
-def test_leaving_does_not_wait_for_a_database_that_hangs(engine, held, arm):
+def test_the_end_does_not_wait_for_a_database_that_hangs(engine, held, arm):
     arm("before_commit:sleep:2.5")
     with Writer(engine, segment_span=1000) as writer:
         writer.submit(Write(batch_of(held, 0, 0)))

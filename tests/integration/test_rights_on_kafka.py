@@ -70,7 +70,7 @@ def test_the_documented_rights_are_enough_for_everything(client, database, proto
         ["rewind", f"{client.topic}:0", "--to", "0"],
     ):
         result = commands.run(*arguments)
-        # Nobody ingests between these commands, and status says so by 1.
+        # Nothing ingests between these commands, so status exits with 1.
         expected = 1 if arguments == ["status"] else 0
         assert result.code == expected, (arguments, result.out, result.err)
         assert "AUTHORIZATION" not in result.out + result.err
@@ -119,8 +119,8 @@ def test_check_names_the_missing_right(client, missing):
 
     assert result.code == 78, result.out
     operation, kind, resource = wanted
-    asked = f"--allow-principal User:{name} --operation {operation} --{kind} {resource}"
-    assert asked in " ".join(result.out.split()), result.out
+    requested = f"--allow-principal User:{name} --operation {operation} --{kind} {resource}"
+    assert requested in " ".join(result.out.split()), result.out
 
 
 def test_read_on_a_topic_includes_describe(client):
@@ -131,7 +131,7 @@ def test_read_on_a_topic_includes_describe(client):
 
 
 @pytest.mark.parametrize("when", ["first start", "restart"])
-def test_an_ingest_that_may_not_read_its_topic_says_so(client, when):
+def test_an_ingest_that_may_not_read_its_topic_reports_it(client, when):
     if when == "restart":
         assert client.commands.run("ingest", "--until-end").code == 0
     client.kafka.remove_acl(client.name, "READ", topic=client.topic)

@@ -208,7 +208,7 @@ class Model:
                 raise Violation(str(violated), _moves_to(came_from, state)) from None
         return Explored(len(came_from), frozenset(moves))
 
-    # ------------------------------------------------------------------------- invariants
+    # ----------------------------------------------------------------------------------- invariants
 
     def _check(self, state: State) -> None:
         self._check_log(state.log)

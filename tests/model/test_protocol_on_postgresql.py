@@ -447,7 +447,7 @@ def run(bench: Bench, how: settings) -> None:
     run_state_machine_as_test(Here, settings=how)
 
 
-def test_real_transactions_hold_every_record_once_whatever_happens(database):
+def test_real_transactions_write_every_record_once_whatever_happens(database):
     bench = Bench(database)
     try:
         run(bench, ANY)
@@ -476,7 +476,9 @@ def _restore(it: ProtocolOnPostgres) -> None:
 
 @pytest.mark.parametrize("history", [_stale_batch, _restore])
 @pytest.mark.parametrize("guarded", [True, False])
-def test_the_shortest_ways_to_harm_end_at_the_guards(database, monkeypatch, history, guarded):
+def test_the_shortest_violations_are_prevented_by_the_guards(
+    database, monkeypatch, history, guarded
+):
     if not guarded:
         blind = str(offsets.ADVANCE).replace(
             "o.epoch = b.held AND o.next_offset = b.expected", "true"
@@ -497,7 +499,7 @@ def test_the_shortest_ways_to_harm_end_at_the_guards(database, monkeypatch, hist
         bench.close()
 
 
-def test_real_transactions_without_a_guard_do_harm(database, monkeypatch):
+def test_real_transactions_without_a_guard_violate_the_invariants(database, monkeypatch):
     """The offsets are not compared, and whoever hears nothing writes again."""
     guard = "AND o.next_offset = b.expected"
     assert guard in str(offsets.ADVANCE)

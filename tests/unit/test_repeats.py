@@ -78,7 +78,7 @@ def test_any_restart_marks_the_same_rows(log, size, unused_at_restart):
     assert [row.repeat_of for row in marked] == by_definition(rows, size)
 
 
-def test_a_repeat_names_the_first_copy_and_renews_it():
+def test_a_repeat_names_the_first_copy_and_extends_the_window():
     event = EVENT % (1, 0)
     window = RepeatWindow(5, [])
 
@@ -109,7 +109,7 @@ def test_without_a_window_there_are_no_repeats():
     assert [window.mark(row_at(n, EVENT % (1, 0))).repeat_of for n in range(3)] == [None] * 3
 
 
-def test_a_window_holds_no_more_than_its_offsets():
+def test_a_window_has_no_more_entries_than_its_bound():
     window = RepeatWindow(100, [])
 
     for offset in range(5_000):

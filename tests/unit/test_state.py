@@ -301,7 +301,7 @@ class History:
             return "fatal"
         return "committed"
 
-    # -------------------------------------------------------------------------------- invariants
+    # ----------------------------------------------------------------------------------- invariants
 
     def check(self):
         """The log has every record below the next offset, in order and once."""
@@ -358,7 +358,7 @@ ALWAYS_THE_SAME = settings(
     ],
     ids=["all guards", "no waiting", "offsets alone"],
 )
-def test_the_log_holds_every_record_once_whatever_happens(setting):
+def test_the_log_has_every_record_once_whatever_happens(setting):
     @ALWAYS_THE_SAME
     @given(kafkas, histories)
     def run(kafka, actions):
@@ -380,7 +380,7 @@ def test_the_log_holds_every_record_once_whatever_happens(setting):
     ],
     ids=["no guards", "no offsets, no waiting", "no offsets, no resolving"],
 )
-def test_without_its_guards_the_same_histories_find_the_harm(setting):
+def test_without_its_guards_the_same_histories_find_a_violation(setting):
     @settings(ALWAYS_THE_SAME, max_examples=3000, phases=[Phase.generate])
     @given(kafkas, histories)
     def run(kafka, actions):
@@ -452,7 +452,7 @@ def test_there_is_room_up_to_the_bounds_of_rows_and_of_bytes():
     assert by_bytes.room == 100
 
 
-def test_the_end_of_a_partition_is_stored_though_no_record_lies_before_it():
+def test_the_end_of_a_partition_is_stored_although_no_record_precedes_it():
     machine = owning(A)
     machine.reached_end(A, NextOffset(7))
     machine.reached_end(A, NextOffset(5))
@@ -461,7 +461,7 @@ def test_the_end_of_a_partition_is_stored_though_no_record_lies_before_it():
     assert write(machine) == Batch([], {A: advance(1, 0, 7)})
 
 
-def test_a_failing_database_is_tried_again_ever_more_rarely():
+def test_a_failing_database_is_tried_again_after_growing_waits():
     machine = owning(A, bounds=Bounds(backoff=Backoff(1.0, 5.0)))
     receive(machine, A, 0)
     batch, now, waits = write(machine), 0.0, []
@@ -482,7 +482,7 @@ def test_a_failing_database_is_tried_again_ever_more_rarely():
 
 
 @pytest.mark.parametrize("end", ["revoked", "fenced"])
-def test_a_failure_is_forgotten_with_the_batch_that_met_it(end):
+def test_a_failure_is_forgotten_with_its_batch(end):
     machine = owning(A)
     receive(machine, A, 0)
     write(machine)
@@ -532,7 +532,7 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
     assert not machine.is_caught_up
 
 
-def test_a_partition_that_was_taken_rests_and_one_that_was_moved_is_claimed_at_once():
+def test_a_partition_that_was_taken_is_claimed_later_and_one_that_was_moved_at_once():
     reclaims = {}
     for name, stored in (("taken", place(2, 0)), ("moved", place(1, 9))):
         machine = owning(A, bounds=Bounds(reclaim_s_min=5.0))
@@ -549,7 +549,7 @@ def test_a_partition_that_was_taken_rests_and_one_that_was_moved_is_claimed_at_o
     }
 
 
-def test_a_partition_that_is_stolen_again_and_again_ends_the_work():
+def test_a_partition_that_is_taken_again_and_again_is_contested():
     machine = Machine(Bounds(takeovers_max=3, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
@@ -565,7 +565,7 @@ def test_a_partition_that_is_stolen_again_and_again_ends_the_work():
     assert steps == [Reclaim(A), Reclaim(A), Contested(A)]
 
 
-def test_steals_long_ago_are_forgotten():
+def test_takeovers_long_ago_are_forgotten():
     machine = Machine(Bounds(takeovers_max=2, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
@@ -581,7 +581,7 @@ def test_steals_long_ago_are_forgotten():
     assert steps == [Reclaim(A)] * 3
 
 
-def test_what_is_let_go_is_dropped_from_every_place_where_it_waits():
+def test_rows_of_a_released_partition_are_dropped_wherever_they_wait():
     machine = owning(A, B)
     receive(machine, A, 0)
     receive(machine, B, 0)
@@ -615,7 +615,7 @@ def test_a_claim_of_the_same_epoch_is_seen_from_the_one_before_it():
     assert [row.offset for row in write(machine, 1.0).rows] == [0, 1]
 
 
-def test_an_idle_worker_reads_again_where_the_database_was_put_back():
+def test_an_idle_worker_reads_again_after_the_database_was_restored():
     machine = owning(A, B)
     receive(machine, A, 0)
     write(machine)
@@ -629,7 +629,7 @@ def test_an_idle_worker_reads_again_where_the_database_was_put_back():
     assert machine.owned == {B: 1}
 
 
-def test_an_idle_worker_claims_again_what_another_process_claimed_and_released():
+def test_an_idle_worker_reclaims_what_another_process_claimed_and_released():
     """No takeover: a run in another group that ends at once may happen every minute."""
     machine = owning(A)
 
@@ -640,7 +640,7 @@ def test_an_idle_worker_claims_again_what_another_process_claimed_and_released()
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
 
 
-def test_a_look_says_nothing_of_a_batch_in_hand():
+def test_a_check_ignores_partitions_while_a_batch_is_in_hand():
     machine = owning(A)
     receive(machine, A, 0)
     write(machine)
@@ -649,7 +649,7 @@ def test_a_look_says_nothing_of_a_batch_in_hand():
     assert machine.awaits_outcome
 
 
-def test_what_is_with_the_database_when_it_is_let_go_is_neither_ours_nor_repeated():
+def test_a_batch_whose_partition_is_released_is_neither_ours_nor_repeated():
     machine = owning(A)
     receive(machine, A, 0)
     write(machine)
@@ -663,7 +663,7 @@ def test_what_is_with_the_database_when_it_is_let_go_is_neither_ours_nor_repeate
     assert machine.next_step(0.0) is None
 
 
-def test_an_abandoned_machine_owns_nothing_and_asks_for_nothing():
+def test_an_abandoned_machine_owns_nothing_and_has_no_step():
     machine = owning(A, B)
     receive(machine, A, 0)
     write(machine)
@@ -675,7 +675,7 @@ def test_an_abandoned_machine_owns_nothing_and_asks_for_nothing():
     assert not machine.awaits_outcome
 
 
-def test_caught_up_is_what_was_there_at_the_claim():
+def test_caught_up_means_everything_that_kafka_had_at_the_claim():
     machine = owning(A, B, end=2)
     seen = [(machine.is_caught_up, machine.lag)]
     for partition in (A, B):

@@ -1,4 +1,4 @@
-"""Two logs behind one interface: the real one in PostgreSQL, and a fake one in memory.
+"""Two logs with one interface: the real one in PostgreSQL, and a fake one in memory.
 
 The fake is what the random histories of ``tests/unit/test_state.py`` and the model check in
 ``tests/model/`` write to. That it behaves as the real one does is what ``test_log.py`` proves, on
@@ -39,7 +39,7 @@ EVERY_GUARD = Guards()
 
 
 class Log(Protocol):
-    """What the ingest loop asks of the log."""
+    """What the ingest loop needs from the log."""
 
     def begin(self, partition: Partition, first: int) -> None:
         """Note where a partition that has never been read is read from."""
@@ -62,17 +62,17 @@ class FakeLog:
     """The log in memory. Every call is one transaction."""
 
     guards: Guards = EVERY_GUARD
-    places: dict[Partition, Ownership] = field(default_factory=dict)
+    ownerships: dict[Partition, Ownership] = field(default_factory=dict)
     rows: dict[Partition, list[int]] = field(default_factory=dict)
 
     def begin(self, partition: Partition, first: int) -> None:
-        self.places[partition] = Ownership(Epoch(0), NextOffset(first), is_owned=False)
+        self.ownerships[partition] = Ownership(Epoch(0), NextOffset(first), is_owned=False)
         self.rows[partition] = []
 
     def claim(self, partition: Partition) -> Ownership:
-        epoch, next_offset, _ = self.places[partition]
-        self.places[partition] = Ownership(Epoch(epoch + 1), next_offset)
-        return self.places[partition]
+        epoch, next_offset, _ = self.ownerships[partition]
+        self.ownerships[partition] = Ownership(Epoch(epoch + 1), next_offset)
+        return self.ownerships[partition]
 
     def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
         for partition, advance in sorted(advances.items()):
@@ -83,14 +83,16 @@ class FakeLog:
         for row in rows:
             self.rows[Partition(row.topic, row.partition)].append(row.offset)
         for partition, advance in advances.items():
-            self.places[partition] = self.places[partition]._replace(next_offset=advance.new)
+            self.ownerships[partition] = self.ownerships[partition]._replace(
+                next_offset=advance.new
+            )
 
     def _passes(self, partition: Partition, advance: Advance) -> bool:
-        place = self.places.get(partition)
+        ownership = self.ownerships.get(partition)
         return (
-            place is not None
-            and (not self.guards.epoch or place.epoch == advance.held)
-            and (not self.guards.expected or place.next_offset == advance.expected)
+            ownership is not None
+            and (not self.guards.epoch or ownership.epoch == advance.held)
+            and (not self.guards.expected or ownership.next_offset == advance.expected)
         )
 
     def _refuse_what_is_there(self, rows: Sequence[EncodedRow]) -> None:
@@ -99,7 +101,7 @@ class FakeLog:
                 raise InvariantError("a row is in the log already")
 
     def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
-        return {partition: self.places[partition] for partition in sorted(partitions)}
+        return {partition: self.ownerships[partition] for partition in sorted(partitions)}
 
     def offsets(self, partition: Partition) -> list[int]:
         return list(self.rows[partition])
@@ -144,13 +146,13 @@ class RealLog:
 def row_at(
     partition: Partition, offset: int, value: bytes | None = b"", repeat_of: int | None = None
 ) -> EncodedRow:
-    """A row of the log for a record of which only the place matters."""
+    """A row of the log for a record of which only the coordinates matter."""
     row = read(Record(*partition, offset, value, None, None, None, 0))
     return encode(row._replace(repeat_of=repeat_of))
 
 
-def place(epoch: int, next_offset: int) -> Ownership:
-    """A place from plain numbers."""
+def owned_at(epoch: int, next_offset: int) -> Ownership:
+    """The ownership of an owned partition, from plain numbers."""
     return Ownership(Epoch(epoch), NextOffset(next_offset))
 
 

@@ -1,4 +1,4 @@
-"""What the ingest loop relies on in a log, on the real one and on the fake one alike."""
+"""What the ingest loop relies on in a log, for the real one and the fake one."""
 
 import secrets
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.db import open_engine
 from pipeline.errors import FencedError, InvariantError, PipelineError
 from pipeline.partitions import Partition
-from tests.contract.logs import FakeLog, RealLog, advance, place, row_at
+from tests.contract.logs import FakeLog, RealLog, advance, owned_at, row_at
 
 A, B = Partition("orders", 0), Partition("orders", 1)
 
@@ -35,7 +35,7 @@ def rows(partition, *offsets):
 def test_a_claim_raises_the_epoch_and_returns_the_next_offset(log):
     log.begin(A, 7)
 
-    assert [log.claim(A), log.claim(A)] == [place(1, 7), place(2, 7)]
+    assert [log.claim(A), log.claim(A)] == [owned_at(1, 7), owned_at(2, 7)]
 
 
 def test_rows_and_next_offset_move_together(log):
@@ -45,7 +45,7 @@ def test_rows_and_next_offset_move_together(log):
     log.append(rows(A, 0, 1, 5), {A: advance(held, 0, 8)})
 
     assert log.offsets(A) == [0, 1, 5]
-    assert log.find([A]) == {A: place(held, 8)}
+    assert log.find([A]) == {A: owned_at(held, 8)}
 
 
 def test_a_batch_without_rows_moves_the_next_offset(log):
@@ -55,7 +55,7 @@ def test_a_batch_without_rows_moves_the_next_offset(log):
     log.append([], {A: advance(held, 0, 3)})
 
     assert log.offsets(A) == []
-    assert log.find([A]) == {A: place(held, 3)}
+    assert log.find([A]) == {A: owned_at(held, 3)}
 
 
 def test_an_older_epoch_writes_nothing(log):
@@ -68,7 +68,7 @@ def test_an_older_epoch_writes_nothing(log):
 
     assert (refused.value.partition, refused.value.held) == (A, held)
     assert log.offsets(A) == []
-    assert log.find([A]) == {A: place(held + 1, 0)}
+    assert log.find([A]) == {A: owned_at(held + 1, 0)}
 
 
 def test_an_epoch_that_was_never_given_out_writes_nothing(log):
@@ -91,7 +91,7 @@ def test_another_next_offset_than_expected_writes_nothing(log, expected):
         log.append(rows(A, 4), {A: advance(held, expected, 5)})
 
     assert log.offsets(A) == [0, 1]
-    assert log.find([A]) == {A: place(held, 2)}
+    assert log.find([A]) == {A: owned_at(held, 2)}
 
 
 def test_a_partition_that_never_began_is_fenced(log):
@@ -112,7 +112,7 @@ def test_one_fenced_partition_stops_the_whole_batch(log):
 
     assert refused.value.partition == B
     assert (log.offsets(A), log.offsets(B)) == ([], [])
-    assert log.find([A, B]) == {A: place(held_a, 0), B: place(held_b + 1, 0)}
+    assert log.find([A, B]) == {A: owned_at(held_a, 0), B: owned_at(held_b + 1, 0)}
 
 
 def test_the_same_offset_twice_breaks_an_invariant(log):
@@ -124,7 +124,7 @@ def test_the_same_offset_twice_breaks_an_invariant(log):
         log.append(rows(A, 0), {A: advance(held, 1, 2)})
 
     assert log.offsets(A) == [0]
-    assert log.find([A]) == {A: place(held, 1)}
+    assert log.find([A]) == {A: owned_at(held, 1)}
 
 
 # ------------------------------------------------------------------------------ any history at all
@@ -148,14 +148,14 @@ histories = st.lists(
 )  # fmt: skip
 
 
-def told(log, history, partitions) -> list[object]:
-    """Everything that a log says to a history, errors included."""
-    said: list[object] = []
+def answers_of(log, history, partitions) -> list[object]:
+    """Every answer of a log to a history, errors included."""
+    answers: list[object] = []
     for partition in partitions:
         log.begin(partition, 0)
     for kind, what in history:
         if kind == "claim":
-            said.append(log.claim(partitions[what]))
+            answers.append(log.claim(partitions[what]))
             continue
         batch, advances = [], {}
         for number, (off_epoch, off_expected, offsets) in what.items():
@@ -169,11 +169,11 @@ def told(log, history, partitions) -> list[object]:
         try:
             log.append(batch, advances)
         except PipelineError as error:
-            said.append((type(error), getattr(error, "partition", partitions[0]).number))
-    places = log.find(partitions)
+            answers.append((type(error), getattr(error, "partition", partitions[0]).number))
+    ownerships = log.find(partitions)
     return [
-        *said,
-        *((places[it], log.offsets(it)) for it in partitions),
+        *answers,
+        *((ownerships[partition], log.offsets(partition)) for partition in partitions),
     ]
 
 
@@ -185,4 +185,4 @@ def test_both_logs_give_the_same_answers_to_any_history(real_log, history):
     topic = f"orders-{secrets.token_hex(4)}"
     partitions = [Partition(topic, 0), Partition(topic, 1)]
 
-    assert told(real_log, history, partitions) == told(FakeLog(), history, partitions)
+    assert answers_of(real_log, history, partitions) == answers_of(FakeLog(), history, partitions)

@@ -1,4 +1,4 @@
-"""One writer per partition: claims, commits in flight, locks and gaps, in a real PostgreSQL."""
+"""One writer per partition: claims, open commits, locks and gaps, in a real PostgreSQL."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from pipeline.log.origin import KafkaPartition
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests import waiting
-from tests.contract.logs import advance, place, row_at
+from tests.contract.logs import advance, owned_at, row_at
 
 A, B = Partition("orders", 0), Partition("orders", 1)
 ME = Owner("group", "member")
@@ -109,21 +109,21 @@ def held_open(engine: Engine, do: Callable[[Any], object], *, commit: bool) -> I
             db.rollback()
 
 
-# -------------------------------------------------------------------------------------- in flight
+# ------------------------------------------------------------------------------------ open commits
 
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("commits", [True, False])
-@pytest.mark.parametrize("asks", [claim, find])
-def test_a_commit_that_is_still_in_flight_is_waited_for(engine, database, pool, commits, asks):
-    """The next owner, and a writer that lost its answer, must see what became of a commit."""
+@pytest.mark.parametrize("read", [claim, find])
+def test_a_commit_that_is_still_in_flight_is_waited_for(engine, database, pool, commits, read):
+    """The next owner, and a writer that lost its answer, must see the outcome of a commit."""
     held = claim(engine, A).epoch
 
     def do(db):
         append(db, [row_at(A, 0)], {A: advance(held, 0, 1)})
 
     with held_open(engine, do, commit=commits):
-        answer: Future[Any] = pool.submit(asks, engine, A)
+        answer: Future[Any] = pool.submit(read, engine, A)
         until_somebody_waits(database)
         assert not answer.done()
 
@@ -140,12 +140,12 @@ def test_a_writer_that_waits_for_a_claim_is_fenced_by_it(engine, database, pool)
 
     with pytest.raises(FencedError):
         zombie.result(WAIT_S_MAX)
-    assert find(engine) == place(held + 1, 0)
+    assert find(engine) == owned_at(held + 1, 0)
 
 
 @pytest.mark.both_postgres
 def test_a_repeat_that_waits_for_its_first_attempt_is_refused(engine, database, pool):
-    """The commit whose answer was lost is still in flight when the batch is sent again."""
+    """The commit whose answer was lost is still open when the batch is sent again."""
     held = claim(engine, A).epoch
 
     def first_try(db):
@@ -157,12 +157,12 @@ def test_a_repeat_that_waits_for_its_first_attempt_is_refused(engine, database, 
 
     with pytest.raises(FencedError):
         repeat.result(WAIT_S_MAX)
-    assert find(engine) == place(held, 1)
+    assert find(engine) == owned_at(held, 1)
 
 
-@pytest.mark.parametrize("asks", [claim, find])
-def test_a_lock_that_another_session_has_is_waited_for(engine, database, asks):
-    impatient = open_engine(
+@pytest.mark.parametrize("read", [claim, find])
+def test_a_lock_that_another_session_has_is_waited_for(engine, database, read):
+    short_waits = open_engine(
         database.url,
         application="test",
         limits=SessionLimits(lock_wait=timedelta(milliseconds=200)),
@@ -172,11 +172,11 @@ def test_a_lock_that_another_session_has_is_waited_for(engine, database, asks):
         held_open(engine, lambda db: offsets.claim(db, A, ME), commit=False),
         pytest.raises(TransientError) as refused,
     ):
-        asks(impatient, A)
+        read(short_waits, A)
 
     assert refused.value.sqlstate == "55P03"
-    assert asks(impatient, A).next_offset == 0
-    impatient.dispose()
+    assert read(short_waits, A).next_offset == 0
+    short_waits.dispose()
 
 
 def test_a_silent_owner_in_a_transaction_does_not_block_the_next_owner(database, engine):
@@ -187,14 +187,14 @@ def test_a_silent_owner_in_a_transaction_does_not_block_the_next_owner(database,
     )
     held = claim(engine, A).epoch
 
-    def write_and_fall_silent() -> None:
+    def write_and_send_nothing() -> None:
         with transaction(silent) as db:
             append(db, [row_at(A, 0)], {A: advance(held, 0, 1)})
             assert claim(engine, A).next_offset == 0
 
     with pytest.raises(TransientError):
-        write_and_fall_silent()
-    assert find(engine) == place(held + 1, 0)
+        write_and_send_nothing()
+    assert find(engine) == owned_at(held + 1, 0)
     silent.dispose()
 
 
@@ -207,12 +207,12 @@ def test_two_writers_of_the_same_partitions_never_deadlock(engine, pool):
             for partition in order:
                 claim(engine, partition)
             with transaction(engine) as db:
-                places = offsets.lock_ownerships(db, order)
+                owned = offsets.lock_ownerships(db, order)
             advances = {
-                it: advance(places[it].epoch, places[it].next_offset, places[it].next_offset + 1)
-                for it in order
+                partition: advance(row.epoch, row.next_offset, row.next_offset + 1)
+                for partition, row in owned.items()
             }
-            rows = [row_at(it, places[it].next_offset) for it in order]
+            rows = [row_at(partition, owned[partition].next_offset) for partition in order]
             try:
                 with transaction(engine) as db:
                     append(db, rows, advances)
@@ -355,7 +355,7 @@ def test_a_gap_is_recorded_and_nothing_moves_before_it_is_accepted(engine):
     assert row["accepted_at"] is None
     assert freed == []
     assert "pipeline gaps accept orders:0" in column(engine, "problem")
-    assert find(engine) == place(held, 3)
+    assert find(engine) == owned_at(held, 3)
 
 
 @pytest.mark.both_postgres
@@ -369,7 +369,7 @@ def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_continue_after_
 
     assert accepted == Gap(NextOffset(0), NextOffset(10))
     assert freed == [A]
-    assert find(engine) == place(held + 1, 10)
+    assert find(engine) == owned_at(held + 1, 10)
     with pytest.raises(FencedError):
         write(engine, A, held, 10, 11)
     with transaction(engine) as db:
@@ -405,7 +405,7 @@ def test_a_gap_that_does_not_begin_at_the_next_offset_is_not_accepted(engine):
     ):
         gaps.accept_gap(db, A)
 
-    assert find(engine) == place(held, 1)
+    assert find(engine) == owned_at(held, 1)
 
 
 # ---------------------------------------------------------------------------------------- sessions

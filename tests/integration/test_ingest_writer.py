@@ -23,7 +23,7 @@ from pipeline.ingest.writer import (
 from pipeline.log import offsets
 from pipeline.log.offsets import Owner
 from pipeline.partitions import NextOffset, Partition
-from tests.contract.logs import advance, place, row_at
+from tests.contract.logs import advance, owned_at, row_at
 
 A = Partition("orders", 0)
 WAIT_S_MAX = 20.0
@@ -81,7 +81,7 @@ def test_a_batch_is_written_and_its_next_offset_resolved(writer, held, database)
     batch = batch_of(held, 0, 0, 1, 7)
 
     assert outcome(writer, Write(batch)) == Committed()
-    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 8)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: owned_at(held, 8)})
     assert logged_offsets(database) == [0, 1, 7]
 
 
@@ -93,7 +93,7 @@ def test_a_batch_of_a_recreated_topic_is_rolled_back(writer, held, database):
 
     assert writer.outcome(WAIT_S_MAX) == TopicsReplaced(["orders"])
     assert logged_offsets(database) == []
-    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: owned_at(held, 0)})
 
 
 def test_a_batch_is_not_committed_while_kafka_does_not_answer(writer, held, database):
@@ -158,7 +158,7 @@ def test_an_error_at_any_step_writes_nothing_and_the_next_attempt_succeeds(
 
     assert isinstance(result, Failed)
     assert isinstance(result.error, TransientError)
-    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: owned_at(held, 0)})
     assert outcome(writer, Write(batch)) == Committed()
     assert logged_offsets(database) == [0, 1]
 
@@ -170,7 +170,7 @@ def test_a_lost_answer_is_an_unknown_outcome_that_is_resolved_as_committed(
     arm("after_commit_before_ack:raise:08006")
 
     assert isinstance(outcome(writer, Write(batch)), Failed)
-    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 1)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: owned_at(held, 1)})
     assert logged_offsets(database) == [0]
 
 
@@ -182,7 +182,7 @@ def test_resolving_that_waits_too_long_for_a_lock_fails_and_can_be_repeated(writ
         result = outcome(writer, Resolve(batch))
 
     assert isinstance(result, Failed)
-    assert outcome(writer, Resolve(batch)) == Resolved({A: place(held, 0)})
+    assert outcome(writer, Resolve(batch)) == Resolved({A: owned_at(held, 0)})
 
 
 def test_a_row_that_is_in_the_log_already_is_fatal(writer, held, database):

@@ -221,7 +221,7 @@ class Model:
     def _compute_check_log(self, number: int) -> None:
         log: FakeLog = self._logs[number]
         for partition in self._space.partitions:
-            end = log.places[partition].next_offset
+            end = log.ownerships[partition].next_offset
             logged, due = log.offsets(partition), self._space.below(partition, end)
             if logged != due:
                 raise _Violated(f"{partition} below {end} holds {logged} and not {due}")
@@ -232,7 +232,7 @@ class Model:
             return
         log: FakeLog = self._logs[state.log]
         for partition, end in outcome.next_offsets.items():
-            if log.places[partition].next_offset < end:
+            if log.ownerships[partition].next_offset < end:
                 raise _Violated(f"a worker treats {partition} as committed up to {end}")
         if outcome.records and any(
             row.offset not in log.rows[Partition(row.topic, row.partition)] for row in batch.rows
@@ -246,7 +246,7 @@ class Model:
         state = State(log, (worker, worker))
         for _ in range(STEPS_ALONE_MAX):
             machine: Machine = self._machines[state.workers[0].machine]
-            ends = [place.next_offset for place in self._logs[state.log].places.values()]
+            ends = [place.next_offset for place in self._logs[state.log].ownerships.values()]
             if set(ends) == {self._space.end} and machine.is_caught_up and not machine.lag:
                 return
             state = self._alone(state)
@@ -274,7 +274,7 @@ class Model:
         if looked is not None:
             return looked
         for partition, held in machine.owned.items():
-            if self._logs[state.log].places[partition].epoch > held:
+            if self._logs[state.log].ownerships[partition].epoch > held:
                 # The group gave it to the other worker, which died: it is assigned again.
                 return self._claim(state, 0, partition)
         raise _Violated("a worker that runs alone does nothing, and is not at the end")
@@ -337,7 +337,7 @@ class Model:
 
     def _claim(self, state: State, who: int, partition: Partition) -> State:
         log = self._claimed_log(state.log, partition)
-        epoch, next_offset, _ = self._logs[log].places[partition]
+        epoch, next_offset, _ = self._logs[log].ownerships[partition]
         end = NextOffset(self._space.end)
         worker = self._report(state.workers[who], "claimed", partition, epoch, next_offset, end)
         after = state._replace(log=log, claims=state.claims + 1)

@@ -1,8 +1,8 @@
-"""The same protocol on a real PostgreSQL: two workers, real transactions, and read models of it.
+"""The same protocol on a real PostgreSQL: two workers, real transactions, and read models.
 
-Each worker is a real ``Machine``; what it wants done is done by the code of the product, in a
-transaction of its own that is left open before COMMIT, for what becomes of it is another step.
-Hypothesis draws the steps and prints those that fail.
+Each worker is a real ``Machine``; the code of the product executes its steps, in a transaction of
+its own that is left open before COMMIT, because its outcome is another step. Hypothesis generates
+the steps and prints those that fail.
 """
 
 import json
@@ -45,10 +45,10 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(600)
 
-PLACE = Partition("Notifications", 0)
+PARTITION = Partition("Notifications", 0)
 OFFSETS = (0, 1, 3, 4, 7, 8, 9, 12)
 END = NextOffset(14)
-# Three orders, told of in another order than that of their times.
+# Three orders, with events in another order than that of their times.
 TIMES = (5, 2, 9, 1, 7, 3, 8, 4)
 EVENTS = {
     offset: order_event(
@@ -56,7 +56,7 @@ EVENTS = {
     )
     for nth, (offset, at) in enumerate(zip(OFFSETS, TIMES, strict=True))
 }
-FORGET_EVERYTHING = """
+RESET = """
 SET LOCAL session_replication_role = replica;
 TRUNCATE pipeline.events, pipeline.consumer_offsets, pipeline.projection_checkpoints,
     pipeline.dead_letters, upvest.orders;
@@ -81,7 +81,7 @@ DELETE FROM pipeline.events e USING pipeline.consumer_offsets o WHERE e."offset"
 
 @dataclass
 class Worker:
-    """One process: its machine, its open transaction, and what it asks for."""
+    """One process: its machine, its open transaction, and what it waits for."""
 
     machine: Machine
     commit: Connection | None = None
@@ -91,7 +91,7 @@ class Worker:
 
 @dataclass
 class Bench:
-    """The database and what is switched on; without read models a history is much shorter."""
+    """The database and the active guards; without read models a history is much shorter."""
 
     database: Database
     machine: type[Machine] = Machine
@@ -100,12 +100,12 @@ class Bench:
     engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
-        # A lock that is held is held by another step of this thread.
+        # A lock is always held by another step of this thread.
         limits = SessionLimits(lock_wait=timedelta(milliseconds=30))
         self.engine = open_engine(
             self.database.url, application="model", limits=limits, pool_size=12
         )
-        self.patient = open_engine(self.database.url, application="model, waiting")
+        self.waiting_engine = open_engine(self.database.url, application="model, waiting")
 
     def execute(self, statements: str) -> None:
         with self.database.connect(autocommit=False) as db:
@@ -113,7 +113,7 @@ class Bench:
 
     def close(self) -> None:
         self.engine.dispose()
-        self.patient.dispose()
+        self.waiting_engine.dispose()
 
 
 who = st.sampled_from([0, 1])
@@ -126,13 +126,13 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         super().__init__()
         self.bench = bench
         self.workers = [Worker(self._machine()), Worker(self._machine())]
-        # Transactions whose worker has given them up; the server may still end them either way.
-        self.adrift: list[tuple[int, Connection]] = []
+        # Transactions for which no worker waits any more; the server may still end them either way.
+        self.abandoned: list[tuple[int, Connection]] = []
         self.backed_up = False
-        bench.execute(FORGET_EVERYTHING)
+        bench.execute(RESET)
         with transaction(bench.engine) as db:
-            offsets.begin(db, PLACE, NextOffset(0))
-            make_segment(db, PLACE.topic, NextOffset(0), 1000)
+            offsets.begin(db, PARTITION, NextOffset(0))
+            make_segment(db, PARTITION.topic, NextOffset(0), 1000)
             checkpoints.register(db, [orders.name])
             checkpoints.progress(db, [orders.name])
 
@@ -148,22 +148,22 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
     @rule(who=who, records=st.integers(1, 3))
     def fetch(self, who, records):
         machine = self.workers[who].machine
-        first = machine.first_wanted(PLACE)
+        first = machine.first_wanted(PARTITION)
         if first is None:
             return
         found = [offset for offset in OFFSETS if offset >= first][:records]
         rows = [
-            read(Record(*PLACE, at, json.dumps(EVENTS[at]).encode(), None, None, None, 0))
+            read(Record(*PARTITION, at, json.dumps(EVENTS[at]).encode(), None, None, None, 0))
             for at in found
         ]
-        machine.received(PLACE, [encode(row) for row in rows])
+        machine.received(PARTITION, [encode(row) for row in rows])
         if not found:
-            machine.reached_end(PLACE, END)
+            machine.reached_end(PARTITION, END)
 
     @rule(who=who, records=st.integers(1, 3))
     def work(self, who, records):
-        """What a turn of the loop does."""
-        if PLACE not in self.workers[who].machine.owned:
+        """A turn of the loop."""
+        if PARTITION not in self.workers[who].machine.owned:
             self.assign(who)
         self.fetch(who, records)
         self.step(who)
@@ -186,103 +186,103 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
     @precondition(lambda self: any(worker.commit for worker in self.workers))
     @rule(who=who)
-    def commit_and_hear(self, who):
+    def commit_and_answer(self, who):
         if (commit := self._take_commit(who)) is not None:
             _end(commit, commits=True)
             self.workers[who].machine.committed()
 
     @precondition(lambda self: any(worker.commit for worker in self.workers))
     @rule(who=who, commits=st.booleans())
-    def commit_or_not_and_hear_nothing(self, who, commits):
+    def commit_or_not_without_an_answer(self, who, commits):
         if (commit := self._take_commit(who)) is not None:
             _end(commit, commits=commits)
             self.workers[who].machine.failed(NOW)
 
     @precondition(lambda self: any(worker.commit for worker in self.workers))
     @rule(who=who)
-    def give_the_commit_up(self, who):
+    def abandon_the_commit(self, who):
         if (commit := self._take_commit(who)) is not None:
-            self.adrift.append((who, commit))
+            self.abandoned.append((who, commit))
             self.workers[who].machine.failed(NOW)
 
-    @precondition(lambda self: self.adrift)
+    @precondition(lambda self: self.abandoned)
     @rule(commits=st.booleans())
     def late_commit_ends(self, commits):
-        _end(self.adrift.pop()[1], commits=commits)
+        _end(self.abandoned.pop()[1], commits=commits)
 
     @precondition(lambda self: any(worker.resolving for worker in self.workers))
     @rule(who=who, commits=st.booleans())
-    def find_out(self, who, commits):
+    def resolve(self, who, commits):
         worker = self.workers[who]
         if worker.resolving is None:
             return
         batch, worker.resolving = worker.resolving, None
-        own = [it for it in self.adrift if it[0] == who]
+        own = [it for it in self.abandoned if it[0] == who]
         if not self.bench.waits:
-            look = partial(offsets.ownerships, partitions=batch.advances)
+            read = partial(offsets.ownerships, partitions=batch.advances)
         elif own:
-            self._find_while_in_flight(worker, batch, own[0], commits=commits)
+            self._resolve_while_open(worker, batch, own[0], commits=commits)
             return
         else:
-            look = partial(offsets.lock_ownerships, partitions=batch.advances)
+            read = partial(offsets.lock_ownerships, partitions=batch.advances)
         try:
             with transaction(self.bench.engine) as db:
-                places = look(db)
+                stored = read(db)
         except TransientError:
             worker.machine.failed(NOW)
         else:
-            worker.machine.resolved(places, NOW)
+            worker.machine.resolved(stored, NOW)
 
-    def _find_while_in_flight(self, worker, batch, own, *, commits):
-        """The question waits for the commit that is still on its way, whichever way that ends."""
+    def _resolve_while_open(self, worker, batch, own, *, commits):
+        """Resolving waits for the commit that is still open, however it ends."""
 
-        def find():
-            with transaction(self.bench.patient) as db:
+        def read():
+            with transaction(self.bench.waiting_engine) as db:
                 return offsets.lock_ownerships(db, batch.advances)
 
         with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(find)
-            until(self._somebody_waits, "the question waits", seconds_max=60)
+            answer = thread.submit(read)
+            until(self._a_session_waits, "resolving waits", seconds_max=60)
             assert not answer.done()
-            self.adrift.remove(own)
+            self.abandoned.remove(own)
             _end(own[1], commits=commits)
             worker.machine.resolved(answer.result(), NOW)
 
-    def _somebody_waits(self) -> bool:
+    def _a_session_waits(self) -> bool:
         with transaction(self.bench.engine) as db:
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
             return bool(db.execute(text(waiting)).scalar_one())
 
     @rule(who=who)
-    def look_around(self, who):
+    def check(self, who):
         worker = self.workers[who]
         if not worker.machine.awaits_outcome:
             with transaction(self.bench.engine) as db:
-                places = offsets.ownerships(db, worker.machine.owned)
-            worker.machine.checked(places, NOW)
+                stored = offsets.ownerships(db, worker.machine.owned)
+            worker.machine.checked(stored, NOW)
 
     @rule(who=who)
-    def let_go(self, who):
-        self.workers[who].machine.released([PLACE])
+    def release(self, who):
+        self.workers[who].machine.released([PARTITION])
         self.workers[who].wants_to_claim = False
 
     @rule(who=who)
     def die(self, who):
         if (commit := self._take_commit(who)) is not None:
             _end(commit, commits=False)
-        # What it has sent it never asks for again.
-        self.adrift = [(-1 if sender == who else sender, it) for sender, it in self.adrift]
+        # No worker ever resolves what it has sent.
+        self.abandoned = [(-1 if sender == who else sender, it) for sender, it in self.abandoned]
         self.workers[who] = Worker(self._machine())
 
     def _claim(self, worker: Worker) -> None:
         worker.wants_to_claim = True
         try:
             with transaction(self.bench.engine) as db:
-                claim = offsets.claim(db, PLACE, Owner("model", "worker"))
+                claim = offsets.claim(db, PARTITION, Owner("model", "worker"))
         except TransientError:
             return
         worker.wants_to_claim = False
-        worker.machine.claimed(PLACE, claim.epoch, claim.next_offset, END)
+        worker.machine.claimed(PARTITION, claim.epoch, claim.next_offset, END)
 
     def _write(self, worker: Worker, batch: Batch) -> None:
         connection = self.bench.engine.connect()
@@ -316,19 +316,19 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
     @precondition(lambda self: self.backed_up)
     @rule()
-    def put_back(self):
-        """Every session ends, then all is as it was."""
+    def restore(self):
+        """Every session ends, then the database is restored."""
         for number, worker in enumerate(self.workers):
             if (commit := self._take_commit(number)) is not None:
                 _end(commit, commits=False)
                 worker.machine.failed(NOW)
-        while self.adrift:
-            _end(self.adrift.pop()[1], commits=False)
+        while self.abandoned:
+            _end(self.abandoned.pop()[1], commits=False)
         self.bench.execute(RESTORE)
         self.backed_up = False
 
     def _busy(self) -> bool:
-        return bool(self.adrift) or any(worker.commit for worker in self.workers)
+        return bool(self.abandoned) or any(worker.commit for worker in self.workers)
 
     # ---------------------------------------------------------------------------- the read model
 
@@ -339,7 +339,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             [standing] = checkpoints.progress(db, [orders.name])
         if standing.lag:
             chunk: OffsetRange = standing.next_range(offsets)
-            results = project(self.bench.engine, [orders], PLACE, chunk, rejected_max=10)
+            results = project(self.bench.engine, [orders], PARTITION, chunk, rejected_max=10)
             assert results == {orders.name: Result.DONE}
 
     @precondition(lambda self: self.bench.read_models)
@@ -350,41 +350,41 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.read_models)
     @rule()
     def rebuild(self):
-        assert rebuild(self.bench.patient, orders).differing == 0
+        assert rebuild(self.bench.waiting_engine, orders).differing == 0
 
-    # -------------------------------------------------------------------------- what must hold
+    # -------------------------------------------------------------------------- invariants
 
     @invariant()
-    def log_is_a_prefix_of_the_ledger(self):
+    def log_is_a_prefix_of_the_records(self):
         with transaction(self.bench.engine) as db:
-            there = db.execute(
+            rows = db.execute(
                 text('SELECT "offset" FROM pipeline.events ORDER BY "offset"')
             ).scalars()
-            logged = list(there)
-            place = offsets.ownerships(db, [PLACE])[PLACE]
-            checkpoint = checkpoints.next_offsets(db, orders.name).get(PLACE, 0)
-        due = [offset for offset in OFFSETS if offset < place.next_offset]
-        assert logged == due, f"the log below {place.next_offset}"
-        assert checkpoint <= place.next_offset
+            logged = list(rows)
+            row = offsets.ownerships(db, [PARTITION])[PARTITION]
+            checkpoint = checkpoints.next_offsets(db, orders.name).get(PARTITION, 0)
+        due = [offset for offset in OFFSETS if offset < row.next_offset]
+        assert logged == due, f"the log below {row.next_offset}"
+        assert checkpoint <= row.next_offset
 
     def teardown(self):
-        """Nothing stays open, and read models are brought to their end and compared."""
-        for connection in [*(it for _, it in self.adrift), *(it.commit for it in self.workers)]:
+        """Close every transaction; bring the read models to the end and compare them."""
+        for connection in [*(it for _, it in self.abandoned), *(it.commit for it in self.workers)]:
             if connection is not None:
                 _end(connection, commits=False)
         for worker in self.workers:
             worker.commit = None
-        self.adrift.clear()
+        self.abandoned.clear()
         if self.bench.read_models:
             self._finish()
 
     def _finish(self) -> None:
         self._read_to_the_end()
-        self.log_is_a_prefix_of_the_ledger()
-        while self._is_behind():
+        self.log_is_a_prefix_of_the_records()
+        while self._has_lag():
             self.project_some(100)
         assert statuses(self.bench.engine) == folded()
-        difference = check(self.bench.patient, orders)
+        difference = check(self.bench.waiting_engine, orders)
         assert (difference.rows, difference.differing) == (len(folded()), 0)
 
     def _read_to_the_end(self) -> None:
@@ -394,10 +394,10 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         for _ in range(20):
             self.fetch(0, 3)
             self.step(0)
-            self.commit_and_hear(0)
-        assert self.workers[0].machine.stored == {PLACE: END}
+            self.commit_and_answer(0)
+        assert self.workers[0].machine.stored == {PARTITION: END}
 
-    def _is_behind(self) -> bool:
+    def _has_lag(self) -> bool:
         with transaction(self.bench.engine) as db:
             return any(it.lag for it in checkpoints.progress(db, [orders.name]))
 
@@ -411,7 +411,7 @@ def _end(connection: Connection, *, commits: bool) -> None:
 
 
 def folded() -> dict[str, str]:
-    """The reference of each order's newest event, by plain Python."""
+    """The reference of each order's newest event, computed in Python."""
     newest: dict[str, tuple[float, str]] = {}
     for nth, (offset, at) in enumerate(zip(OFFSETS, TIMES, strict=True)):
         order = some_id(f"order {nth % 3}")
@@ -426,7 +426,7 @@ def statuses(engine: Engine) -> dict[str, str]:
         return {row.order_id: row.client_reference for row in db.execute(text(query))}
 
 
-HARM = "the log below|UniqueViolation"
+VIOLATION = "the log below|UniqueViolation"
 ANY = settings(
     max_examples=25,
     stateful_step_count=30,
@@ -438,7 +438,7 @@ UNTIL_FOUND = settings(ANY, max_examples=2000, phases=[Phase.generate], derandom
 
 
 def run(bench: Bench, how: settings) -> None:
-    """Histories against this database, until one fails or there have been enough."""
+    """Run histories against this database, until one fails or the maximum is reached."""
 
     class Here(ProtocolOnPostgres):
         def __init__(self) -> None:
@@ -459,22 +459,22 @@ def _stale_batch(it: ProtocolOnPostgres) -> None:
     it.assign(1)
     it.fetch(1, 2)
     it.work(0, 2)
-    it.commit_and_hear(0)
+    it.commit_and_answer(0)
     it.step(1)
 
 
-def _restore(it: ProtocolOnPostgres) -> None:
+def _restored_database(it: ProtocolOnPostgres) -> None:
     it.assign(0)
     it.back_up()
     it.work(0, 2)
-    it.commit_and_hear(0)
-    it.put_back()
+    it.commit_and_answer(0)
+    it.restore()
     it.work(0, 2)
-    it.commit_and_hear(0)
-    it.log_is_a_prefix_of_the_ledger()
+    it.commit_and_answer(0)
+    it.log_is_a_prefix_of_the_records()
 
 
-@pytest.mark.parametrize("history", [_stale_batch, _restore])
+@pytest.mark.parametrize("history", [_stale_batch, _restored_database])
 @pytest.mark.parametrize("guarded", [True, False])
 def test_the_shortest_violations_are_prevented_by_the_guards(
     database, monkeypatch, history, guarded
@@ -490,9 +490,9 @@ def test_the_shortest_violations_are_prevented_by_the_guards(
     try:
         if guarded:
             history(it)
-            it.log_is_a_prefix_of_the_ledger()
+            it.log_is_a_prefix_of_the_records()
         else:
-            with pytest.raises((AssertionError, InvariantError), match=HARM):
+            with pytest.raises((AssertionError, InvariantError), match=VIOLATION):
                 history(it)
     finally:
         it.teardown()
@@ -500,7 +500,7 @@ def test_the_shortest_violations_are_prevented_by_the_guards(
 
 
 def test_real_transactions_without_a_guard_violate_the_invariants(database, monkeypatch):
-    """The offsets are not compared, and whoever hears nothing writes again."""
+    """The offsets are not compared, and a worker without an answer writes again."""
     guard = "AND o.next_offset = b.expected"
     assert guard in str(offsets.ADVANCE)
     monkeypatch.setattr(offsets, "ADVANCE", text(str(offsets.ADVANCE).replace(guard, "")))
@@ -512,8 +512,8 @@ def test_real_transactions_without_a_guard_violate_the_invariants(database, monk
     finally:
         bench.close()
 
-    # What ends the history, or what had failed in it before its end failed too.
+    # The error that ends the history, or one before it if the end failed too.
     errors: list[BaseException] = [found.value]
     while (earlier := errors[-1].__context__) is not None:
         errors.append(earlier)
-    assert re.search(HARM, " ".join(map(str, errors)))
+    assert re.search(VIOLATION, " ".join(map(str, errors)))

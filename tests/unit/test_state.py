@@ -23,7 +23,7 @@ from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
 from pipeline.ingest.state import Batch, Bounds, Contested, Machine, Reclaim, Resolve, Write
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
-from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, place, row_at
+from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, owned_at, row_at
 
 PARTITIONS = [Partition("orders", 0), Partition("orders", 1)]
 NEVER_CONTESTED = Bounds(
@@ -306,7 +306,7 @@ class History:
     def check(self):
         """The log has every record below the next offset, in order and once."""
         for partition in PARTITIONS:
-            next_offset = self.log.places[partition].next_offset
+            next_offset = self.log.ownerships[partition].next_offset
             below = [offset for offset in self.kafka[partition] if offset < next_offset]
             assert self.log.offsets(partition) == below, f"{partition} below {next_offset}"
         for worker in self.workers:
@@ -475,7 +475,7 @@ def test_a_failing_database_is_tried_again_after_growing_waits():
 
     assert waits == [1.0, 2.0, 4.0, 5.0, 5.0]
     assert machine.is_failing
-    machine.resolved({A: place(1, 0)}, now)
+    machine.resolved({A: owned_at(1, 0)}, now)
     assert write(machine, now) == batch
     machine.committed()
     assert not machine.is_failing
@@ -492,7 +492,7 @@ def test_a_failure_is_forgotten_with_its_batch(end):
         machine.released([A])
     else:
         machine.next_step(1.0)
-        machine.resolved({A: place(2, 0)}, 1.0)
+        machine.resolved({A: owned_at(2, 0)}, 1.0)
 
     assert not machine.is_failing
     machine.claimed(B, Epoch(1), NextOffset(0), NextOffset(END))
@@ -509,7 +509,7 @@ def test_an_unknown_outcome_is_seen_by_where_the_partition_stands():
         write(machine)
         machine.failed(0.0)
         assert isinstance(machine.next_step(1.0), Resolve)
-        found[next_offset] = machine.resolved({A: place(1, next_offset)}, 1.0)
+        found[next_offset] = machine.resolved({A: owned_at(1, next_offset)}, 1.0)
 
     assert found[0] == (0, {}, set())
     assert found[1] == (1, {A: 1}, set())
@@ -524,7 +524,7 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
     machine.fenced(0.0)
     assert isinstance(machine.next_step(0.0), Resolve)
 
-    outcome = machine.resolved({A: place(2, 0), B: place(1, 0)}, 0.0)
+    outcome = machine.resolved({A: owned_at(2, 0), B: owned_at(1, 0)}, 0.0)
 
     assert outcome.fenced == {A}
     assert write(machine).advances == {B: advance(1, 0, 1)}
@@ -534,7 +534,7 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
 
 def test_a_partition_that_was_taken_is_claimed_later_and_one_that_was_moved_at_once():
     reclaims = {}
-    for name, stored in (("taken", place(2, 0)), ("moved", place(1, 9))):
+    for name, stored in (("taken", owned_at(2, 0)), ("moved", owned_at(1, 9))):
         machine = owning(A, bounds=Bounds(reclaim_s_min=5.0))
         receive(machine, A, 0)
         write(machine)
@@ -558,7 +558,7 @@ def test_a_partition_that_is_taken_again_and_again_is_contested():
         write(machine, now)
         machine.fenced(now)
         machine.next_step(now)
-        machine.resolved({A: place(epoch + 1, 0)}, now)
+        machine.resolved({A: owned_at(epoch + 1, 0)}, now)
         now += 5.0
         steps.append(machine.next_step(now))
 
@@ -574,7 +574,7 @@ def test_takeovers_long_ago_are_forgotten():
         write(machine, now)
         machine.fenced(now)
         machine.next_step(now)
-        machine.resolved({A: place(epoch + 1, 0)}, now)
+        machine.resolved({A: owned_at(epoch + 1, 0)}, now)
         now += 70.0
         steps.append(machine.next_step(now))
 
@@ -610,7 +610,7 @@ def test_a_claim_of_the_same_epoch_is_seen_from_the_one_before_it():
     machine.failed(0.0)
     assert isinstance(machine.next_step(1.0), Resolve)
 
-    machine.resolved({A: place(1, 0)}, 1.0)
+    machine.resolved({A: owned_at(1, 0)}, 1.0)
 
     assert [row.offset for row in write(machine, 1.0).rows] == [0, 1]
 
@@ -621,8 +621,8 @@ def test_an_idle_worker_reads_again_after_the_database_was_restored():
     write(machine)
     machine.committed()
 
-    assert machine.checked({A: place(1, 1), B: place(1, 0)}, 0.0) == set()
-    assert machine.checked({A: place(1, 0), B: place(2, 0)}, 0.0) == {A}, (
+    assert machine.checked({A: owned_at(1, 1), B: owned_at(1, 0)}, 0.0) == set()
+    assert machine.checked({A: owned_at(1, 0), B: owned_at(2, 0)}, 0.0) == {A}, (
         "a new owner that still reads"
     )
     assert machine.next_step(0.0) == Reclaim(A)
@@ -645,7 +645,7 @@ def test_a_check_ignores_partitions_while_a_batch_is_in_hand():
     receive(machine, A, 0)
     write(machine)
 
-    assert machine.checked({A: place(1, 9)}, 0.0) == ()
+    assert machine.checked({A: owned_at(1, 9)}, 0.0) == ()
     assert machine.awaits_outcome
 
 

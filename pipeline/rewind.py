@@ -22,7 +22,7 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import RefusedError
 from pipeline.events import read
-from pipeline.ingest.repeats import RepeatWindow
+from pipeline.ingest import RepeatWindow
 from pipeline.kafka import Brokers, Watermarks
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.copying import encode

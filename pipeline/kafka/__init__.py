@@ -19,6 +19,7 @@ from pipeline.kafka.consumer import (
     ReachedEnd,
     RebalanceListener,
 )
+from pipeline.kafka.errors import client_created, on_client_error, translated
 from pipeline.kafka.group import ConsumerGroup, GroupCommit, Member
 from pipeline.kafka.metadata import Brokers
 from pipeline.kafka.records import RecordBatch, RecordReader, Watermarks
@@ -37,8 +38,11 @@ __all__ = [
     "RecordBatch",
     "RecordReader",
     "Watermarks",
+    "client_created",
     "client_version",
+    "on_client_error",
     "right_to_request",
+    "translated",
     "user_of",
     "why_not_readable",
     "why_not_visible",

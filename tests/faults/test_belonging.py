@@ -77,7 +77,7 @@ def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
     assert once.wait() == 65, once.tail()
     runs = bench.worker(**staging)
     runs.wait_until_said("partition_halted")
-    until(lambda: len(problems(bench)) == bench.partitions, "every partition says why")
+    until(lambda: len(problems(bench)) == bench.partitions, "every partition has a reason")
     assert all("PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in text for text in problems(bench))
     assert runs.stop() == 0, runs.tail()
     assert len(bench.next_offsets()) == bench.partitions, "what only staging has is not begun"

@@ -1,4 +1,4 @@
-"""A copy of the database joins the group of the original; a database that was moved goes on."""
+"""A copy of the database joins the group of the original; a database that was moved continues."""
 
 import shutil
 import subprocess
@@ -260,7 +260,7 @@ def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
         moved = bench.worker(through=at(copy))
         moved.wait_until_said("partitions_claimed")
         ledger.send(bench.topic, numbered(10), partition=1).flush()
-        until(lambda: logged_in(copy) == 20, "the moved database goes on")
+        until(lambda: logged_in(copy) == 20, "the moved database is written")
 
         assert "does not write to this database" in refusal(bench.worker())
 

@@ -75,29 +75,29 @@ def test_a_crash_on_sigterm_neither_loses_nor_repeats_a_record(bench: Bench):
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "error",
     [
         *(f"{step}:disconnect" for step in WITH_DATABASE),
         "after_fence@2:raise:40001",
         "before_commit@2:raise:40001",
     ],
 )
-def test_the_same_process_continues_after_an_error_at_any_step(bench: Bench, trouble: str):
-    worker = bench.worker(fail=trouble)
+def test_the_same_process_continues_after_an_error_at_any_step(bench: Bench, error: str):
+    worker = bench.worker(fail=error)
 
     with bench.feed(rate=PER_SECOND) as feed:
         worker.wait_until_said("server_available")
 
     bench.finish(feed.ledger)
-    assert worker.said("server_unavailable"), "the trouble came, and was borne"
+    assert worker.said("server_unavailable"), "the error came, and was borne"
 
 
 @pytest.mark.parametrize(
-    "trouble", ["before_commit@2:raise:57P01", "after_commit_before_ack@2:raise:57P01"]
+    "error", ["before_commit@2:raise:57P01", "after_commit_before_ack@2:raise:57P01"]
 )
-def test_a_worker_continues_after_an_operator_terminates_its_session(bench: Bench, trouble: str):
-    """Before the commit the batch is repeated, behind it the batch is found in the log."""
-    worker = bench.worker(fail=trouble)
+def test_a_worker_continues_after_an_operator_terminates_its_session(bench: Bench, error: str):
+    """Before the commit the batch is repeated; after it the batch is found in the log."""
+    worker = bench.worker(fail=error)
 
     with bench.feed(rate=PER_SECOND) as feed:
         worker.wait_until_said("server_available")
@@ -107,7 +107,7 @@ def test_a_worker_continues_after_an_operator_terminates_its_session(bench: Benc
 
 @pytest.mark.parametrize("step", ["after_poll@5", "after_fence@2"])
 def test_a_long_wait_at_any_step_changes_nothing(bench: Bench, step: str):
-    """Longer than PostgreSQL bears with an open transaction that says nothing."""
+    """Longer than PostgreSQL allows an open transaction to send nothing."""
     bench.worker(fail=f"{step}:sleep:2.5", idle_in_transaction_timeout_ms="1000")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -133,22 +133,22 @@ def test_a_process_that_was_stopped_continues_when_it_is_resumed(bench: Bench, s
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit_before_ack@2"])
 def test_a_process_that_was_stopped_outside_a_transaction_is_replaced(bench: Bench, step: str):
     """Another takes over meanwhile; the batch that it had committed is there once."""
-    overslept = bench.worker(fail=f"{step}:stop")
+    paused = bench.worker(fail=f"{step}:stop")
 
     with bench.feed(rate=PER_SECOND) as feed:
-        overslept.wait_until_stopped()
-        heir = bench.worker()
-        bench.wait_until_owner_of_all(heir)
+        paused.wait_until_stopped()
+        next_owner = bench.worker()
+        bench.wait_until_owner_of_all(next_owner)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
-        overslept.resume()
-        overslept.wait_until_said("partitions_fenced", "member_timed_out", "partitions_claimed")
+        paused.resume()
+        paused.wait_until_said("partitions_fenced", "member_timed_out", "partitions_claimed")
 
     bench.finish(feed.ledger)
 
 
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit@2"])
 def test_an_error_in_the_loop_leads_to_joining_the_group_again(bench: Bench, step: str):
-    """Also within a callback of Kafka's client, which would go on at an offset of its own."""
+    """Also within a callback of Kafka's client, which would continue at an offset of its own."""
     worker = bench.worker(fail=f"{step}:raise:57P01")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -178,20 +178,20 @@ def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench)
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(1)
-        heir = bench.worker(kafka_options=options)
-        # By the group, or at its word, if that had been given before the loop stood still for long.
+        next_owner = bench.worker(kafka_options=options)
+        # Taken by the group, or revoked if the loop still answered.
         stuck.wait_until_said("member_timed_out", "partitions_revoked")
-        until(lambda: set(bench.owners().values()) == {stuck.pid, heir.pid}, "both own some")
+        until(lambda: set(bench.owners().values()) == {stuck.pid, next_owner.pid}, "both own some")
 
     bench.finish(feed.ledger)
 
 
-@pytest.mark.parametrize("trouble", ["disconnect", "stop"])
-def test_the_same_projection_goes_on_after_trouble_before_its_commit(bench: Bench, trouble: str):
-    worker = bench.worker("run", fail=f"after_projection@5:{trouble}")
+@pytest.mark.parametrize("error", ["disconnect", "stop"])
+def test_the_same_projection_continues_after_an_error_before_its_commit(bench: Bench, error: str):
+    worker = bench.worker("run", fail=f"after_projection@5:{error}")
 
     with bench.feed(rate=PER_SECOND) as feed:
-        if trouble == "stop":
+        if error == "stop":
             worker.wait_until_stopped()
             # Longer than PostgreSQL bears with its silence.
             until(

@@ -1,4 +1,4 @@
-"""Brokers that are gone, or silent: who is to end does not wait for ever, who runs goes on."""
+"""Brokers that are unavailable: a one-shot command does not wait for ever, `run` continues."""
 
 import re
 import socketserver
@@ -64,7 +64,7 @@ def test_a_one_shot_ingest_ends_when_its_brokers_stop_answering(
 
     engine.dispose()
     assert 0 < written < RECORDS
-    # The client's goodbye, where it was not waited for, is said when somebody hears it.
+    # A client that did not close in time may still log when it does.
     mock_broker.set_up()
     until(lambda: "leaving" not in {it.name for it in threading.enumerate()}, "the client is gone")
 
@@ -97,7 +97,7 @@ def test_a_batch_is_committed_only_after_kafka_confirms_its_topic(
         worker = bench.worker(kafka_options="reconnect.backoff.max.ms=500")
         until(lambda: bench.waits_for_lock(worker), "its COPY waits")
         private_kafka.pause()
-        # What was asked before may still be answered; the next attempt asks anew.
+        # A request from before may still be answered; the next attempt sends another one.
         until(lambda: not bench.waits_for_lock(worker), "it gives up")
         until(lambda: bench.waits_for_lock(worker), "it tries again")
 
@@ -106,7 +106,7 @@ def test_a_batch_is_committed_only_after_kafka_confirms_its_topic(
             line["reason"].startswith("Kafka at ") for line in worker.said("server_unavailable")
         )
 
-    until(has_missed_kafka, "it says what it waits for")
+    until(has_missed_kafka, "it logs what it waits for")
     assert bench.logged() == 0
     private_kafka.resume()
     bench.wait_until_logged(20)
@@ -142,7 +142,7 @@ def test_a_worker_continues_by_itself_after_its_only_broker_was_killed_under_loa
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]:
-    """An outage is logged again every second, and Kafka is looked at more often; the log lines."""
+    """An outage is logged again every second, and the checks run more often; the log lines."""
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
     monkeypatch.setattr(outages, "SERVER", Backoff(0.1, 0.5))
     monkeypatch.setattr(loop, "CHECK_S", 0.2)
@@ -155,10 +155,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
 def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
     """What the lines of an outage of a server say, in their order; 0 where it is over."""
     return [
-        int(told[1] or 0)
+        int(reported[1] or 0)
         for line in lines
         if line["event"] == "server_unavailable" and line["reason"].startswith(server)
-        if (told := re.search(r"in about (\d+) s|is over", line["effect"]))
+        if (reported := re.search(r"in about (\d+) s|is over", line["effect"]))
     ]
 
 
@@ -183,22 +183,24 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
         until(lambda: logged(database, "kept") == ledger.records, "all is read")
         until(lambda: has_looked(database), "how long Kafka keeps it is recorded")
         private_kafka.pause()
-        until(lambda: len(seconds_left(impatient, "Kafka")) > 2, "it says so again and again")
-        until(lambda: "was not read in about " in of_status(), "status says it")
+        until(lambda: len(seconds_left(impatient, "Kafka")) > 2, "it is logged repeatedly")
+        until(lambda: "was not read in about " in of_status(), "status reports it")
         until(lambda: 0 in seconds_left(impatient, "Kafka"), "the time is over")
-        until(lambda: "may have deleted events" in of_status(), "status says that it is over")
+        until(
+            lambda: "may have deleted events" in of_status(), "status reports that the time is over"
+        )
         private_kafka.resume()
         until(lambda: "server_available" in [line["event"] for line in impatient], "it is back")
-        until(lambda: "was not read" not in of_status(), "status says no more of it")
+        until(lambda: "was not read" not in of_status(), "status no longer reports it")
 
-    told = seconds_left(impatient, "Kafka")
-    assert told == sorted(told, reverse=True), "it shrinks"
-    assert retention_s > told[0] > told[-1]
+    reported = seconds_left(impatient, "Kafka")
+    assert reported == sorted(reported, reverse=True), "it shrinks"
+    assert retention_s > reported[0] > reported[-1]
     engine.dispose()
 
 
 def has_looked(database: Database) -> bool:
-    """Whether the worker has asked Kafka for ends and retention since it has read everything."""
+    """Whether the worker has requested ends and retention since it has read everything."""
     with database.connect() as db:
         found = db.execute(
             "SELECT FROM pipeline.consumer_offsets WHERE retention_ms IS NOT NULL "
@@ -211,7 +213,7 @@ def has_looked(database: Database) -> bool:
 def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_unread_records(
     private_kafka: KafkaServer, database: Database, impatient: MutableSequence[Any]
 ):
-    """Kafka is asked as long as it answers; after that, what it answered last counts."""
+    """By Kafka's answers while it answers, then by its last answer."""
     retention_s = 100
     private_kafka.create_topic("unread", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("unread", [b"1"] * 5).flush()
@@ -223,7 +225,7 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
         options={"socket.timeout.ms": "1000", "api.version.request.timeout.ms": "1000"},
     )
 
-    def told() -> list[int]:
+    def reported() -> list[int]:
         return seconds_left(impatient, "PostgreSQL")
 
     with running(settings):
@@ -231,16 +233,16 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
         with database.connect(autocommit=False) as blocker:
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             ledger.send("unread", [b"2"] * 5).flush()
-            until(told, "it says so")
+            until(reported, "it is logged")
             private_kafka.pause()
-            before = len(told())
-            until(lambda: len(told()) > before, "it still says so")
+            before = len(reported())
+            until(lambda: len(reported()) > before, "it is logged again")
             private_kafka.resume()
             private_kafka.delete_records("unread", 0, 10)
-            until(lambda: 0 in told(), "the records are gone")
+            until(lambda: 0 in reported(), "the records are deleted")
         until(lambda: logged(database, "unread") == ledger.records, "they were in hand")
 
-    seconds = told()
+    seconds = reported()
     assert seconds == sorted(seconds, reverse=True), "it shrinks"
     assert retention_s >= seconds[0] > seconds[-2] > retention_s / 2
 

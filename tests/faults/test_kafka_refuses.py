@@ -1,4 +1,4 @@
-"""A Kafka with logins and rights: what it refuses is told, and goes on when that is mended."""
+"""A Kafka with logins and rights: what it refuses is reported, and continues once corrected."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,14 +106,14 @@ def test_a_wrong_password_is_reported_and_a_revoked_right_halts_only_its_topic(
     forbid(kafka, "may-vanish")
     ledger.send("may-vanish", TWOS).send("stays", TWOS).flush()
     worker.wait_until_said("topic_not_authorized")
-    until(lambda: bench.next_offsets()[Partition("stays", 0)] == 10, "the other topic flows on")
+    until(lambda: bench.next_offsets()[Partition("stays", 0)] == 10, "the other topic is read")
     hidden = (
         "SELECT FROM pipeline.consumer_offsets "
         "WHERE strpos(problem, 'TOPIC_AUTHORIZATION_FAILED') > 0"
     )
-    until(lambda: len(bench.query(hidden)) == 1, "what is said of the topic that vanished")
+    until(lambda: len(bench.query(hidden)) == 1, "the reason for the hidden topic")
     allow(kafka, read)
-    until(lambda: bench.next_offsets()[Partition("may-vanish", 0)] == 10, "it goes on by itself")
+    until(lambda: bench.next_offsets()[Partition("may-vanish", 0)] == 10, "it continues by itself")
     assert bench.query("SELECT FROM pipeline.consumer_offsets WHERE problem IS NOT NULL") == []
     assert worker.stop() == 0, worker.tail()
 

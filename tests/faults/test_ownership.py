@@ -1,4 +1,4 @@
-"""Whatever is started twice, or dies holding something, costs no record and says so."""
+"""What is started twice, or dies as an owner, costs no record and is logged."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def test_a_member_id_that_is_used_twice_ends_the_older_worker_with_75(bench: Ben
 
 
 def test_a_member_whose_place_was_taken_for_a_moment_joins_again(bench: Bench):
-    """A client may be that other one itself: after a pause of the brokers librdkafka asks twice."""
+    """The other member may be the same client: after a pause of the brokers it requests twice."""
     worker = bench.worker(group_instance_id="one")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -41,7 +41,7 @@ def test_a_member_whose_place_was_taken_for_a_moment_joins_again(bench: Bench):
 
 
 def take_the_place_of(instance: str, bench: Bench) -> None:
-    """Join under a member's instance id, and be gone without a word, as static members are."""
+    """Join with a member's instance id, then end without leaving, as static members do."""
     other = Consumer(
         {
             "bootstrap.servers": bench.kafka.bootstrap_servers,
@@ -70,8 +70,8 @@ def test_a_machine_that_loses_its_power_holds_nobody_up(bench: Bench, step: str)
         proxy.black_hole()
         lost.kill()
         assert bench.sessions_in_transaction(lost), "its transaction is open still"
-        heir = bench.worker()
-        bench.wait_until_owner_of_all(heir)
+        next_owner = bench.worker()
+        bench.wait_until_owner_of_all(next_owner)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
 
     bench.finish(feed.ledger)

@@ -1,4 +1,4 @@
-"""While PostgreSQL is away, restarts or refuses, the process waits; then it goes on by itself."""
+"""While PostgreSQL is unavailable, restarts or refuses, the process waits, then continues."""
 
 import shutil
 import subprocess
@@ -84,7 +84,7 @@ def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, comman
         bench.end_sessions(of=worker)
         until(
             lambda: any("refused the login" in reason for reason in worker.reasons()),
-            "it says that the login was refused",
+            "it logs that the login was refused",
         )
         bench.set_password(worker.role, bench.password)
 

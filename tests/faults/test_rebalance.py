@@ -41,13 +41,13 @@ def test_workers_may_come_and_go_all_the_time(bench: Bench, way: str):
     bench.finish(feed.ledger)
     assert stays.exit_code == 0
     skipped = [line["error"] for line in stays.said("kafka_commit_skipped")]
-    assert len(skipped) <= 2 * len(set(skipped)), "told once a minute, however many come back"
+    assert len(skipped) <= 2 * len(set(skipped)), "logged once per minute, however many fail"
 
 
 def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
     bench: Bench,
 ):
-    """A full batch has them held; the client remembers that for longer than the assignment."""
+    """A full batch pauses them; the client remembers that for longer than the assignment."""
     stays = bench.worker(lock_timeout_ms="60000", revoke_deadline_ms="1000")
 
     with bench.feed(rate=PER_SECOND) as feed:

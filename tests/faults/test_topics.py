@@ -1,4 +1,4 @@
-"""Topics that are deleted, made anew, widened and cut back, while workers run and while none do."""
+"""Topics that are deleted, recreated, extended and truncated, with and without running workers."""
 
 import os
 from collections.abc import Callable
@@ -35,8 +35,12 @@ def problem(bench: Bench, topic: str) -> set[str | None]:
     return {text for (text,) in rows}
 
 
-def stands(bench: Bench, topic: str) -> dict[int, int]:
-    return {place.number: at for place, at in bench.next_offsets().items() if place.topic == topic}
+def next_offsets(bench: Bench, topic: str) -> dict[int, int]:
+    return {
+        partition.number: offset
+        for partition, offset in bench.next_offsets().items()
+        if partition.topic == topic
+    }
 
 
 def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
@@ -53,18 +57,18 @@ def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     Ledger(kafka.bootstrap_servers).send(name, numbered(2000, first=100)).flush()
     worker.wait_until_said("partition_halted")
     ledger.send(other, numbered(5, first=5)).flush()
-    until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
+    until(lambda: next_offsets(bench, other) == {0: 10}, "the other topic is read")
 
     assert worker.exit_code is None
     assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
-    assert stands(bench, name)[0] == 5
+    assert next_offsets(bench, name)[0] == 5
     assert all("topic id" in (text or "") for text in problem(bench, name)), problem(bench, name)
 
 
 def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):
-    """Also for a worker that starts while it is gone; made anew it is refused as another one."""
+    """Also for a worker that starts while it is missing; when recreated, it is refused."""
     name, other = bench.topic, topic(1)
     both: dict[str, Any] = {"topics": f"{name},{other}", "linger_ms": "10", "kafka_options": QUICK}
     ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
@@ -73,9 +77,9 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
 
     kafka.delete_topic(name)
     first.wait_until_said("topic_missing")
-    until(lambda: None not in problem(bench, name), "every partition of it says why")
+    until(lambda: None not in problem(bench, name), "every partition of it has a reason")
     ledger.send(other, numbered(5, first=5)).flush()
-    until(lambda: stands(bench, other) == {0: 10}, "the other topic flows on")
+    until(lambda: next_offsets(bench, other) == {0: 10}, "the other topic is read")
     assert problem(bench, other) == {None}
     assert all("no longer exists" in (text or "") for text in problem(bench, name))
     assert first.stop() == 0, first.tail()
@@ -84,7 +88,7 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     ledger.send(other, numbered(5, first=10)).flush()
     assert once.wait() == 65, once.tail()
     second = bench.worker(**both)
-    until(lambda: stands(bench, other) == {0: 15}, "the other topic flows again")
+    until(lambda: next_offsets(bench, other) == {0: 15}, "the other topic is read again")
     kafka.create_topic(name, bench.partitions + 1)
     Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
     second.wait_until_said("partition_halted")
@@ -92,7 +96,7 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
 
     assert second.stop() == 0, second.tail()
     assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
-    assert stands(bench, name) == {0: 5, 1: 0, 2: 0, 3: 0}, "a new partition is not begun"
+    assert next_offsets(bench, name) == {0: 5, 1: 0, 2: 0, 3: 0}, "a new partition does not begin"
 
 
 # ------------------------------------------------------------------------- records that Kafka loses
@@ -122,20 +126,20 @@ def test_records_that_kafka_loses_and_replaces_halt_their_topic(
     for name in names[:2]:
         lose(private_kafka, name, keep=sizes[0])
     private_kafka.start()
-    anew = Ledger(private_kafka.bootstrap_servers)
+    recreated = Ledger(private_kafka.bootstrap_servers)
     for name in names[:2]:
-        anew.send(name, numbered(15, first=100)).flush()
+        recreated.send(name, numbered(15, first=100)).flush()
     ledger.send("intact", numbered(5)).flush()
 
     again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
     assert again.wait() == 65, again.tail()
     runs.wait_until_said("partition_halted")
-    until(lambda: stands(bench, "intact") == {0: 15}, "the other topic flows on")
+    until(lambda: next_offsets(bench, "intact") == {0: 15}, "the other topic is read")
     assert runs.stop() == 0, runs.tail()
     for name in names[:2]:
         [text] = problem(bench, name)
         assert "Kafka has lost records" in (text or "")
-        assert stands(bench, name) == {0: 10}
+        assert next_offsets(bench, name) == {0: 10}
     found = [logged(database, name) for name in names]
     assert found[0] | found[1] | found[2] == ledger.records
     bench.close()
@@ -154,5 +158,5 @@ def lose(kafka: KafkaServer, topic: str, *, keep: int) -> None:
     for kind in ("*.index", "*.timeindex", "*.snapshot"):
         for derived in segment.parent.glob(kind):
             derived.unlink()
-    # Without it the broker looks at what it has.
+    # Without it the broker checks what it has.
     (kafka.directory / "data" / ".kafka_cleanshutdown").unlink(missing_ok=True)

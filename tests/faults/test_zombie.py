@@ -1,4 +1,4 @@
-"""A worker that overslept writes nothing any more, and says so."""
+"""A worker that was paused for too long writes nothing, and logs that."""
 
 import pytest
 
@@ -8,9 +8,9 @@ PER_SECOND = 400
 PROTOCOLS = ("classic", "consumer")
 
 
-def wakes_fenced(bench: Bench, zombie: Worker, heir: Worker) -> None:
+def resume_and_find_fenced(bench: Bench, zombie: Worker, next_owner: Worker) -> None:
     """Wake it after somebody else has taken over, and wait until it knows."""
-    bench.wait_until_owner_of_all(heir)
+    bench.wait_until_owner_of_all(next_owner)
     standing = bench.logged()
     bench.wait_until_logged(standing + PER_SECOND)
 
@@ -25,10 +25,10 @@ def test_a_worker_stopped_past_its_session_writes_nothing_afterwards(bench: Benc
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_owner_of_all(zombie)
-        heir = bench.worker(kafka_group_protocol=protocol)
+        next_owner = bench.worker(kafka_group_protocol=protocol)
         bench.wait_until_logged(PER_SECOND)
         zombie.pause()
-        wakes_fenced(bench, zombie, heir)
+        resume_and_find_fenced(bench, zombie, next_owner)
 
     bench.finish(feed.ledger)
 
@@ -54,8 +54,8 @@ def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_owner_of_all(zombie)
         zombie.wait_until_stopped()
-        heir = bench.worker(kafka_group_protocol=protocol)
-        wakes_fenced(bench, zombie, heir)
+        next_owner = bench.worker(kafka_group_protocol=protocol)
+        resume_and_find_fenced(bench, zombie, next_owner)
 
     bench.finish(feed.ledger)
 
@@ -69,11 +69,11 @@ def test_a_worker_that_resumes_before_the_next_owner_writes_is_refused_by_its_ep
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_owner_of_all(zombie)
         zombie.wait_until_stopped()
-        heir = bench.worker(fail="after_begin:stop")
-        bench.wait_until_owner_of_all(heir)
-        heir.wait_until_stopped()
+        next_owner = bench.worker(fail="after_begin:stop")
+        bench.wait_until_owner_of_all(next_owner)
+        next_owner.wait_until_stopped()
         zombie.resume()
         zombie.wait_until_said("partitions_fenced", "member_timed_out")
-        heir.resume()
+        next_owner.resume()
 
     bench.finish(feed.ledger)

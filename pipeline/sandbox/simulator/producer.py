@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.causes import KAFKA_CODES
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.kafka.errors import client_created, on_client_error, translated
+from pipeline.kafka import client_created, on_client_error, translated
 from pipeline.partitions import Offset
 from pipeline.redaction import without
 from pipeline.sandbox.simulator.records import Record

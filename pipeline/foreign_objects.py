@@ -1,15 +1,17 @@
 """Changes that other people made to our tables, and that change or prevent what we store there.
 
 A trigger that runs before a row is stored, or a rule, may change the row or leave it out without an
-error. A constraint makes good records look bad. A security policy, a column that must have a value
-or a table that is gone stop us with an error that names none of them.
+error. A constraint, or a column that must have a value, makes good records look bad; one of another
+type may round an amount. A security policy, or a table or column that is gone, stop us with an
+error that names none of them. Without its primary key, a table may hold a row twice.
 """
 
 import re
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import Column, Connection, Table, text
+from sqlalchemy.dialects import postgresql
 
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA
 from pipeline.errors import ConfigurationError
@@ -37,7 +39,22 @@ WITH ours AS (
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p')
       AND (format('%s.%s', n.nspname, c.relname) = ANY (:tables)
-           OR n.nspname = 'pipeline_segments' AND 'pipeline.events' = ANY (:tables))
+           OR n.nspname = 'pipeline_segments' AND c.relispartition
+              AND 'pipeline.events' = ANY (:tables))
+),
+declared AS (
+    SELECT * FROM unnest(CAST(:of_tables AS text[]), CAST(:columns AS text[]),
+                         CAST(:types AS text[]), CAST(:nullables AS boolean[]))
+                  AS d (of_table, name, type, nullable)
+),
+columns AS (
+    SELECT o.*, a.attname, a.attnotnull, a.atthasdef, a.attidentity, a.atttypid, a.atttypmod,
+           d.name AS declared, d.type, d.nullable
+    FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
+    LEFT JOIN declared d ON d.name = a.attname AND d.of_table =
+        CASE o.nspname WHEN 'pipeline_segments' THEN 'pipeline.events'
+             ELSE format('%s.%s', o.nspname, o.relname) END
+    WHERE a.attnum > 0 AND NOT a.attisdropped
 )
 SELECT o.name, 'trigger' AS kind, quote_ident(t.tgname) AS object,
        pg_get_userbyid(p.proowner) AS owner, NULL AS other
@@ -52,20 +69,36 @@ UNION ALL
 SELECT o.name, 'policy', 'row level security', pg_get_userbyid(o.relowner), NULL
 FROM ours o WHERE row_security_active(o.oid)
 UNION ALL
-SELECT o.name, 'column', quote_ident(a.attname), pg_get_userbyid(o.relowner), NULL
-FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
-WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull AND NOT a.atthasdef
-  AND a.attidentity = '' AND o.nspname <> 'pipeline_segments'
-  AND format('%s.%s.%s', o.nspname, o.relname, a.attname) <> ALL (:columns)
+SELECT name, 'column', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE declared IS NULL AND attnotnull AND NOT atthasdef AND attidentity = ''
+  AND nspname <> 'pipeline_segments'
+UNION ALL
+SELECT name, 'not null', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE nullable AND attnotnull
+UNION ALL
+SELECT name, 'type', quote_ident(attname), pg_get_userbyid(relowner),
+       format('%s, not %s', format_type(atttypid, atttypmod), lower(type))
+FROM columns
+WHERE nspname <> 'pipeline_segments'
+  AND (atttypid <> to_regtype(type) OR atttypmod <> -1 AND strpos(type, '(') = 0)
+UNION ALL
+SELECT o.name, 'gone', quote_ident(d.name), pg_get_userbyid(o.relowner), lower(d.type)
+FROM ours o JOIN declared d ON d.of_table = format('%s.%s', o.nspname, o.relname)
+WHERE NOT EXISTS (SELECT FROM columns c WHERE c.oid = o.oid AND c.declared = d.name)
+UNION ALL
+SELECT o.name, 'key', k.columns, pg_get_userbyid(o.relowner), NULL
+FROM ours o JOIN unnest(CAST(:keyed AS text[]), CAST(:keys AS text[])) AS k (of_table, columns)
+             ON k.of_table = format('%s.%s', o.nspname, o.relname)
+WHERE NOT EXISTS (SELECT FROM pg_constraint p WHERE p.conrelid = o.oid AND p.contype = 'p')
 UNION ALL
 SELECT o.name, 'constraint', quote_ident(k.conname), pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_constraint k ON k.conrelid = o.oid
-WHERE k.contype IN ('c', 'f', 'u', 'x') AND o.nspname <> 'pipeline_segments'
+WHERE k.contype IN ('c', 'f', 'u', 'x') AND k.coninhcount = 0 AND k.conparentid = 0
   AND format('%s.%s.%s', o.nspname, o.relname, k.conname) <> ALL (:constraints)
 UNION ALL
 SELECT o.name, 'index', i.indexrelid::regclass::text, pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_index i ON i.indrelid = o.oid JOIN pg_class c ON c.oid = i.indexrelid
-WHERE i.indisunique AND o.nspname <> 'pipeline_segments'
+WHERE i.indisunique AND NOT c.relispartition
   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)
   AND format('%s.%s.%s', o.nspname, o.relname, c.relname) <> ALL (:constraints)
 UNION ALL
@@ -174,7 +207,8 @@ def _begins_with(line: str, described: str) -> bool:
 def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Foreign]:
     """All that is wrong with these tables of ours in that way."""
     names = [f"{one.schema}.{one.name}" for one in tables]
-    columns = [f"{one.schema}.{one.name}.{column.name}" for one in tables for column in one.columns]
+    columns = [(f"{one.schema}.{one.name}", column) for one in tables for column in one.columns]
+    keys = [(f"{one.schema}.{one.name}", one.primary_key) for one in tables if one.primary_key]
     missing = [
         Foreign(
             name,
@@ -188,8 +222,28 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
         for one in tables
         for name in (*(it.name for it in one.constraints), *(it.name for it in one.indexes))
     ]
-    found = db.execute(_FOUND, {"tables": names, "columns": columns, "constraints": constraints})
+    found = db.execute(
+        _FOUND,
+        {
+            "tables": names,
+            "of_tables": [name for name, _ in columns],
+            "columns": [column.name for _, column in columns],
+            "types": [_type_of(column) for _, column in columns],
+            "nullables": [column.nullable for _, column in columns],
+            "keyed": [name for name, _ in keys],
+            "keys": [", ".join(column.name for column in key.columns) for _, key in keys],
+            "constraints": constraints,
+        },
+    )
     return [*missing, *(_described(*row) for row in found)]
+
+
+def _type_of(column: Column[Any]) -> str:
+    """As PostgreSQL reads it; without the collation, which is no part of a type's name."""
+    return column.type.compile(dialect=_POSTGRES).partition(" COLLATE ")[0]
+
+
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 
 def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
@@ -261,6 +315,33 @@ def _described(table: str, kind: str, name: str, owner: str, other: str | None) 
                 f"is referenced by foreign key {name} of {other} (owner {owner}), which refuses "
                 "that rows are deleted",
                 f"ALTER TABLE {other} DROP CONSTRAINT {name}",
+            )
+        case "not null":
+            return Foreign(
+                table,
+                f"has column {name} NOT NULL, which events may leave empty: they would be refused "
+                f"(owner of the table: {owner})",
+                f"ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL",
+            )
+        case "type":
+            return Foreign(
+                table,
+                f"has column {name} of type {other}: what is stored there may be cut, rounded or "
+                f"refused (owner of the table: {owner})",
+                f"change the type of {table}.{name} back; then run `pipeline verify`",
+            )
+        case "gone":
+            return Foreign(
+                table,
+                f"has no column {name}: somebody has dropped it (owner of the table: {owner})",
+                f"ALTER TABLE {table} ADD COLUMN {name} {other}; then restore its values from a "
+                "backup, those of a read model by `pipeline rebuild`",
+            )
+        case "key":
+            return Foreign(
+                table,
+                f"has no primary key, so it may hold a row twice (owner of the table: {owner})",
+                f"ALTER TABLE {table} ADD PRIMARY KEY ({name})",
             )
         case _:
             return Foreign(

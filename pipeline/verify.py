@@ -2,7 +2,8 @@
 
 1. the log against its own bookkeeping: SQL, and the digests of bytes that are kept
 2. the log against Kafka, record by record, for as far back as Kafka's retention lasts
-3. each read model against a replay of the log
+3. each read model against a replay of the log; and its tables against their declaration, for where
+   a column rounds what is stored, a replay rounds it too
 
 Nothing is changed, and what runs goes on: rows below a next offset never change, so each part looks
 at what was there when it began.
@@ -17,6 +18,7 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
+from pipeline.foreign_objects import foreign_objects
 from pipeline.ingest.takeover import another_topic
 from pipeline.log import ownership
 from pipeline.log.comparison import Comparison, Intervals, Staging
@@ -303,6 +305,7 @@ def _of_comparison(
 # ------------------------------------------------------------------------------------ read models
 
 _REPLAYED = "its tables equal a replay of the log"
+_UNCHANGED = "nobody has changed its tables"
 
 
 def verify_read_models(
@@ -317,6 +320,12 @@ def verify_read_models(
     Raises:
         TransientError: The server went away.
     """
+    for projector in projectors:
+        with transaction(engine) as db:
+            changes = foreign_objects(db, projector.tables)
+        words = "; ".join(f"{one.table} {one.what}: {one.fix}" for one in changes) or None
+        examined = len(projector.tables)
+        yield Evidence("read models", projector.name, _UNCHANGED, examined, len(changes), words)
     for projector in projectors:
         name = projector.name
 

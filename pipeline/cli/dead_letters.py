@@ -15,7 +15,7 @@ from pipeline.dead_letters import DeadLetter, listed
 from pipeline.errors import ExitCode
 from pipeline.log.search import newest
 from pipeline.logs import printable
-from pipeline.migrate import check_schema
+from pipeline.migrate import check_schema, check_tables
 from pipeline.projection.turn import retry as try_again
 from pipeline.projectors import discover
 
@@ -134,6 +134,7 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: _AsJson = False) ->
     wanted = [one.name for one in known(names or [])]
     with database_of(settings_of(ctx), "dead-letters") as engine:
         check_schema(engine)
+        check_tables(engine)
         landed, refused = try_again(engine, discover(), wanted or None)
     if as_json:
         emit({"landed": landed, "refused": refused})

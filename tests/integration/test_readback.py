@@ -13,16 +13,21 @@ from hypothesis import HealthCheck, Phase, example, settings
 from hypothesis import given as over
 from hypothesis import strategies as st
 from sqlalchemy import text
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from pipeline import events as reading
-from pipeline.db import metadata, transaction
+from pipeline.cli.app import app
+from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.log import append as writing
 from pipeline.log import ownership
 from pipeline.log.copying import encode
 from pipeline.log.ownership import Owner
+from pipeline.migrate import declare_tables
 from pipeline.positions import NextOffset, Partition
 from tests.commands import Commands, InProcess
 from tests.given import Given, event, some_id
+from tests.integration.test_canaries import commands_of
 from tests.servers.databases import fresh_database
 
 OFFSET_MAX = 2**63 - 1
@@ -139,6 +144,19 @@ SHOWN = {
     "projection_workers": {"worker"},
 }
 
+# Tables that no command shows: only the service's own statements read them.
+NOT_SHOWN = {
+    *("ingest_workers", "installation", "locks", "own_views", "rebuild_ranges", "segments"),
+}
+
+
+def test_each_table_of_the_log_is_filled_with_odd_values_or_shown_by_no_command():
+    declare_tables()
+
+    tables = {one.name for one in metadata.tables.values() if one.schema == LOG_SCHEMA}
+
+    assert tables == {*SHOWN} | NOT_SHOWN
+
 
 def column_values(table):
     """A value for each column of a table that has no meaning to keep, by its type."""
@@ -177,6 +195,25 @@ READING = [
     ["verify", "--only", "read-models", "orders"],
     ["rebuild", "orders", "--check"],
 ]
+
+# Commands that write or watch, and those that read Kafka too: what they meet in the log is tested
+# where each of them is, with the records of `tests/records.py`.
+NOT_READING = {
+    *("check", "demo", "gaps accept", "ingest", "migrate", "project", "rewind", "run", "simulate"),
+}
+
+
+def test_each_command_that_reads_the_log_is_among_those_that_are_tested_here():
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+
+    read = {
+        name
+        for name in commands_of(root)
+        if any(one[: len(name.split())] == name.split() for one in READING)
+    }
+
+    assert read | NOT_READING == {*commands_of(root)}
 
 
 @pytest.fixture(scope="module")

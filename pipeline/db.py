@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 import psycopg
 import structlog
 from psycopg.abc import PQGen
+from psycopg.conninfo import make_conninfo
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from pipeline import causes, handshakes, session, stored_times
+from pipeline import causes, session, stored_times
 from pipeline.blockers import who_blocks
 from pipeline.errors import PipelineError
+from pipeline.handshakes import SSL_REQUEST, sqlstates_of_refusal, why_refused
 from pipeline.postgres_errors import SilentServerError, UnreachableError, place, translate
 
 log = structlog.get_logger(__name__)
@@ -168,6 +170,7 @@ class _Address:
         self._fixed = fixed
         self._fresh_url = fresh_url
         self._refused: tuple[float, UnreachableError] | None = None
+        self._causes: dict[str, causes.Cause] = {}
         self._use(url)
 
     def _use(self, url: str) -> None:
@@ -189,7 +192,7 @@ class _Address:
         try:
             made = self._connect(options)
         except UnreachableError as error:
-            if causes.of_libpq(error.words) not in causes.LOGINS:
+            if error.cause not in causes.LOGINS:
                 raise
             self._refused = (time.monotonic(), error)
             if not self._is_renewed():
@@ -203,11 +206,24 @@ class _Address:
             return _Session.connect(**{**self.parameters, **options})
         except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
             refused = session.login_refused(error, self.where)
-            unreachable = UnreachableError(self._explained(str(error)))
+            words = self._explained(str(error))
+            unreachable = UnreachableError(words, self._cause(words))
         if refused is not None:
             raise refused
         place(unreachable, self.where)
         raise unreachable
+
+    def _cause(self, words: str) -> causes.Cause:
+        """Why libpq could not connect: by its words, or by the server's code if they do not tell.
+
+        The code of the same words is asked for once, for it takes one more attempt to log in.
+        """
+        if cause := causes.of_libpq(words):
+            return cause
+        if words not in self._causes:
+            conninfo = make_conninfo(**self.parameters)
+            self._causes = {words: causes.of_login(sqlstates_of_refusal(conninfo))}
+        return self._causes[words]
 
     def _explained(self, words: str) -> str:
         """What libpq says, and why a certificate is refused where it says only that it is."""
@@ -215,7 +231,7 @@ class _Address:
         if not found:
             return words
         authority = self.parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
-        why = handshakes.why_refused(
+        why = why_refused(
             found["host"],
             int(found["port"]),
             str(authority or Path.home() / ".postgresql" / "root.crt"),
@@ -356,7 +372,7 @@ class _Session(psycopg.Connection[Any]):
         try:
             with _dial(host, port) as asking:
                 asking.settimeout(ALIVE_S_MAX)
-                asking.sendall(handshakes.SSL_REQUEST)
+                asking.sendall(SSL_REQUEST)
                 return bool(asking.recv(1))
         except OSError:
             return False

@@ -11,6 +11,7 @@ import re
 import psycopg
 
 from pipeline import causes
+from pipeline.causes import Cause
 from pipeline.errors import (
     InvariantError,
     MissingSegmentError,
@@ -34,11 +35,13 @@ class UnreachableError(psycopg.OperationalError):
 
     Attributes:
         words: libpq's message.
+        cause: Why.
     """
 
-    def __init__(self, words: str) -> None:
+    def __init__(self, words: str, cause: Cause) -> None:
         super().__init__(words)
         self.words = words
+        self.cause = cause
 
 
 def place(error: psycopg.Error, where: str) -> None:
@@ -93,11 +96,11 @@ def _without_sqlstate(error: psycopg.Error, server: str) -> PipelineError:
     if isinstance(error, SilentServerError):
         return TransientError(f"{server} hangs: {error}. Check its disk and its processes")
     if isinstance(error, UnreachableError):
-        cause = causes.of_libpq(error.words)
+        cause = error.cause
         message = f"{server} {cause.what}. Cause: {_shortened(error.words)}. {cause.fix}"
         return server_error(cause, message)
     if isinstance(error, psycopg.OperationalError):
-        cause = causes.of_libpq(str(error))
+        cause = causes.of_libpq(str(error)) or causes.POSTGRES_BROKE
         return server_error(cause, f"{server} {cause.what}. {cause.fix}")
     return InvariantError(f"psycopg: {type(error).__name__}")
 

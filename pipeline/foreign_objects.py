@@ -21,15 +21,24 @@ class Foreign(NamedTuple):
     """One such thing.
 
     Attributes:
+        kind: ``trigger``, ``rule``, ``constraint`` …
         table: Schema and name.
         what: The thing with its owner, and what it does, as the rest of a sentence.
         fix: The statement that removes it, or what else to do.
     """
 
+    kind: str
     table: str
     what: str
     fix: str
 
+
+SILENT = frozenset({"trigger", "rule", "type"})
+"""Kinds that change or leave out rows without an error."""
+REFUSING = frozenset(
+    {"policy", "trigger", "missing", "relation", "computed", "type", "gone", "key"}
+)
+"""Kinds because of which PostgreSQL may refuse a statement as such, whatever its rows."""
 
 # Bits of tgtype: ROW 1, BEFORE 2, INSERT 4, UPDATE 16. Ours call functions of our own schema.
 # What a partition inherits is reported for its parent.
@@ -48,8 +57,8 @@ declared AS (
                   AS d (of_table, name, type, nullable)
 ),
 columns AS (
-    SELECT o.*, a.attname, a.attnotnull, a.atthasdef, a.attidentity, a.atttypid, a.atttypmod,
-           d.name AS declared, d.type, d.nullable
+    SELECT o.*, a.attname, a.attnotnull, a.atthasdef, a.attidentity, a.attgenerated,
+           a.atttypid, a.atttypmod, d.name AS declared, d.type, d.nullable
     FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
     LEFT JOIN declared d ON d.name = a.attname AND d.of_table =
         CASE o.nspname WHEN 'pipeline_segments' THEN 'pipeline.events'
@@ -81,6 +90,13 @@ SELECT name, 'type', quote_ident(attname), pg_get_userbyid(relowner),
 FROM columns
 WHERE nspname <> 'pipeline_segments'
   AND (atttypid <> to_regtype(type) OR atttypmod <> -1 AND strpos(type, '(') = 0)
+UNION ALL
+SELECT name, 'computed', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE declared IS NOT NULL AND attgenerated <> ''
+UNION ALL
+SELECT c.oid::regclass::text, 'relation', '', pg_get_userbyid(c.relowner), NULL
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind NOT IN ('r', 'p') AND format('%s.%s', n.nspname, c.relname) = ANY (:tables)
 UNION ALL
 SELECT o.name, 'gone', quote_ident(d.name), pg_get_userbyid(o.relowner), lower(d.type)
 FROM ours o JOIN declared d ON d.of_table = format('%s.%s', o.nspname, o.relname)
@@ -211,6 +227,7 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
     keys = [(f"{one.schema}.{one.name}", one.primary_key) for one in tables if one.primary_key]
     missing = [
         Foreign(
+            "missing",
             name,
             "does not exist: somebody has dropped it",
             "restore it from a backup; a read model can then be filled by `pipeline rebuild`",
@@ -253,7 +270,11 @@ def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
 
 
 def refuse_foreign_objects(
-    db: Connection, tables: Collection[Table], schemas: Collection[str] = (LOG_SCHEMA, READ_SCHEMA)
+    db: Connection,
+    tables: Collection[Table],
+    schemas: Collection[str] = (LOG_SCHEMA, READ_SCHEMA),
+    *,
+    kinds: Collection[str] | None = None,
 ) -> None:
     """Do not write while something of others would change what is written.
 
@@ -261,91 +282,102 @@ def refuse_foreign_objects(
         db: An open transaction.
         tables: All that the program declares.
         schemas: Only those of them that are in these schemas.
+        kinds: Only these kinds, while rows are being written; all by default.
 
     Raises:
         ConfigurationError: There is such a thing; the text names each, with its owner.
     """
-    found = foreign_objects(db, [one for one in tables if one.schema in schemas])
-    if found:
+    every = foreign_objects(db, [one for one in tables if one.schema in schemas])
+    if found := [one for one in every if kinds is None or one.kind in kinds]:
         named = "; ".join(f"{one.table} {one.what}" for one in found)
+        since = (
+            "Nothing was written"
+            if kinds is None
+            else "Nothing more is written; what was written since this change may be wrong, which "
+            "`pipeline verify` shows"
+        )
         raise ConfigurationError(
             "somebody has changed tables of this program, so what it writes may be stored in "
-            f"another form, or not at all: {named}. Nothing was written. To fix it: "
+            f"another form, or not at all: {named}. {since}. To fix it: "
             + "; ".join(dict.fromkeys(one.fix for one in found))
         )
 
 
 def _described(table: str, kind: str, name: str, owner: str, other: str | None) -> Foreign:
+    return Foreign(kind, table, *_words(table, kind, name, owner, other))
+
+
+def _words(table: str, kind: str, name: str, owner: str, other: str | None) -> tuple[str, str]:
     match kind:
         case "trigger":
-            return Foreign(
-                table,
+            return (
                 f"has trigger {name} of role {owner}, which may change a row or leave it out",
                 f"DROP TRIGGER {name} ON {table}, or make it AFTER instead of BEFORE",
             )
         case "rule":
-            return Foreign(
-                table,
+            return (
                 f"has rule {name}, which replaces what is written (owner of the table: {owner})",
                 f"DROP RULE {name} ON {table}",
             )
         case "policy":
-            return Foreign(
-                table,
+            return (
                 f"has {name}, which applies to this user (owner of the table: {owner})",
                 f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY",
             )
+        case "computed":
+            return (
+                f"has column {name} that PostgreSQL computes, so that nothing can be stored there "
+                f"(owner of the table: {owner})",
+                f"ALTER TABLE {table} ALTER COLUMN {name} DROP EXPRESSION",
+            )
+        case "relation":
+            return (
+                f"is no table any more, but a view or something else of role {owner}",
+                f"give the name {table} back to the table, or restore it from a backup",
+            )
         case "constraint":
-            return Foreign(
-                table,
+            return (
                 f"has constraint {name}, which this program does not know and which refuses rows "
                 f"(owner of the table: {owner})",
                 f"ALTER TABLE {table} DROP CONSTRAINT {name}",
             )
         case "index":
-            return Foreign(
-                table,
+            return (
                 f"has unique index {name}, which this program does not know and which refuses rows "
                 f"(owner of the table: {owner})",
                 f"DROP INDEX {name}, and create it without UNIQUE",
             )
         case "reference":
-            return Foreign(
-                table,
+            return (
                 f"is referenced by foreign key {name} of {other} (owner {owner}), which refuses "
                 "that rows are deleted",
                 f"ALTER TABLE {other} DROP CONSTRAINT {name}",
             )
         case "not null":
-            return Foreign(
-                table,
+            return (
                 f"has column {name} NOT NULL, which events may leave empty: they would be refused "
                 f"(owner of the table: {owner})",
                 f"ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL",
             )
         case "type":
-            return Foreign(
-                table,
+            return (
                 f"has column {name} of type {other}: what is stored there may be cut, rounded or "
                 f"refused (owner of the table: {owner})",
                 f"change the type of {table}.{name} back; then run `pipeline verify`",
             )
         case "gone":
-            return Foreign(
-                table,
+            return (
                 f"has no column {name}: somebody has dropped it (owner of the table: {owner})",
                 f"ALTER TABLE {table} ADD COLUMN {name} {other}; then restore its values from a "
                 "backup, those of a read model by `pipeline rebuild`",
             )
         case "key":
-            return Foreign(
-                table,
+            return (
                 f"has no primary key, so it may hold a row twice (owner of the table: {owner})",
                 f"ALTER TABLE {table} ADD PRIMARY KEY ({name})",
             )
         case _:
-            return Foreign(
-                table,
+            return (
                 f"has column {name}, which this program does not know and which must have a value "
                 f"(owner of the table: {owner})",
                 f"ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL, or give it a DEFAULT",

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import structlog
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
+from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.errors import (
     DeletedTopicError,
     ForbiddenTopicError,
@@ -19,6 +20,7 @@ from pipeline.errors import (
     RefusedError,
     TransientError,
 )
+from pipeline.foreign_objects import SILENT, refuse_foreign_objects
 from pipeline.ingest.assignment import Assignment, tell_fenced
 from pipeline.ingest.machine import Machine
 from pipeline.ingest.takeover import Takeover
@@ -42,6 +44,7 @@ class Lookout:
         topics: Those that are configured.
         note_kept_until: Is told until when Kafka keeps the oldest record that is not in the log, in
             seconds since 1970; None if not known.
+        engine: The database.
 
     Attributes:
         absent: Configured topics that Kafka had not, when last looked at.
@@ -58,7 +61,9 @@ class Lookout:
         assignment: Assignment,
         topics: Collection[str],
         note_kept_until: Callable[[float | None], None],
+        engine: Engine,
     ) -> None:
+        self._engine = engine
         self._machine = machine
         self._brokers = brokers
         self._takeover = takeover
@@ -78,6 +83,7 @@ class Lookout:
             TransientError: Kafka fell silent in the midst of it, or a partition could not be taken.
             ConfigurationError: A login or a right is missing, and stays so.
         """
+        self.see_changed_tables()
         # Kafka that is silent is asked one question and no more: meanwhile nobody polls.
         if self._see_absent_topics():
             self._see_rights()
@@ -86,6 +92,15 @@ class Lookout:
             self._see_other_databases()
         self._see_decisions()
         self._see_places()
+
+    def see_changed_tables(self) -> None:
+        """Write no more where a trigger or a rule of somebody else may change or leave out rows.
+
+        Raises:
+            ConfigurationError: There is one; the text names it with its owner.
+        """
+        with transaction(self._engine) as db:
+            refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA], kinds=SILENT)
 
     @property
     def refusals(self) -> Sequence[RefusedError]:

@@ -211,7 +211,9 @@ class Ingest:
                 self._assignment,
                 self._settings.topics,
                 self._note_kept_until,
+                self._engine,
             )
+            self._lookout.see_changed_tables()
             self._copies = CopyCheck(
                 self._engine,
                 self._source,

@@ -8,14 +8,16 @@ from typing import NamedTuple, Self
 from sqlalchemy import Engine
 
 from pipeline import failpoints
-from pipeline.db import transaction
+from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.errors import (
     ConfigurationError,
     FencedError,
+    InvariantError,
     MissingSegmentError,
     PipelineError,
     TransientError,
 )
+from pipeline.foreign_objects import refuse_foreign_objects
 from pipeline.ingest.machine import Batch, Resolve, Write
 from pipeline.log import ownership
 from pipeline.log.append import append
@@ -154,9 +156,20 @@ class Writer:
             return Fenced(error)
         except _ReplacedError as error:
             return Replaced(error.topics)
+        except InvariantError as error:
+            return self._blamed(error)
         except PipelineError as error:
             return Failed(error) if _may_pass(error) else Broken(error)
         return Committed()
+
+    def _blamed(self, error: InvariantError) -> Outcome:
+        """What somebody has put on our tables, if it may be the reason; nothing was written."""
+        try:
+            with transaction(self._engine) as db:
+                refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA])
+        except PipelineError as blamed:
+            return Failed(blamed) if _may_pass(blamed) else Broken(error)
+        return Broken(error)
 
     def _append(self, batch: Batch, replaced: Replacement) -> None:
         with transaction(self._engine) as db:

@@ -30,7 +30,7 @@ from pipeline.projection.checkpoints import Standing
 from pipeline.projection.declaration import Projector
 from pipeline.projection.fingerprint import fingerprint
 from pipeline.projection.sharing import Crew
-from pipeline.projection.turn import Result, project
+from pipeline.projection.turn import Result, break_changed, project
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +39,8 @@ GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
 CAUGHT_UP_S_MIN = 60.0
 """How often, at most, the log says that a backlog is worked off."""
+LOOK_S = 10.0
+"""How often tables are searched for what somebody has added that leaves out rows silently."""
 LISTEN_SLICE_S = 0.2
 """How often a wait looks whether it should stop."""
 
@@ -140,6 +142,7 @@ class _Loop:
         self._taken = 0
         self._outages = OutagePolicy(waits_forever=not until_end)
         self._caught_up = CaughtUp(limits.batch_offsets_max)
+        self._look_at = 0.0
 
     def run(self) -> None:
         while not self._stop.is_set():
@@ -176,6 +179,10 @@ class _Loop:
             if self._until_end and self._has_arrived(standings):
                 return
             begun = time.monotonic()
+            if begun >= self._look_at:
+                with transaction(self._engine) as db:
+                    break_changed(db, self._projectors.values())
+                self._look_at = begun + LOOK_S
             moved = self._round(self._crew.share(standings))
             self._outages.on_success()
             self._observe(Progress(self._taken, _furthest_behind(standings)))

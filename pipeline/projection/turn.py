@@ -18,10 +18,12 @@ from pipeline.dead_letters import Fault
 from pipeline.errors import (
     ConfigurationError,
     ExitCode,
+    InvariantError,
     LockHeldError,
     PipelineError,
     PoisonRecordError,
 )
+from pipeline.foreign_objects import REFUSING, SILENT, Foreign, foreign_objects
 from pipeline.positions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.projection import checkpoints
 from pipeline.projection.batch import Batch
@@ -46,14 +48,11 @@ WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
   AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint)
   AND e.repeat_of IS NULL AND e.event_type IS NOT NULL
 """)
-MISSING = text(
-    "SELECT name FROM unnest(CAST(:tables AS text[])) AS name WHERE to_regclass(name) IS NULL"
-)
 SEARCH_IN = text("SELECT set_config('search_path', :schema, true)")
 
 
 class BrokenProjectorError(PipelineError):
-    """The projector's table is gone, or it refuses too many events. Mend it, then rebuild."""
+    """Somebody has changed or dropped its table, or it refuses too many events. Fix, rebuild."""
 
     exit_code = ExitCode.REFUSED
 
@@ -137,18 +136,17 @@ def project(
 def _take_turn(db: Connection, projector: Projector, batch: Batch, guilty_max: int) -> Result:
     """Bring a batch into the live tables of a projector whose checkpoint is ours."""
     try:
-        with _tables_there(db, projector), translated(), db.begin_nested():
+        with _tables_unchanged(db, projector), translated(), db.begin_nested():
             # Not waited for: a TRUNCATE that has them waits for our checkpoint, to put it back.
             lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
             faults = fill(db, projector, READ_SCHEMA, batch, guilty_max=guilty_max)
+            if faults:
+                _refuse_changed_tables(db, projector)
             dead_letters.put_aside(db, projector.name, batch.partition, faults)
     except LockHeldError:
         return Result.LEFT_OUT
     except BrokenProjectorError as broken:
-        checkpoints.note_broken(db, projector.name, str(broken))
-        log.error(  # noqa: TRY400 - the reason says it all
-            "projector_broken", projector=projector.name, reason=str(broken)
-        )
+        _note_broken(db, projector.name, str(broken))
         return Result.BROKEN
     if faults:
         log.warning(
@@ -171,17 +169,47 @@ def lock_tables(db: Connection, projector: Projector, mode: str) -> None:
 
 
 @contextmanager
-def _tables_there(db: Connection, projector: Projector) -> Iterator[None]:
-    """Tell a table that somebody has dropped, which breaks one projector, from a wrong schema."""
+def _tables_unchanged(db: Connection, projector: Projector) -> Iterator[None]:
+    """Where somebody has changed the tables, what PostgreSQL refuses breaks this projector alone.
+
+    Neither an event nor a right is blamed for it, and the others continue.
+    """
     try:
         yield
-    except ConfigurationError:
-        missing = db.execute(MISSING, {"tables": [one.fullname for one in projector.tables]})
-        if names := missing.scalars().all():
-            raise BrokenProjectorError(
-                f"{', '.join(names)} is missing: restore it from a copy, whatever its rows"
-            ) from None
+    except (BrokenProjectorError, ConfigurationError, InvariantError) as error:
+        kinds = REFUSING if isinstance(error, ConfigurationError) else None
+        _refuse_changed_tables(db, projector, kinds)
         raise
+
+
+def _refuse_changed_tables(
+    db: Connection, projector: Projector, kinds: Collection[str] | None = None
+) -> None:
+    found = foreign_objects(db, projector.tables)
+    if found := [one for one in found if kinds is None or one.kind in kinds]:
+        raise BrokenProjectorError(why_broken(projector.name, found))
+
+
+def why_broken(projector: str, found: Sequence[Foreign]) -> str:
+    """What an operator reads of tables that somebody has changed."""
+    changed = "; ".join(f"{one.table} {one.what}" for one in found)
+    fixes = "; ".join(dict.fromkeys(one.fix for one in found))
+    return f"{changed}. To fix it: {fixes}. Then run `pipeline rebuild {projector}`"
+
+
+def break_changed(db: Connection, projectors: Collection[Projector]) -> None:
+    """Break projectors whose tables have a trigger or a rule that may leave out rows silently."""
+    tables = {f"{one.schema}.{one.name}": it.name for it in projectors for one in it.tables}
+    every = foreign_objects(db, [table for it in projectors for table in it.tables])
+    found = [one for one in every if one.kind in SILENT]
+    for projector in sorted({tables[one.table] for one in found}):
+        theirs = [one for one in found if tables[one.table] == projector]
+        _note_broken(db, projector, why_broken(projector, theirs))
+
+
+def _note_broken(db: Connection, projector: str, reason: str) -> None:
+    if checkpoints.note_broken(db, projector, reason):
+        log.error("projector_broken", projector=projector, reason=reason)
 
 
 def fill(

@@ -1,18 +1,24 @@
 """What somebody else puts on our tables neither loses a record in silence nor stops us unnamed."""
 
+import json
+
 import pytest
 
-from pipeline import migrate
+from pipeline import migrate, outages
 from pipeline.db import metadata, open_engine, transaction
 from pipeline.embedded.broker import MockBroker
 from pipeline.errors import ConfigurationError, ExitCode
 from pipeline.foreign_objects import foreign_objects
+from pipeline.ingest import loop
 from pipeline.log.append import append
 from pipeline.positions import NextOffset, Partition
+from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from pipeline.projectors.users import users
 from tests.commands import InProcess, on_mock
 from tests.contract.logs import advance, row_at
-from tests.given import order_event
+from tests.given import event, order_event, some_id
+from tests.integration.ingesting import Ledger, next_offsets, running, settings_for, until
 
 TOPIC = "Notifications"
 FUNCTIONS = """
@@ -89,6 +95,16 @@ ADDED = {
     "a foreign key to us": (
         "CREATE TABLE public.notes (id uuid CONSTRAINT notes_order REFERENCES upvest.orders)",
         "upvest.orders is referenced by foreign key notes_order of public.notes",
+    ),
+    "a column that is computed": (
+        "ALTER TABLE upvest.orders DROP COLUMN initiation_flow CASCADE, "
+        "ADD COLUMN initiation_flow text GENERATED ALWAYS AS ('x') STORED",
+        "upvest.orders has column initiation_flow that PostgreSQL computes",
+    ),
+    "a view in place of a table": (
+        "ALTER TABLE upvest.orders RENAME TO orders_2026; "
+        "CREATE MATERIALIZED VIEW upvest.orders AS SELECT * FROM upvest.orders_2026",
+        "upvest.orders is no table any more",
     ),
     "a table dropped": ("DROP TABLE upvest.orders CASCADE", "upvest.orders does not exist"),
 }
@@ -175,6 +191,72 @@ def test_a_policy_is_refused_by_name_where_it_applies_to_our_login(given):
 
     engine.dispose()
     given.execute(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize(
+    "added", [name for name, (_, words) in ADDED.items() if words.startswith("upvest.orders")]
+)
+def test_what_is_added_to_a_read_model_while_we_run_halts_it_alone_and_is_named(given, added):
+    """A refused row is not blamed on its event, and a row that is left out is noticed."""
+    given([event("USER.CREATED", {"id": some_id("somebody")})])
+    given.project(users, orders)
+    given.execute(FUNCTIONS)
+    statement, words = ADDED[added]
+    given.execute(statement)
+
+    given([order_event("NEW", at=1, order=f"order {n}", cash_amount="") for n in range(3)])
+    given([order_event("FILLED", at=2), event("USER.CREATED", {"id": some_id("a user")})])
+    given.project(users, orders)
+
+    state, problem = given.query(
+        "SELECT state, problem FROM pipeline.projectors WHERE projector = 'orders'"
+    )[0]
+    if added == "a foreign key to us":  # refuses nothing but the removal of rows
+        assert state == "live"
+    else:
+        assert state == "broken"
+        assert words in problem
+        assert "`pipeline rebuild orders`" in problem
+    assert given.scalar("SELECT count(*) FROM pipeline.dead_letters") == 0
+    assert given.scalar("SELECT count(*) FROM upvest.users") == 2
+
+
+def test_a_column_that_rounds_is_found_while_we_run(given):
+    given([event("USER.CREATED", {"id": some_id("somebody")})])
+    given.project(users, executions)
+    given.execute(ADDED["a column of another type"][0])
+
+    given([event("USER.CREATED", {"id": some_id("a user")})])
+    given.project(users, executions)
+
+    [(problem,)] = given.query(
+        "SELECT problem FROM pipeline.projectors WHERE projector = 'executions'"
+    )
+    assert ADDED["a column of another type"][1] in problem
+
+
+@pytest.mark.parametrize("added", ["a trigger on the bookkeeping", "a constraint on the log"])
+def test_what_is_added_to_the_log_while_we_run_stops_the_ingest_and_is_named(
+    given, broker, added, monkeypatch
+):
+    """The offset stays where it was, so nothing is lost."""
+    monkeypatch.setattr(loop, "LOOK_S", 0.2)
+    monkeypatch.setattr(outages, "GRACE_S", 0.5)
+    given.execute(FUNCTIONS)
+    statement, words = ADDED[added]
+    ledger = Ledger(broker.bootstrap_servers)
+    settings = settings_for(given.database, broker.bootstrap_servers, TOPIC)
+    ledger.send(TOPIC, [json.dumps(order_event("NEW", at=1)).encode()]).flush()
+
+    with pytest.raises(ConfigurationError) as refused, running(settings) as ingest:  # noqa: PT012
+        until(lambda: next_offsets(given.database, TOPIC) == {0: 1}, "the first event is there")
+        given.execute(statement)
+        ledger.send(TOPIC, [json.dumps(order_event("NEW", at=2)).encode()]).flush()
+        until(lambda: ingest.has_ended, "it has ended")
+
+    assert words in str(refused.value)
+    stored = given.scalar("SELECT count(*) FROM pipeline.events")
+    assert next_offsets(given.database, TOPIC) == {0: stored}
 
 
 def test_rows_that_a_trigger_leaves_out_of_the_log_take_the_batch_with_them(given):

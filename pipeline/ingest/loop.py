@@ -351,8 +351,8 @@ class Ingest:
             log.warning(
                 "fenced_by_group",
                 partitions=sorted(map(str, fenced)),
-                reason="Kafka has given them to another member: this process was silent for too "
-                "long",
+                reason="for longer than session.timeout.ms, Kafka's group has not heard from this "
+                "process, or this process got no answer: Kafka gives them to another member",
             )
         self._assignment.let_go(partitions, "partitions_lost")
 

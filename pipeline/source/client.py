@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -418,8 +418,13 @@ def report(error: KafkaError) -> None:
         )
 
 
-def log_commit_failure(error: KafkaError) -> None:
-    """Log that Kafka's tools are not told how far we are."""
+def log_commit_failure(error: KafkaError, topics: Collection[str] = ()) -> None:
+    """Log that Kafka's tools are not told how far we are.
+
+    Args:
+        error: Why.
+        topics: Those that it is about; none where it is about the group.
+    """
     if error.code() == KafkaError._NO_OFFSET:  # noqa: SLF001 - its public name begins so
         return
     # After a rebalance all that are on their way come back at once.
@@ -427,10 +432,11 @@ def log_commit_failure(error: KafkaError) -> None:
         cause = causes.of_kafka(error.name(), error.str())
         if cause.verdict is causes.Verdict.MISCONFIGURED:
             what = cause.what.format(group=repr(_standing.target.group))
+            named = f": {', '.join(sorted(topics))}" if topics else ""
             log.warning(
                 "kafka_commit_refused",
                 error=error.name(),
-                reason=f"Kafka at {_standing.where('')} {what}",
+                reason=f"Kafka at {_standing.where('')} {what}" + named,
                 effect="events still arrive, until the group is joined again: then it is refused",
                 action=cause.fix,
                 times_since=times,

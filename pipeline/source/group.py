@@ -375,6 +375,6 @@ class KafkaSource:
         return None
 
 
-def _on_commit(error: KafkaError | None, _places: list[TopicPartition]) -> None:
+def _on_commit(error: KafkaError | None, places: list[TopicPartition]) -> None:
     if error is not None:
-        log_commit_failure(error)
+        log_commit_failure(error, {place.topic for place in places if place.error})

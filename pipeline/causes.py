@@ -272,6 +272,10 @@ POSTGRES_RIGHT = _misconfigured(
     "`pipeline check` lists the rights that are missing; where the database has roles, "
     "`pipeline migrate` grants them again",
 )
+POSTGRES_POLICY = _misconfigured(
+    "refuses a statement because of row-level security on a table of ours",
+    "Have its owner run ALTER TABLE … DISABLE ROW LEVEL SECURITY; `pipeline check` names the table",
+)
 POSTGRES_SCHEMA = _misconfigured(
     "lacks something that `pipeline migrate` makes",
     "Run `pipeline check`, then `pipeline migrate`; what was dropped by hand comes from a backup",

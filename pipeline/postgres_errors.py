@@ -65,6 +65,8 @@ def translate(error: psycopg.Error) -> PipelineError:
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)
     if cause := causes.of_sqlstate(sqlstate):
+        if cause is causes.POSTGRES_RIGHT and error.diag.source_function in _OF_POLICIES:
+            cause = causes.POSTGRES_POLICY
         named = _object_of(error)
         message = f"{server} {cause.what}. Cause: {type(error).__name__} ({sqlstate})"
         message += f", {named}. {cause.fix}" if named else f". {cause.fix}"
@@ -77,6 +79,8 @@ def translate(error: psycopg.Error) -> PipelineError:
 _NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
+_OF_POLICIES = {"get_row_security_policies", "ExecWithCheckOptions", "check_enable_rls"}
+"""Functions of PostgreSQL that refuse with 42501 because of a policy, whatever the language."""
 _FUNCTION = re.compile(r"PL/pgSQL function (\S+?\(.*?\)) line \d+")
 
 

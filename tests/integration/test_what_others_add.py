@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sqlalchemy import text
 
 from pipeline import migrate, outages
 from pipeline.db import metadata, open_engine, transaction
@@ -189,8 +190,36 @@ def test_a_policy_is_refused_by_name_where_it_applies_to_our_login(given):
     with pytest.raises(ConfigurationError, match=r"upvest\.orders has row level security"):
         migrate.check_tables(engine)
 
+    given.execute(f"GRANT USAGE ON SCHEMA upvest TO {role}")
+    given.execute(f"GRANT ALL ON upvest.orders TO {role}")
+    for statement in ("SELECT FROM upvest.orders", "INSERT INTO upvest.orders DEFAULT VALUES"):
+        with pytest.raises(ConfigurationError) as refused, transaction(engine) as db:
+            db.execute(text(statement))
+        assert "DISABLE ROW LEVEL SECURITY" in str(refused.value)
+        assert '"orders"' in str(refused.value)
     engine.dispose()
+    given.execute(f"DROP OWNED BY {role}")
     given.execute(f"DROP ROLE {role}")
+
+
+def test_a_right_that_is_missing_names_the_role_that_a_login_acts_as(given):
+    """``ALTER ROLE … SET role``, which no list of settings shows."""
+    login, other = (f"{name}_{given.database.name}" for name in ("login", "other"))
+    for statement in (
+        f"CREATE ROLE {other}",
+        f"CREATE ROLE {login} LOGIN PASSWORD 'x' IN ROLE {other}",
+        f"ALTER ROLE {login} SET role = {other}",
+    ):
+        given.execute(statement)
+    place = given.database.dsn.rpartition("@")[2]
+    engine = open_engine(f"postgresql+psycopg://{login}:x@{place}", application="test")
+
+    with pytest.raises(ConfigurationError) as refused, transaction(engine) as db:
+        db.execute(text("SELECT FROM pipeline.events"))
+
+    assert f"for user {login}, which acts as role {other}" in str(refused.value)
+    engine.dispose()
+    given.execute(f"DROP ROLE {login}, {other}")
 
 
 @pytest.mark.parametrize(

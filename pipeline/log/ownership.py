@@ -514,5 +514,9 @@ def accept_gap(db: Connection, partition: Partition) -> Gap | None:
     if row.goes_on is None:
         return None
     if not row.goes_on:
-        raise InvariantError(f"{partition}: no longer stands at offset {row.first_offset}")
+        raise InvariantError(
+            f"{partition}: its open gap begins at offset {row.first_offset}, its next offset is "
+            "another one: nothing was accepted. `pipeline gaps list` and `pipeline status` show "
+            "both; a worker that takes the partition records the gap that is there then"
+        )
     return Gap(row.first_offset, row.end_offset)

@@ -309,6 +309,11 @@ POSTGRES_PARAMETER = _misconfigured(
     "cannot be asked: libpq refuses a parameter of the connection",
     "Correct it in PIPELINE_DATABASE_URL, in libpq's variables (PG…) or its service file",
 )
+POSTGRES_SESSION_SETTING = _misconfigured(
+    "refuses a setting for our session",
+    "Remove or correct it: `options` in PIPELINE_DATABASE_URL or in libpq's service file, or "
+    "PGOPTIONS",
+)
 POSTGRES_STARTS = _outage("is starting or stopping", "It passes; if it lasts, see the server's log")
 POSTGRES_BROKE = _outage(
     "closed the connection", "It passes if the server restarts; if it lasts, see the server's log"
@@ -360,6 +365,9 @@ LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
     # First: a function that runs at each login says whatever its owner likes.
     (re.compile(r"\n.*PL/\w+ function|SQL function"), POSTGRES_FOREIGN_CODE),
     (re.compile(r"could not (access file|load library)"), POSTGRES_LIBRARY),
+    (re.compile(r"permission denied to set parameter|unrecognized configuration parameter|"
+                r"invalid value for parameter|parameter \S+ cannot be (set|changed)"),
+     POSTGRES_SESSION_SETTING),
     (re.compile(TLS_ALERT_ON_CERTIFICATE + "|requires a valid client certificate"),
      WANTS_OUR_CERTIFICATE),
     (re.compile(TLS_ALERT_ON_VERSION), NO_COMMON_TLS),
@@ -419,7 +427,13 @@ def of_libpq(words: str) -> Cause | None:
 
 
 # With which codes PostgreSQL refuses a connection, and a statement for another reason.
-_AT_LOGIN: Mapping[str, Cause] = {"42501": POSTGRES_NO_DATABASE, "58P01": POSTGRES_LIBRARY}
+_AT_LOGIN: Mapping[str, Cause] = {
+    "22023": POSTGRES_SESSION_SETTING,
+    "42501": POSTGRES_NO_DATABASE,
+    "42704": POSTGRES_SESSION_SETTING,
+    "55P02": POSTGRES_SESSION_SETTING,
+    "58P01": POSTGRES_LIBRARY,
+}
 
 
 def of_login(sqlstates: Sequence[str]) -> Cause:

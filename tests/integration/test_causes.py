@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import contextmanager
 from functools import partial
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -240,7 +241,17 @@ def _library_is_missing(server, user):
     return server.dsn(user)
 
 
+def _with(setting):
+    def dsn(server, user):
+        return server.dsn(user, options=f"-c%20{quote(setting)}")
+
+    return dsn
+
+
 REFUSED_LOGINS = [
+    (_with("work_mem=much"), causes.POSTGRES_SESSION_SETTING, "22023"),
+    (_with("not_there=1"), causes.POSTGRES_SESSION_SETTING, "42704"),
+    (_with("shared_buffers=1GB"), causes.POSTGRES_SESSION_SETTING, "55P02"),
     (_wrong_password, causes.POSTGRES_LOGIN, "28P01"),
     (_password_has_expired, causes.POSTGRES_LOGIN, "28P01"),
     (_rejected, causes.POSTGRES_RULE, "28000"),
@@ -299,6 +310,16 @@ def test_the_code_of_the_same_refusal_is_asked_for_once(secured_postgres, login,
             pass
 
     assert len(asked) == 1
+
+
+@pytest.mark.postgres
+def test_a_setting_that_the_login_may_not_have_is_named(secured_postgres, login):
+    dsn = _with("session_replication_role=replica")(secured_postgres, login)
+
+    with pytest.raises(ConfigurationError, match="refuses a setting for our session") as refused:
+        _connect(dsn)
+
+    assert '"session_replication_role"' in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["pg-standby.bank.de", "recovery", "read-only", "timeout"])

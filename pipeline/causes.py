@@ -248,7 +248,13 @@ def of_kafka(code: str, words: str) -> Cause:
 
 POSTGRES_LOGIN = _misconfigured(
     "refused the login",
-    "Check user and password in PIPELINE_DATABASE_URL or in libpq's PGPASSFILE",
+    "Check user and password in PIPELINE_DATABASE_URL or in libpq's PGPASSFILE, and that the "
+    "password is still valid (VALID UNTIL of the role)",
+)
+POSTGRES_LOGIN_RULE = _misconfigured(
+    "does not let this user log in",
+    "A rule of pg_hba.conf must let this host, user and database in, and the role must exist and "
+    "have LOGIN",
 )
 POSTGRES_RULE = _misconfigured(
     "has no rule in pg_hba.conf for this host, user and database",
@@ -267,6 +273,10 @@ POSTGRES_RIGHT = _misconfigured(
     "`pipeline check` lists the rights that are missing; where the database has roles, "
     "`pipeline migrate` grants them again",
 )
+POSTGRES_POLICY = _misconfigured(
+    "refuses a statement because of row-level security on a table of ours",
+    "Have its owner run ALTER TABLE … DISABLE ROW LEVEL SECURITY; `pipeline check` names the table",
+)
 POSTGRES_SCHEMA = _misconfigured(
     "lacks an object that `pipeline migrate` creates",
     "Run `pipeline check`, then `pipeline migrate`; restore from a backup what was dropped by hand",
@@ -274,6 +284,11 @@ POSTGRES_SCHEMA = _misconfigured(
 POSTGRES_FOREIGN_CODE = _misconfigured(
     "was stopped by code of somebody else: a trigger or a function raised an error",
     "Have its owner change it, or drop the trigger",
+)
+POSTGRES_LIBRARY = _misconfigured(
+    "cannot start a session: a library that it is to load is missing",
+    "Correct session_preload_libraries and local_preload_libraries of the role, the database or "
+    "the server: ALTER ROLE … RESET, for example",
 )
 POSTGRES_OTHER_TABLES = _misconfigured(
     "has a table of ours that somebody has changed: a statement does not fit it",
@@ -294,6 +309,11 @@ POSTGRES_READ_ONLY = _outage(
 POSTGRES_PARAMETER = _misconfigured(
     "cannot be connected to: libpq refuses a parameter of the connection",
     "Correct it in PIPELINE_DATABASE_URL, in libpq's variables (PG…) or its service file",
+)
+POSTGRES_SESSION_SETTING = _misconfigured(
+    "refuses a setting for our session",
+    "Remove or correct it: `options` in PIPELINE_DATABASE_URL or in libpq's service file, or "
+    "PGOPTIONS",
 )
 POSTGRES_STARTS = _outage(
     "is starting or stopping", "Wait; if it lasts, read the log of the server"
@@ -319,7 +339,7 @@ SQLSTATES: Mapping[str, Cause] = {
     "25006": POSTGRES_READ_ONLY,
     "25P03": POSTGRES_CONFLICT,
     "25P04": POSTGRES_CONFLICT,
-    "28": POSTGRES_RULE,
+    "28": POSTGRES_LOGIN_RULE,
     "28P01": POSTGRES_LOGIN,
     "3D000": POSTGRES_NO_DATABASE,
     "3F000": POSTGRES_SCHEMA,
@@ -330,6 +350,8 @@ SQLSTATES: Mapping[str, Cause] = {
     "42P01": POSTGRES_SCHEMA,
     "42P10": POSTGRES_OTHER_TABLES,
     "42804": POSTGRES_OTHER_TABLES,
+    "42809": POSTGRES_OTHER_TABLES,
+    "428C9": POSTGRES_OTHER_TABLES,
     "53": POSTGRES_RESOURCES,
     "53100": POSTGRES_NO_ROOM,
     "53300": POSTGRES_FULL_OF_SESSIONS,
@@ -344,6 +366,12 @@ SQLSTATES: Mapping[str, Cause] = {
 
 # In this order: the first that is found counts. libpq gives no code when a connection fails.
 LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
+    # First: a function that runs at each login says whatever its owner likes.
+    (re.compile(r"\n.*PL/\w+ function|SQL function"), POSTGRES_FOREIGN_CODE),
+    (re.compile(r"could not (access file|load library)"), POSTGRES_LIBRARY),
+    (re.compile(r"permission denied to set parameter|unrecognized configuration parameter|"
+                r"invalid value for parameter|parameter \S+ cannot be (set|changed)"),
+     POSTGRES_SESSION_SETTING),
     (re.compile(TLS_ALERT_ON_CERTIFICATE + "|requires a valid client certificate"),
      WANTS_OUR_CERTIFICATE),
     (re.compile(TLS_ALERT_ON_VERSION), NO_COMMON_TLS),
@@ -382,15 +410,39 @@ def of_sqlstate(sqlstate: str) -> Cause | None:
     return None
 
 
-def of_libpq(words: str) -> Cause:
-    """Why a connection to PostgreSQL failed.
+_QUOTED = re.compile(r'"[^"\n]*"')
+
+
+def of_libpq(words: str) -> Cause | None:
+    """Why a connection to PostgreSQL failed; None where the words do not tell.
 
     Of several hosts, one that refuses us is named before one that is unavailable: it runs.
 
     Args:
-        words: libpq's message; several lines where it tried several hosts.
+        words: libpq's message; several lines where it tried several hosts. The server's part of it
+            is in the language of its lc_messages.
     """
+    # The name of a host, role or database may be a word that means something here.
+    words = _QUOTED.sub('""', words)
     for pattern, cause in LIBPQ_WORDS:
         if pattern.search(words):
             return cause
-    return POSTGRES_BROKE
+    return None
+
+
+# With which codes PostgreSQL refuses a connection, and a statement for another reason.
+_AT_LOGIN: Mapping[str, Cause] = {
+    "22023": POSTGRES_SESSION_SETTING,
+    "42501": POSTGRES_NO_DATABASE,
+    "42704": POSTGRES_SESSION_SETTING,
+    "55P02": POSTGRES_SESSION_SETTING,
+    "58P01": POSTGRES_LIBRARY,
+}
+
+
+def of_login(sqlstates: Sequence[str]) -> Cause:
+    """Why a connection to PostgreSQL failed, by the codes of the servers that were tried."""
+    found = [_AT_LOGIN.get(code) or of_sqlstate(code) for code in sqlstates]
+    known = [cause for cause in found if cause]
+    misconfigured = [cause for cause in known if cause.verdict is Verdict.MISCONFIGURED]
+    return next(iter(misconfigured or known), POSTGRES_BROKE)

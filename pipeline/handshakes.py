@@ -3,11 +3,22 @@
 libpq and librdkafka say "certificate verify failed" for an unknown authority, an expired
 certificate and a wrong host name alike; OpenSSL tells them apart. And a port with TLS closes a
 connection without it, or the other way round, as a port whose server restarts does.
+
+libpq drops the code of a refused login, and the words are in the language of the server's
+lc_messages.
 """
 
+import re
+import select
 import socket
 import ssl
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from psycopg import pq
+from psycopg.pq.abc import PGconn
 
 SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 """Asks a PostgreSQL whether it speaks TLS; it answers with one byte, before any login."""
@@ -17,6 +28,8 @@ _API_VERSIONS = bytes.fromhex("0000000a 0012 0000 00000001 ffff")
 
 ANSWER_S_MAX = 3.0
 """Longest wait for each answer of the server."""
+LOGIN_S_MAX = 5.0
+"""Longest wait for all answers of a login."""
 
 
 def why_refused(host: str, port: int, authority: str, *, is_postgres: bool = False) -> str | None:
@@ -63,6 +76,47 @@ def speaks_kafka(host: str, port: int) -> bool:
             return dialed.recv(8)[4:] == _API_VERSIONS[8:12]
     except OSError:
         return False
+
+
+_REFUSAL = re.compile(rb'^B\t\d+\tErrorResponse\t.*? V "[A-Z]+" C "([0-9A-Z]{5})"', re.MULTILINE)
+
+
+def sqlstates_of_refusal(conninfo: str) -> Sequence[str]:
+    """The codes with which PostgreSQL refuses a connection, in the order of the hosts.
+
+    It is one more attempt to log in, for libpq gives the code to its trace alone.
+
+    Args:
+        conninfo: As libpq takes it.
+
+    Returns:
+        Nothing where the connection succeeds now, or no server answers within ``LOGIN_S_MAX``.
+    """
+    with tempfile.TemporaryFile() as trace:
+        connection = pq.PGconn.connect_start(conninfo.encode())
+        try:
+            if connection.status == pq.ConnStatus.BAD:
+                return []
+            connection.trace(trace.fileno())
+            connection.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+            _finish_login(connection)
+            connection.untrace()  # which also writes what is buffered
+        finally:
+            connection.finish()
+        trace.seek(0)
+        return [code.decode() for code in _REFUSAL.findall(trace.read())]
+
+
+def _finish_login(connection: PGconn) -> None:
+    deadline = time.monotonic() + LOGIN_S_MAX
+    while (left_s := deadline - time.monotonic()) > 0:
+        match connection.connect_poll():
+            case pq.PollingStatus.READING:
+                select.select([connection.socket], [], [], left_s)
+            case pq.PollingStatus.WRITING:
+                select.select([], [connection.socket], [], left_s)
+            case _:
+                return
 
 
 def _shake_hands(

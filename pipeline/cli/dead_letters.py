@@ -17,7 +17,7 @@ from pipeline.log.search import newest
 from pipeline.log_events import printable
 from pipeline.projection.dead_letters import DeadLetter, listed
 from pipeline.projection.dead_letters import retry as try_again
-from pipeline.schema.migrate import check_schema
+from pipeline.schema.migrate import check_schema, check_tables
 
 _WHY = {
     "22003": "number out of range",
@@ -134,6 +134,7 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: _AsJson = False) ->
     wanted = [one.name for one in known(names or [])]
     with database_of(settings_of(ctx), "dead-letters") as engine:
         check_schema(engine)
+        check_tables(engine)
         landed, refused = try_again(engine, catalogue.load().models, wanted or None)
     if as_json:
         emit({"landed": landed, "refused": refused})

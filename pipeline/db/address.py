@@ -9,12 +9,14 @@ from typing import Any
 
 import psycopg
 import structlog
+from psycopg.conninfo import make_conninfo
 
-from pipeline import causes, handshakes
+from pipeline import causes
 from pipeline.backoff import LOGIN_RETRY_S
 from pipeline.db import session
 from pipeline.db.connection import WatchedConnection
 from pipeline.db.postgres_errors import UnreachableError, place
+from pipeline.handshakes import sqlstates_of_refusal, why_refused
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +53,7 @@ class Address:
         self._fixed = fixed
         self._fresh_url = fresh_url
         self._refused: tuple[float, UnreachableError] | None = None
+        self._causes: dict[str, causes.Cause] = {}
         self._use(url)
 
     def _use(self, url: str) -> None:
@@ -72,7 +75,7 @@ class Address:
         try:
             connection = self._connect(options)
         except UnreachableError as error:
-            if causes.of_libpq(error.words) not in causes.LOGINS:
+            if error.cause not in causes.LOGINS:
                 raise
             self._refused = (time.monotonic(), error)
             if not self._has_changed():
@@ -86,11 +89,24 @@ class Address:
             return WatchedConnection.connect(**{**self.parameters, **options})
         except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
             refused = session.login_refused(error, self.where)
-            unreachable = UnreachableError(self._explained(str(error)))
+            words = self._explained(str(error))
+            unreachable = UnreachableError(words, self._cause(words))
         if refused is not None:
             raise refused
         place(unreachable, self.where)
         raise unreachable
+
+    def _cause(self, words: str) -> causes.Cause:
+        """Why libpq could not connect: by its message, else by the code of the server.
+
+        The code for the same message is requested once, as that takes one more attempt to log in.
+        """
+        if cause := causes.of_libpq(words):
+            return cause
+        if words not in self._causes:
+            conninfo = make_conninfo(**self.parameters)
+            self._causes = {words: causes.of_login(sqlstates_of_refusal(conninfo))}
+        return self._causes[words]
 
     def _explained(self, words: str) -> str:
         """Libpq's message, with the reason where it only says that a certificate is refused."""
@@ -98,7 +114,7 @@ class Address:
         if not found:
             return words
         authority = self.parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
-        why = handshakes.why_refused(
+        why = why_refused(
             found["host"],
             int(found["port"]),
             str(authority or Path.home() / ".postgresql" / "root.crt"),

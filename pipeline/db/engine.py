@@ -105,12 +105,14 @@ def open_engine(
         connection.answer_s_max = session.PROBE_S_MAX
         try:
             probe = partial(_probe, connection, address.parameters)
-            pid = session.begin(connection, ours, probe)
+            begun = session.begin(connection, ours, probe)
         except BaseException:
             connection.close()
             raise
+        if begun.acts_as:
+            connection.where += f", which acts as role {begun.acts_as} (ALTER ROLE … SET role)"
         connection.answer_s_max = None
-        connection.who_blocks = partial(_who_blocks, probe, ours, pid)
+        connection.who_blocks = partial(_who_blocks, probe, ours, begun.pid)
         stored_times.register(connection)
         if limits.answer is not None:
             connection.answer_s_max = (limits.lock_wait + limits.answer).total_seconds()

@@ -11,6 +11,7 @@ import re
 import psycopg
 
 from pipeline import causes
+from pipeline.causes import Cause
 from pipeline.errors import (
     InvariantError,
     MissingSegmentError,
@@ -34,11 +35,13 @@ class UnreachableError(psycopg.OperationalError):
 
     Attributes:
         words: libpq's message.
+        cause: Why.
     """
 
-    def __init__(self, words: str) -> None:
+    def __init__(self, words: str, cause: Cause) -> None:
         super().__init__(words)
         self.words = words
+        self.cause = cause
 
 
 def place(error: psycopg.Error, where: str) -> None:
@@ -62,6 +65,8 @@ def translate(error: psycopg.Error) -> PipelineError:
     if sqlstate == "23514" and error.diag.constraint_name is None:
         return MissingSegmentError(message)
     if cause := causes.of_sqlstate(sqlstate):
+        if cause is causes.POSTGRES_RIGHT and error.diag.source_function in _OF_POLICIES:
+            cause = causes.POSTGRES_POLICY
         named = _object_of(error)
         message = f"{server} {cause.what}. Cause: {type(error).__name__} ({sqlstate})"
         message += f", {named}. {cause.fix}" if named else f". {cause.fix}"
@@ -74,6 +79,8 @@ def translate(error: psycopg.Error) -> PipelineError:
 _NAMING = re.compile(r"42501|42P01|42883|42703|3D000|3F000|28\w{3}")
 
 
+_OF_POLICIES = {"get_row_security_policies", "ExecWithCheckOptions", "check_enable_rls"}
+"""Functions of PostgreSQL that refuse with 42501 because of a policy, whatever the language."""
 _FUNCTION = re.compile(r"PL/pgSQL function (\S+?\(.*?\)) line \d+")
 
 
@@ -93,11 +100,11 @@ def _without_sqlstate(error: psycopg.Error, server: str) -> PipelineError:
     if isinstance(error, SilentServerError):
         return TransientError(f"{server} hangs: {error}. Check its disk and its processes")
     if isinstance(error, UnreachableError):
-        cause = causes.of_libpq(error.words)
+        cause = error.cause
         message = f"{server} {cause.what}. Cause: {_shortened(error.words)}. {cause.fix}"
         return server_error(cause, message)
     if isinstance(error, psycopg.OperationalError):
-        cause = causes.of_libpq(str(error))
+        cause = causes.of_libpq(str(error)) or causes.POSTGRES_BROKE
         return server_error(cause, f"{server} {cause.what}. {cause.fix}")
     return InvariantError(f"psycopg: {type(error).__name__}")
 

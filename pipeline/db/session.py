@@ -44,9 +44,23 @@ class Ours(NamedTuple):
     read_only: bool = False
 
 
+class Begun(NamedTuple):
+    """What a session is.
+
+    Attributes:
+        pid: Of its server; a pooler gives another one at the login.
+        acts_as: The role whose rights it has, where ``ALTER ROLE … SET role`` gives it another one
+            than it logged in as; else None.
+    """
+
+    pid: int
+    acts_as: str | None
+
+
 class _Found(NamedTuple):
     server_encoding: str
     backend_pid: int
+    acts_as: str | None
     read_only: str
 
 
@@ -55,7 +69,7 @@ class _Found(NamedTuple):
 
 def begin(
     connection: Connection, ours: Ours, another: Callable[[], Connection] | None = None
-) -> int:
+) -> Begun:
     """Give a new session our settings, and verify that it has them and keeps them.
 
     Args:
@@ -63,9 +77,6 @@ def begin(
         ours: What it needs besides ``PINNED``.
         another: Opens one more connection to the same server, with no settings; None where an
             earlier session has shown that no pooler shares its sessions.
-
-    Returns:
-        The process id of the session on the server; a pooler reports another one at the login.
 
     Raises:
         ConfigurationError: A setting keeps another value, the database's encoding is not UTF8, the
@@ -88,7 +99,7 @@ def begin(
     if another and connection.info.backend_pid != found.backend_pid:
         _refuse_shared_sessions(connection, found.backend_pid, another)
     connection.autocommit = False
-    return found.backend_pid
+    return Begun(found.backend_pid, found.acts_as)
 
 
 def _wanted(ours: Ours) -> dict[str, str]:
@@ -125,7 +136,8 @@ _OF_TCP = {
 _BEGIN = SQL(
     "BEGIN ISOLATION LEVEL READ COMMITTED; "
     "SET statement_timeout = 0; SET search_path = pg_catalog, pg_temp; "
-    "SELECT {}, current_setting('server_encoding'), pg_backend_pid(), {}; COMMIT"
+    "SELECT {}, current_setting('server_encoding'), pg_backend_pid(), "
+    "CASE WHEN current_user <> session_user THEN current_user END, {}; COMMIT"
 )
 # A setting that this server does not have cannot have another value.
 _SET = SQL(
@@ -157,7 +169,7 @@ def _set(connection: Connection, ours: Ours) -> tuple[_Found, dict[str, str | No
     else:
         row = _row(connection, statement)
     values = dict(zip(wanted, row, strict=False))
-    return _Found(*row[-3:]), values
+    return _Found(*row[-len(_Found._fields) :]), values
 
 
 @cache

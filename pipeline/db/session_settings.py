@@ -164,7 +164,7 @@ HARMLESS: Mapping[str, str] = _named(
             compute_query_id stats_fetch_consistency track_activities track_cost_delay_timing
             track_counts track_functions track_io_timing track_wal_io_timing
             update_process_title""",
-        "the language of messages: errors are distinguished by SQLSTATE": """
+        "the language of messages: errors are sorted by SQLSTATE, at the login too": """
             lc_messages""",
         "warnings": "escape_string_warning icu_validation_level md5_password_warnings",
         "what others load into the server": """

@@ -155,6 +155,7 @@ NOT_REFILLED = Kind(
     "table {table} is not refilled after TRUNCATE: its trigger is missing or disabled",
     "SELECT pipeline.watch_read_model('{table}', '{subject}')",
 )
+CHANGED_TABLE = Kind("error", "{changes}", "{fixes}. Then run `pipeline rebuild {subject}`")
 DIFFERS_FROM_REPLAY = Kind(
     "error",
     "{missing:,} rows are missing, {changed:,} are not the same, {surplus:,} should not exist",

@@ -157,6 +157,7 @@ class IngestLoop:
             self._best_effort,
             settings.topics,
             process.retention.update,
+            process.engine,
         )
         self._goal = Goal(process.engine, consumer, settings.topics)
         self._check_at = 0.0
@@ -172,6 +173,7 @@ class IngestLoop:
         """
         self._process.retention.request = self._checks.retained_until
         try:
+            self._checks.check_changed_tables()
             self._checks.optional = self._membership.join()
             while not self._stop.is_set() and not self._is_done():
                 self._turn()

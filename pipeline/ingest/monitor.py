@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 from sqlalchemy import Connection, Engine
 
-from pipeline.db import transaction
+from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.errors import (
     ConfigurationError,
     DeletedTopicError,
@@ -21,6 +21,7 @@ from pipeline.errors import (
     RefusedError,
     TransientError,
 )
+from pipeline.foreign_objects import SILENT, refuse_foreign_objects
 from pipeline.ingest.claim import Claimer
 from pipeline.ingest.membership import Membership, log_fenced
 from pipeline.ingest.state import Machine
@@ -84,6 +85,7 @@ class PeriodicChecks:
         topics: Those that are configured.
         set_retained_until: Called with the time until which Kafka keeps the oldest record that is
             not in the log, in seconds since 1970; None if it is not known.
+        engine: The database.
 
     Attributes:
         absent: Configured topics that Kafka did not show at the last check.
@@ -101,7 +103,9 @@ class PeriodicChecks:
         best_effort: BestEffort,
         topics: Collection[str],
         set_retained_until: Callable[[float | None], None],
+        engine: Engine,
     ) -> None:
+        self._engine = engine
         self._machine = machine
         self._brokers = brokers
         self._claimer = claimer
@@ -122,6 +126,7 @@ class PeriodicChecks:
             TransientError: Kafka stopped answering in the middle, or a partition was not claimed.
             ConfigurationError: A login or a right is missing, and stays so.
         """
+        self.check_changed_tables()
         # If Kafka does not answer, send it one request and no more: meanwhile nobody polls.
         if self._check_topics():
             self._check_rights()
@@ -130,6 +135,15 @@ class PeriodicChecks:
             self._check_group()
         self._check_decisions()
         self._check_stored()
+
+    def check_changed_tables(self) -> None:
+        """Refuse to write where a trigger or a rule of others may change or leave out rows.
+
+        Raises:
+            ConfigurationError: There is one; the text names it with its owner.
+        """
+        with transaction(self._engine) as db:
+            refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA], kinds=SILENT)
 
     @property
     def refusals(self) -> Sequence[RefusedError]:

@@ -8,14 +8,16 @@ from typing import NamedTuple, Self
 from sqlalchemy import Engine
 
 from pipeline import failpoints
-from pipeline.db import transaction
+from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.errors import (
     ConfigurationError,
     FencedError,
+    InvariantError,
     MissingSegmentError,
     PipelineError,
     TransientError,
 )
+from pipeline.foreign_objects import refuse_foreign_objects
 from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.log import offsets
 from pipeline.log.append import append
@@ -156,9 +158,20 @@ class Writer:
             return Fenced(error)
         except _TopicsReplacedError as error:
             return TopicsReplaced(error.topics)
+        except InvariantError as error:
+            return self._explained(error)
         except PipelineError as error:
             return Failed(error) if _may_pass(error) else Fatal(error)
         return Committed()
+
+    def _explained(self, error: InvariantError) -> Outcome:
+        """What somebody has put on our tables, if it may be the reason; nothing was written."""
+        try:
+            with transaction(self._engine) as db:
+                refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA])
+        except PipelineError as reason:
+            return Failed(reason) if _may_pass(reason) else Fatal(error)
+        return Fatal(error)
 
     def _append(self, batch: Batch, replaced_topics: ReplacedTopics) -> None:
         with transaction(self._engine) as db:

@@ -398,6 +398,6 @@ def _partitions(assigned: Iterable[TopicPartition]) -> list[Partition]:
     return [Partition(partition.topic, partition.partition) for partition in assigned]
 
 
-def _on_commit(error: KafkaError | None, _commits: list[TopicPartition]) -> None:
+def _on_commit(error: KafkaError | None, commits: list[TopicPartition]) -> None:
     if error is not None:
-        log_commit_failure(error)
+        log_commit_failure(error, {commit.topic for commit in commits if commit.error})

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -274,8 +274,13 @@ def on_client_error(error: KafkaError) -> None:
         )
 
 
-def log_commit_failure(error: KafkaError) -> None:
-    """Log that the group's offsets in Kafka, which decide nothing, were not updated."""
+def log_commit_failure(error: KafkaError, topics: Collection[str] = ()) -> None:
+    """Log that the group's offsets in Kafka, which decide nothing, were not updated.
+
+    Args:
+        error: Why.
+        topics: Those whose offsets were refused; none where the group is refused.
+    """
     if error.code() == KafkaError._NO_OFFSET:  # noqa: SLF001 - its public name begins so
         return
     # After a rebalance all commits that were sent fail together.
@@ -284,10 +289,11 @@ def log_commit_failure(error: KafkaError) -> None:
         if cause.verdict is causes.Verdict.MISCONFIGURED:
             endpoint = connection_reports.endpoint
             what = cause.what.format(group=repr(endpoint.group))
+            named = f": {', '.join(sorted(topics))}" if topics else ""
             log.warning(
                 "kafka_commit_refused",
                 error=error.name(),
-                reason=f"Kafka at {endpoint.describe('')} {what}",
+                reason=f"Kafka at {endpoint.describe('')} {what}{named}",
                 effect="events still arrive; the next time that this process joins the group, "
                 "Kafka refuses it",
                 action=cause.fix,

@@ -266,7 +266,7 @@ BUILDING = (
 )
 BREAK = (
     update(projectors)
-    .where(projectors.c.projector == bindparam("of_projector"))
+    .where(projectors.c.projector == bindparam("of_projector"), projectors.c.state != "broken")
     .values(state="broken", problem=bindparam("why"), problem_at=func.now())
 )
 STATE = select(projectors.c.state).where(projectors.c.projector == bindparam("of_projector"))
@@ -442,9 +442,9 @@ def is_building(db: Connection, projector: str, since: datetime) -> bool:
     return found.one_or_none() is not None
 
 
-def note_broken(db: Connection, projector: str, why: str) -> None:
-    """Halt the projector until it is rebuilt."""
-    db.execute(BREAK, {"of_projector": projector, "why": why})
+def note_broken(db: Connection, projector: str, why: str) -> bool:
+    """Halt the projector until it is rebuilt; whether it was not halted before."""
+    return db.execute(BREAK, {"of_projector": projector, "why": why}).rowcount > 0
 
 
 def _of(projector: str, partition: Partition) -> dict[str, object]:

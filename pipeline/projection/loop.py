@@ -27,7 +27,7 @@ from pipeline.outages import OutagePolicy
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints
 from pipeline.projection.checkpoints import Progress
-from pipeline.projection.one_pass import Result, project
+from pipeline.projection.one_pass import Result, break_changed, project
 from pipeline.projection.workers import WorkerRegistry
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
@@ -39,6 +39,8 @@ GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
 CAUGHT_UP_S_MIN = 60.0
 """Shortest time between two log lines about a backlog that was worked off."""
+TABLE_CHECK_S = 10.0
+"""How often tables are searched for what somebody has added that leaves out rows silently."""
 LISTEN_SLICE_S = 0.2
 """How often a wait checks whether it should stop."""
 
@@ -140,6 +142,7 @@ class _Loop:
         self._taken = 0
         self._outages = OutagePolicy(waits_forever=not until_end)
         self._caught_up = CaughtUp(limits.batch_offsets_max)
+        self._check_tables_at = 0.0
 
     def run(self) -> None:
         while not self._stop.is_set():
@@ -176,6 +179,10 @@ class _Loop:
             if self._until_end and self._has_arrived(lagging):
                 return
             begun = time.monotonic()
+            if begun >= self._check_tables_at:
+                with transaction(self._engine) as db:
+                    break_changed(db, self._projectors.values())
+                self._check_tables_at = begun + TABLE_CHECK_S
             moved = self._round(self._registry.share(lagging))
             self._outages.on_success()
             self._observe(ProjectionProgress(self._taken, _lag_of_partitions(lagging)))

@@ -3,7 +3,7 @@
 The tables and the checkpoints change in one transaction. Rejected events become dead letters in it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
 from pipeline.db import descriptor, transaction, translated
-from pipeline.errors import ConfigurationError, LockHeldError
+from pipeline.errors import ConfigurationError, InvariantError, LockHeldError
+from pipeline.foreign_objects import REFUSING, SILENT, Foreign, foreign_objects
 from pipeline.partitions import OffsetRange, Partition
 from pipeline.projection import checkpoints, dead_letters
 from pipeline.projection.apply import BrokenProjectorError, apply_batch, lock_tables, pin
@@ -28,9 +29,6 @@ WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
   AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint)
   AND e.repeat_of IS NULL AND e.event_type IS NOT NULL
 """)
-MISSING = text(
-    "SELECT name FROM unnest(CAST(:tables AS text[])) AS name WHERE to_regclass(name) IS NULL"
-)
 
 
 class Result(Enum):
@@ -108,18 +106,17 @@ def _apply_to_live_tables(
 ) -> Result:
     """Bring a batch into the live tables of a projector whose checkpoint is locked."""
     try:
-        with _dropped_table_breaks(db, projector), translated(), db.begin_nested():
+        with _changed_tables_break(db, projector), translated(), db.begin_nested():
             # NOWAIT: a TRUNCATE that holds the tables waits for our checkpoint, to reset it.
             lock_tables(db, projector, "ROW EXCLUSIVE MODE NOWAIT")
             rejected = apply_batch(db, projector, None, batch, rejected_max=rejected_max)
+            if rejected:
+                _refuse_changed_tables(db, projector)
             dead_letters.put_aside(db, projector.name, batch.partition, rejected)
     except LockHeldError:
         return Result.LEFT_OUT
     except BrokenProjectorError as broken:
-        checkpoints.note_broken(db, projector.name, str(broken))
-        log.error(  # noqa: TRY400 - the reason says it all
-            "projector_broken", projector=projector.name, reason=str(broken)
-        )
+        _note_broken(db, projector.name, str(broken))
         return Result.BROKEN
     if rejected:
         log.warning(
@@ -136,14 +133,44 @@ def _apply_to_live_tables(
 
 
 @contextmanager
-def _dropped_table_breaks(db: Connection, projector: Projector) -> Iterator[None]:
-    """A dropped table breaks its projector only; any other error of the schema stops the loop."""
+def _changed_tables_break(db: Connection, projector: Projector) -> Iterator[None]:
+    """Where somebody has changed the tables, what PostgreSQL refuses breaks this projector alone.
+
+    No event is rejected and no right is reported as missing for it, and the others continue.
+    """
     try:
         yield
-    except ConfigurationError:
-        tables = [table.fullname for table in projector.tables]
-        if missing := db.execute(MISSING, {"tables": tables}).scalars().all():
-            raise BrokenProjectorError(
-                f"{', '.join(missing)} is missing: restore it from a copy, whatever its rows"
-            ) from None
+    except (BrokenProjectorError, ConfigurationError, InvariantError) as error:
+        kinds = REFUSING if isinstance(error, ConfigurationError) else None
+        _refuse_changed_tables(db, projector, kinds)
         raise
+
+
+def _refuse_changed_tables(
+    db: Connection, projector: Projector, kinds: Collection[str] | None = None
+) -> None:
+    found = foreign_objects(db, projector.tables)
+    if found := [foreign for foreign in found if kinds is None or foreign.kind in kinds]:
+        raise BrokenProjectorError(why_broken(projector.name, found))
+
+
+def why_broken(projector: str, found: Sequence[Foreign]) -> str:
+    """What an operator reads about tables that somebody has changed."""
+    changed = "; ".join(f"{foreign.table} {foreign.what}" for foreign in found)
+    fixes = "; ".join(dict.fromkeys(foreign.fix for foreign in found))
+    return f"{changed}. To fix it: {fixes}. Then run `pipeline rebuild {projector}`"
+
+
+def break_changed(db: Connection, projectors: Collection[Projector]) -> None:
+    """Break projectors whose tables have a trigger or a rule that may leave out rows silently."""
+    owners = {table.fullname: model.name for model in projectors for table in model.tables}
+    every = foreign_objects(db, [table for model in projectors for table in model.tables])
+    found = [foreign for foreign in every if foreign.kind in SILENT]
+    for projector in sorted({owners[foreign.table] for foreign in found}):
+        on_its_tables = [foreign for foreign in found if owners[foreign.table] == projector]
+        _note_broken(db, projector, why_broken(projector, on_its_tables))
+
+
+def _note_broken(db: Connection, projector: str, reason: str) -> None:
+    if checkpoints.note_broken(db, projector, reason):
+        log.error("projector_broken", projector=projector, reason=reason)

@@ -27,8 +27,8 @@ from pipeline.db import (
     translated,
 )
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
+from pipeline.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
 from pipeline.schema import read_models, roles
-from pipeline.schema.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
 from pipeline.schema.plan import Step
 from pipeline.settings import load_settings
 

@@ -1,5 +1,6 @@
 """A copy of the database joins the group of the original; a database that was moved continues."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -271,6 +272,75 @@ def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
     # They were never fed at the same time: this one resumes from its own offsets.
     assert bench.worker("ingest", "--until-end").wait() == 0
     assert logged(bench.database, bench.topic) == ledger.records
+
+
+@contextmanager
+def upgraded(old: PostgresServer, version: int) -> Iterator[PostgresServer]:
+    """The same databases on a newer version, by ``pg_upgrade``; the old server has ended."""
+    home = Path(tempfile.mkdtemp(prefix="pipeline-upgraded-"))
+    shutil.copy(old.directory / "password", home)
+    owner = old.directory.stat()
+    run("chown", "-R", f"{owner.st_uid}:{owner.st_gid}", home)
+    new = PostgresServer(version, directory=home, settings=FAST_AND_UNSAFE)
+
+    def as_owner(tool: str, *arguments: object) -> None:
+        subprocess.run(
+            [str(new.binaries / tool), *map(str, arguments)],
+            check=True,
+            capture_output=True,
+            cwd=home,
+            env={**os.environ, "PGPASSWORD": old.password},
+            user=owner.st_uid,
+            group=owner.st_gid,
+            extra_groups=[],
+        )
+
+    try:
+        as_owner(
+            *("initdb", "--pgdata", home / "data", "--username=postgres", "--auth=scram-sha-256"),
+            *(f"--pwfile={home / 'password'}", "--locale=C", "--encoding=UTF8", "--no-sync"),
+            "--no-data-checksums",
+        )
+        as_owner(
+            *("pg_upgrade", "--username=postgres", "--no-sync", f"--socketdir={home}"),
+            *(f"--old-bindir={old.binaries}", f"--new-bindir={new.binaries}"),
+            *(f"--old-datadir={old.directory / 'data'}", f"--new-datadir={home / 'data'}"),
+        )
+        with (home / "data" / "postgresql.conf").open("a") as configuration:
+            configuration.write("\ninclude = 'pipeline.conf'\n")
+        with new:
+            yield new
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.timeout(180)
+def test_after_a_pg_upgrade_the_worker_continues_and_is_not_refused(
+    benches: Callable[[int, int], Bench],
+):
+    """Stopped as a DBA does it, and killed: then the old member is still listed for a while."""
+    bench = benches(15, 2)
+    old = bench.database.server
+    assert isinstance(old, PostgresServer)
+    ledger = Ledger(bench.kafka.bootstrap_servers)
+    ledger.send(bench.topic, numbered(10)).flush()
+    stopped, killed = bench.worker(**GROUPS["cooperative"]), bench.worker(**GROUPS["cooperative"])
+    bench.wait_until_logged(10)
+    bench.prepare_role()
+    assert stopped.stop() == 0, stopped.tail()
+    killed.kill()
+    old.stop()
+
+    with upgraded(old, 18) as new:
+        database = Database(new, bench.database.name)
+        ledger.send(bench.topic, numbered(10), partition=1).flush()
+        worker = bench.worker(through=at(database), **GROUPS["cooperative"])
+        until(lambda: logged_in(database) == 20, "it continues on the new version")
+        assert worker.stop() == 0, worker.tail()
+
+        assert len(worker.said("database_moved")) == 1
+        assert logged(database, bench.topic) == ledger.records
+    old.start()  # to be cleaned up
 
 
 @pytest.mark.timeout(180)

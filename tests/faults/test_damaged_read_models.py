@@ -64,7 +64,7 @@ def test_a_table_that_is_dropped_costs_its_read_model_alone(bench: Bench):
         code, told = rebuild(bench, "orders")
         assert code == 0, told
 
-    assert "upvest.orders is missing" in worker.said("projector_broken")[0]["reason"]
+    assert "upvest.orders does not exist" in worker.said("projector_broken")[0]["reason"]
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     assert worker.exit_code == 0

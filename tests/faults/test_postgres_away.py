@@ -2,16 +2,29 @@
 
 import shutil
 import subprocess
+import sys
+import time
 
 import pytest
 
+from pipeline.errors import ExitCode
 from pipeline.sandbox.servers.postgres import PostgresServer
+from tests.faults import harness
 from tests.faults.harness import Bench, until
 from tests.faults.ledger import Ledger
 
 PER_SECOND = 400
 CRASHES = 5
 TERMINATIONS = 8
+LESS_PATIENT_S = 5.0
+LESS_PATIENT = f"""
+from pipeline import outages
+from pipeline.ingest import lookout
+outages.GRACE_S = lookout.GRACE_S = {LESS_PATIENT_S}
+from pipeline.cli import main
+main()
+"""
+"""The program as it is, but for the length of the grace period."""
 
 
 @pytest.mark.timeout(240)
@@ -109,6 +122,40 @@ def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, right
         bench.grant()
 
     bench.finish(feed.ledger)
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [("the password", "refused the login"), ("INSERT", "permission denied for table events")],
+)
+def test_what_is_taken_away_for_good_ends_the_process_with_78(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, taken: str, words: str
+):
+    """Not before the grace period is over, which the first line announces."""
+    monkeypatch.setattr(harness, "ENTRY", [sys.executable, "-c", LESS_PATIENT])
+    worker = bench.worker("run")
+
+    with bench.feed(rate=PER_SECOND) as feed:
+        bench.wait_until_logged(PER_SECOND)
+        if taken == "INSERT":
+            bench.revoke("INSERT ON pipeline.events")
+        else:
+            bench.set_password(worker.role, "another")
+            bench.end_sessions(of=worker)
+        worker.wait_until_said("server_refuses")
+        refused_at = time.monotonic()
+        assert worker.wait() == ExitCode.CONFIGURATION, worker.tail()
+        lasted_s = time.monotonic() - refused_at
+        bench.set_password(worker.role, bench.password)
+        bench.grant()
+        bench.worker("run")
+
+    bench.finish(feed.ledger)
+    first = worker.said("server_refuses")[0]
+    assert words in first["reason"]
+    assert "exit with 78 in" in first["effect"]
+    assert lasted_s > LESS_PATIENT_S - 2
+    assert words in worker.said("stopped")[0]["reason"]
 
 
 def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench):

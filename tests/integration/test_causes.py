@@ -4,22 +4,27 @@ import os
 import re
 from contextlib import contextmanager
 from functools import partial
+from urllib.parse import quote
 
 import psycopg
 import pytest
 from confluent_kafka import KafkaError
+from psycopg import sql
 from sqlalchemy import text
 
-from pipeline import causes
+from pipeline import causes, db
 from pipeline.causes import Verdict
 from pipeline.db import open_engine, transaction
 from pipeline.errors import (
     ConfigurationError,
     ExitCode,
     InvariantError,
+    PipelineError,
     PoisonRecordError,
+    TransientError,
     from_sqlstate,
 )
+from pipeline.handshakes import sqlstates_of_refusal
 from pipeline.sandbox.servers.postgres import free_port
 from tests.commands import Commands
 
@@ -208,6 +213,147 @@ def test_a_connection_to_postgresql_that_fails_is_named(
         assert "Traceback" not in said
         assert secured_postgres.password(login) not in said
         assert "not-the-password" not in said
+
+
+def _may_not_log_in(server, user):
+    server.execute("ALTER ROLE {} NOLOGIN", sql.Identifier(user))
+    return server.dsn(user)
+
+
+def _password_has_expired(server, user):
+    server.execute("ALTER ROLE {} VALID UNTIL '2020-01-01'", sql.Identifier(user))
+    return server.dsn(user)
+
+
+def _no_connection_is_left(server, user):
+    server.execute("ALTER ROLE {} CONNECTION LIMIT 0", sql.Identifier(user))
+    return server.dsn(user)
+
+
+def _no_right_to_connect(server, user):
+    server.execute("CREATE DATABASE {}", sql.Identifier(user))
+    server.execute("REVOKE CONNECT ON DATABASE {} FROM PUBLIC", sql.Identifier(user))
+    return server.dsn(user, user)
+
+
+def _library_is_missing(server, user):
+    server.execute("ALTER ROLE {} SET session_preload_libraries = 'nope'", sql.Identifier(user))
+    return server.dsn(user)
+
+
+def _with(setting):
+    def dsn(server, user):
+        return server.dsn(user, options=f"-c%20{quote(setting)}")
+
+    return dsn
+
+
+REFUSED_LOGINS = [
+    (_with("work_mem=much"), causes.POSTGRES_SESSION_SETTING, "22023"),
+    (_with("not_there=1"), causes.POSTGRES_SESSION_SETTING, "42704"),
+    (_with("shared_buffers=1GB"), causes.POSTGRES_SESSION_SETTING, "55P02"),
+    (_wrong_password, causes.POSTGRES_LOGIN, "28P01"),
+    (_password_has_expired, causes.POSTGRES_LOGIN, "28P01"),
+    (_rejected, causes.POSTGRES_RULE, "28000"),
+    (_no_rule, causes.POSTGRES_RULE, "28000"),
+    (_may_not_log_in, causes.POSTGRES_NO_ROLE, "28000"),
+    (_no_database, causes.POSTGRES_NO_DATABASE, "3D000"),
+    (_no_right_to_connect, causes.POSTGRES_NO_DATABASE, "42501"),
+    (_no_connection_is_left, causes.POSTGRES_FULL_OF_SESSIONS, "53300"),
+    (_library_is_missing, causes.POSTGRES_LIBRARY, "58P01"),
+]
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("broken", "cause", "code"), REFUSED_LOGINS)
+def test_a_refused_login_is_named_in_whatever_language_the_server_speaks(
+    secured_postgres, login, broken, cause, code, monkeypatch
+):
+    """``lc_messages`` of a German server is German, and libpq shows only the words."""
+    dsn = broken(secured_postgres, login)
+    with pytest.raises(PipelineError) as in_english:
+        _connect(dsn)
+    assert cause.what in str(in_english.value)
+
+    monkeypatch.setattr(causes, "LIBPQ_WORDS", ())  # as if nobody could read it
+    with pytest.raises(PipelineError) as unread:
+        _connect(dsn)
+
+    assert sqlstates_of_refusal(dsn) == [code]
+    expected = causes.of_login([code])
+    assert expected.what in str(unread.value)
+    assert expected.verdict is cause.verdict
+    assert type(unread.value) is type(in_english.value)
+    assert expected is (causes.POSTGRES_LOGIN_RULE if code == "28000" else cause)
+
+
+def _connect(dsn):
+    with transaction(open_engine(dsn, application="tests")):
+        pass
+
+
+@pytest.mark.postgres
+def test_the_code_of_the_same_refusal_is_asked_for_once(secured_postgres, login, monkeypatch):
+    """It takes an attempt to log in, and accounts are locked after too many."""
+    asked = []
+
+    def nothing(conninfo):
+        asked.append(conninfo)
+        return []
+
+    monkeypatch.setattr(causes, "LIBPQ_WORDS", ())
+    monkeypatch.setattr(db, "sqlstates_of_refusal", nothing)
+    engine = open_engine(_no_database(secured_postgres, login), application="tests")
+
+    for _ in range(3):
+        with pytest.raises(TransientError), transaction(engine):
+            pass
+
+    assert len(asked) == 1
+
+
+@pytest.mark.postgres
+def test_a_setting_that_the_login_may_not_have_is_named(secured_postgres, login):
+    dsn = _with("session_replication_role=replica")(secured_postgres, login)
+
+    with pytest.raises(ConfigurationError, match="refuses a setting for our session") as refused:
+        _connect(dsn)
+
+    assert '"session_replication_role"' in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["pg-standby.bank.de", "recovery", "read-only", "timeout"])
+def test_a_name_is_not_taken_for_a_cause(name):
+    words = f'connection to server at "{name}" (10.0.0.1), port 5432 failed: '
+
+    assert causes.of_libpq(words + "Connection refused") is causes.REFUSED_PORT
+    assert (
+        causes.of_libpq(words + f'FATAL:  database "{name}" does not exist')
+        is causes.POSTGRES_NO_DATABASE
+    )
+
+
+@pytest.mark.postgres
+def test_what_a_trigger_on_logins_raises_is_somebody_elses(postgres_server_18, database):
+    """Whatever its words are: PostgreSQL 17 and newer."""
+    with database.connect() as owner:
+        owner.execute("""
+            CREATE FUNCTION public.office_hours() RETURNS event_trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF session_user <> 'postgres' THEN RAISE EXCEPTION 'password timeout'; END IF;
+            END $$""")
+        owner.execute(
+            "CREATE EVENT TRIGGER office_hours ON login EXECUTE FUNCTION public.office_hours()"
+        )
+        user = f"u{os.urandom(4).hex()}"
+        owner.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(sql.Identifier(user)))
+    host = database.dsn.split("@")[1]
+
+    with pytest.raises(ConfigurationError, match="code of somebody else"):
+        _connect(f"postgresql://{user}:x@{host}")
+
+    with database.connect() as owner:
+        owner.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(user)))
 
 
 # ------------------------------------------------------------------------------------------- Kafka

@@ -15,7 +15,7 @@ from pipeline.errors import LockHeldError
 from pipeline.projectors.orders import orders
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.schema.migrate import migrate
-from tests.commands import Commands
+from tests.commands import on_mock
 from tests.given import order_event
 from tests.waiting import until
 
@@ -162,7 +162,9 @@ WAITING = {
     "migrate": (["migrate"], "pipeline.alembic_version"),
     "a second migrate": (["migrate"], None),
     "rebuild": (["rebuild", "orders"], "upvest.orders"),
-    "a worker": (["project", "--until-end"], "pipeline.projection_workers"),
+    "a worker that projects": (["project", "--until-end"], "pipeline.projection_workers"),
+    "a worker that ingests": (["ingest", "--until-end"], "pipeline.consumer_offsets"),
+    "dead letters": (["dead-letters", "retry"], "pipeline.dead_letters"),
 }
 
 
@@ -194,15 +196,16 @@ def taken(holder, table):
 
 @pytest.mark.parametrize("name", WAITING)
 def test_a_command_that_waits_for_a_lock_names_its_holder_and_finishes_afterwards(
-    given, holder, name
+    given, holder, mock_broker, name
 ):
+    mock_broker.create_topic("Fresh", 1)
     given([order_event("NEW", at=1)]).project(orders)
     arguments, table = WAITING[name]
     began_at = datetime.now(UTC).replace(microsecond=0)
     with ExitStack() as running, ExitStack() as lock:
         pid = lock.enter_context(taken(holder, table))
         command = running.enter_context(
-            Commands(database_url=given.database.dsn).started(*arguments)
+            on_mock(given.database, mock_broker).with_(topics="Fresh").started(*arguments)
         )
         command.until("waiting_for_lock")
         lock.close()

@@ -9,21 +9,29 @@ import secrets
 from datetime import UTC, datetime
 
 import pytest
+from confluent_kafka import Producer
 from hypothesis import HealthCheck, Phase, example, settings
 from hypothesis import given as over
 from hypothesis import strategies as st
 from sqlalchemy import text
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from pipeline import events as reading
-from pipeline.db import metadata, transaction
+from pipeline.cli.app import app
+from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.errors import ExitCode
 from pipeline.log import append as writing
 from pipeline.log import offsets
 from pipeline.log.copying import encode
 from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, NextOffset, Partition
-from tests.commands import Commands, InProcess
+from pipeline.sandbox.servers.broker import MockBroker
+from pipeline.schema.migrate import declare_tables
+from tests.commands import Commands, InProcess, on_mock
 from tests.given import Given, event, some_id
+from tests.integration.test_canaries import commands_of
 from tests.servers.databases import fresh_database
 
 OFFSET_MAX = 2**63 - 1
@@ -140,6 +148,19 @@ SHOWN = {
     "projection_workers": {"worker"},
 }
 
+# Tables that no command shows: only the service's own statements read them.
+NOT_SHOWN = {
+    *("ingest_workers", "installation", "locks", "own_views", "rebuild_ranges", "segments"),
+}
+
+
+def test_each_table_of_the_log_is_filled_with_odd_values_or_shown_by_no_command():
+    declare_tables()
+
+    tables = {one.name for one in metadata.tables.values() if one.schema == LOG_SCHEMA}
+
+    assert tables == {*SHOWN} | NOT_SHOWN
+
 
 def column_values(table):
     """A value for each column of a table that has no meaning to keep, by its type."""
@@ -178,6 +199,29 @@ READING = [
     ["verify", "--only", "read-models", "orders"],
     ["rebuild", "orders", "--check"],
 ]
+
+READING_KAFKA_TOO = [
+    ["check"],
+    ["verify", "--only", "kafka"],
+    ["rewind", "orders:0", "--to", "earliest"],
+    ["gaps", "accept", "orders:0"],
+]
+# Commands that write or watch: what they meet in the log is tested where each of them is, with the
+# records of `tests/records.py`.
+NOT_READING = {*("demo", "ingest", "migrate", "project", "run", "simulate")}
+
+
+def test_each_command_that_reads_the_log_is_among_those_that_are_tested_here():
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+
+    read = {
+        name
+        for name in commands_of(root)
+        if any(one[: len(name.split())] == name.split() for one in READING + READING_KAFKA_TOO)
+    }
+
+    assert read | NOT_READING == {*commands_of(root)}
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +376,39 @@ def test_what_the_columns_can_hold_is_shown_as_it_is_stored(log, run, data):
     for line in run("events", "-n", "100", "--payload", "--json").out.splitlines():
         assert_shown_as_stored(given, line)
     assert_gaps_shown_as_stored(given, run("gaps", "list", "--json").json)
+
+
+@settings(MANY, max_examples=2)
+@over(data=st.data())
+def test_what_the_columns_can_hold_stops_no_command_that_reads_kafka_too(
+    log, shared, monkeypatch, capsys, kafka_of_orders, data
+):
+    """It finds what is wrong with it, perhaps, and says so."""
+    given = log()
+    append(given, [reading.Record("orders", 0, 0, b"{}", None, None, None, 0)])
+    with given.database.connect() as db:
+        fill_at_random(db, data)
+    here = InProcess(monkeypatch, capsys)
+    commands = on_mock(shared.database, kafka_of_orders).with_(topics="orders")
+
+    for command in READING_KAFKA_TOO:
+        result = here(commands, *command)
+        moved = command[0] == "gaps" and "nothing was accepted" in result.err
+        expected = (ExitCode.INVARIANT,) if moved else (0, 1, ExitCode.REFUSED)
+        assert result.code in expected, (command, result.err)
+        assert "Traceback" not in result.err
+        assert "\x1b" not in result.out + result.err
+
+
+@pytest.fixture(scope="module")
+def kafka_of_orders():
+    with MockBroker() as broker:
+        broker.create_topic("orders", 1)
+        producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
+        for number in range(3):
+            producer.produce("orders", b"{}" if number else None, partition=0)
+        assert producer.flush(20) == 0
+        yield broker
 
 
 def fill_at_random(db, data):

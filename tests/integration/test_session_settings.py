@@ -534,7 +534,8 @@ def test_who_holds_a_lock_is_named_through_a_pooler_and_whatever_the_database_sp
 ):
     """The session that asks has our settings too; the pooler gives out another process id."""
     monkeypatch.setattr(connection_module, "LOCK_CHECK_S", 0.2)
-    impatient = SessionLimits(lock_wait=timedelta(seconds=1))
+    # Long enough for two logins through the pooler on a busy machine.
+    impatient = SessionLimits(lock_wait=timedelta(seconds=4))
     with database.connect() as db, PgBouncer(postgres_server) as pooler:
         db.execute(f"ALTER DATABASE {database.name} SET DateStyle = 'German, DMY'")
         db.execute(f"ALTER DATABASE {database.name} SET search_path = decoy, public")

@@ -172,6 +172,11 @@ TAMPERED = {
     "rows of a read model that were changed": (
         READ_MODELS, "not the same", "UPDATE upvest.cash_balances SET balance = balance + 0.01"
     ),
+    # The replay of such a table is rounded in the same way, and equals it.
+    "a column of a read model that rounds": (
+        READ_MODELS, "has column price of type numeric(20,1)",
+        "ALTER TABLE upvest.executions ALTER COLUMN price TYPE numeric(20, 1)",
+    ),
 }  # fmt: skip
 
 
@@ -287,7 +292,7 @@ def test_one_read_model_alone_may_be_verified(pipeline):
     result = pipeline("verify", "orders", "--only", "read-models", "--json")
 
     assert result.code == 0
-    assert [one["subject"] for one in result.json["evidence"]] == ["orders"]
+    assert {one["subject"] for one in result.json["evidence"]} == {"orders"}
     assert json.loads(result.out)["ok"] is True
 
 

@@ -387,19 +387,19 @@ class SecuredPostgres:
 
     def add_user(self, user: str, password: str | None = None) -> str:
         """Make a login without any right, with this password or one made up; returns it."""
-        self._execute("CREATE ROLE {} LOGIN", sql.Identifier(user))
+        self.execute("CREATE ROLE {} LOGIN", sql.Identifier(user))
         return self.set_password(user, password)
 
     def set_password(self, user: str, password: str | None = None) -> str:
         """Change a user's password; connections that are open stay so. Returns it."""
         password = password or secrets.token_urlsafe(16)
         self._passwords[user] = password
-        self._execute("ALTER ROLE {} PASSWORD {}", sql.Identifier(user), sql.Literal(password))
+        self.execute("ALTER ROLE {} PASSWORD {}", sql.Identifier(user), sql.Literal(password))
         return password
 
     def end_connections(self, user: str) -> None:
         """Throw out whoever is connected as a user."""
-        self._execute(
+        self.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = {}",
             sql.Literal(user),
         )
@@ -431,7 +431,7 @@ class SecuredPostgres:
 
     def _reload(self) -> None:
         before = self._loaded_at()
-        self._execute("SELECT pg_reload_conf()")
+        self.execute("SELECT pg_reload_conf()")
         waiting.until(
             lambda: self._loaded_at() > before,
             "PostgreSQL has read its configuration",
@@ -445,9 +445,10 @@ class SecuredPostgres:
         return row and row[0]
 
     def _alter(self, name: str, value: str) -> None:
-        self._execute("ALTER SYSTEM SET {} = {}", sql.Identifier(name), sql.Literal(value))
+        self.execute("ALTER SYSTEM SET {} = {}", sql.Identifier(name), sql.Literal(value))
 
-    def _execute(self, statement: str, *parts: sql.Composable) -> None:
+    def execute(self, statement: str, *parts: sql.Composable) -> None:
+        """Run a statement as the superuser; ``{}`` stands for each part."""
         with psycopg.connect(self.server.dsn(), autocommit=True) as connection:
             connection.execute(sql.SQL(statement).format(*parts))
 

@@ -11,6 +11,7 @@ from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import NEWEST
 from pipeline.db.session_settings import is_sorted
 from pipeline.errors import ConfigurationError, ExitCode
+from pipeline.foreign_objects import foreign_objects
 from pipeline.health import problems
 from pipeline.health.check.keying import check_keying
 from pipeline.health.check.promises import Promise
@@ -19,7 +20,6 @@ from pipeline.health.check.rights import check_rights
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
-from pipeline.schema.foreign_objects import foreign_objects
 from pipeline.schema.migrate import check_schema, our_tables
 
 

@@ -1,15 +1,17 @@
 """Changes that other people made to our tables, and that change or prevent what we store there.
 
 A trigger that runs before a row is stored, or a rule, may change the row or leave it out without an
-error. A constraint makes good records look bad. A security policy, a column that must have a value
-or a table that is gone stop us with an error that names none of them.
+error. A constraint, or a column that must have a value, makes good records look bad; one of another
+type may round an amount. A security policy, or a table or column that is gone, stop us with an
+error that names none of them. Without its primary key, a table may hold a row twice.
 """
 
 import re
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import Column, Connection, Table, text
+from sqlalchemy.dialects import postgresql
 
 from pipeline.db import LOG_SCHEMA, READ_SCHEMA
 from pipeline.errors import ConfigurationError
@@ -19,15 +21,24 @@ class Foreign(NamedTuple):
     """One such thing.
 
     Attributes:
+        kind: ``trigger``, ``rule``, ``constraint`` …
         table: Schema and name.
         what: The thing with its owner, and what it does, as the rest of a sentence.
         fix: The statement that removes it, or what else to do.
     """
 
+    kind: str
     table: str
     what: str
     fix: str
 
+
+SILENT = frozenset({"trigger", "rule", "type"})
+"""Kinds that change or leave out rows without an error."""
+REFUSING = frozenset(
+    {"policy", "trigger", "missing", "relation", "computed", "type", "gone", "key"}
+)
+"""Kinds because of which PostgreSQL may refuse a statement as such, whatever its rows."""
 
 # Bits of tgtype: ROW 1, BEFORE 2, INSERT 4, UPDATE 16. Ours call functions of our own schema.
 # What a partition inherits is reported for its parent.
@@ -37,7 +48,22 @@ WITH ours AS (
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p')
       AND (format('%s.%s', n.nspname, c.relname) = ANY (:tables)
-           OR n.nspname = 'pipeline_segments' AND 'pipeline.events' = ANY (:tables))
+           OR n.nspname = 'pipeline_segments' AND c.relispartition
+              AND 'pipeline.events' = ANY (:tables))
+),
+declared AS (
+    SELECT * FROM unnest(CAST(:of_tables AS text[]), CAST(:columns AS text[]),
+                         CAST(:types AS text[]), CAST(:nullables AS boolean[]))
+                  AS d (of_table, name, type, nullable)
+),
+columns AS (
+    SELECT o.*, a.attname, a.attnotnull, a.atthasdef, a.attidentity, a.attgenerated,
+           a.atttypid, a.atttypmod, d.name AS declared, d.type, d.nullable
+    FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
+    LEFT JOIN declared d ON d.name = a.attname AND d.of_table =
+        CASE o.nspname WHEN 'pipeline_segments' THEN 'pipeline.events'
+             ELSE format('%s.%s', o.nspname, o.relname) END
+    WHERE a.attnum > 0 AND NOT a.attisdropped
 )
 SELECT o.name, 'trigger' AS kind, quote_ident(t.tgname) AS object,
        pg_get_userbyid(p.proowner) AS owner, NULL AS other
@@ -52,20 +78,43 @@ UNION ALL
 SELECT o.name, 'policy', 'row level security', pg_get_userbyid(o.relowner), NULL
 FROM ours o WHERE row_security_active(o.oid)
 UNION ALL
-SELECT o.name, 'column', quote_ident(a.attname), pg_get_userbyid(o.relowner), NULL
-FROM ours o JOIN pg_attribute a ON a.attrelid = o.oid
-WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull AND NOT a.atthasdef
-  AND a.attidentity = '' AND o.nspname <> 'pipeline_segments'
-  AND format('%s.%s.%s', o.nspname, o.relname, a.attname) <> ALL (:columns)
+SELECT name, 'column', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE declared IS NULL AND attnotnull AND NOT atthasdef AND attidentity = ''
+  AND nspname <> 'pipeline_segments'
+UNION ALL
+SELECT name, 'not null', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE nullable AND attnotnull
+UNION ALL
+SELECT name, 'type', quote_ident(attname), pg_get_userbyid(relowner),
+       format('%s, not %s', format_type(atttypid, atttypmod), lower(type))
+FROM columns
+WHERE nspname <> 'pipeline_segments'
+  AND (atttypid <> to_regtype(type) OR atttypmod <> -1 AND strpos(type, '(') = 0)
+UNION ALL
+SELECT name, 'computed', quote_ident(attname), pg_get_userbyid(relowner), NULL FROM columns
+WHERE declared IS NOT NULL AND attgenerated <> ''
+UNION ALL
+SELECT c.oid::regclass::text, 'relation', '', pg_get_userbyid(c.relowner), NULL
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind NOT IN ('r', 'p') AND format('%s.%s', n.nspname, c.relname) = ANY (:tables)
+UNION ALL
+SELECT o.name, 'gone', quote_ident(d.name), pg_get_userbyid(o.relowner), lower(d.type)
+FROM ours o JOIN declared d ON d.of_table = format('%s.%s', o.nspname, o.relname)
+WHERE NOT EXISTS (SELECT FROM columns c WHERE c.oid = o.oid AND c.declared = d.name)
+UNION ALL
+SELECT o.name, 'key', k.columns, pg_get_userbyid(o.relowner), NULL
+FROM ours o JOIN unnest(CAST(:keyed AS text[]), CAST(:keys AS text[])) AS k (of_table, columns)
+             ON k.of_table = format('%s.%s', o.nspname, o.relname)
+WHERE NOT EXISTS (SELECT FROM pg_constraint p WHERE p.conrelid = o.oid AND p.contype = 'p')
 UNION ALL
 SELECT o.name, 'constraint', quote_ident(k.conname), pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_constraint k ON k.conrelid = o.oid
-WHERE k.contype IN ('c', 'f', 'u', 'x') AND o.nspname <> 'pipeline_segments'
+WHERE k.contype IN ('c', 'f', 'u', 'x') AND k.coninhcount = 0 AND k.conparentid = 0
   AND format('%s.%s.%s', o.nspname, o.relname, k.conname) <> ALL (:constraints)
 UNION ALL
 SELECT o.name, 'index', i.indexrelid::regclass::text, pg_get_userbyid(o.relowner), NULL
 FROM ours o JOIN pg_index i ON i.indrelid = o.oid JOIN pg_class c ON c.oid = i.indexrelid
-WHERE i.indisunique AND o.nspname <> 'pipeline_segments'
+WHERE i.indisunique AND NOT c.relispartition
   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)
   AND format('%s.%s.%s', o.nspname, o.relname, c.relname) <> ALL (:constraints)
 UNION ALL
@@ -174,9 +223,11 @@ def _begins_with(line: str, described: str) -> bool:
 def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Foreign]:
     """All that is wrong with these tables of ours in that way."""
     names = [f"{one.schema}.{one.name}" for one in tables]
-    columns = [f"{one.schema}.{one.name}.{column.name}" for one in tables for column in one.columns]
+    columns = [(f"{one.schema}.{one.name}", column) for one in tables for column in one.columns]
+    keys = [(f"{one.schema}.{one.name}", one.primary_key) for one in tables if one.primary_key]
     missing = [
         Foreign(
+            "missing",
             name,
             "does not exist: somebody has dropped it",
             "restore it from a backup; a read model can then be filled by `pipeline rebuild`",
@@ -188,8 +239,28 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
         for one in tables
         for name in (*(it.name for it in one.constraints), *(it.name for it in one.indexes))
     ]
-    found = db.execute(_FOUND, {"tables": names, "columns": columns, "constraints": constraints})
+    found = db.execute(
+        _FOUND,
+        {
+            "tables": names,
+            "of_tables": [name for name, _ in columns],
+            "columns": [column.name for _, column in columns],
+            "types": [_type_of(column) for _, column in columns],
+            "nullables": [column.nullable for _, column in columns],
+            "keyed": [name for name, _ in keys],
+            "keys": [", ".join(column.name for column in key.columns) for _, key in keys],
+            "constraints": constraints,
+        },
+    )
     return [*missing, *(_described(*row) for row in found)]
+
+
+def _type_of(column: Column[Any]) -> str:
+    """As PostgreSQL reads it; without the collation, which is no part of a type's name."""
+    return column.type.compile(dialect=_POSTGRES).partition(" COLLATE ")[0]
+
+
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 
 def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
@@ -199,7 +270,11 @@ def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
 
 
 def refuse_foreign_objects(
-    db: Connection, tables: Collection[Table], schemas: Collection[str] = (LOG_SCHEMA, READ_SCHEMA)
+    db: Connection,
+    tables: Collection[Table],
+    schemas: Collection[str] = (LOG_SCHEMA, READ_SCHEMA),
+    *,
+    kinds: Collection[str] | None = None,
 ) -> None:
     """Do not write while something of others would change what is written.
 
@@ -207,64 +282,102 @@ def refuse_foreign_objects(
         db: An open transaction.
         tables: All that the program declares.
         schemas: Only those of them that are in these schemas.
+        kinds: Only these kinds, while rows are being written; all by default.
 
     Raises:
         ConfigurationError: There is such a thing; the text names each, with its owner.
     """
-    found = foreign_objects(db, [one for one in tables if one.schema in schemas])
-    if found:
+    every = foreign_objects(db, [one for one in tables if one.schema in schemas])
+    if found := [one for one in every if kinds is None or one.kind in kinds]:
         named = "; ".join(f"{one.table} {one.what}" for one in found)
+        since = (
+            "Nothing was written"
+            if kinds is None
+            else "Nothing more is written; what was written since this change may be wrong, which "
+            "`pipeline verify` shows"
+        )
         raise ConfigurationError(
             "somebody has changed tables of this program, so what it writes may be stored in "
-            f"another form, or not at all: {named}. Nothing was written. To fix it: "
+            f"another form, or not at all: {named}. {since}. To fix it: "
             + "; ".join(dict.fromkeys(one.fix for one in found))
         )
 
 
 def _described(table: str, kind: str, name: str, owner: str, other: str | None) -> Foreign:
+    return Foreign(kind, table, *_words(table, kind, name, owner, other))
+
+
+def _words(table: str, kind: str, name: str, owner: str, other: str | None) -> tuple[str, str]:
     match kind:
         case "trigger":
-            return Foreign(
-                table,
+            return (
                 f"has trigger {name} of role {owner}, which may change a row or leave it out",
                 f"DROP TRIGGER {name} ON {table}, or make it AFTER instead of BEFORE",
             )
         case "rule":
-            return Foreign(
-                table,
+            return (
                 f"has rule {name}, which replaces what is written (owner of the table: {owner})",
                 f"DROP RULE {name} ON {table}",
             )
         case "policy":
-            return Foreign(
-                table,
+            return (
                 f"has {name}, which applies to this user (owner of the table: {owner})",
                 f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY",
             )
+        case "computed":
+            return (
+                f"has column {name} that PostgreSQL computes, so that nothing can be stored there "
+                f"(owner of the table: {owner})",
+                f"ALTER TABLE {table} ALTER COLUMN {name} DROP EXPRESSION",
+            )
+        case "relation":
+            return (
+                f"is no table any more, but a view or something else of role {owner}",
+                f"give the name {table} back to the table, or restore it from a backup",
+            )
         case "constraint":
-            return Foreign(
-                table,
+            return (
                 f"has constraint {name}, which this program does not know and which refuses rows "
                 f"(owner of the table: {owner})",
                 f"ALTER TABLE {table} DROP CONSTRAINT {name}",
             )
         case "index":
-            return Foreign(
-                table,
+            return (
                 f"has unique index {name}, which this program does not know and which refuses rows "
                 f"(owner of the table: {owner})",
                 f"DROP INDEX {name}, and create it without UNIQUE",
             )
         case "reference":
-            return Foreign(
-                table,
+            return (
                 f"is referenced by foreign key {name} of {other} (owner {owner}), which refuses "
                 "that rows are deleted",
                 f"ALTER TABLE {other} DROP CONSTRAINT {name}",
             )
+        case "not null":
+            return (
+                f"has column {name} NOT NULL, which events may leave empty: they would be refused "
+                f"(owner of the table: {owner})",
+                f"ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL",
+            )
+        case "type":
+            return (
+                f"has column {name} of type {other}: what is stored there may be cut, rounded or "
+                f"refused (owner of the table: {owner})",
+                f"change the type of {table}.{name} back; then run `pipeline verify`",
+            )
+        case "gone":
+            return (
+                f"has no column {name}: somebody has dropped it (owner of the table: {owner})",
+                f"ALTER TABLE {table} ADD COLUMN {name} {other}; then restore its values from a "
+                "backup, those of a read model by `pipeline rebuild`",
+            )
+        case "key":
+            return (
+                f"has no primary key, so it may hold a row twice (owner of the table: {owner})",
+                f"ALTER TABLE {table} ADD PRIMARY KEY ({name})",
+            )
         case _:
-            return Foreign(
-                table,
+            return (
                 f"has column {name}, which this program does not know and which must have a value "
                 f"(owner of the table: {owner})",
                 f"ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL, or give it a DEFAULT",

@@ -273,11 +273,13 @@ def test_another_database_that_joins_the_group_later_is_detected(
         member.subscribe([name])
         until(joins_and_commits, "the other member has a partition")
         halted = until(
-            lambda: [it.problem for it in offset_rows(database).values() if it.problem],
+            lambda: [row.problem for row in offset_rows(database).values() if row.problem],
             "a partition is halted",
         )
 
-    assert [str(other) in it and f"consumer group '{name}'" in it for it in halted] == [True]
+    assert [str(other) in reason and f"consumer group '{name}'" in reason for reason in halted] == [
+        True
+    ]
 
 
 def test_two_groups_on_one_database_do_not_take_turns_for_ever(
@@ -290,12 +292,12 @@ def test_two_groups_on_one_database_do_not_take_turns_for_ever(
 
     def one_has_ended():
         ledger.send(name, numbered(1)).send(name, numbered(1), partition=1).flush()
-        return any(it.has_ended for it in both)
+        return any(ingest.has_ended for ingest in both)
 
     try:
         until(one_has_ended, "one of them ends")
     finally:
-        errors = [it.end() for it in both]
+        errors = [ingest.end() for ingest in both]
     ingest_until_end(settings(name, group_id=f"{name}-0"))
 
     # If each owned one of the partitions, both were fenced as often, and both have ended.

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from structlog.testing import capture_logs
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import (
@@ -123,7 +124,10 @@ def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the
     ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
     little_at_a_time = {"queued.max.messages.kbytes": "64", "max.partition.fetch.bytes": "20000"}
 
-    with running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest:
+    with (
+        capture_logs() as lines,
+        running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest,
+    ):
         until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
         # The database is locked while Kafka receives records and deletes them.
         with database.connect(autocommit=False) as somebody:
@@ -143,6 +147,11 @@ def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the
         assert not ingest.has_ended
 
     assert problem(database, name) is None
+    events = [line["event"] for line in lines]
+    assert [event for event in events if event in ("partition_halted", "partition_resumed")] == [
+        "partition_halted",
+        "partition_resumed",
+    ]
     assert logged(database, name) == ledger.without(
         lambda at: at[1] == 0 and stopped_at <= at[2] < 190
     )

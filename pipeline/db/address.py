@@ -14,7 +14,7 @@ from pipeline import causes, handshakes
 from pipeline.backoff import LOGIN_RETRY_S
 from pipeline.db import session
 from pipeline.db.connection import WatchedConnection
-from pipeline.db.postgres_errors import UnreachableError, place
+from pipeline.db.postgres_errors import UnreachableError, add_address
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +89,7 @@ class Address:
             unreachable = UnreachableError(self._explained(str(error)))
         if refused is not None:
             raise refused
-        place(unreachable, self.where)
+        add_address(unreachable, self.where)
         raise unreachable
 
     def _explained(self, words: str) -> str:

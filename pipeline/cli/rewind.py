@@ -8,8 +8,8 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.events import parse_place, parse_time
-from pipeline.cli.terminal import Gauge, emit, say, table
+from pipeline.cli.arguments import parse_place, parse_time
+from pipeline.cli.output import Gauge, emit, say, table
 from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.kafka import Brokers

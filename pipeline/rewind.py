@@ -50,17 +50,17 @@ class Step:
     """What a rewind does to one partition.
 
     Attributes:
-        held: What the log holds, from its beginning to its next offset.
-        there: What Kafka has.
-        wanted: The requested first offset.
+        in_log: What the log has, from its beginning to its next offset.
+        in_kafka: What Kafka has.
+        requested: The requested first offset.
         offsets: What is read again; empty where Kafka has nothing of it.
         logged: How many of these offsets are in the log already.
     """
 
     partition: Partition
-    held: OffsetRange
-    there: Watermarks
-    wanted: NextOffset
+    in_log: OffsetRange
+    in_kafka: Watermarks
+    requested: NextOffset
     offsets: OffsetRange
     logged: int
 
@@ -92,11 +92,11 @@ def plan(
             with transaction(engine) as db:
                 claim = logged_partitions(db)[partition]
                 last = last_record(db, partition, claim.next_offset)
-            there = brokers.watermarks(partition)
-            source = KafkaPartition(cluster_id, topic_ids.get(partition.topic), *there)
+            in_kafka = brokers.watermarks(partition)
+            source = KafkaPartition(cluster_id, topic_ids.get(partition.topic), *in_kafka)
             if refusal := why_other_topic(partition, claim, last, source, reader.record_at):
                 raise refusal
-            steps.append(_step(engine, brokers, partition, claim, there, to))
+            steps.append(_step(engine, brokers, partition, claim, in_kafka, to))
     return steps
 
 
@@ -105,25 +105,25 @@ def _step(
     brokers: Brokers,
     partition: Partition,
     claim: LoggedPartition,
-    there: Watermarks,
+    in_kafka: Watermarks,
     to: Goal,
 ) -> Step:
     end = claim.next_offset
-    wanted = _wanted(brokers, partition, there, end, to)
-    begin = min(end, max(wanted, there.low))
+    requested = _requested(brokers, partition, in_kafka, end, to)
+    begin = min(end, max(requested, in_kafka.low))
     offsets = OffsetRange(NextOffset(begin), end)
     with transaction(engine) as db:
         logged = count(db, partition, offsets)
-    held = OffsetRange(claim.first_offset, end)
-    return Step(partition, held, there, NextOffset(wanted), offsets, logged)
+    in_log = OffsetRange(claim.first_offset, end)
+    return Step(partition, in_log, in_kafka, NextOffset(requested), offsets, logged)
 
 
-def _wanted(
-    brokers: Brokers, partition: Partition, there: Watermarks, end: NextOffset, to: Goal
+def _requested(
+    brokers: Brokers, partition: Partition, in_kafka: Watermarks, end: NextOffset, to: Goal
 ) -> int:
     match to:
         case "earliest":
-            return there.low
+            return in_kafka.low
         case datetime() as moment:
             # Kafka uses negative numbers as keywords, for the end, for example.
             milliseconds = max(0, int(moment.timestamp() * 1000))
@@ -177,7 +177,7 @@ def _rewind(
                 continue
             failpoints.reach("before_fill")
             found = staging.comparison
-            if found.missing.count or begins < step.held.first:
+            if found.missing.count or begins < step.in_log.first:
                 with staging.fill(begins, segment_span=settings.segment_offsets) as db:
                     if found.missing.count:
                         checkpoints.move_back(db, partition, found.missing.ranges[0].first)

@@ -1,19 +1,23 @@
-"""The commands: parse, call, print. One room for each family; errors become exit codes in `app`.
+"""The commands: parse, call, print. One file per command; errors become exit codes in `app`.
 
 stdout is data, stderr is logs, progress and words for people.
 """
 
-# Importing a room registers its commands; this order is the one that `--help` shows.
+# Importing a module registers its commands.
 from pipeline.cli import (  # noqa: F401 - see above
+    check,
     dead_letters,
+    demo,
     events,
-    flow,
     gaps,
+    ingest,
+    migrate,
+    project,
     rebuild,
     rewind,
-    setup,
+    run,
+    simulate,
     status,
-    trying,
     verify,
 )
 from pipeline.cli.app import main

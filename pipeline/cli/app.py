@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from typer.core import TyperGroup
 
 from pipeline import __version__, failpoints, log_events
-from pipeline.cli.terminal import say
+from pipeline.cli.output import say
 from pipeline.db import SessionLimits, open_engine
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.kafka import client_version

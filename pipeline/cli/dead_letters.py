@@ -8,9 +8,9 @@ from sqlalchemy import Engine
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.events import document_of, parse_place, print_event
-from pipeline.cli.rebuild import known
-from pipeline.cli.terminal import emit, say, table
+from pipeline.cli.arguments import known, parse_place
+from pipeline.cli.events import document_of, print_event
+from pipeline.cli.output import emit, say, table
 from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.log.search import newest

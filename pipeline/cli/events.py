@@ -13,54 +13,20 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.terminal import NOTHING, emit, moment, say
+from pipeline.cli.arguments import parse_place, parse_time
+from pipeline.cli.output import NOTHING, emit, moment, say
 from pipeline.db import transaction
 from pipeline.log.offsets import ranges
 from pipeline.log.search import Found, Wanted, first_since, follow, newest
 from pipeline.log_events import printable
-from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.partitions import NextOffset, Partition
 from pipeline.schema.migrate import check_schema
 
 FOLLOW_S = 0.5
 """How often a log that is followed is looked at."""
 LOOK_BACK = timedelta(hours=24)
 """How far a search looks back that no index answers, unless told."""
-OFFSET_MAX = 2**63 - 1
-"""Kafka numbers records with 64 bits, as PostgreSQL stores them."""
-_PLACE = "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
 _CONTENT = ("payload", "raw", "key", "headers")
-
-
-def parse_time(value: str) -> datetime:
-    """A moment, or a span before now: 15m, 2h, 7d."""
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
-    try:
-        if unit and value[:-1].isdecimal():
-            return datetime.now(UTC) - timedelta(seconds=int(value[:-1]) * unit)
-        found = datetime.fromisoformat(value)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(
-            "a time such as 2026-01-31T08:00:00Z, or a span before now such as 15m, 2h, 7d, "
-            "between the years 1 and 9999"
-        ) from None
-
-
-def parse_place(value: str) -> Wanted:
-    """Topic, partition and offsets."""
-    topic, _, rest = value.partition(":")
-    number, _, offsets = rest.partition(":")
-    first, _, last = offsets.partition("-")
-    try:
-        place = Wanted(topic=topic, partition=int(number) if rest else None)
-        if not offsets:
-            return place
-        begin, end = Offset(int(first)), after(Offset(int(last or first)))
-    except ValueError:
-        raise typer.BadParameter(_PLACE) from None
-    if not 0 <= begin < end <= OFFSET_MAX:
-        raise typer.BadParameter(_PLACE)
-    return replace(place, offsets=OffsetRange(NextOffset(begin), end))
 
 
 @app.command(

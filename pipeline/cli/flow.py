@@ -19,42 +19,36 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline import catalogue
-from pipeline.cli.app import app, database_of, projection_limits, settings_of, versions
+from pipeline.cli.app import database_of, projection_limits, settings_of, versions
+from pipeline.cli.output import Gauge
+from pipeline.cli.supervisor import WORKERS_MAX, become_worker
 from pipeline.cli.tally import Tally
-from pipeline.cli.terminal import Gauge
-from pipeline.cli.workers import WORKERS_MAX, become_worker
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA, transaction
+from pipeline.db import LOG_SCHEMA, READ_SCHEMA
 from pipeline.db.session import address_of
 from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.ingest import Ingest, tuned_interpreter
 from pipeline.ingest import Progress as Ingested
 from pipeline.kafka import Brokers
 from pipeline.outages import OutagePolicy
-from pipeline.projection.checkpoints import fingerprints
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
-from pipeline.readmodel.fingerprint import fingerprint
-from pipeline.readmodel.model import Projector
-from pipeline.rebuild.rebuild import rebuild
 from pipeline.schema.migrate import check_schema, check_tables
 from pipeline.settings import Settings
 from pipeline.signals import Stop, stopped_by_signals
 
 log = structlog.get_logger("pipeline.cli")
 
-REBUILD_RETRY_S = 10.0
-"""Wait before a rebuild is tried again whose server went away."""
 LAST_PASS_S_MAX = 10.0
 """Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
 
-_UntilEnd = Annotated[
+UntilEnd = Annotated[
     bool,
     typer.Option(
         "--until-end", help="Stop when caught up with what was there at the start, with 0 or 65."
     ),
 ]
 
-_Workers = Annotated[
+Workers = Annotated[
     int,
     typer.Option(
         "--workers",
@@ -64,7 +58,7 @@ _Workers = Annotated[
     ),
 ]
 
-_CODES = (
+EXIT_CODES = (
     "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 128 + its number when "
     "stopped by another signal, 129 for SIGHUP, so that a supervisor starts it again; 65 (with "
     "--until-end) a "
@@ -91,83 +85,11 @@ class Job:
     tally: Tally
 
 
-# --------------------------------------------------------------------------------------- commands
-
-
-@app.command(epilog=_CODES)
-def run(
-    ctx: typer.Context,
-    until_end: _UntilEnd = False,
-    workers: _Workers = 1,
-    rebuild_stale: Annotated[
-        bool,
-        typer.Option(
-            "--rebuild-stale",
-            help="Rebuild read models whose definition has changed, meanwhile and beside them.",
-        ),
-    ] = False,
-) -> None:
-    """The main job: ingest and project until stopped.
-
-    Every record of PIPELINE_TOPICS goes into pipeline.events with its next offset in one
-    transaction; read models follow. Start as many as you like, on as many machines, they share
-    the partitions.
-
-    \b
-    $ pipeline run
-    $ pipeline run --until-end     # catch up, then end
-    $ pipeline run --workers 4     # four processes
-    """
-    with _flow(ctx, "run", workers, until_end=until_end) as job:
-        rebuilding = threading.Thread(target=_rebuild_stale, args=[job], name="rebuild")
-        rebuild_stale = rebuild_stale and job.worker in (None, 1)
-        if rebuild_stale:
-            rebuilding.start()
-        try:
-            _side_by_side(job, until_end=until_end)
-        except PipelineError:
-            job.stop.set()
-            raise
-        finally:
-            if rebuild_stale:
-                rebuilding.join()
-
-
-@app.command(epilog=_CODES)
-def ingest(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers = 1) -> None:
-    """Kafka into the log, exactly once: one half of `run`.
-
-    \b
-    $ pipeline ingest
-    $ pipeline ingest --until-end  # fill the log with what is there, then end
-    """
-    with _flow(ctx, "ingest", workers, until_end=until_end) as job:
-        if until_end:
-            _ingest_to_the_end(job)
-        else:
-            _ingest(job)
-
-
-@app.command(epilog=_CODES)
-def project(ctx: typer.Context, until_end: _UntilEnd = False, workers: _Workers = 1) -> None:
-    """The log into read models: the other half of `run`. Needs the database only.
-
-    \b
-    $ pipeline project
-    $ pipeline project --until-end
-    """
-    with _flow(ctx, "project", workers, until_end=until_end) as job:
-        if until_end:
-            _project_to_the_end(job)
-        else:
-            _project(job, job.stop)
-
-
 # ------------------------------------------------------------------------------------- the frame
 
 
 @contextmanager
-def _flow(ctx: typer.Context, command: str, workers: int, *, until_end: bool) -> Iterator[Job]:
+def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) -> Iterator[Job]:
     """Settings, database, signals, the first and the last line of the log.
 
     With several workers the block runs in each of them.
@@ -273,13 +195,15 @@ def _who(settings: Settings) -> dict[str, object]:
 # ----------------------------------------------------------------------------------- the two halves
 
 
-def _ingest(job: Job) -> None:
+def ingest_until_stopped(job: Job) -> None:
+    """Read Kafka until a signal stops it."""
     ingest = Ingest(job.settings, job.engine, stop=job.stop, observe=job.tally.of_ingest())
     with tuned_interpreter():
         ingest.run()
 
 
-def _project(job: Job, stop: threading.Event) -> None:
+def project_until_stopped(job: Job, stop: threading.Event) -> None:
+    """Project until ``stop`` is set."""
     run_projection(
         job.engine,
         catalogue.load().models,
@@ -289,7 +213,8 @@ def _project(job: Job, stop: threading.Event) -> None:
     )
 
 
-def _project_to_the_end(job: Job) -> None:
+def project_to_the_end(job: Job) -> None:
+    """Project what the log holds at the start, and show how far it is."""
     bar = job.worker is None
     with Gauge("projecting", unit="offsets", plain=False, bar=bar) as gauge:
         count, show = job.tally.of_projection(), show_projection(gauge)
@@ -320,7 +245,8 @@ def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
     return observe
 
 
-def _ingest_to_the_end(job: Job) -> None:
+def ingest_to_the_end(job: Job) -> None:
+    """Read what Kafka holds at the start, and show how far it is."""
     with Gauge("ingesting", plain=False, bar=job.worker is None) as gauge:
         count = job.tally.of_ingest()
 
@@ -333,7 +259,7 @@ def _ingest_to_the_end(job: Job) -> None:
             ingest.run()
 
 
-def _side_by_side(job: Job, *, until_end: bool) -> None:
+def side_by_side(job: Job, *, until_end: bool) -> None:
     """Ingest here, project in a thread; the first half to fail stops the other and is raised."""
     follow_no_more = threading.Event()
     failures: list[Exception] = []
@@ -350,15 +276,15 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
             follow_no_more.set()
 
     def follow() -> None:
-        _project(job, follow_no_more)
+        project_until_stopped(job, follow_no_more)
 
     # A daemon, for a PostgreSQL that hangs must not keep the process.
     projection = threading.Thread(target=half, args=[follow], name="projection", daemon=True)
     projection.start()
     if until_end:
-        half(lambda: _ingest_to_the_end(job))
+        half(lambda: ingest_to_the_end(job))
     else:
-        half(lambda: _ingest(job))
+        half(lambda: ingest_until_stopped(job))
     follow_no_more.set()
     projection.join(LAST_PASS_S_MAX if job.stop.is_set() else None)
     if projection.is_alive():
@@ -368,46 +294,6 @@ def _side_by_side(job: Job, *, until_end: bool) -> None:
             effect="PostgreSQL rolls its pass back; nothing is lost",
         )
     if until_end and not job.stop.is_set():
-        half(lambda: _project_to_the_end(job))
+        half(lambda: project_to_the_end(job))
     if failures:
         raise failures[0]
-
-
-def _rebuild_stale(job: Job) -> None:
-    """Rebuild what was built by another definition; no failure here stops what runs beside."""
-    # Its statements may take long, so it has a database of its own.
-    with database_of(job.settings, "rebuild") as engine:
-        for projector in catalogue.load().models:
-            _rebuild_if_stale(job, engine, projector)
-
-
-def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
-    logged = ""
-    while not job.stop.is_set():
-        try:
-            with transaction(engine) as db:
-                built = fingerprints(db).get(projector.name)
-            if built not in (None, fingerprint(projector)):
-                rebuild(
-                    engine,
-                    projector,
-                    rejected_max=job.settings.dead_letter_budget,
-                    stop=job.stop,
-                )
-        except TransientError as error:
-            if str(error) != logged:
-                logged = str(error)
-                log.warning(
-                    "rebuild_waits",
-                    projector=projector.name,
-                    reason=logged,
-                    effect=f"tried again every {REBUILD_RETRY_S:.0f} s",
-                )
-            job.stop.wait(REBUILD_RETRY_S)
-        except PipelineError as error:
-            log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
-                "not_rebuilt", projector=projector.name, reason=str(error)
-            )
-            break
-        else:
-            break

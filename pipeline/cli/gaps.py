@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.events import parse_place
-from pipeline.cli.terminal import Mark, emit, say, table
+from pipeline.cli.arguments import parse_place
+from pipeline.cli.output import Mark, emit, say, table
 from pipeline.db import transaction
 from pipeline.log.gaps import accept_gap, all_gaps
 from pipeline.log.offsets import ranges

@@ -11,8 +11,9 @@ from sqlalchemy import Engine
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, projection_limits, settings_of
+from pipeline.cli.arguments import known
 from pipeline.cli.flow import show_projection
-from pipeline.cli.terminal import Gauge, emit, say, table
+from pipeline.cli.output import Gauge, emit, say, table
 from pipeline.errors import ExitCode
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import (
@@ -209,13 +210,3 @@ def _show_differences(done: Sequence[Difference], *, repaired: bool, as_json: bo
                 f"{one.projector}: it was {one.behind:,} records behind, so that some of these "
                 "rows are no fault."
             )
-
-
-def known(names: Sequence[str]) -> list[Projector]:
-    """The read models of these names; wrong usage if one does not exist."""
-    by_name = {one.name: one for one in catalogue.load().models}
-    if unknown := [name for name in names if name not in by_name]:
-        raise typer.BadParameter(
-            f"no read model {', '.join(unknown)}; there are {', '.join(by_name)}"
-        )
-    return [by_name[name] for name in dict.fromkeys(names)]

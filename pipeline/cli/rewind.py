@@ -8,8 +8,8 @@ import typer
 from sqlalchemy import Engine
 
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.events import parse_place, parse_time
-from pipeline.cli.terminal import Gauge, emit, say, table
+from pipeline.cli.arguments import parse_place, parse_time
+from pipeline.cli.output import Gauge, emit, say, table
 from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.kafka import Brokers
@@ -115,8 +115,8 @@ def _show_plan(steps: Sequence[Step]) -> None:
         [
             (
                 str(step.partition),
-                span(step.held),
-                span(OffsetRange(*step.there)),
+                span(step.in_log),
+                span(OffsetRange(*step.in_kafka)),
                 span(step.offsets),
                 step.offsets.span,
                 step.logged,
@@ -125,10 +125,10 @@ def _show_plan(steps: Sequence[Step]) -> None:
         ],
     )
     for step in steps:
-        if step.wanted < step.there.low:
+        if step.requested < step.in_kafka.low:
             say(
-                f"{step.partition}: Kafka's first record is at {step.there.low}; "
-                f"{step.there.low - step.wanted:,} offsets before it are gone."
+                f"{step.partition}: Kafka's first record is at {step.in_kafka.low}; "
+                f"{step.in_kafka.low - step.requested:,} offsets before it are gone."
             )
 
 
@@ -182,11 +182,11 @@ def _plan_document(step: Step) -> dict[str, object]:
     return {
         "topic": step.partition.topic,
         "partition": step.partition.number,
-        "log_first": step.held.first,
-        "log_end": step.held.end,
-        "kafka_low": step.there.low,
-        "kafka_high": step.there.high,
-        "wanted": step.wanted,
+        "log_first": step.in_log.first,
+        "log_end": step.in_log.end,
+        "kafka_low": step.in_kafka.low,
+        "kafka_high": step.in_kafka.high,
+        "requested": step.requested,
         "first": step.offsets.first,
         "end": step.offsets.end,
         "offsets": step.offsets.span,

@@ -11,18 +11,7 @@ from sqlalchemy import Engine
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.terminal import (
-    NOTHING,
-    Cell,
-    Mark,
-    age,
-    duration,
-    emit,
-    moment,
-    out,
-    say,
-    table,
-)
+from pipeline.cli.output import NOTHING, Cell, Mark, age, duration, emit, moment, out, say, table
 from pipeline.errors import ExitCode, TransientError
 from pipeline.health.problem import Problem
 from pipeline.health.status import PartitionStatus, ProjectorStatus, Recent, Status, read_status

@@ -9,9 +9,9 @@ import typer
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.rebuild import known
+from pipeline.cli.arguments import known
+from pipeline.cli.output import Gauge, emit, say
 from pipeline.cli.rewind import offsets
-from pipeline.cli.terminal import Gauge, emit, say
 from pipeline.errors import ExitCode
 from pipeline.health.verify import Evidence, verify_kafka, verify_log, verify_read_models
 from pipeline.log_events import printable

@@ -15,7 +15,7 @@ from pipeline import causes
 from pipeline.backoff import LOGIN_RETRY_S
 from pipeline.db import session
 from pipeline.db.connection import WatchedConnection
-from pipeline.db.postgres_errors import UnreachableError, place
+from pipeline.db.postgres_errors import UnreachableError, add_address
 from pipeline.handshakes import sqlstates_of_refusal, why_refused
 
 log = structlog.get_logger(__name__)
@@ -93,7 +93,7 @@ class Address:
             unreachable = UnreachableError(words, self._cause(words))
         if refused is not None:
             raise refused
-        place(unreachable, self.where)
+        add_address(unreachable, self.where)
         raise unreachable
 
     def _cause(self, words: str) -> causes.Cause:

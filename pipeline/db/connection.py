@@ -15,7 +15,7 @@ import structlog
 from psycopg.abc import PQGen
 
 from pipeline import handshakes
-from pipeline.db.postgres_errors import SilentServerError, place
+from pipeline.db.postgres_errors import SilentServerError, add_address
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +58,7 @@ class WatchedConnection(psycopg.Connection[Any]):
             return super().wait(self._watched(gen), *arguments, **options)
         except psycopg.Error as refused:
             if self.where:
-                place(refused, self.where)
+                add_address(refused, self.where)
             if isinstance(refused, psycopg.errors.LockNotAvailable):
                 refused.add_note(self._blocked_by or NOT_KNOWN)
             raise

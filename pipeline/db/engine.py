@@ -124,15 +124,15 @@ def open_engine(
 def _probe(first: WatchedConnection, parameters: Mapping[str, Any]) -> WatchedConnection:
     """A second connection to the server that the first one has reached, within a short time."""
     info = first.info
-    there: dict[str, Any] = {
+    parameters_of_probe: dict[str, Any] = {
         "host": info.host,
         "port": info.port,
         "connect_timeout": ceil(session.PROBE_S_MAX),
     }
     if info.hostaddr and not info.host.startswith("/"):
-        there["hostaddr"] = info.hostaddr
+        parameters_of_probe["hostaddr"] = info.hostaddr
     probe = WatchedConnection.connect(
-        **{**parameters, **there, "application_name": "pipeline probe"}
+        **{**parameters, **parameters_of_probe, "application_name": "pipeline probe"}
     )
     probe.answer_s_max = session.PROBE_S_MAX
     return probe

@@ -44,7 +44,7 @@ class UnreachableError(psycopg.OperationalError):
         self.cause = cause
 
 
-def place(error: psycopg.Error, where: str) -> None:
+def add_address(error: psycopg.Error, where: str) -> None:
     """Add to an exception of the driver which server it is about: host, port, database, user."""
     error.where = where  # type: ignore[attr-defined]  # read by ``translate`` alone
 

@@ -323,11 +323,11 @@ def address_of(url: str) -> str:
     ports = str(given.get("port") or "5432").split(",")
     if len(ports) == 1:
         ports *= len(hosts)
-    places = ",".join(
+    addresses = ",".join(
         f"{f'[{host}]' if ':' in host else host}:{port or 5432}"
         for host, port in zip(hosts, ports, strict=False)
     )
-    return f"{places}/{given.get('dbname') or given.get('user', '')}"
+    return f"{addresses}/{given.get('dbname') or given.get('user', '')}"
 
 
 def _place(connection: Connection) -> str:

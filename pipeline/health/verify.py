@@ -70,7 +70,7 @@ class Evidence:
 
 # -------------------------------------------------------------------------------------------- log
 
-# Each gives what those of the log give: see pipeline.log.integrity.
+# They return the same columns as the statements in pipeline.log.integrity.
 _CHECKPOINTS = text("""
 SELECT c.projector AS subject, count(*) AS examined,
        count(*) FILTER (WHERE o.topic IS NULL OR c.next_offset > o.next_offset) AS wrong,
@@ -170,10 +170,10 @@ def verify_kafka(
         return
     brokers = Brokers(settings)
     try:
-        cluster_id, there = brokers.cluster_id(), brokers.partition_counts()
-        topic_ids = brokers.topic_ids({partition.topic for partition in known} & set(there))
+        cluster_id, counts = brokers.cluster_id(), brokers.partition_counts()
+        topic_ids = brokers.topic_ids({partition.topic for partition in known} & set(counts))
         for partition, claim in known.items():
-            if partition.number >= there.get(partition.topic, 0):
+            if partition.number >= counts.get(partition.topic, 0):
                 problem = problems.PARTITION_NOT_VISIBLE.of(partition)
                 yield Evidence("kafka", str(partition), _FAITHFUL, 0, problem=problem)
                 continue

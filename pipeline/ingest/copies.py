@@ -162,7 +162,7 @@ class CopyCheck:
         workers.forget(db)
         if server.running != self._server.running:
             self._is_unsure = True
-            if server.place != self._server.place:
+            if server.location != self._server.location:
                 _log_move(self._server, server)
             self._server = server
 
@@ -293,7 +293,7 @@ class CopyCheck:
     def _log_move_since_last_worker(self) -> None:
         with transaction(self._engine) as db:
             last = workers.newest(db)
-        if last is not None and last.server.place != self._server.place:
+        if last is not None and last.server.location != self._server.location:
             _log_move(last.server, self._server)
 
 

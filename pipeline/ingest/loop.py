@@ -221,7 +221,7 @@ class IngestLoop:
     # ---------------------------------------------------------------------------------- from Kafka
 
     def _receive(self, *, wait_s: float) -> bool:
-        """Poll Kafka; whether a record arrived."""
+        """Poll Kafka; returns whether a record arrived."""
         records_max = min(POLL_RECORDS_MAX, max(1, self._machine.room))
         polled = self._consumer.poll(records_max, wait_s, self._settings.linger_ms / 1000)
         failpoints.reach("after_poll")
@@ -254,7 +254,11 @@ class IngestLoop:
     # ----------------------------------------------------------------------------- to the database
 
     def _advance(self, *, wait_s: float) -> bool:
-        """Report the writer's outcome to the machine, and do its next steps; whether any was."""
+        """Report the writer's outcome to the machine, and do its next steps.
+
+        Returns:
+            Whether there was an outcome or a step.
+        """
         outcome = self._writer.outcome(wait_s)
         if outcome is not None:
             self._on_outcome(outcome)

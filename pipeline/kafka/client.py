@@ -106,7 +106,7 @@ def create(client: Callable[[], _Client], settings: Settings) -> _Client:
 
 
 def close(client: Consumer) -> bool:
-    """Close a client; whether it was closed within ``CLOSE_S_MAX``.
+    """Close a client; returns whether it was closed within ``CLOSE_S_MAX``.
 
     ``close()`` never returns while a request waits for a coordinator of the group that does not
     exist (librdkafka issue 3740). Then its thread is left behind.

@@ -34,7 +34,7 @@ _COMPARE = text("""
 SELECT at_offset, kind, rank FROM (
     SELECT coalesce(s."offset", e."offset") AS at_offset,
            row_number() OVER (ORDER BY coalesce(s."offset", e."offset")) AS rank,
-           count(*) OVER () AS places,
+           count(*) OVER () AS compared_rows,
            CASE WHEN e."offset" IS NULL THEN 'missing'
                 WHEN s."offset" IS NULL THEN 'surplus'
                 WHEN (s.digest, s.key, s.headers, s.kafka_timestamp, s.kafka_timestamp_type,
@@ -51,7 +51,7 @@ SELECT at_offset, kind, rank FROM (
         WHERE topic = :topic AND "partition" = :number
           AND "offset" >= :first AND "offset" < :end
     ) e ON e."offset" = s."offset") AS compared
-WHERE kind IS NOT NULL OR rank = places
+WHERE kind IS NOT NULL OR rank = compared_rows
 ORDER BY rank
 """)
 _KEEP = text(f"""
@@ -114,7 +114,7 @@ class Staging:
         self._held = held
         self.partition = partition
         self.comparison = Comparison()
-        self._places = 0
+        self._compared = 0
         self._last: tuple[str, int] | None = None
 
     @classmethod
@@ -163,13 +163,11 @@ class Staging:
             rows: In offset order.
             keep: Keep what is missing in the log, for ``fill``.
         """
-        place = {"topic": self.partition.topic, "number": self.partition.number}
+        key = {"topic": self.partition.topic, "number": self.partition.number}
         with translated(), self._db.begin():
             self._db.execute(_CLEAR)
             copy_rows(driver_of(self._db), list(rows), _COPY)
-            found = self._db.execute(
-                _COMPARE, {**place, "first": span.first, "end": span.end}
-            ).all()
+            found = self._db.execute(_COMPARE, {**key, "first": span.first, "end": span.end}).all()
             missing = [row.at_offset for row in found if row.kind == "missing"]
             if keep and missing:
                 self._db.execute(_KEEP, {"missing": missing})
@@ -177,17 +175,17 @@ class Staging:
         self._note(found)
 
     def _note(self, found: Iterable[tuple[int, str | None, int]]) -> None:
-        """Add differences; the last row shows how many places there were."""
+        """Add differences; the last row shows how many were compared."""
         rank = 0
         for offset, kind, rank in found:
             if kind is None:
                 continue
-            place = self._places + rank
-            joins = self._last == (kind, place - 1)
+            position = self._compared + rank
+            joins = self._last == (kind, position - 1)
             intervals: Intervals = getattr(self.comparison, kind)
             intervals.add(Offset(offset), joins=joins)
-            self._last = (kind, place)
-        self._places += rank
+            self._last = (kind, position)
+        self._compared += rank
 
     @contextmanager
     def fill(self, begins: NextOffset, *, segment_span: int) -> Iterator[Connection]:

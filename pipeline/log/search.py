@@ -188,16 +188,14 @@ def first_since(
 
 def count(db: Connection, partition: Partition, offsets: OffsetRange) -> int:
     """How many records the log has of a range of offsets."""
-    place = {"topic": partition.topic, "number": partition.number}
-    return int(
-        db.execute(COUNT, {**place, "first": offsets.first, "end": offsets.end}).scalar_one()
-    )
+    key = {"topic": partition.topic, "number": partition.number}
+    return int(db.execute(COUNT, {**key, "first": offsets.first, "end": offsets.end}).scalar_one())
 
 
 def recent(db: Connection, partition: Partition, below: NextOffset, window: int) -> Sequence[Seen]:
     """The events of the last ``window`` offsets, in order, to recognise repeats of them."""
-    place = {"of_topic": partition.topic, "of_number": partition.number}
-    rows = db.execute(RECENT, {**place, "below": below, "at_least": below - window})
+    key = {"of_topic": partition.topic, "of_number": partition.number}
+    rows = db.execute(RECENT, {**key, "below": below, "at_least": below - window})
     return [Seen(*row) for row in rows]
 
 
@@ -225,20 +223,20 @@ def newest(
 def follow(
     db: Connection,
     wanted: Wanted,
-    places: dict[Partition, NextOffset],
+    next_offsets: dict[Partition, NextOffset],
     *,
     with_content: bool = False,
 ) -> Iterator[Found]:
-    """The events after ``places``, each once; moves ``places`` forward.
+    """The events after ``next_offsets``, each once; moves ``next_offsets`` forward.
 
     Args:
         db: A connection with a snapshot of its own for each call.
         wanted: Which events.
-        places: The next offset of each partition; a new partition starts at its beginning.
+        next_offsets: The next offset of each partition; a new partition starts at its beginning.
         with_content: Payload, bytes, key and headers too.
     """
     for partition, held in ranges(db).items():
-        begin = places.setdefault(partition, held.first)
+        begin = next_offsets.setdefault(partition, held.first)
         while wanted.includes(partition) and begin < held.end:
             end = NextOffset(min(held.end, begin + FOLLOW_ROWS_MAX))
             offsets = OffsetRange(begin, end)
@@ -251,7 +249,7 @@ def follow(
                 backwards=False,
                 with_content=with_content,
             )
-            places[partition] = begin = end
+            next_offsets[partition] = begin = end
 
 
 def _spans(db: Connection, wanted: Wanted) -> dict[Partition, OffsetRange]:

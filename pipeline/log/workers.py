@@ -135,7 +135,7 @@ class Server(NamedTuple):
         return self.server_started_at, self.database_oid
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def location(self) -> tuple[int, int, int]:
         """Stays the same when the server is restarted."""
         return self.system_identifier, self.timeline, self.database_oid
 

@@ -1,4 +1,4 @@
-"""What belongs together stays together: a database, its group, its cluster."""
+"""A database keeps its group and its cluster: others are refused."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ def second(
 def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_from_it(
     bench: Bench, second: Bench
 ):
-    """Kafka shares the partitions out between the two, and nobody errs."""
+    """Kafka shares the partitions between the two, and neither reports an error."""
     first = bench.worker()
 
     with bench.feed(rate=300) as feed:
@@ -62,7 +62,7 @@ def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_f
 def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
     bench: Bench, private_kafka: KafkaServer
 ):
-    """Somebody points a database at staging; then all is put right again."""
+    """A database is connected to staging by mistake; then the setting is corrected."""
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
     private_kafka.create_topic(bench.topic, bench.partitions + 2)

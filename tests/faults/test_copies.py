@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def template(bench: Bench, _version: int) -> Iterator[Database]:
-    """CREATE DATABASE … TEMPLATE: the same server; workers are thrown out for a moment."""
+    """CREATE DATABASE … TEMPLATE: the same server; its sessions are ended for a moment."""
     server = bench.database.server
     copy = Database(server, f"{bench.database.name}_copy")
     names = map(Identifier, (copy.name, bench.database.name))
@@ -171,7 +171,7 @@ def refusal(worker: Worker) -> str:
 def test_every_kind_of_copy_that_joins_a_running_original_is_refused_and_takes_nothing(
     benches: Callable[[int, int], Bench], version: int, group: str, partitions: int
 ):
-    """With new events and without, whoever has most partitions."""
+    """With new events and without, whichever has most partitions."""
     bench = benches(version, partitions)
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
@@ -250,7 +250,7 @@ def test_several_workers_of_one_database_are_never_refused(bench: Bench):
 def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
     benches: Callable[[int, int], Bench],
 ):
-    """A restore onto other hardware, without its old workers; then somebody starts one of them."""
+    """A restore onto other hardware, without its old workers; then one of them is started."""
     bench = benches(18, 4)
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
@@ -269,7 +269,7 @@ def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
         assert copy.name in said["now"]
         assert bench.database.name in said["was"]
         assert moved.stop() == 0, moved.tail()
-    # They were never fed at the same time: this one resumes from its own offsets.
+    # They were never written at the same time: this one resumes at its own offsets.
     assert bench.worker("ingest", "--until-end").wait() == 0
     assert logged(bench.database, bench.topic) == ledger.records
 
@@ -365,7 +365,7 @@ def test_after_a_fail_over_the_worker_continues_on_the_standby_and_is_not_refuse
             worker = bench.worker(through=both)
             bench.prepare_role()
             on_standby = Database(standby, database.name)
-            until(lambda: logged_in(on_standby) == 10, "the standby has it all")
+            until(lambda: logged_in(on_standby) == 10, "the standby has every record")
 
             primary.stop("immediate")
             with psycopg.connect(standby.dsn(), autocommit=True) as db:
@@ -376,7 +376,7 @@ def test_after_a_fail_over_the_worker_continues_on_the_standby_and_is_not_refuse
 
             again = bench.worker("ingest", "--until-end", through=both)
             assert again.wait() == 0, again.tail()
-            # A standby has the identity of its primary, so nothing has moved.
+            # A standby has the identity of its primary, so no move is logged.
             assert again.said("database_moved") == []
             assert logged(on_standby, bench.topic) == ledger.records
         primary.start()  # to be cleaned up

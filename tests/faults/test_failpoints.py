@@ -118,7 +118,7 @@ def test_a_long_wait_at_any_step_changes_nothing(bench: Bench, step: str):
 
 @pytest.mark.parametrize("step", ["mid_copy@2", "before_commit@2"])
 def test_a_process_that_was_stopped_continues_when_it_is_resumed(bench: Bench, step: str):
-    """As a laptop that sleeps with a transaction open; nobody else is there to take over."""
+    """Like a laptop that sleeps with an open transaction; no other worker can take over."""
     worker = bench.worker(fail=f"{step}:stop")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -132,7 +132,7 @@ def test_a_process_that_was_stopped_continues_when_it_is_resumed(bench: Bench, s
 
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit_before_ack@2"])
 def test_a_process_that_was_stopped_outside_a_transaction_is_replaced(bench: Bench, step: str):
-    """Another takes over meanwhile; the batch that it had committed is there once."""
+    """Another worker takes over meanwhile; the batch that was committed is in the log once."""
     paused = bench.worker(fail=f"{step}:stop")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -172,7 +172,7 @@ def test_a_defect_in_a_callback_ends_the_worker_with_70_and_costs_nothing(bench:
 
 
 def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench):
-    """Longer than max.poll.interval.ms; its heartbeats went on."""
+    """Longer than max.poll.interval.ms, while its heartbeats continued."""
     options = "session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000"
     stuck = bench.worker(fail="after_commit@2:sleep:6", kafka_options=options)
 
@@ -181,7 +181,10 @@ def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench)
         next_owner = bench.worker(kafka_options=options)
         # Taken by the group, or revoked if the loop still answered.
         stuck.wait_until_said("member_timed_out", "partitions_revoked")
-        until(lambda: set(bench.owners().values()) == {stuck.pid, next_owner.pid}, "both own some")
+        until(
+            lambda: set(bench.owners().values()) == {stuck.pid, next_owner.pid},
+            "both own partitions",
+        )
 
     bench.finish(feed.ledger)
 
@@ -193,7 +196,7 @@ def test_the_same_projection_continues_after_an_error_before_its_commit(bench: B
     with bench.feed(rate=PER_SECOND) as feed:
         if error == "stop":
             worker.wait_until_stopped()
-            # Longer than PostgreSQL bears with its silence.
+            # Longer than PostgreSQL waits for it.
             until(
                 lambda: not bench.sessions_in_transaction(worker, "idle in transaction"),
                 "its pass was rolled back",

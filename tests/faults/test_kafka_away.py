@@ -68,7 +68,7 @@ def test_a_one_shot_ingest_ends_when_its_brokers_stop_answering(
     assert 0 < written < RECORDS
     # A client that did not close in time may still log when it does.
     mock_broker.set_up()
-    until(lambda: "leaving" not in {it.name for it in threading.enumerate()}, "the client is gone")
+    until(lambda: "kafka-close" not in {thread.name for thread in threading.enumerate()}, "closed")
 
 
 def settings_of(database: Database, broker: MockBroker) -> Settings:
@@ -77,7 +77,7 @@ def settings_of(database: Database, broker: MockBroker) -> Settings:
             "database_url": database.url,
             "kafka_bootstrap_servers": broker.bootstrap_servers,
             "kafka_security_protocol": "PLAINTEXT",
-            # The client waits so long for the answer to a commit before it leaves.
+            # How long the client waits for the answer to a commit before it leaves.
             "kafka_options": "session.timeout.ms=1000,heartbeat.interval.ms=300,"
             "queued.max.messages.kbytes=1,fetch.message.max.bytes=1000",
             "topics": "orders",
@@ -124,7 +124,7 @@ def test_a_worker_continues_by_itself_after_its_only_broker_was_killed_under_loa
 ):
     bench = Bench(private_kafka, database, "killed", 2, tmp_path)
     private_kafka.create_topic("killed", 2)
-    # So long a Kafka that comes back may wait for members that are gone: 5 minutes by default.
+    # How long a restarted Kafka may wait for members that have died: 5 minutes by default.
     worker = bench.worker(kafka_options=f"{QUICK_TO_NOTICE},max.poll.interval.ms=20000")
     with bench.feed(rate=200) as feed:
         bench.wait_until_logged(200)
@@ -155,7 +155,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
 
 
 def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
-    """What the lines of an outage of a server say, in their order; 0 where it is over."""
+    """The seconds in the lines of an outage, in their order; 0 if the time is over."""
     return [
         int(reported[1] or 0)
         for line in lines
@@ -183,7 +183,7 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
 
     with running(settings):
         until(lambda: logged(database, "kept") == ledger.records, "all is read")
-        until(lambda: has_looked(database), "how long Kafka keeps it is recorded")
+        until(lambda: has_recorded_retention(database), "how long Kafka keeps it is recorded")
         private_kafka.pause()
         until(lambda: len(seconds_left(impatient, "Kafka")) > 2, "it is logged repeatedly")
         until(lambda: "was not read in about " in of_status(), "status reports it")
@@ -192,7 +192,10 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
             lambda: "may have deleted events" in of_status(), "status reports that the time is over"
         )
         private_kafka.resume()
-        until(lambda: "server_available" in [line["event"] for line in impatient], "it is back")
+        until(
+            lambda: "server_available" in [line["event"] for line in impatient],
+            "the server is available",
+        )
         until(lambda: "was not read" not in of_status(), "status no longer reports it")
 
     reported = seconds_left(impatient, "Kafka")
@@ -201,7 +204,7 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     engine.dispose()
 
 
-def has_looked(database: Database) -> bool:
+def has_recorded_retention(database: Database) -> bool:
     """Whether the worker has requested ends and retention since it has read everything."""
     with database.connect() as db:
         found = db.execute(
@@ -242,7 +245,7 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
             private_kafka.resume()
             private_kafka.delete_records("unread", 0, 10)
             until(lambda: 0 in reported(), "the records are deleted")
-        until(lambda: logged(database, "unread") == ledger.records, "they were in hand")
+        until(lambda: logged(database, "unread") == ledger.records, "they were in a batch")
 
     seconds = reported()
     assert seconds == sorted(seconds, reverse=True), "it shrinks"
@@ -250,7 +253,7 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
 
 
 WAIT_S_MIN = 0.5
-"""Between two connections of a client; at librdkafka's own pace the second comes after 0.1 s."""
+"""Shortest wait of a client between two connections; with librdkafka's own settings, 0.1 s."""
 
 
 def test_a_client_waits_before_it_connects_again_to_a_port_that_closes_each_connection(database):

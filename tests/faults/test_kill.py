@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, over and over, neither loses nor repeats a record, in log and tables."""
+"""SIGKILL at any moment, repeatedly, neither loses nor repeats a record, in log and tables."""
 
 import random
 import time
@@ -15,7 +15,7 @@ LIFE_SECONDS_MAX = 0.7
 
 @pytest.mark.timeout(300)
 def test_thirty_kills_at_random_moments_neither_lose_nor_repeat_a_record(bench: Bench):
-    """Two workers ingest and project while records come; one of them is always about to die.
+    """Two workers ingest and project while records arrive; one of them is always about to die.
 
     Each has a name in the group, so the next one gets its partitions at once and is killed at work.
     """
@@ -30,7 +30,7 @@ def test_thirty_kills_at_random_moments_neither_lose_nor_repeat_a_record(bench: 
             name = chance.choice(names)
             victim = workers[name]
             if chance.random() < 0.8:  # else it may die before it has anything
-                until(lambda: victim.pid in bench.owners().values(), "it owns some")  # noqa: B023 # called at once
+                until(lambda: victim.pid in bench.owners().values(), "it owns partitions")  # noqa: B023 # called at once
             time.sleep(chance.uniform(0, LIFE_SECONDS_MAX))  # a random moment is the point
             victim.kill()
             workers[name] = bench.worker("run", group_instance_id=name)

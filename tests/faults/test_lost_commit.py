@@ -1,4 +1,4 @@
-"""Whatever becomes of a COMMIT or its answer on the way, the batch is in the log exactly once."""
+"""Whatever happens to a COMMIT or its answer, the batch is in the log exactly once."""
 
 import time
 from collections.abc import Iterator

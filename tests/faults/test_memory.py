@@ -1,4 +1,4 @@
-"""Memory is bounded, whatever the backlog; where there is too little, a worker dies of it."""
+"""Memory is bounded, whatever the backlog; with too little memory a worker ends."""
 
 import resource
 
@@ -15,14 +15,14 @@ RESIDENT_MIB_MAX = 300
 LARGE_BYTES = 900_000
 LARGE = 200
 ROOM_MIB = 220
-"""Above what a worker takes before it has read anything."""
+"""More than a worker uses before it has read anything."""
 LITTLE_ROOM_KIB = 1024
 BATCH_ROWS = str(Settings.model_fields["batch_rows"].default)
 
 
 @pytest.mark.timeout(300)
 def test_a_long_backlog_is_worked_off_in_bounded_memory(bench: Bench):
-    """Also while PostgreSQL does not take it, and everything that may pile up does."""
+    """Also while PostgreSQL does not answer, and everything that can pile up does."""
     with bench.feed(events=BACKLOG, keep_values=False) as feed:
         sent = feed.wait()
 
@@ -59,7 +59,7 @@ def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
 def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
     worker = bench.worker(batch_rows=BATCH_ROWS)
     bench.wait_until_owner_of_all(worker)
-    # Of the address space much is reserved already, so that a limit on it would come too late.
+    # Much of the address space is reserved already, so a limit on it would apply too late.
     limit = (worker.data_kib() + LITTLE_ROOM_KIB) * 1024
     resource.prlimit(worker.pid, resource.RLIMIT_DATA, (limit, limit))
 
@@ -72,7 +72,7 @@ def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
 
 
 def send_large_records(bench: Bench) -> Ledger:
-    """More of them than any bound of memory lets in at once."""
+    """More of them than any bound of memory allows at once."""
     sent = Ledger(keep_values=False)
     filler = "x" * LARGE_BYTES
     with Producer(
@@ -87,6 +87,6 @@ def send_large_records(bench: Bench) -> Ledger:
 
 
 def limit_memory(worker: Worker, room_mib: int) -> None:
-    """From now on the worker may take so much more than it has."""
+    """From now on the worker may use so many more bytes."""
     limit = worker.address_space_kib() * 1024 + room_mib * 1024 * 1024
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, limit))

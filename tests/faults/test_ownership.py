@@ -63,7 +63,7 @@ def take_the_place_of(instance: str, bench: Bench) -> None:
 @pytest.mark.skipif(not CAN_DROP, reason="packets are dropped with a socket filter of Linux")
 @pytest.mark.parametrize("step", ["after_fence@3", "mid_copy@3"])
 def test_a_machine_that_loses_its_power_holds_nobody_up(bench: Bench, step: str):
-    """PostgreSQL hears nothing of it: no FIN, no RST, and the rows it has locked stay locked."""
+    """PostgreSQL receives nothing: no FIN, no RST, and the locked rows stay locked."""
     with bench.feed(rate=PER_SECOND) as feed, Proxy.before(bench.database.url) as proxy:
         lost = bench.worker(fail=f"{step}:stop", through=proxy.through)
         lost.wait_until_stopped()
@@ -92,12 +92,12 @@ CREATE CONSTRAINT TRIGGER hold_back AFTER UPDATE ON pipeline.consumer_offsets
 
 
 def test_a_projector_skips_nothing_that_is_committed_late(bench: Bench):
-    """Others commit for long while one writer's transaction, older than theirs, is open."""
+    """Others commit while one writer's transaction, older than theirs, stays open."""
     bench.execute(HOLD_BACK)
     late, _other = [bench.worker("run", lock_timeout_ms="60000") for _ in range(2)]
 
     with bench.feed(rate=PER_SECOND) as feed:
-        until(lambda: len(set(bench.owners().values()) - {None}) == 2, "both own some")
+        until(lambda: len(set(bench.owners().values()) - {None}) == 2, "both own partitions")
         bench.wait_until_logged(PER_SECOND)
         with bench.database.connect(autocommit=False) as holder:
             holder.execute("SELECT pg_advisory_xact_lock(17)")
@@ -117,7 +117,7 @@ def test_a_projector_skips_nothing_that_is_committed_late(bench: Bench):
 
 @pytest.mark.timeout(240)
 def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(bench: Bench):
-    """With two live projectors beside it; whoever dies has changed nothing that readers see."""
+    """While two workers project; one that dies has changed nothing that readers see."""
     bench.worker("run")
     bench.worker("project")
     rebuild = partial(
@@ -128,7 +128,7 @@ def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(b
     )
 
     with bench.feed(rate=PER_SECOND) as feed:
-        until(lambda: bench.count("orders"), "there are orders")
+        until(lambda: bench.count("orders"), "the table has orders")
         for step in ("mid_rebuild", "before_swap", "after_swap"):
             dies = rebuild(fail=f"{step}:stop")
             dies.wait_until_stopped()
@@ -152,12 +152,12 @@ def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(b
 
 
 def test_an_analysts_long_transaction_holds_nobody_up_and_sees_one_instant(bench: Bench):
-    """For the length of a load and of a rebuild; and nobody needs temporary tables."""
+    """During a load and a rebuild; and no temporary tables are needed."""
     bench.execute(f'REVOKE TEMPORARY ON DATABASE "{bench.database.name}" FROM PUBLIC')
     bench.worker("run")
 
     with bench.feed(rate=PER_SECOND) as feed:
-        until(lambda: bench.count("orders"), "there are orders")
+        until(lambda: bench.count("orders"), "the table has orders")
         with bench.database.connect(autocommit=False) as analyst:
             analyst.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             sight = "SELECT count(*), max(_offset), min(updated_at) FROM upvest.orders"

@@ -1,4 +1,4 @@
-"""Partitions that move while records come are neither read twice nor left out."""
+"""Partitions that move while records arrive are neither read twice nor omitted."""
 
 import random
 import time
@@ -57,7 +57,7 @@ def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
             until(lambda: bench.waits_for_lock(stays), "its COPY waits")
             goes = bench.worker()
             stays.wait_until_said("partitions_revoked")
-        until(lambda: set(bench.owners().values()) == {stays.pid, goes.pid}, "both own some")
+        until(lambda: set(bench.owners().values()) == {stays.pid, goes.pid}, "both own partitions")
         assert goes.stop() == 0, goes.tail()
         bench.wait_until_owner_of_all(stays)
 

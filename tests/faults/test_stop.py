@@ -21,7 +21,7 @@ GRACE_S = 30
 
 @pytest.mark.timeout(240)
 def test_a_worker_may_be_stopped_at_any_moment(bench: Bench):
-    """It leaves the group, so the next one need not wait for the session to time out."""
+    """It leaves the group, so the next worker does not wait for the session to time out."""
     seed = random.randrange(10**6)
     print(f"stops with seed={seed}")
     chance = random.Random(seed)
@@ -44,7 +44,9 @@ def test_a_worker_that_stops_hands_its_partitions_over_at_once(bench: Bench):
     )
 
     with bench.feed(rate=PER_SECOND) as feed:
-        until(lambda: set(bench.owners().values()) == {first.pid, second.pid}, "both own some")
+        until(
+            lambda: set(bench.owners().values()) == {first.pid, second.pid}, "both own partitions"
+        )
         assert first.stop() == 0, first.tail()
         bench.wait_until_owner_of_all(second, seconds_max=HAND_OVER_SECONDS_MAX)
 

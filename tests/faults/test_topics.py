@@ -46,7 +46,7 @@ def next_offsets(bench: Bench, topic: str) -> dict[int, int]:
 def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):
-    """Kafka gives what the new topic has at our offsets without any error, within half a second."""
+    """Kafka returns the new topic's records at our offsets without any error, in half a second."""
     name, other = bench.topic, topic(1)
     ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
     worker = bench.worker(topics=f"{name},{other}", linger_ms="10", kafka_options=QUICK)
@@ -92,7 +92,10 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     kafka.create_topic(name, bench.partitions + 1)
     Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
     second.wait_until_said("partition_halted")
-    until(lambda: all("topic id" in (it or "") for it in problem(bench, name)), "it is another one")
+    until(
+        lambda: all("topic id" in (it or "") for it in problem(bench, name)),
+        "the topic is detected as another one",
+    )
 
     assert second.stop() == 0, second.tail()
     assert logged(bench.database, name) | logged(bench.database, other) == ledger.records
@@ -106,7 +109,7 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
 def test_records_that_kafka_loses_and_replaces_halt_their_topic(
     private_kafka: KafkaServer, database: Database, tmp_path: Path
 ):
-    """The topic keeps its id, and its end is beyond ours again: no error tells of it."""
+    """The topic keeps its id, and its end is after our offset again: there is no error."""
     bench = Bench(private_kafka, database, "read-before", 1, tmp_path)
     names = ["read-before", "read-on", "intact"]
     for name in names:
@@ -152,7 +155,7 @@ def segment_of(kafka: KafkaServer, topic: str) -> Path:
 
 
 def lose(kafka: KafkaServer, topic: str, *, keep: int) -> None:
-    """What a broker that is down loses of a partition: all but the first bytes."""
+    """Remove all but the first bytes of a partition while its broker is down."""
     segment = segment_of(kafka, topic)
     os.truncate(segment, keep)
     for kind in ("*.index", "*.timeindex", "*.snapshot"):

@@ -9,7 +9,7 @@ PROTOCOLS = ("classic", "consumer")
 
 
 def resume_and_find_fenced(bench: Bench, zombie: Worker, next_owner: Worker) -> None:
-    """Wake it after somebody else has taken over, and wait until it knows."""
+    """Resume it after another worker has taken over, and wait until it logs that."""
     bench.wait_until_owner_of_all(next_owner)
     standing = bench.logged()
     bench.wait_until_logged(standing + PER_SECOND)
@@ -48,7 +48,7 @@ def test_a_worker_stopped_past_its_session_writes_nothing_afterwards(bench: Benc
 def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
     bench: Bench, step: str, protocol: str
 ):
-    """Between fence and COMMIT it holds the partition's row until PostgreSQL ends its session."""
+    """Between fence and COMMIT it locks the partition's row until PostgreSQL ends its session."""
     zombie = bench.worker(fail=f"{step}:stop", kafka_group_protocol=protocol)
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -63,7 +63,7 @@ def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
 def test_a_worker_that_resumes_before_the_next_owner_writes_is_refused_by_its_epoch(
     bench: Bench,
 ):
-    """The next offset is what it expects still; only the epoch tells that it is not the owner."""
+    """The next offset is still what it expects; only the epoch shows that it is not the owner."""
     zombie = bench.worker(fail="after_poll@9:stop")
 
     with bench.feed(rate=PER_SECOND) as feed:

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from pipeline import catalogue
+from pipeline.catalogue import Catalogue
 from pipeline.cli.app import app
 from pipeline.db import open_engine
 from pipeline.readmodel import Custom, integer
@@ -429,7 +430,7 @@ def test_a_projector_that_raises_shows_nothing_of_its_event(house, pipeline, mon
     engine = open_engine(house.database.url, application="test")
     create_tables(engine, faulty)
     engine.dispose()
-    monkeypatch.setattr("pipeline.cli.flow.discover", lambda: [faulty])
+    monkeypatch.setattr("pipeline.catalogue.load", lambda: Catalogue((faulty,)))
 
     result = pipeline(house.commands, command, "--until-end")
 

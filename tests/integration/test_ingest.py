@@ -76,7 +76,7 @@ def test_the_log_equals_the_producers_ledger(kafka, topic, database, settings, l
     assert logged(database, name) == ledger.records
     stored = payloads(database, name)
     assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
-    ends = {n: max(it[2] for it in ledger.records if it[1] == n) + 1 for n in range(6)}
+    ends = {n: max(at for _, number, at in ledger.records if number == n) + 1 for n in range(6)}
     assert next_offsets(database, name) == ends
     commits = committed(kafka, name, name, 6)
     assert {n: end for n, (end, _) in commits.items()} == ends

@@ -67,7 +67,7 @@ def test_ingests_of_one_group_neither_lose_nor_repeat_a_record(kafka, topic, dat
 
     def owners():
         """How many partitions each owner has."""
-        found = [it.owner for it in offset_rows(database).values()]
+        found = [row.owner for row in offset_rows(database).values()]
         return sorted(found.count(owner) for owner in set(found) - {None})
 
     def are_shared_by(count):
@@ -94,9 +94,9 @@ def test_ingests_of_one_group_neither_lose_nor_repeat_a_record(kafka, topic, dat
             "all is in the log",
         )
     finally:
-        errors = [it.end() for it in running]
+        errors = [ingest.end() for ingest in running]
 
     assert errors == [None]
     assert logged(database, name) == ledger.records
     assert owners() == []
-    assert {it.problem for it in offset_rows(database).values()} == {None}
+    assert {row.problem for row in offset_rows(database).values()} == {None}

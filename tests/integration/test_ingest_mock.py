@@ -213,7 +213,7 @@ def test_a_topic_that_was_not_recreated_is_read_on(database, settings, ledger, m
     ingest_until_end(settings())
 
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
-    assert {it.problem for it in offset_rows(database).values()} == {None}
+    assert {row.problem for row in offset_rows(database).values()} == {None}
 
 
 def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
@@ -251,7 +251,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
         former.commit()
         claiming.join(20)
 
-    [outcome] = [it[partition] for it in claimed]
+    [outcome] = [results[partition] for results in claimed]
     assert isinstance(outcome, Claimed), outcome
     assert (outcome.start, outcome.end, outcome.held) == (10, 10, held + 1)
     consumer.leave()

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from structlog.testing import capture_logs
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import (
@@ -123,7 +124,10 @@ def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the
     ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
     little_at_a_time = {"queued.max.messages.kbytes": "64", "max.partition.fetch.bytes": "20000"}
 
-    with running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest:
+    with (
+        capture_logs() as lines,
+        running(settings(name, batch_rows=10, options=little_at_a_time)) as ingest,
+    ):
         until(lambda: next_offsets(database, name) == {0: 5, 1: 5}, "all is in the log")
         # The database is locked while Kafka receives records and deletes them.
         with database.connect(autocommit=False) as somebody:
@@ -143,6 +147,11 @@ def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the
         assert not ingest.has_ended
 
     assert problem(database, name) is None
+    events = [line["event"] for line in lines]
+    assert [event for event in events if event in ("partition_halted", "partition_resumed")] == [
+        "partition_halted",
+        "partition_resumed",
+    ]
     assert logged(database, name) == ledger.without(
         lambda at: at[1] == 0 and stopped_at <= at[2] < 190
     )
@@ -273,11 +282,13 @@ def test_another_database_that_joins_the_group_later_is_detected(
         member.subscribe([name])
         until(joins_and_commits, "the other member has a partition")
         halted = until(
-            lambda: [it.problem for it in offset_rows(database).values() if it.problem],
+            lambda: [row.problem for row in offset_rows(database).values() if row.problem],
             "a partition is halted",
         )
 
-    assert [str(other) in it and f"consumer group '{name}'" in it for it in halted] == [True]
+    assert [str(other) in reason and f"consumer group '{name}'" in reason for reason in halted] == [
+        True
+    ]
 
 
 def test_two_groups_on_one_database_do_not_take_turns_for_ever(
@@ -290,12 +301,12 @@ def test_two_groups_on_one_database_do_not_take_turns_for_ever(
 
     def one_has_ended():
         ledger.send(name, numbered(1)).send(name, numbered(1), partition=1).flush()
-        return any(it.has_ended for it in both)
+        return any(ingest.has_ended for ingest in both)
 
     try:
         until(one_has_ended, "one of them ends")
     finally:
-        errors = [it.end() for it in both]
+        errors = [ingest.end() for ingest in both]
     ingest_until_end(settings(name, group_id=f"{name}-0"))
 
     # If each owned one of the partitions, both were fenced as often, and both have ended.

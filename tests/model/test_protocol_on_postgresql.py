@@ -217,7 +217,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         if worker.resolving is None:
             return
         batch, worker.resolving = worker.resolving, None
-        own = [it for it in self.abandoned if it[0] == who]
+        own = [commit for commit in self.abandoned if commit[0] == who]
         if not self.bench.waits:
             read = partial(offsets.ownerships, partitions=batch.advances)
         elif own:
@@ -271,7 +271,9 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         if (commit := self._take_commit(who)) is not None:
             _end(commit, commits=False)
         # No worker ever resolves what it has sent.
-        self.abandoned = [(-1 if sender == who else sender, it) for sender, it in self.abandoned]
+        self.abandoned = [
+            (-1 if sender == who else sender, connection) for sender, connection in self.abandoned
+        ]
         self.workers[who] = Worker(self._machine())
 
     def _claim(self, worker: Worker) -> None:
@@ -369,7 +371,10 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
     def teardown(self):
         """Close every transaction; bring the read models to the end and compare them."""
-        for connection in [*(it for _, it in self.abandoned), *(it.commit for it in self.workers)]:
+        for connection in [
+            *(connection for _, connection in self.abandoned),
+            *(worker.commit for worker in self.workers),
+        ]:
             if connection is not None:
                 _end(connection, commits=False)
         for worker in self.workers:
@@ -399,7 +404,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
     def _has_lag(self) -> bool:
         with transaction(self.bench.engine) as db:
-            return any(it.lag for it in checkpoints.progress(db, [orders.name]))
+            return any(progress.lag for progress in checkpoints.progress(db, [orders.name]))
 
 
 def _end(connection: Connection, *, commits: bool) -> None:
@@ -455,23 +460,23 @@ def test_real_transactions_write_every_record_once_whatever_happens(database):
         bench.close()
 
 
-def _stale_batch(it: ProtocolOnPostgres) -> None:
-    it.assign(1)
-    it.fetch(1, 2)
-    it.work(0, 2)
-    it.commit_and_answer(0)
-    it.step(1)
+def _stale_batch(protocol: ProtocolOnPostgres) -> None:
+    protocol.assign(1)
+    protocol.fetch(1, 2)
+    protocol.work(0, 2)
+    protocol.commit_and_answer(0)
+    protocol.step(1)
 
 
-def _restored_database(it: ProtocolOnPostgres) -> None:
-    it.assign(0)
-    it.back_up()
-    it.work(0, 2)
-    it.commit_and_answer(0)
-    it.restore()
-    it.work(0, 2)
-    it.commit_and_answer(0)
-    it.log_is_a_prefix_of_the_records()
+def _restored_database(protocol: ProtocolOnPostgres) -> None:
+    protocol.assign(0)
+    protocol.back_up()
+    protocol.work(0, 2)
+    protocol.commit_and_answer(0)
+    protocol.restore()
+    protocol.work(0, 2)
+    protocol.commit_and_answer(0)
+    protocol.log_is_a_prefix_of_the_records()
 
 
 @pytest.mark.parametrize("history", [_stale_batch, _restored_database])
@@ -485,17 +490,17 @@ def test_the_shortest_violations_are_prevented_by_the_guards(
         )
         monkeypatch.setattr(offsets, "ADVANCE", text(blind))
     bench = Bench(database, read_models=False)
-    it = ProtocolOnPostgres(bench)
+    protocol = ProtocolOnPostgres(bench)
 
     try:
         if guarded:
-            history(it)
-            it.log_is_a_prefix_of_the_records()
+            history(protocol)
+            protocol.log_is_a_prefix_of_the_records()
         else:
             with pytest.raises((AssertionError, InvariantError), match=VIOLATION):
-                history(it)
+                history(protocol)
     finally:
-        it.teardown()
+        protocol.teardown()
         bench.close()
 
 

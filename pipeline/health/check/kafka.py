@@ -52,16 +52,16 @@ def check_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Resul
     yield kafka_tls(str(servers), settings.kafka_security_protocol)
     brokers = Brokers(settings)
     try:
-        there = brokers.partition_counts()
+        counts = brokers.partition_counts()
         cluster = brokers.cluster_id()
         yield ok(
-            "kafka", f"cluster {cluster} at {servers} answers, {len(there)} topics are visible"
+            "kafka", f"cluster {cluster} at {servers} answers, {len(counts)} topics are visible"
         )
-        yield from _topics(brokers, settings, there)
-        mine = [Partition(t, n) for t in settings.topics for n in range(there.get(t, 0))]
+        yield from _topics(brokers, settings, counts)
+        mine = [Partition(t, n) for t in settings.topics for n in range(counts.get(t, 0))]
         yield from _group(brokers, settings, mine, recorded)
         if recorded and recorded.partitions:
-            yield from _origins(brokers, recorded, cluster, there)
+            yield from _origins(brokers, recorded, cluster, counts)
     finally:
         brokers.close()
 
@@ -79,15 +79,15 @@ def kafka_tls(servers: str, protocol: str) -> Result:
     )
 
 
-def _topics(brokers: Brokers, settings: Settings, there: Mapping[str, int]) -> Iterator[Result]:
-    absent = [topic for topic in settings.topics if topic not in there]
+def _topics(brokers: Brokers, settings: Settings, counts: Mapping[str, int]) -> Iterator[Result]:
+    absent = [topic for topic in settings.topics if topic not in counts]
     access = brokers.access(absent) if absent else {}
     for topic in settings.topics:
-        if topic not in there:
+        if topic not in counts:
             why = why_not_visible(settings, topic, access.get(topic, Access.ABSENT))
-            yield missing_topic(settings, topic, why, absent, there)
+            yield missing_topic(settings, topic, why, absent, counts)
             continue
-        yield ok(_name(topic), f"{there[topic]} partitions")
+        yield ok(_name(topic), f"{counts[topic]} partitions")
         yield may_read(brokers, settings, topic)
         reported = brokers.topic_settings(topic)
         yield from retention(topic, reported, timedelta(hours=settings.longest_outage_hours))
@@ -100,7 +100,7 @@ def _name(topic: str) -> str:
 
 
 def missing_topic(
-    settings: Settings, topic: str, why: str, absent: Sequence[str], there: Collection[str]
+    settings: Settings, topic: str, why: str, absent: Sequence[str], counts: Collection[str]
 ) -> Result:
     """A topic of the default list may be missing; one that somebody configured may not."""
     touched = (Promise.NO_SILENT_LOSS, Promise.BOUNDED_MEMORY)
@@ -108,7 +108,7 @@ def missing_topic(
         rest = ",".join(name for name in settings.topics if name not in absent)
         kind = problems.DEFAULT_TOPIC_MISSING
         return found(kind.of(_name(topic), why=why, rest=rest), *touched)
-    visible = ", ".join(sorted(name for name in there if name[:2] != "__")[:20])
+    visible = ", ".join(sorted(name for name in counts if name[:2] != "__")[:20])
     return found(
         problems.TOPIC_MISSING.of(_name(topic), why=why, visible=visible or "no topic"),
         *touched,
@@ -237,11 +237,11 @@ def _group(
 
 
 def _origins(
-    brokers: Brokers, recorded: Recorded, cluster: str, there: Mapping[str, int]
+    brokers: Brokers, recorded: Recorded, cluster: str, counts: Mapping[str, int]
 ) -> Iterator[Result]:
     """Whether Kafka's topics are still those in the log, and have what is to be read next."""
     visible = {
-        p: logged for p, logged in recorded.partitions.items() if p.number < there.get(p.topic, 0)
+        p: logged for p, logged in recorded.partitions.items() if p.number < counts.get(p.topic, 0)
     }
     topic_ids = brokers.topic_ids({partition.topic for partition in visible})
     if visible and not topic_ids:

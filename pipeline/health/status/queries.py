@@ -116,10 +116,10 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
             _partition(row, as_of, since.get((_place(row), a_minute_ago), row.next_offset))
             for row in rows
         ]
-        lately = {
+        hour_began = {
             _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
         }
-        recent = _recent(db, rows, lately, projectors)
+        recent = _recent(db, rows, hour_began, projectors)
         members = living(db)
         models = _models(db, projectors, as_of, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
@@ -350,7 +350,7 @@ def _workers(
     ]
 
 
-# -------------------------------------------------------------------------------- of late
+# -------------------------------------------------------------------------- recent records
 
 
 def _recent(

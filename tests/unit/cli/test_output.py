@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli import terminal
-from pipeline.cli.terminal import Gauge, Mark, duration, emit, say, table
+from pipeline.cli import output
+from pipeline.cli.output import Gauge, Mark, duration, emit, say, table
 
 
 def test_a_table_puts_numbers_to_the_right_and_cuts_nothing_off(capsys):
@@ -82,7 +82,7 @@ def test_progress_is_silent_when_work_is_short_and_nobody_looks(capsys):
 
 
 def test_progress_is_told_in_plain_lines_where_no_bar_can_be_drawn(capsys, monkeypatch):
-    monkeypatch.setattr(terminal, "PLAIN_LINE_S", 0.0)
+    monkeypatch.setattr(output, "PLAIN_LINE_S", 0.0)
 
     with Gauge("working", total=2000, unit="offsets") as gauge:
         gauge.show(1000)

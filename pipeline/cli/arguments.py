@@ -1,0 +1,58 @@
+"""What several commands take as arguments: times, partitions and offsets, names of read models."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import typer
+
+from pipeline import catalogue
+from pipeline.log.search import Wanted
+from pipeline.partitions import NextOffset, Offset, OffsetRange, after
+from pipeline.readmodel import Projector
+
+OFFSET_MAX = 2**63 - 1
+"""Kafka numbers records with 64 bits, as PostgreSQL stores them."""
+_PLACE = "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
+
+
+def parse_time(value: str) -> datetime:
+    """A moment, or a span before now: 15m, 2h, 7d."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(value[-1:])
+    try:
+        if unit and value[:-1].isdecimal():
+            return datetime.now(UTC) - timedelta(seconds=int(value[:-1]) * unit)
+        found = datetime.fromisoformat(value)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(
+            "a time such as 2026-01-31T08:00:00Z, or a span before now such as 15m, 2h, 7d, "
+            "between the years 1 and 9999"
+        ) from None
+
+
+def parse_place(value: str) -> Wanted:
+    """Topic, partition and offsets."""
+    topic, _, rest = value.partition(":")
+    number, _, offsets = rest.partition(":")
+    first, _, last = offsets.partition("-")
+    try:
+        place = Wanted(topic=topic, partition=int(number) if rest else None)
+        if not offsets:
+            return place
+        begin, end = Offset(int(first)), after(Offset(int(last or first)))
+    except ValueError:
+        raise typer.BadParameter(_PLACE) from None
+    if not 0 <= begin < end <= OFFSET_MAX:
+        raise typer.BadParameter(_PLACE)
+    return replace(place, offsets=OffsetRange(NextOffset(begin), end))
+
+
+def known(names: Sequence[str]) -> list[Projector]:
+    """The read models of these names; wrong usage if one does not exist."""
+    by_name = {one.name: one for one in catalogue.load().models}
+    if unknown := [name for name in names if name not in by_name]:
+        raise typer.BadParameter(
+            f"no read model {', '.join(unknown)}; there are {', '.join(by_name)}"
+        )
+    return [by_name[name] for name in dict.fromkeys(names)]

@@ -10,6 +10,7 @@ from pipeline import catalogue
 from pipeline.log.search import Wanted
 from pipeline.partitions import NextOffset, Offset, OffsetRange, after
 from pipeline.readmodel import Projector
+from pipeline.settings import Settings
 
 OFFSET_MAX = 2**63 - 1
 """Kafka numbers records with 64 bits, as PostgreSQL stores them."""
@@ -48,11 +49,15 @@ def parse_place(value: str) -> Wanted:
     return replace(place, offsets=OffsetRange(NextOffset(begin), end))
 
 
-def known(names: Sequence[str]) -> list[Projector]:
-    """The read models of these names; wrong usage if one does not exist."""
-    by_name = {one.name: one for one in catalogue.load().models}
+def read_models(settings: Settings, names: Sequence[str]) -> list[Projector]:
+    """The read models with these names, or all if none is named.
+
+    Raises:
+        typer.BadParameter: There is no read model of a name.
+    """
+    by_name = catalogue.load(settings.read_models).by_name
     if unknown := [name for name in names if name not in by_name]:
         raise typer.BadParameter(
             f"no read model {', '.join(unknown)}; there are {', '.join(by_name)}"
         )
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return [by_name[name] for name in dict.fromkeys(names or by_name)]

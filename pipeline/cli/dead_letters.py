@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.arguments import known, parse_place
+from pipeline.cli.arguments import parse_place, read_models
 from pipeline.cli.events import document_of, print_event
 from pipeline.cli.output import emit, say, table
 from pipeline.db import transaction
@@ -53,8 +53,9 @@ def list_letters(ctx: typer.Context, names: _Names = None, as_json: _AsJson = Fa
     $ pipeline dead-letters list
     $ pipeline dead-letters list orders --json
     """
-    wanted = [one.name for one in known(names or [])]
-    with database_of(settings_of(ctx), "dead-letters", read_only=True) as engine:
+    settings = settings_of(ctx)
+    wanted = [model.name for model in read_models(settings, names)] if names else []
+    with database_of(settings, "dead-letters", read_only=True) as engine:
         found = _listed(engine, wanted)
     if as_json:
         emit([_document(one) for one in found])
@@ -131,11 +132,13 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: _AsJson = False) ->
     \b
     $ pipeline dead-letters retry orders
     """
-    wanted = [one.name for one in known(names or [])]
-    with database_of(settings_of(ctx), "dead-letters") as engine:
+    settings = settings_of(ctx)
+    wanted = [model.name for model in read_models(settings, names)] if names else []
+    with database_of(settings, "dead-letters") as engine:
         check_schema(engine)
         check_tables(engine)
-        landed, refused = try_again(engine, catalogue.load().models, wanted or None)
+        models = catalogue.load(settings.read_models).models
+        landed, refused = try_again(engine, models, wanted or None)
     if as_json:
         emit({"landed": landed, "refused": refused})
     else:

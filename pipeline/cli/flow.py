@@ -206,7 +206,7 @@ def project_until_stopped(job: Job, stop: threading.Event) -> None:
     """Project until ``stop`` is set."""
     run_projection(
         job.engine,
-        catalogue.load().models,
+        catalogue.load(job.settings.read_models).models,
         projection_limits(job.settings),
         stop=stop,
         observe=job.tally.of_projection(),
@@ -225,7 +225,7 @@ def project_to_the_end(job: Job) -> None:
 
         run_projection(
             job.engine,
-            catalogue.load().models,
+            catalogue.load(job.settings.read_models).models,
             projection_limits(job.settings),
             stop=job.stop,
             until_end=True,

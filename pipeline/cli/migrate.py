@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import catalogue
 from pipeline.cli.app import app, settings_of
 from pipeline.cli.output import emit, say
 from pipeline.schema import migrate as schema
@@ -54,11 +55,14 @@ def migrate(
         raise typer.BadParameter("--roles makes the roles, --print-roles prints how; not both")
     if role_prefix is not None and not (roles or print_roles):
         raise typer.BadParameter("--role-prefix goes with --roles or --print-roles")
-    url = settings_of(ctx).database()
+    settings = settings_of(ctx)
+    url = settings.database()
     if print_roles:
         _print_roles(schema.planned_roles(url, role_prefix), as_json=as_json)
         return
-    done = schema.set_up(url, with_roles=roles, role_prefix=role_prefix)
+    done = schema.set_up(
+        url, catalogue.load(settings.read_models), with_roles=roles, role_prefix=role_prefix
+    )
     if as_json:
         emit({"applied": done.applied, "rights": done.grants, "role_prefix": done.role_prefix})
         return

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
-from pipeline import catalogue
 from pipeline.cli.app import app, database_of, projection_limits, settings_of
-from pipeline.cli.arguments import known
+from pipeline.cli.arguments import read_models
 from pipeline.cli.flow import show_projection
 from pipeline.cli.output import Gauge, emit, say, table
 from pipeline.errors import ExitCode
@@ -82,8 +81,8 @@ def rebuild(
         raise typer.BadParameter("name read models, or give --all")
     if in_place and only_check:
         raise typer.BadParameter("--check changes nothing, so it does not go with --in-place")
-    chosen = list(catalogue.load().models) if everything else known(names or [])
     settings = settings_of(ctx)
+    chosen = read_models(settings, names or [])
     done: dict[str, Difference] = {}
     with (
         # Each read model that is rebuilt has one connection more, for its lock.

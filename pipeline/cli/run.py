@@ -66,7 +66,7 @@ def _rebuild_stale(job: Job) -> None:
     """Rebuild what was built by another definition; no failure here stops what runs beside."""
     # Its statements may take long, so it has a database of its own.
     with database_of(job.settings, "rebuild") as engine:
-        for projector in catalogue.load().models:
+        for projector in catalogue.load(job.settings.read_models).models:
             _rebuild_if_stale(job, engine, projector)
 
 

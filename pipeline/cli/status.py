@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import groupby
 from typing import Annotated
 
 import typer
-from sqlalchemy import Engine
 
 from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
@@ -72,24 +72,25 @@ def status(
     """
     settings = settings_of(ctx)
     show = emit if as_json else _show
+    models = catalogue.load(settings.read_models).models
     with database_of(settings, "status", read_only=True, answers_soon=True) as engine:
         check_schema(engine)
         if not watch:
-            seen = read_status(engine, catalogue.load().models)
+            seen = read_status(engine, models)
             show(seen)
             raise typer.Exit(ExitCode.DONE if seen.ok else ExitCode.FOUND)
         try:
-            _watch(engine, every, show)
+            _watch(partial(read_status, engine, models), every, show)
         except KeyboardInterrupt:
             return
 
 
-def _watch(engine: Engine, every: float, show: Callable[[Status], None]) -> None:
+def _watch(read: Callable[[], Status], every: float, show: Callable[[Status], None]) -> None:
     console = out()
     seen: Status | None = None
     while True:
         try:
-            seen = read_status(engine, catalogue.load().models)
+            seen = read()
         except TransientError as error:
             # What is on the screen is no longer so.
             if console.is_terminal:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.arguments import known
+from pipeline.cli.arguments import read_models
 from pipeline.cli.output import Gauge, emit, say
 from pipeline.cli.rewind import offsets
 from pipeline.errors import ExitCode
@@ -55,8 +54,8 @@ def verify(
     $ pipeline verify --only log --only kafka
     $ pipeline verify orders positions --only read-models
     """
-    chosen = known(names or []) or list(catalogue.load().models)
     settings = settings_of(ctx)
+    chosen = read_models(settings, names or [])
     found: list[Evidence] = []
     with database_of(settings, "verify") as engine, Gauge("verifying", unit="rows") as gauge:
         check_schema(engine)

@@ -1,6 +1,6 @@
-"""Every setting: what there is, its bounds, and the places it is read from."""
+"""Every setting: what there is, its bounds, and its sources."""
 
 from pipeline.settings.fields import KafkaClientConfig, Settings
-from pipeline.settings.places import load_settings
+from pipeline.settings.sources import load_settings
 
 __all__ = ["KafkaClientConfig", "Settings", "load_settings"]

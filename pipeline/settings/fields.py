@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, model_validator
@@ -18,9 +19,9 @@ from pipeline.settings import values
 
 PREFIX = "PIPELINE_"
 
-# What libpq reads by itself when no URL is given; any one of them names a database.
+# libpq reads these itself when no URL is given; each of them names a database.
 _LIBPQ = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE")
-# What somebody may change while we run.
+# These may change while the process runs.
 _LOGINS = ("database_url", "kafka_username", "kafka_password", "kafka_options")
 # With group.protocol=consumer the brokers decide these, and librdkafka refuses to start with them.
 _CLASSIC_GROUP_OPTIONS = (
@@ -42,9 +43,9 @@ class KafkaClientConfig(dict[str, str | int | float | bool]):
 
 
 class Settings(BaseSettings):
-    """Every setting. Immutable, and what stands here has been checked.
+    """Every setting, checked. Immutable.
 
-    Building one reads neither the environment nor files: that is ``load_settings``.
+    The constructor reads neither the environment nor files; ``load_settings`` does.
     """
 
     model_config = SettingsConfigDict(
@@ -57,151 +58,173 @@ class Settings(BaseSettings):
 
     database_url: Annotated[SecretStr | None, BeforeValidator(values.database_url)] = Field(
         default=None,
-        description="The database of the log and the read models: postgresql://USER:PASSWORD@HOST/DB",
+        description="Database of the log and the read models: postgresql://USER:PASSWORD@HOST/DB",
     )
 
     kafka_bootstrap_servers: Annotated[str | None, BeforeValidator(values.servers)] = Field(
         default=None,
-        description="The brokers to ask first: host:port, several separated by commas",
+        description="Brokers to connect to first: host:port, several separated by commas",
     )
     kafka_security_protocol: Annotated[
         Literal["SASL_SSL", "SASL_PLAINTEXT", "SSL", "PLAINTEXT"], BeforeValidator(values.upper)
-    ] = Field(default="SASL_SSL", description="How to talk to the brokers")
+    ] = Field(default="SASL_SSL", description="Protocol of connections to the brokers")
     kafka_sasl_mechanism: Annotated[
         Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None,
         BeforeValidator(values.upper),
-    ] = Field(default=None, description="How to log in; Upvest names it for each client")
+    ] = Field(
+        default=None,
+        description="Method of login to the brokers; Upvest tells each client which one",
+    )
     kafka_username: str | None = Field(
-        default=None, min_length=1, description="The user to log in with"
+        default=None, min_length=1, description="User of the login to the brokers"
     )
     kafka_password: SecretStr | None = Field(
-        default=None, min_length=1, description="The password to log in with; best in a file"
+        default=None,
+        min_length=1,
+        description="Password of the login to the brokers; best in a file",
     )
     kafka_options: Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(values.options)] = (
         Field(
             default={},
-            description="What else librdkafka takes, as name=value,name=value or a JSON object; "
-            "nothing that the guarantees stand on",
+            description="Further options of librdkafka, as name=value,name=value or a JSON object; "
+            "options on which the guarantees depend are refused",
         )
     )
     kafka_group_protocol: Annotated[
         Literal["classic", "consumer"], BeforeValidator(values.lower)
     ] = Field(
         default="classic",
-        description="How workers share partitions; consumer needs Kafka 4 and moves them faster",
+        description="Protocol of the consumer group; consumer needs Kafka 4 and moves partitions "
+        "faster",
     )
 
     group_id: Annotated[str, BeforeValidator(values.group_name)] = Field(
-        default="pipeline", max_length=249, description="The consumer group; one for each database"
+        default="pipeline",
+        max_length=249,
+        description="Consumer group; each database needs its own",
     )
     group_instance_id: Annotated[str | None, BeforeValidator(values.group_name)] = Field(
         default=None,
-        # Kafka takes 249; with --workers each puts its number behind it.
+        # Kafka allows 249; with --workers each worker appends its number.
         max_length=246,
-        description="This worker's own name, so that its restart moves no partition",
+        description="Name of this worker in the consumer group, so that its restart moves no "
+        "partition",
     )
     topics: Annotated[tuple[str, ...], NoDecode, BeforeValidator(values.topics)] = Field(
-        default=("Notifications", "Prices"), description="The topics to read, separated by commas"
+        default=("Notifications", "Prices"), description="Topics to read, separated by commas"
     )
     start: Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(values.start)] = (
         Field(
             default="earliest",
-            description="Where a partition that was never seen begins: earliest, latest or a time",
+            description="Where to start in a partition that was never read: earliest, latest or a "
+            "time",
         )
     )
 
     batch_rows: int = Field(
-        default=10_000, ge=1, le=100_000, description="Most records in one transaction"
+        default=10_000, ge=1, le=100_000, description="Maximum records per transaction"
     )
     batch_bytes: int = Field(
         default=8 * 1024 * 1024,
         ge=64 * 1024,
         le=256 * 1024 * 1024,
-        description="Most bytes of records in one transaction; a larger record goes alone",
+        description="Maximum bytes of records per transaction; a larger record has its own "
+        "transaction",
     )
     linger_ms: int = Field(
         default=2,
         ge=0,
         le=5000,
-        description="How long a record waits for others to share its transaction, in milliseconds",
+        description="How long a record waits for others to join its transaction, in milliseconds",
     )
     repeat_window: int = Field(
         default=10_000,
         ge=0,
         le=1_000_000,
-        description="How many offsets back the first copy of an event is looked for",
+        description="How many offsets back to search for the first copy of an event",
     )
     segment_offsets: int = Field(
         default=1_000_000,
         ge=1000,
         le=10_000_000_000,
-        description="How many offsets of each partition one segment of the log spans",
+        description="Offsets of a partition per segment of the log",
     )
     keep_raw: bool = Field(
         default=False,
-        description="Keep the bytes of every record, even where the payload says the same",
+        description="Keep the bytes of every record, even if the payload has the same content",
     )
     revoke_deadline_ms: int = Field(
         default=20_000,
         ge=1000,
         # Well under max.poll.interval.ms (300 000), or a slow commit costs the assignment.
         le=240_000,
-        description="How long a batch may take to end when a partition moves, in milliseconds",
+        description="Maximum time to finish a batch when a partition moves to another worker, in "
+        "milliseconds",
     )
 
     project_batch_offsets: int = Field(
         default=20_000,
         ge=1,
         le=10_000_000,
-        description="Most offsets in one pass of the projection",
+        description="Maximum offsets per pass of the projection",
     )
     poll_interval_ms: int = Field(
         default=500,
         ge=10,
         le=60_000,
-        description="How often the projection looks for events unasked, in milliseconds",
+        description="How often the projection checks for events without a notification, in "
+        "milliseconds",
     )
     dead_letter_budget: int = Field(
         default=1000,
         ge=0,
         le=1_000_000,
-        description="Guilty events in one pass past which the projector itself is broken",
+        description="Maximum rejected events per pass before the projector is marked broken",
     )
 
     longest_outage_hours: int = Field(
         default=72,  # a weekend
         ge=1,
         le=8760,
-        description="The longest outage you plan for, in hours: Kafka must keep records for longer",
+        description="Longest outage that you plan for, in hours; Kafka must keep records longer "
+        "than this",
     )
     idle_in_transaction_timeout_ms: int = Field(
         default=10_000,
         ge=1000,
         le=600_000,
-        description="When PostgreSQL ends the transaction of a silent client, in milliseconds",
+        description="When PostgreSQL ends a session that is idle in a transaction, in milliseconds",
     )
     lock_timeout_ms: int = Field(
-        default=10_000, ge=100, le=600_000, description="Longest wait for a lock, in milliseconds"
+        default=10_000, ge=100, le=600_000, description="Maximum wait for a lock, in milliseconds"
     )
     answer_timeout_ms: int = Field(
         default=60_000,
         ge=1000,
         le=3_600_000,
-        description="Longest wait of ingest and projection for the answer to one statement, beyond "
-        "that for a lock, in milliseconds",
+        description="Maximum time of one statement of ingest and projection, in addition to the "
+        "wait "
+        "for a lock, in milliseconds",
+    )
+
+    read_models: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(values.folders)] = Field(
+        default=(),
+        description="Folders with your own read models (*.py) and views (*.sql), separated by "
+        "colons as in PATH (semicolons on Windows)",
     )
 
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(values.lower)] = (
         Field(
-            default="auto", description="Form of the log: auto is console on a terminal, else json"
+            default="auto",
+            description="Format of the log: auto is console on a terminal, json elsewhere",
         )
     )
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(values.lower)
-    ] = Field(default="info", description="The least level that is logged")
+    ] = Field(default="info", description="Lowest level that is logged")
 
     _read_again: Callable[[], "Settings"] | None = PrivateAttr(default=None)
-    """Reads all settings from where these were read."""
+    """Reads all settings again, from the same sources."""
 
     @classmethod
     def settings_customise_sources(
@@ -212,7 +235,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Nothing but what the caller gives; ``load_settings`` knows the places."""
+        """Only what the caller gives; ``load_settings`` reads the sources."""
         return (init_settings,)
 
     @model_validator(mode="after")
@@ -224,7 +247,7 @@ class Settings(BaseSettings):
             wanted += ["kafka_username", "kafka_password"]
         if missing := [public_name(name) for name in wanted if getattr(self, name) is None]:
             raise ValueError(
-                f"{', '.join(missing)} must be set: the brokers want a login, as "
+                f"{', '.join(missing)} must be set: the brokers require a login, because "
                 f"PIPELINE_KAFKA_SECURITY_PROTOCOL is {self.kafka_security_protocol}"
             )
         return self
@@ -234,8 +257,8 @@ class Settings(BaseSettings):
         refused = [name for name in _CLASSIC_GROUP_OPTIONS if name in self.kafka_options]
         if self.kafka_group_protocol == "consumer" and refused:
             raise ValueError(
-                f"PIPELINE_KAFKA_OPTIONS may not hold {', '.join(refused)}: the brokers decide, "
-                "as PIPELINE_KAFKA_GROUP_PROTOCOL is consumer"
+                f"PIPELINE_KAFKA_OPTIONS may not contain {', '.join(refused)}: the brokers decide, "
+                "because PIPELINE_KAFKA_GROUP_PROTOCOL is consumer"
             )
         return self
 
@@ -244,10 +267,10 @@ class Settings(BaseSettings):
         return self.kafka_security_protocol.startswith("SASL_")
 
     def with_fresh_logins(self) -> Self:
-        """These settings with users and passwords as their files say now.
+        """These settings with the users and passwords that the files contain now.
 
-        All else stays as it was at the start. Where a file cannot be read, as while somebody
-        replaces it, nothing changes.
+        All other settings keep their values. If a file cannot be read, for example while
+        somebody replaces it, nothing changes.
         """
         if self._read_again is None:
             return self
@@ -295,10 +318,10 @@ class Settings(BaseSettings):
 
 
 def public_name(name: str) -> str:
-    """The name under which people know a setting."""
+    """The name of a setting as an environment variable."""
     return PREFIX + name.upper()
 
 
 def missing(name: str) -> str:
-    """The complaint about a setting that a command cannot do without."""
+    """The error text for a setting that a command needs."""
     return f"{public_name(name)} is missing. {Settings.model_fields[name].description}"

@@ -1,14 +1,16 @@
-"""How the text of a setting becomes its value; a wrong one is refused with what it must be.
+"""How the text of a setting becomes its value. The error for a wrong text states what is allowed.
 
-Each function takes what a place gave and returns what the setting holds. The message of its
-``ValueError`` reads on from the setting's name. Where a value may be a secret, no message repeats
-any part of it.
+Each function takes the value from a source and returns the value of the setting. The message of
+its ``ValueError`` continues a sentence that begins with the setting's name. If a value may be a
+secret, no message repeats any part of it.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -18,9 +20,10 @@ from pydantic import SecretStr
 _NO_FOREIGN_CODE = "foreign code is never loaded"
 _OLD_PROTOCOL = "older protocols have neither headers nor transactions"
 _OURS_TO_SET = "the program sets it"
-_WHO_ANSWERS = "may not switch {} off: nobody would know who answers"
+_WHO_ANSWERS = "may not switch {} off: the identity of the brokers would not be verified"
 _OFFSETS_ARE_OURS = "offsets are stored in PostgreSQL, with the rows they belong to"
-# What the connection is made of, and what the guarantees stand on: what to do instead, or why not.
+# Options of the connection, and options on which the guarantees depend: what to use instead, or
+# the reason.
 _REFUSED_OPTIONS: Mapping[str, str] = {
     "bootstrap.servers": "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS",
     "metadata.broker.list": "use PIPELINE_KAFKA_BOOTSTRAP_SERVERS",
@@ -39,40 +42,40 @@ _REFUSED_OPTIONS: Mapping[str, str] = {
     "enable.auto.offset.store": _OFFSETS_ARE_OURS,
     "offset.store.method": _OFFSETS_ARE_OURS,
     "offset.store.path": _OFFSETS_ARE_OURS,
-    "isolation.level": "what a transaction took back is never read",
+    "isolation.level": "records of an aborted transaction are never read",
     "enable.partition.eof": "the command sets it as it needs it",
-    "default.topic.config": "name its options themselves",
+    "default.topic.config": "set its options themselves",
     "offset.store.sync.interval.ms": _OFFSETS_ARE_OURS,
     "plugin.library.paths": _NO_FOREIGN_CODE,
     "ssl.engine.location": _NO_FOREIGN_CODE,
     "ssl.engine.id": _NO_FOREIGN_CODE,
     "ssl.providers": _NO_FOREIGN_CODE,
     "sasl.kerberos.kinit.cmd": "no command is run",
-    "enable.sasl.oauthbearer.unsecure.jwt": "a token that nobody has signed proves nothing",
+    "enable.sasl.oauthbearer.unsecure.jwt": "an unsigned token proves nothing",
     "api.version.request": _OLD_PROTOCOL,
     "api.version.fallback.ms": _OLD_PROTOCOL,
     "broker.version.fallback": _OLD_PROTOCOL,
-    "allow.auto.create.topics": "a topic is made by its owner only",
-    "topic.blacklist": "PIPELINE_TOPICS says what is read",
-    "internal.termination.signal": "signals are for the process",
-    "log.queue": "nobody serves that queue, and the log would fall silent",
+    "allow.auto.create.topics": "only the owner of a topic creates it",
+    "topic.blacklist": "use PIPELINE_TOPICS",
+    "internal.termination.signal": "the program handles signals",
+    "log.queue": "nothing reads that queue, so that no message would be logged",
     "enabled_events": _OURS_TO_SET,
     "interceptors": _OURS_TO_SET,
     "opaque": _OURS_TO_SET,
     "logger": _OURS_TO_SET,
     "on_commit": _OURS_TO_SET,
     "on_delivery": _OURS_TO_SET,
-    "default_topic_conf": "name its options themselves",
+    "default_topic_conf": "set its options themselves",
 }
-# Families of options: by how a name begins or ends.
+# Families of options, by prefix or suffix.
 _REFUSED_FAMILIES: Mapping[re.Pattern[str], str] = {
     re.compile(r".*_cb"): _OURS_TO_SET,
     re.compile(r"test\.mock\..*|ut_.*"): "it would read from brokers that are not yours",
     # Their values become part of a shell command.
     re.compile(r"sasl\.kerberos\..*"): "no mechanism of PIPELINE_KAFKA_SASL_MECHANISM uses it",
 }
-# Options that may be set, but not to anything: what is allowed, and why nothing else is. As
-# librdkafka reads them: `f` and `0` are false, too.
+# Options with restricted values: what is allowed, and the reason. As librdkafka reads them: `f`
+# and `0` are false, too.
 _ALLOWED_VALUES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "enable.ssl.certificate.verification": (re.compile(r"true|t|1"), _WHO_ANSWERS),
     "ssl.endpoint.identification.algorithm": (re.compile(r"https"), _WHO_ANSWERS),
@@ -82,7 +85,7 @@ _ALLOWED_VALUES: Mapping[str, tuple[re.Pattern[str], str]] = {
     ),
     "debug": (
         re.compile(r"(?!.*\b(all|conf|security)\b).*"),
-        "may not hold all, conf or security for {}: the log would tell what is secret",
+        "may not contain all, conf or security for {}: the log would contain secrets",
     ),
 }
 _ANYTHING = re.compile(r".*", re.DOTALL)
@@ -93,17 +96,17 @@ _SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[a-zA-Z0-9._-]+)(:(?P<port>\d{1,5}))?
 
 
 def upper(value: object) -> object:
-    """Capitals, for words that are written so."""
+    """Convert to upper case."""
     return value.strip().upper() if isinstance(value, str) else value
 
 
 def lower(value: object) -> object:
-    """Small letters, for words that are written so."""
+    """Convert to lower case."""
     return value.strip().lower() if isinstance(value, str) else value
 
 
 def group_name(value: object) -> object:
-    """A name for Kafka's group, without spaces, which nobody sees in a list of groups."""
+    """A name in Kafka without spaces, which would be invisible in a list of groups."""
     if value is None or (isinstance(value, str) and _NAME.fullmatch(value)):
         return value
     raise ValueError("must be a name without spaces")
@@ -117,6 +120,14 @@ def topics(value: object) -> object:
     if not all(_TOPIC.fullmatch(name) and name not in {".", ".."} for name in names):
         raise ValueError("must name topics of 1 to 249 characters a-z A-Z 0-9 . _ -")
     return tuple(names)
+
+
+def folders(value: object) -> object:
+    """Paths of folders, separated as in PATH."""
+    names = value.split(os.pathsep) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(it, str | Path) for it in names):
+        raise ValueError(f"must be paths of folders, separated by {os.pathsep}")
+    return tuple(Path(name) for name in names if str(name).strip())
 
 
 def servers(value: object) -> object:
@@ -160,7 +171,7 @@ def database_url(value: object) -> object:
     if isinstance(text, str) and (found := _DATABASE.match(text.strip())):
         url = f"postgresql://{text.strip()[found.end() :]}"
         if unknown := _unknown_parameter(url):
-            raise ValueError(f"may not hold {unknown}: libpq has no such parameter")
+            raise ValueError(f"may not contain {unknown}: libpq has no such parameter")
         if _is_understood(url):
             return SecretStr(url)
     raise ValueError(
@@ -171,7 +182,7 @@ def database_url(value: object) -> object:
 
 _DATABASE = re.compile(r"postgres(ql(\+psycopg)?)?://")
 _PORTS = re.compile(r"(\d{1,5})?(,(\d{1,5})?)*")
-# A session that is for replication understands hardly any SQL.
+# A replication session accepts hardly any SQL.
 _NOT_OURS = {"replication"}
 
 
@@ -196,7 +207,7 @@ def _is_understood(url: str) -> bool:
 
 
 def options(value: object) -> object:
-    """Options of librdkafka, as text, of which any may be a secret."""
+    """Options of librdkafka, as text. Each may be a secret."""
     given = _read_options(value)
     if not isinstance(given, dict):
         raise ValueError("must be a table of names and values")
@@ -206,15 +217,15 @@ def options(value: object) -> object:
 def _option(name: str, value: object) -> str:
     plain = value.get_secret_value() if isinstance(value, SecretStr) else value
     if not _OPTION_NAME.fullmatch(name):
-        # librdkafka reads up to a NUL, and would find another name than was looked at here.
+        # librdkafka reads up to a NUL, so that it would see another name than the one checked here.
         raise ValueError("must name options of librdkafka: a-z 0-9 . _")
     if instead := _why_refused(name):
-        raise ValueError(f"may not hold {name}: {instead}")
+        raise ValueError(f"may not contain {name}: {instead}")
     if not isinstance(plain, str | int | float):
-        raise ValueError(f"must hold a string, a number, true or false for {name}")
+        raise ValueError(f"must have a string, a number, true or false for {name}")
     text = str(plain).lower() if isinstance(plain, bool) else str(plain)
     if "\x00" in text:
-        raise ValueError(f"may not hold a NUL for {name}")
+        raise ValueError(f"may not contain a NUL for {name}")
     allowed, why = _ALLOWED_VALUES.get(name, (_ANYTHING, ""))
     if not allowed.fullmatch(text.strip().lower()):
         raise ValueError(why.format(name))
@@ -222,7 +233,7 @@ def _option(name: str, value: object) -> str:
 
 
 def _why_refused(name: str) -> str | None:
-    """By name in any spelling: librdkafka knows only one, but others deserve the same answer."""
+    """The reason, for any spelling of the name; librdkafka accepts only one."""
     dotted = name.lower().replace("_", ".")
     for refused, instead in _REFUSED_OPTIONS.items():
         if dotted == refused.replace("_", "."):

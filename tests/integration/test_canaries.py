@@ -430,7 +430,7 @@ def test_a_projector_that_raises_shows_nothing_of_its_event(house, pipeline, mon
     engine = open_engine(house.database.url, application="test")
     create_tables(engine, faulty)
     engine.dispose()
-    monkeypatch.setattr("pipeline.catalogue.load", lambda: Catalogue((faulty,)))
+    monkeypatch.setattr("pipeline.catalogue.load", lambda _folders: Catalogue((faulty,)))
 
     result = pipeline(house.commands, command, "--until-end")
 

@@ -1,6 +1,7 @@
 import os
 import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_five_settings_are_enough_for_upvest(environment):
     }
 
 
-def test_the_nearer_place_wins(environment, tmp_path):
+def test_the_first_source_in_order_wins(environment, tmp_path):
     """Command line, environment, named file, secrets directory, TOML, default: take them away."""
     (tmp_path / "named").write_text("from_named_file\n")
     (tmp_path / "pipeline_group_id").write_text("from_secrets\r\n")
@@ -137,7 +138,7 @@ def test_a_secret_file_loses_its_line_end_and_nothing_else(environment, tmp_path
     "variable",
     ["PIPELINE_CONFIG", "PIPELINE_SECRETS_DIR", "PIPELINE_DATABASE_URL_FILE"],
 )
-def test_a_place_that_is_not_there_is_refused(environment, tmp_path, variable):
+def test_a_source_that_does_not_exist_is_refused(environment, tmp_path, variable):
     environment(**{variable: str(tmp_path / "nowhere")})
 
     assert complaints() == [
@@ -146,11 +147,12 @@ def test_a_place_that_is_not_there_is_refused(environment, tmp_path, variable):
 
 
 @pytest.mark.parametrize("secret", [CANARY, f"/{CANARY}", f"a/{CANARY}", f"/{CANARY}/{CANARY}"])
-def test_a_secret_where_its_file_is_wanted_is_not_shown(environment, secret):
+def test_a_secret_given_instead_of_the_path_of_its_file_is_not_shown(environment, secret):
     environment(PIPELINE_KAFKA_PASSWORD_FILE=secret)
 
     assert complaints() == [
-        "PIPELINE_KAFKA_PASSWORD_FILE: cannot read what it names: No such file or directory"
+        "PIPELINE_KAFKA_PASSWORD_FILE: cannot read the file that it names: "
+        "No such file or directory"
     ]
 
 
@@ -161,7 +163,7 @@ def test_a_file_of_bytes_is_refused(environment, tmp_path):
     assert complaints() == [f"PIPELINE_KAFKA_PASSWORD_FILE: {tmp_path / 'bytes'} is not UTF-8"]
 
 
-def test_broken_toml_is_told_by_its_place_and_not_by_its_text(tmp_path):
+def test_the_error_for_broken_toml_has_the_position_and_not_the_text(tmp_path):
     toml = tmp_path / "pipeline.toml"
     toml.write_text(f'group_id = "a"\nkafka_password = {CANARY}\n')
 
@@ -174,7 +176,7 @@ def test_broken_toml_is_told_by_its_place_and_not_by_its_text(tmp_path):
 # ----------------------------------------------------------------------------------- unknown names
 
 
-def test_an_unknown_variable_is_refused_and_the_likely_one_named(environment):
+def test_an_unknown_variable_is_refused_and_the_likely_one_is_named(environment):
     environment(PIPELINE_KAFKA_PASWORD=CANARY, PIPELINE_NOTHING_LIKE_IT="x")
 
     assert complaints() == [
@@ -254,7 +256,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_holds_its_bounds_and_no_more(name):
+def test_every_number_accepts_its_bounds_and_nothing_beyond(name):
     low, high = NUMBERS[name]
 
     assert [getattr(load_settings(**{name: n}), name) for n in (low, high)] == [low, high]
@@ -265,7 +267,7 @@ def test_every_number_holds_its_bounds_and_no_more(name):
         ]
 
 
-def test_every_number_says_its_unit():
+def test_the_name_of_every_number_ends_in_its_unit():
     """Rows, bytes, milliseconds, offsets; the rest is counted in what the name says."""
     units = ("_rows", "_bytes", "_ms", "_hours", "_offsets", "repeat_window", "dead_letter_budget")
 
@@ -277,12 +279,12 @@ def test_every_setting_is_described():
 
 
 @given(st.lists(st.from_regex(r"[a-zA-Z0-9_-]{1,20}", fullmatch=True), min_size=1, unique=True))
-def test_any_names_kafka_takes_are_topics(names):
+def test_any_names_that_kafka_accepts_are_topics(names):
     assert load_settings(topics=" , ".join(names)).topics == tuple(names)
 
 
 @pytest.mark.parametrize("topics", [",", "a,a", "..", "x" * 250, "ä", 7])
-def test_what_kafka_does_not_take_is_no_topic(topics):
+def test_a_name_that_kafka_refuses_is_no_topic(topics):
     assert complaints(topics=topics)[0].startswith("PIPELINE_TOPICS (command line) must name")
 
 
@@ -292,7 +294,7 @@ def test_any_moment_can_be_the_start(moment):
 
 
 @pytest.mark.parametrize("start", ["tomorrow", "08:00", 5])
-def test_what_is_no_moment_is_no_start(start):
+def test_a_text_that_is_no_moment_is_no_start(start):
     assert complaints(start=start)[0].startswith("PIPELINE_START (command line) must be earliest")
 
 
@@ -333,7 +335,7 @@ def test_every_spelling_of_postgresql_is_understood(scheme):
         ("postgresql://h/d?options=-c%20geqo%3Doff&sslmode=require", "h:5432/d"),
     ],
 )
-def test_whatever_libpq_takes_is_taken_and_shown_by_its_hosts(url, address):
+def test_every_url_that_libpq_accepts_is_accepted_and_shown_by_its_hosts(url, address):
     settings = load_settings(database_url=url)
 
     assert address_of(settings.database()) == address
@@ -341,7 +343,7 @@ def test_whatever_libpq_takes_is_taken_and_shown_by_its_hosts(url, address):
 
 @pytest.mark.parametrize("name", ["sslmod", "pool_size", "replication"])
 def test_a_parameter_that_libpq_does_not_have_is_named(name):
-    with pytest.raises(ConfigurationError, match=f"may not hold {name}"):
+    with pytest.raises(ConfigurationError, match=f"may not contain {name}"):
         load_settings(database_url=f"postgresql://u:p@h/d?sslmode=require&{name}=x")
 
 
@@ -394,17 +396,17 @@ def test_without_brokers_the_missing_setting_is_named():
 def test_a_login_that_is_not_complete_is_refused_before_it_is_tried():
     assert complaints(kafka_bootstrap_servers="kafka.example.com:9094") == [
         "PIPELINE_KAFKA_SASL_MECHANISM, PIPELINE_KAFKA_USERNAME, PIPELINE_KAFKA_PASSWORD must be "
-        "set: the brokers want a login, as PIPELINE_KAFKA_SECURITY_PROTOCOL is SASL_SSL"
+        "set: the brokers require a login, because PIPELINE_KAFKA_SECURITY_PROTOCOL is SASL_SSL"
     ]
 
 
-def test_no_login_is_sent_where_none_is_asked_for():
+def test_no_login_is_sent_if_none_is_required():
     settings = load_settings(**UPVEST, kafka_security_protocol="SSL")
 
     assert set(settings.kafka_client()) == {"bootstrap.servers", "security.protocol"}
 
 
-def test_oauth_wants_no_password():
+def test_oauth_needs_no_password():
     settings = load_settings(
         kafka_bootstrap_servers="kafka.example.com:9094",
         kafka_sasl_mechanism="oauthbearer",
@@ -437,9 +439,9 @@ def test_options_reach_the_client(environment, text):
         ("enable.auto.commit", "offsets are stored in PostgreSQL"),
         ("enable.auto.offset.store", "offsets are stored in PostgreSQL"),
         ("auto.offset.reset", "use PIPELINE_START"),
-        ("isolation.level", "what a transaction took back is never read"),
+        ("isolation.level", "records of an aborted transaction are never read"),
         ("enable.partition.eof", "the command sets it"),
-        ("isolation_level", "what a transaction took back is never read"),
+        ("isolation_level", "records of an aborted transaction are never read"),
         ("Enable.Auto.Commit", "offsets are stored in PostgreSQL"),
         ("auto.commit.enable", "offsets are stored in PostgreSQL"),
         ("offset.store.sync.interval.ms", "offsets are stored in PostgreSQL"),
@@ -450,15 +452,15 @@ def test_options_reach_the_client(environment, text):
         ("ssl.providers", "foreign code is never loaded"),
         ("sasl.kerberos.kinit.cmd", "no command is run"),
         ("sasl.kerberos.principal", "no mechanism"),
-        ("enable.sasl.oauthbearer.unsecure.jwt", "a token that nobody has signed"),
+        ("enable.sasl.oauthbearer.unsecure.jwt", "an unsigned token"),
         ("api.version.request", "older protocols"),
         ("broker.version.fallback", "older protocols"),
         ("test.mock.num.brokers", "it would read from brokers that are not yours"),
-        ("topic.blacklist", "PIPELINE_TOPICS says what is read"),
-        ("allow.auto.create.topics", "a topic is made by its owner only"),
-        ("log.queue", "nobody serves that queue"),
+        ("topic.blacklist", "use PIPELINE_TOPICS"),
+        ("allow.auto.create.topics", "only the owner of a topic creates it"),
+        ("log.queue", "nothing reads that queue"),
         ("error_cb", "the program sets it"),
-        ("default.topic.config", "name its options themselves"),
+        ("default.topic.config", "set its options themselves"),
         ("group.id", "use PIPELINE_GROUP_ID"),
         ("group.instance.id", "use PIPELINE_GROUP_INSTANCE_ID"),
         ("group.protocol", "use PIPELINE_KAFKA_GROUP_PROTOCOL"),
@@ -469,13 +471,13 @@ def test_options_reach_the_client(environment, text):
         ("sasl.password", "use PIPELINE_KAFKA_PASSWORD"),
     ],
 )
-def test_what_the_guarantees_stand_on_is_no_option(environment, option, instead):
+def test_an_option_on_which_the_guarantees_depend_is_refused(environment, option, instead):
     environment(PIPELINE_KAFKA_OPTIONS=f"{option}={CANARY}")
 
     [complaint] = complaints()
 
     assert complaint.startswith(
-        f"PIPELINE_KAFKA_OPTIONS (environment) may not hold {option}: {instead}"
+        f"PIPELINE_KAFKA_OPTIONS (environment) may not contain {option}: {instead}"
     )
     assert CANARY not in complaint
 
@@ -487,14 +489,14 @@ def test_what_the_guarantees_stand_on_is_no_option(environment, option, instead)
         ({"enable.ssl.certificate.verification": "f"}, "may not switch"),
         ({"enable.ssl.certificate.verification": 0}, "may not switch"),
         ({"ssl.endpoint.identification.algorithm": "NONE"}, "may not switch"),
-        ({"ssl.endpoint.identification.algorithm": "none\0"}, "may not hold a NUL"),
+        ({"ssl.endpoint.identification.algorithm": "none\0"}, "may not contain a NUL"),
         ({"topic.metadata.refresh.interval.ms": -1}, "may not switch"),
-        ({"debug": "broker,security"}, "may not hold all, conf or security for debug"),
-        ({"debug": "ALL"}, "may not hold all, conf or security for debug"),
+        ({"debug": "broker,security"}, "may not contain all, conf or security for debug"),
+        ({"debug": "ALL"}, "may not contain all, conf or security for debug"),
         ({f"plugin.library.paths\0{CANARY}": "/x.so"}, "must name options of librdkafka"),
         ({"isolation.level ": "read_uncommitted"}, "must name options of librdkafka"),
-        ({"client.id": f"\0{CANARY}"}, "may not hold a NUL"),
-        ({"fetch.min.bytes": [CANARY]}, "must hold a string"),
+        ({"client.id": f"\0{CANARY}"}, "may not contain a NUL"),
+        ({"fetch.min.bytes": [CANARY]}, "must have a string"),
         ([CANARY], "must be a table"),
         (f"{{{CANARY}", "must be a JSON object"),
         (f"{CANARY},b=2", "must be name=value"),
@@ -517,7 +519,7 @@ def test_wrong_options_are_refused_without_their_values(options, reason):
         {"fetch.min.bytes": 1, "ssl.ca.location": "/etc/ssl/ca.pem", "client.rack": "a b=c"},
     ],
 )
-def test_what_costs_no_guarantee_may_be_set(options):
+def test_an_option_on_which_no_guarantee_depends_may_be_set(options):
     client = load_settings(**UPVEST, kafka_options=options).kafka_client()
 
     assert {name: client[name] for name in options} == {k: str(v) for k, v in options.items()}
@@ -528,13 +530,19 @@ def test_with_the_new_group_protocol_the_brokers_decide():
 
     assert load_settings(kafka_options=options).kafka_group_protocol == "classic"
     [complaint] = complaints(kafka_options=options, kafka_group_protocol="consumer")
-    assert complaint.startswith("PIPELINE_KAFKA_OPTIONS may not hold session.timeout.ms")
+    assert complaint.startswith("PIPELINE_KAFKA_OPTIONS may not contain session.timeout.ms")
+
+
+def test_folders_with_read_models_are_separated_as_in_path(environment):
+    environment(PIPELINE_READ_MODELS=os.pathsep.join(["/srv/models", "ours"]))
+
+    assert load_settings().read_models == (Path("/srv/models"), Path("ours"))
 
 
 # ------------------------------------------------------------------------------------------ secrets
 
 
-def test_secrets_show_nowhere():
+def test_no_secret_is_shown():
     settings = load_settings(
         **UPVEST,
         database_url=f"postgresql://u:{CANARY}@h/d",
@@ -551,7 +559,7 @@ def test_secrets_show_nowhere():
     assert CANARY not in "".join(shown)
 
 
-def test_a_complaint_about_one_setting_does_not_tell_another():
+def test_an_error_about_one_setting_does_not_show_another():
     with pytest.raises(ConfigurationError) as refused:
         load_settings(
             **UPVEST,

@@ -1,10 +1,14 @@
-"""Where settings are read from, and how wrong ones are told.
+"""Reads settings from their sources, and reports wrong ones.
 
-A setting ``batch_rows`` comes, first place wins, from the command line, the environment
+A setting ``batch_rows`` comes from the first of these that has it: command line, environment
 (``PIPELINE_BATCH_ROWS``), a file that the environment names (``PIPELINE_BATCH_ROWS_FILE``), the
-secrets directory (``PIPELINE_SECRETS_DIR``, a file of that name in capitals or small letters), the
-TOML file (``--config`` or ``PIPELINE_CONFIG``, key ``batch_rows``), or is the default. An empty
-environment variable counts as unset.
+secrets directory (``PIPELINE_SECRETS_DIR``, a file of that name in upper or lower case), the TOML
+file (``--config`` or ``PIPELINE_CONFIG``, key ``batch_rows``), the default. An empty environment
+variable counts as unset.
+
+The environment and TOML are read by the sources of pydantic-settings. Our own code does what these
+lack: it names the source of a wrong value, refuses unknown names, reads ``*_FILE``, and reads
+secrets without removing spaces at their ends (``SecretsSettingsSource`` strips them).
 """
 
 import difflib
@@ -28,7 +32,7 @@ from pipeline.settings.fields import PREFIX, Settings, public_name
 _FIELDS: Mapping[str, FieldInfo] = Settings.model_fields
 _SECRETS_DIR = "PIPELINE_SECRETS_DIR"
 _CONFIG = "PIPELINE_CONFIG"
-# Read by others than Settings: where settings are, and what only tests set.
+# Not settings: these say where settings are, or are for tests.
 _NOT_SETTINGS = re.compile(
     rf"{_CONFIG}|{_SECRETS_DIR}"
     r"|PIPELINE_(TEST_\w+|REQUIRE_\w+|ENABLE_FAILPOINTS|FAILPOINT"
@@ -42,44 +46,48 @@ def load_settings(config: Path | None = None, **overrides: object) -> Settings:
 
     Args:
         config: The TOML file; ``PIPELINE_CONFIG`` names it if None.
-        **overrides: What the command line gave; None counts as not given.
+        **overrides: Values from the command line; None counts as not given.
 
     Raises:
-        ConfigurationError: One line for each wrong setting: its name, the place, what it must be,
+        ConfigurationError: One line for each wrong setting: its name, the source, what is allowed,
             and its value unless that may be a secret.
     """
     given: dict[str, object] = {}
-    place_of: dict[str, str] = {}
-    for place, found in _places(config, overrides):
+    source_of: dict[str, str] = {}
+    for source, found in _sources(config, overrides):
         for name in found.keys() - given.keys():
-            given[name], place_of[name] = found[name], place
-    complaints = _unknown_in_environment() + _unknown(place_of)
+            given[name], source_of[name] = found[name], source
+    errors = _unknown_in_environment() + _unknown(source_of)
     try:
         settings = Settings.model_validate({name: given[name] for name in given if name in _FIELDS})
     except ValidationError as error:
-        complaints += [_complaint(detail, place_of) for detail in error.errors()]
+        errors += [_error_text(detail, source_of) for detail in error.errors()]
     else:
-        if not complaints:
+        if not errors:
             settings._read_again = partial(load_settings, config, **overrides)  # noqa: SLF001 - ours
             return settings
-    # Out here, because an error raised up there would carry the values along as its context.
-    raise ConfigurationError("\n".join(complaints))
+    # Raised here, because an error raised in the handler would have the values in its context.
+    raise ConfigurationError("\n".join(errors))
 
 
-# ------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------ sources
 
 
-def _places(
+def _sources(
     config: Path | None, overrides: Mapping[str, object]
 ) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Every place that holds settings, the one that wins first."""
+    """Every source of settings, in order of precedence."""
     yield "command line", {name: value for name, value in overrides.items() if value is not None}
     yield "environment", EnvSettingsSource(Settings)()
     for name in _FIELDS:
         variable = f"{public_name(name)}_FILE"
         if path := os.environ.get(variable):
-            # A secret may have been put where the name of its file is wanted.
-            shown = path if _is_surely_path(path) or not _may_be_secret(name) else "what it names"
+            # Somebody may have given the secret instead of the path of its file.
+            shown = (
+                path
+                if _is_surely_path(path) or not _may_be_secret(name)
+                else "the file that it names"
+            )
             yield variable, {name: _content(Path(path), variable, shown)}
     if directory := os.environ.get(_SECRETS_DIR):
         yield _SECRETS_DIR, _secrets(Path(directory))
@@ -90,18 +98,18 @@ def _places(
 
 
 def _is_surely_path(text: str) -> bool:
-    """Whether it leads into a folder that exists, which no password does by chance."""
+    """Whether the path leads into a folder that exists. No password does that by chance."""
     folder = Path(text).parent
     return folder.is_absolute() and folder != Path("/") and folder.is_dir()
 
 
 def _content(path: Path, named_by: str, shown: str | None = None) -> str:
-    """What stands in a file, without the line end that editors add.
+    """The content of a file, without the line end that editors add.
 
     Args:
         path: The file.
         named_by: What names it.
-        shown: What a complaint calls it; its path by default.
+        shown: Its name in an error; its path by default.
     """
     shown = str(path) if shown is None else shown
     try:
@@ -114,7 +122,7 @@ def _content(path: Path, named_by: str, shown: str | None = None) -> str:
 
 
 def _secrets(directory: Path) -> dict[str, object]:
-    """The settings in a secrets directory, where other files may be anybody's."""
+    """The settings in a secrets directory. Other files in it are ignored."""
     wanted = {public_name(name): name for name in _FIELDS}
     try:
         files = [path for path in directory.iterdir() if path.name.upper() in wanted]
@@ -130,12 +138,12 @@ def _toml(path: Path, named_by: str) -> dict[str, object]:
     try:
         return TomlConfigSettingsSource(Settings, path)()
     except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at [^)]*\)", str(error))
-        message = f"{named_by}: {path} is not TOML {place[0] if place else ''}".rstrip()
+        position = re.search(r"\(at [^)]*\)", str(error))
+        message = f"{named_by}: {path} is not TOML {position[0] if position else ''}".rstrip()
     raise ConfigurationError(message)
 
 
-# --------------------------------------------------------------------------------------- complaints
+# --------------------------------------------------------------------------------------- errors
 
 
 def _unknown_in_environment() -> list[str]:
@@ -149,10 +157,10 @@ def _unknown_in_environment() -> list[str]:
     ]
 
 
-def _unknown(place_of: Mapping[str, str]) -> list[str]:
+def _unknown(source_of: Mapping[str, str]) -> list[str]:
     return [
-        f"{name} ({place}) is not a setting{_did_you_mean(name, _FIELDS)}"
-        for name, place in sorted(place_of.items())
+        f"{name} ({source}) is not a setting{_did_you_mean(name, _FIELDS)}"
+        for name, source in sorted(source_of.items())
         if name not in _FIELDS
     ]
 
@@ -162,18 +170,18 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _complaint(detail: ErrorDetails, place_of: Mapping[str, str]) -> str:
-    """One wrong setting in one line."""
-    own_words = detail.get("ctx", {}).get("error")
-    if not detail["loc"]:  # settings that do not go together
-        return str(own_words)
+def _error_text(detail: ErrorDetails, source_of: Mapping[str, str]) -> str:
+    """One line about one wrong setting."""
+    own_text = detail.get("ctx", {}).get("error")
+    if not detail["loc"]:  # settings that conflict
+        return str(own_text)
     name = str(detail["loc"][0])
-    must = own_words or _bounds(_FIELDS[name]) or detail["msg"].replace("Input should", "must")
-    return f"{public_name(name)} ({place_of[name]}) {must}{_not(name, detail['input'])}"
+    must = own_text or _bounds(_FIELDS[name]) or detail["msg"].replace("Input should", "must")
+    return f"{public_name(name)} ({source_of[name]}) {must}{_not(name, detail['input'])}"
 
 
 def _bounds(field: FieldInfo) -> str | None:
-    """What a number must be, said at once and not only which end it missed."""
+    """Both bounds of a number."""
     low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
     high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
     return f"must be a whole number from {low} to {high}" if low is not None else None

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import Column, Connection, Table, text
 from sqlalchemy.dialects import postgresql
 
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA
+from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA
 from pipeline.errors import ConfigurationError
+
+OUR_SCHEMAS = (LOG_SCHEMA, READ_SCHEMA, PERSONAL_SCHEMA)
 
 
 class Foreign(NamedTuple):
@@ -272,7 +274,7 @@ def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
 def refuse_foreign_objects(
     db: Connection,
     tables: Collection[Table],
-    schemas: Collection[str] = (LOG_SCHEMA, READ_SCHEMA),
+    schemas: Collection[str] = OUR_SCHEMAS,
     *,
     kinds: Collection[str] | None = None,
 ) -> None:

@@ -23,9 +23,10 @@ from pipeline.cli.app import database_of, projection_limits, settings_of, versio
 from pipeline.cli.output import Gauge
 from pipeline.cli.supervisor import WORKERS_MAX, become_worker
 from pipeline.cli.tally import Tally
-from pipeline.db import LOG_SCHEMA, READ_SCHEMA
+from pipeline.db import LOG_SCHEMA
 from pipeline.db.session import address_of
 from pipeline.errors import PipelineError, RefusedError, TransientError
+from pipeline.foreign_objects import OUR_SCHEMAS
 from pipeline.ingest import Ingest, tuned_interpreter
 from pipeline.ingest import Progress as Ingested
 from pipeline.kafka import Brokers
@@ -107,7 +108,7 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
         log.info("started", command=command, **_who(settings), **versions())
         begun, tally = time.monotonic(), Tally()
         try:
-            schemas = (LOG_SCHEMA,) if command == "ingest" else (LOG_SCHEMA, READ_SCHEMA)
+            schemas = (LOG_SCHEMA,) if command == "ingest" else OUR_SCHEMAS
             _wait_for_schema(engine, stop, schemas, until_end=until_end)
             if worker == 1 and command != "project":
                 _tell_of_too_many(settings, workers)

@@ -19,7 +19,6 @@ from pipeline import failpoints
 from pipeline.catalogue import Catalogue, load
 from pipeline.db import (
     LOG_SCHEMA,
-    READ_SCHEMA,
     locks,
     metadata,
     open_engine,
@@ -27,7 +26,7 @@ from pipeline.db import (
     translated,
 )
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
-from pipeline.foreign_objects import dependents, dropped_tables, refuse_foreign_objects
+from pipeline.foreign_objects import OUR_SCHEMAS, dependents, dropped_tables, refuse_foreign_objects
 from pipeline.schema import read_models, roles
 from pipeline.schema.plan import Step
 from pipeline.settings import load_settings
@@ -383,14 +382,13 @@ def check_schema(engine: Engine) -> None:
         )
 
 
-def check_tables(engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHEMA)) -> None:
+def check_tables(engine: Engine, schemas: Sequence[str] = OUR_SCHEMAS) -> None:
     """Raise if something of others on our tables would change what a command writes.
 
     Raises:
         ConfigurationError: A trigger, rule, policy or column of somebody else, or a table that is
             gone; the text names each and says what to do.
     """
-    declare_tables()
     with transaction(engine) as db:
         refuse_foreign_objects(db, our_tables(), schemas)
 

@@ -17,7 +17,7 @@ from pipeline import outages
 from pipeline.backoff import Backoff
 from pipeline.db import open_engine
 from pipeline.errors import TransientError
-from pipeline.health.status import queries, read_status
+from pipeline.health.status import read_status, states
 from pipeline.ingest import Ingest, Progress, loop
 from pipeline.kafka import metadata
 from pipeline.kafka.client import consumer_config
@@ -171,7 +171,7 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     impatient: MutableSequence[Any],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(queries, "SEEN_S_MAX", 1.0)
+    monkeypatch.setattr(states, "SEEN_S_MAX", 1.0)
     retention_s = 8
     private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from pipeline.errors import ExitCode
-from pipeline.health.status import queries
+from pipeline.health.status import states
 from pipeline.schema.migrate import migrate
 from tests.commands import Commands, InProcess, Result
 from tests.faults.harness import Bench, until
@@ -32,7 +32,7 @@ from tests.servers import FAST_AND_UNSAFE, Kafka, KafkaServer, PostgresServer
 from tests.servers.databases import Database, fresh_database
 
 PER_SECOND = 50
-UNKNOWN_S_MAX = queries.SEEN_S_MAX + 15
+UNKNOWN_S_MAX = states.SEEN_S_MAX + 15
 """So long after a fault nobody may be shown that all is well."""
 
 pytestmark = pytest.mark.timeout(240)
@@ -113,7 +113,7 @@ def test_no_fault_is_reported_as_ok(
     tmp_path: Path,
 ):
     """Kafka silent; a worker killed, stopped, ended; a disk full; a lock, then another password."""
-    monkeypatch.setattr(queries, "LAG_S_MAX", 10.0)
+    monkeypatch.setattr(states, "LAG_S_MAX", 10.0)
     faults = ["silent", "killed", "paused", "ended", "full", "locked"]
     with ExitStack() as stack:
         benches = {
@@ -264,7 +264,7 @@ def test_a_standby_reports_how_old_its_data_is(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
-    monkeypatch.setattr(queries, "SEEN_S_MAX", 12.0)
+    monkeypatch.setattr(states, "SEEN_S_MAX", 12.0)
     with (
         bench_on(kafka, migrated, f"standby-{os.urandom(4).hex()}", tmp_path) as bench,
         standby_of(private_postgres) as standby,

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from pipeline import catalogue, outages
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError, ExitCode
-from pipeline.health.status import queries, read_status
+from pipeline.health.status import read_status, states
 from pipeline.settings import load_settings
 from tests import waiting
 from tests.commands import Commands
@@ -105,7 +105,7 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
     user, database, monkeypatch
 ):
     monkeypatch.setattr(outages, "GRACE_S", 10.0)
-    monkeypatch.setattr(queries, "SEEN_S_MAX", 6.0)
+    monkeypatch.setattr(states, "SEEN_S_MAX", 6.0)
     user.send()
     settings = {k: v for k, v in user.settings.items() if k != "kafka_password_file"}
     running = Running(

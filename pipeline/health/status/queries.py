@@ -1,4 +1,4 @@
-"""The queries of `status`, and the states that follow from their answers.
+"""The queries of `status`.
 
 Whatever the size of the log, a status costs a few index searches per partition, and it reads a
 bounded number of the newest rows.
@@ -11,13 +11,9 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.db import transaction
-from pipeline.health.status import find_problems
+from pipeline.health.status import find_problems, states
 from pipeline.health.status.report import (
-    Owner,
-    PartitionState,
-    PartitionStatus,
     ProjectingWorker,
-    ProjectorState,
     ProjectorStatus,
     Recent,
     Standby,
@@ -30,22 +26,11 @@ from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.workers import EXPIRES_AFTER, Member, living, shared_out
 from pipeline.readmodel import Projector
-from pipeline.readmodel.fingerprint import fingerprint
 
-LAG_S_MAX = 60.0
-"""A longer lag is a warning; with lag and without a move for this long, a partition is stalled."""
-SEEN_S_MAX = 30.0
-"""How far from now, by the database's clock, what is recorded may be. A reader records Kafka's end
-every 5 seconds. After six times that, with room for a rebalance and for rows that are locked, what
-is recorded is no longer current."""
-RATE_SPAN = timedelta(minutes=1)
-"""Over which throughput is measured."""
 RECENT_SPAN = timedelta(hours=1)
 """How far back bad records and repeats are counted."""
 RECENT_OFFSETS_MAX = 10_000
 """And at most so many offsets of each partition."""
-CATCHING_UP_S = 10.0
-"""A read model that lags by more than this is catching up, not live."""
 
 _Row = Row[tuple[object, ...]]
 
@@ -110,10 +95,12 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
         rows = partition_rows(db)
         as_of: datetime = db.execute(NOW).scalar_one()
         standby = _standby(db, as_of)
-        a_minute_ago, an_hour_ago = as_of - RATE_SPAN, as_of - RECENT_SPAN
+        a_minute_ago, an_hour_ago = as_of - states.RATE_SPAN, as_of - RECENT_SPAN
         since = first_since(db, [a_minute_ago, an_hour_ago])
         partitions = [
-            _partition(row, as_of, since.get((_place(row), a_minute_ago), row.next_offset))
+            states.partition_status(
+                row, as_of, since.get((_place(row), a_minute_ago), row.next_offset)
+            )
             for row in rows
         ]
         hour_began = {
@@ -124,7 +111,7 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
         models = _models(db, projectors, as_of, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
     found = [
-        *find_problems.of_standby(standby, seen_s_max=SEEN_S_MAX),
+        *find_problems.of_standby(standby, seen_s_max=states.SEEN_S_MAX),
         *find_problems.of_partitions(partitions, as_of),
         *find_problems.of_retention(partitions),
         *find_problems.of_projectors(models, as_of),
@@ -165,7 +152,7 @@ def _standby(db: Connection, as_of: datetime) -> Standby | None:
     row = db.execute(REPLAYED).one_or_none()
     if row is None:
         return None
-    return Standby(row.replayed_at, _seconds(row.replayed_at, as_of), row.is_paused)
+    return Standby(row.replayed_at, states.seconds_between(row.replayed_at, as_of), row.is_paused)
 
 
 # -------------------------------------------------------------------------------- of partitions
@@ -173,82 +160,6 @@ def _standby(db: Connection, as_of: datetime) -> Standby | None:
 
 def _place(row: _Row) -> Partition:
     return Partition(row.topic, row.partition)
-
-
-def _partition(row: _Row, as_of: datetime, minute_began: int) -> PartitionStatus:
-    owner = None
-    if row.owner_member is not None:
-        owner = Owner(
-            row.owner_group, row.owner_member, row.owner_host, row.owner_pid, row.claimed_at
-        )
-    seen_s = _seconds(row.watermarks_at, as_of)
-    # A time in the future was recorded before the clock was set back: it can be of any age.
-    is_current = owner is not None and seen_s is not None and abs(seen_s) <= SEEN_S_MAX
-    behind = None
-    if is_current and row.high_watermark is not None:
-        behind = lag(NextOffset(row.next_offset), NextOffset(row.high_watermark))
-    lag_s = None
-    if behind is not None:
-        lag_s = 0.0 if behind == 0 else _age(row.newest_at, as_of)
-    return PartitionStatus(
-        topic=row.topic,
-        partition=row.partition,
-        state=_state(row, as_of, behind, lag_s, owner, is_current=is_current),
-        next_offset=row.next_offset,
-        end=row.high_watermark,
-        seen_at=row.watermarks_at,
-        seen_s=seen_s,
-        lag=behind,
-        lag_s=lag_s,
-        rate=(row.next_offset - minute_began) / RATE_SPAN.total_seconds() if is_current else None,
-        kept_s=_kept_s(row, as_of),
-        committed_at=row.committed_at,
-        owner=owner,
-        problem=row.problem,
-        problem_at=row.problem_at,
-    )
-
-
-def _state(
-    row: _Row,
-    as_of: datetime,
-    behind: int | None,
-    lag_s: float | None,
-    owner: Owner | None,
-    *,
-    is_current: bool,
-) -> PartitionState:
-    if row.problem is not None:
-        return "ERR"
-    if owner is None:
-        return "STOP"
-    if not is_current:
-        return "UNKNOWN"
-    if not behind:
-        return "OK"
-    still_s = _seconds(_latest(row.committed_at, row.claimed_at), as_of)
-    if still_s is not None and abs(still_s) > LAG_S_MAX:
-        return "STALL"
-    return "WARN" if lag_s is not None and lag_s > LAG_S_MAX else "OK"
-
-
-def _kept_s(row: _Row, as_of: datetime) -> float | None:
-    if row.kept_until is None or not row.kept_until.is_finite():
-        return None
-    return float(row.kept_until) - as_of.timestamp()
-
-
-def _latest(*times: datetime | None) -> datetime | None:
-    return max(filter(None, times), default=None)
-
-
-def _seconds(begin: datetime | None, end: datetime) -> float | None:
-    """Negative where ``begin`` is in the future."""
-    return None if begin is None else (end - begin).total_seconds()
-
-
-def _age(begin: datetime | None, end: datetime) -> float | None:
-    return None if begin is None else max(0.0, (end - begin).total_seconds())
 
 
 # -------------------------------------------------------------------------------- of read models
@@ -272,7 +183,7 @@ def _models(
     ours = {model.name: model for model in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
     return [
-        _model(
+        states.projector_status(
             name,
             rows.get(name),
             ours.get(name),
@@ -283,52 +194,6 @@ def _models(
         )
         for name in live
     ]
-
-
-def _model(
-    name: str,
-    row: _Row | None,
-    ours: Projector | None,
-    as_of: datetime,
-    *,
-    attended_since: datetime | None,
-    may_be_attended: bool,
-    is_rebuilt: bool,
-) -> ProjectorStatus:
-    if row is None:
-        return ProjectorStatus(name, "never run", 0, 0.0, 0, None, None, None, None)
-    lag_s = _age(row.unread_since, as_of) or 0.0
-    stuck_since = _latest(row.stuck_since, attended_since) if row.stuck_since else None
-    is_unattended = attended_since is None and not may_be_attended
-    stuck_s = _age(stuck_since, as_of) or 0.0
-    state: ProjectorState = "live"
-    if row.state == "broken":
-        state = "broken"
-    elif ours is None:
-        state = "not in this program"
-    elif is_unattended and row.lag:
-        state = "unattended"
-    elif stuck_s > LAG_S_MAX:
-        state = "stalled"
-    elif is_rebuilt:
-        state = "rebuilding"
-    elif row.fingerprint not in (None, fingerprint(ours)):
-        state = "stale"
-    elif is_unattended:
-        state = "unattended"
-    elif lag_s > CATCHING_UP_S:
-        state = "catching up"
-    return ProjectorStatus(
-        name,
-        state,
-        int(row.lag),
-        lag_s,
-        row.dead_letters,
-        row.moved_at,
-        stuck_since,
-        row.built_at,
-        row.problem,
-    )
 
 
 def _workers(

@@ -286,7 +286,7 @@ POSTGRES_FOREIGN_CODE = _misconfigured(
     "Have its owner change it, or drop the trigger",
 )
 POSTGRES_LIBRARY = _misconfigured(
-    "cannot start a session: a library that it is to load is missing",
+    "cannot start a session: a library that it must load is missing",
     "Correct session_preload_libraries and local_preload_libraries of the role, the database or "
     "the server: ALTER ROLE … RESET, for example",
 )
@@ -366,7 +366,7 @@ SQLSTATES: Mapping[str, Cause] = {
 
 # In this order: the first that is found counts. libpq gives no code when a connection fails.
 LIBPQ_WORDS: Sequence[tuple[re.Pattern[str], Cause]] = (
-    # First: a function that runs at each login says whatever its owner likes.
+    # First: a function that runs at each login can raise any text.
     (re.compile(r"\n.*PL/\w+ function|SQL function"), POSTGRES_FOREIGN_CODE),
     (re.compile(r"could not (access file|load library)"), POSTGRES_LIBRARY),
     (re.compile(r"permission denied to set parameter|unrecognized configuration parameter|"
@@ -414,7 +414,7 @@ _QUOTED = re.compile(r'"[^"\n]*"')
 
 
 def of_libpq(words: str) -> Cause | None:
-    """Why a connection to PostgreSQL failed; None where the words do not tell.
+    """Why a connection to PostgreSQL failed; None where its words are not known.
 
     Of several hosts, one that refuses us is named before one that is unavailable: it runs.
 
@@ -422,7 +422,7 @@ def of_libpq(words: str) -> Cause | None:
         words: libpq's message; several lines where it tried several hosts. The server's part of it
             is in the language of its lc_messages.
     """
-    # The name of a host, role or database may be a word that means something here.
+    # The name of a host, role or database may be one of the words below.
     words = _QUOTED.sub('""', words)
     for pattern, cause in LIBPQ_WORDS:
         if pattern.search(words):
@@ -430,7 +430,7 @@ def of_libpq(words: str) -> Cause | None:
     return None
 
 
-# With which codes PostgreSQL refuses a connection, and a statement for another reason.
+# The causes of codes that mean something else when they refuse a statement.
 _AT_LOGIN: Mapping[str, Cause] = {
     "22023": POSTGRES_SESSION_SETTING,
     "42501": POSTGRES_NO_DATABASE,

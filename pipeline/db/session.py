@@ -45,12 +45,12 @@ class Ours(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """What a session is.
+    """A session that has begun.
 
     Attributes:
-        pid: Of its server; a pooler gives another one at the login.
-        acts_as: The role whose rights it has, where ``ALTER ROLE … SET role`` gives it another one
-            than it logged in as; else None.
+        pid: Its process id on the server; a pooler reports another one at the login.
+        acts_as: The role whose rights it has, where ``ALTER ROLE … SET role`` sets another one than
+            that of the login; else None.
     """
 
     pid: int

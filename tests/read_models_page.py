@@ -77,7 +77,7 @@ def _how(projector: Projector, table: str) -> list[str]:
         f"`{source.events}`" + (f" (its list `{source.each}`)" if source.each else "")
         for source in projector.sources
     )
-    left_out = ", ".join(f"`{name}`" for name in sorted(projector.except_types))
+    left_out = ", ".join(f"`{name}`" for name in sorted(projector.except_events))
     fed += f", without {left_out}" if left_out else ""
     return [f"Key: {key}. Fed by {fed}. {_winner(projector)}", ""]
 

@@ -23,7 +23,7 @@ users = EntityTable(
     "name users by `user_id` only. The tax and social security numbers are not here.",
     events="USER.*",
     # Names a user, but carries nothing of it: no id, no status, no data.
-    except_types=["USER.DATA_CHANGE_FAILED"],
+    except_events=["USER.DATA_CHANGE_FAILED"],
     key=entity_id("user"),
     newest_by="updated_at",
     fields=[

@@ -313,8 +313,7 @@ def enum(
         column: Name of the column.
         comment: Its meaning.
         path: Place in the event's ``object``; by default the column's name.
-        by_event: The word by event type, for what only the type of the event says:
-            ``{"ISA_WRAPPER.*": "ISA"}``. It counts where the object has none.
+        by_event: The word by event type where the object has none.
         personal: Whether it holds personal data.
         indexed: Whether analysts look rows up by it.
     """
@@ -326,13 +325,19 @@ def _patterns(by_event: Mapping[str, str]) -> tuple[tuple[EventPattern, str], ..
     return tuple((EventPattern(pattern), word) for pattern, word in by_event.items())
 
 
+def by_event_type(column: str, comment: str, words: Mapping[str, str]) -> Field:
+    """A word that only the type of the event says: ``{"ISA_WRAPPER.*": "ISA"}``.
+
+    Args:
+        column: Name of the column.
+        comment: Its meaning.
+        words: The word by event type; the first pattern that matches counts.
+    """
+    return enum(column, comment, path=(), by_event=words)
+
+
 def status(
-    lifecycle: Lifecycle,
-    comment: str = "",
-    *,
-    column: str = "status",
-    path: Path = "status",
-    by_event: Mapping[str, str] | None = None,
+    lifecycle: Lifecycle, comment: str = "", *, by_event: Mapping[str, str] | None = None
 ) -> Field:
     """The state of an entity, by which the newest version is decided where times cannot.
 
@@ -342,16 +347,14 @@ def status(
     Args:
         lifecycle: The states and their order; they begin the column's comment.
         comment: What else there is to know.
-        column: Name of the column.
-        path: Place in the event's ``object``.
         by_event: The state by event type, where action and state have different names.
     """
     actions = {f"*.{state}": state for state in lifecycle.states}
     return Field(
-        column=column,
+        column="status",
         comment=f"{lifecycle}. {comment}".strip(),
         kind=_TEXT,
-        paths=(path,) if isinstance(path, str) else tuple(path),
+        paths=("status",),
         by_event=_patterns({**(by_event or {}), **actions}),
         lifecycle=lifecycle,
     )
@@ -385,7 +388,6 @@ def time(
     path: Path | None = None,
     or_event_time: bool = False,
     personal: bool | None = None,
-    indexed: bool = False,
 ) -> Field:
     """A point in time; a bare date is its midnight in UTC.
 
@@ -395,9 +397,8 @@ def time(
         path: Place in the event's ``object``; by default the column's name.
         or_event_time: Where the object has none, the time of the event counts.
         personal: Whether it holds personal data.
-        indexed: Whether analysts look rows up by it.
     """
-    field = _field(column, comment, _TIME, path, personal=personal, indexed=indexed)
+    field = _field(column, comment, _TIME, path, personal=personal)
     return replace(field, envelope=Envelope.EVENT_TIME) if or_event_time else field
 
 
@@ -439,22 +440,20 @@ def event_time(column: str, comment: str) -> Field:
     return Field(column=column, comment=comment, kind=_TIME, envelope=Envelope.EVENT_TIME)
 
 
-def event_type(column: str = "event_type", comment: str = "Type of the event.") -> Field:
+def event_type(comment: str = "Type of the event.") -> Field:
     """The type of the event: ``TAX_EXEMPTION.UPDATE_FAILED``."""
-    return Field(column=column, comment=comment, kind=_TEXT, envelope=Envelope.EVENT_TYPE)
+    return Field(column="event_type", comment=comment, kind=_TEXT, envelope=Envelope.EVENT_TYPE)
 
 
-def event_category(column: str = "category", comment: str = "Category of the event.") -> Field:
+def event_category(comment: str = "Category of the event.") -> Field:
     """The part of the event's type before the dot: ``ORDER``."""
-    return Field(column=column, comment=comment, kind=_TEXT, envelope=Envelope.CATEGORY)
+    return Field(column="category", comment=comment, kind=_TEXT, envelope=Envelope.CATEGORY)
 
 
-def event_entity_id(
-    column: str = "entity_id", comment: str = "Entity that the event is about."
-) -> Field:
+def event_entity_id(comment: str = "Entity that the event is about.") -> Field:
     """The id of the entity, as ``pipeline.events.entity_id`` has it."""
     return Field(
-        column=column, comment=comment, kind=_UUID, envelope=Envelope.ENTITY_ID, indexed=True
+        column="entity_id", comment=comment, kind=_UUID, envelope=Envelope.ENTITY_ID, indexed=True
     )
 
 

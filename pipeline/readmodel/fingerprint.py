@@ -26,7 +26,7 @@ def fingerprint(projector: Projector) -> str:
         MEANING,
         [_table(table) for table in projector.tables],
         [_source(source) for source in projector.sources],
-        sorted(projector.except_types),
+        sorted(projector.except_events),
         *_rules(projector),
     )
     return hashlib.sha256(repr(definition).encode()).hexdigest()

@@ -74,7 +74,7 @@ class Base(ABC):
 
     table: str
     sources: Sequence[Source]
-    except_types: Sequence[str]
+    except_events: Sequence[str]
 
     @property
     def name(self) -> str:
@@ -88,15 +88,14 @@ class Base(ABC):
 
     def takes(self, event_type: str) -> bool:
         """Whether the projector uses events of this type."""
-        return event_type not in self.except_types and any(
-            source.pattern.matches(event_type) for source in self.sources
-        )
+        left_out = any(EventPattern(each).matches(event_type) for each in self.except_events)
+        return not left_out and any(source.pattern.matches(event_type) for source in self.sources)
 
     def condition(self, *sources: Source) -> str:
         """SQL on ``pipeline.events e``: the events of these sources; of all, if none is given."""
         taken = " OR ".join(source.pattern.condition for source in sources or self.sources)
-        left_out = ", ".join(f"'{name}'" for name in sorted(self.except_types))
-        return f"({taken})" + (f" AND e.event_type NOT IN ({left_out})" if left_out else "")
+        left_out = " OR ".join(EventPattern(each).condition for each in sorted(self.except_events))
+        return f"({taken})" + (f" AND NOT ({left_out})" if left_out else "")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,7 +107,7 @@ class Declared(Base):
         comment: What one row is.
         events: The type or category that feeds the table, or several.
         sources: Instead of ``events``, where rows come from arrays inside other objects too.
-        except_types: Types that are left out: they hold no whole object.
+        except_events: Types or categories that are left out: they hold no whole object.
         fields: The columns beside the key.
         only_with: Columns without whose value an event makes no row here.
         indexes: Further indexes, of several columns each; of one column, the field says it.
@@ -118,7 +117,7 @@ class Declared(Base):
     comment: str
     events: str | Sequence[str] = ()
     sources: Sequence[Source] = ()
-    except_types: Sequence[str] = ()
+    except_events: Sequence[str] = ()
     fields: Sequence[Field]
     only_with: Sequence[str] = ()
     indexes: Sequence[Sequence[str]] = ()
@@ -127,11 +126,11 @@ class Declared(Base):
     """Of two events with the same key, the one that is first in the log wins, not the newest."""
 
     def __post_init__(self) -> None:
-        _freeze(self, "fields", "only_with", "except_types")
+        _freeze(self, "fields", "only_with", "except_events")
         object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
         object.__setattr__(self, "sources", tuple(self.sources) or _sources(self.events))
         _refuse_bad_name(self.table)
-        for name in self.except_types:
+        for name in self.except_events:
             EventPattern(name)
         for name in (name for columns in self.indexes for name in columns):
             self.column(name)
@@ -216,9 +215,6 @@ class EntityTable(Declared):
         super().__post_init__()
         if self.clock and self.clock.kind.shape is not Shape.TIME:
             raise ValueError(f"{self.table}: newest_by: {self.newest_by} is not a time")
-        ranked = [column.column for column in self.columns if column.lifecycle]
-        if len(ranked) > 1:
-            raise ValueError(f"{self.table}: two columns have a lifecycle: {', '.join(ranked)}")
 
     @property
     def key_fields(self) -> tuple[Field, ...]:
@@ -293,7 +289,7 @@ class Custom(Base):
         table: Name of the table, and of the projector.
         comment: What one row is.
         events: The type or category that feeds it, or several.
-        except_types: Types that are left out.
+        except_events: Types or categories that are left out.
         key: Columns of the primary key; their paths mean nothing.
         fields: The other columns; the same.
         indexes: Further indexes, of several columns each.
@@ -307,7 +303,7 @@ class Custom(Base):
     table: str
     comment: str
     events: str | Sequence[str]
-    except_types: Sequence[str] = ()
+    except_events: Sequence[str] = ()
     key: Sequence[Field]
     fields: Sequence[Field] = ()
     indexes: Sequence[Sequence[str]] = ()
@@ -316,7 +312,7 @@ class Custom(Base):
     version: int = 1
 
     def __post_init__(self) -> None:
-        _freeze(self, "key", "fields", "reads", "except_types")
+        _freeze(self, "key", "fields", "reads", "except_events")
         object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
         _refuse_bad_name(self.table)
 
@@ -327,7 +323,7 @@ class Custom(Base):
             table=self.table,
             comment=self.comment,
             events=self.events,
-            except_types=self.except_types,
+            except_events=self.except_events,
             fields=self.reads,
         )
 

@@ -31,7 +31,8 @@ def entity_id(entity: str, *, column: str | None = None) -> Field:
         column: Name of the column, where it is not ``<entity>_id``.
     """
     name = column or f"{entity.replace(' ', '_')}_id"
-    return uuid(name, f"Upvest's id of the {entity}.", path="id")
+    # An id is none of the data that the entity may hold: tax_wrapper_id names no tax.
+    return uuid(name, f"Upvest's id of the {entity}.", path="id", personal=False)
 
 
 def created_at(entity: str) -> Field:
@@ -39,9 +40,16 @@ def created_at(entity: str) -> Field:
     return time("created_at", f"When the {entity} was created.")
 
 
-def updated_at(entity: str) -> Field:
-    """When the entity last changed; the column by which the newest event wins."""
-    return time("updated_at", f"When the {entity} last changed.")
+def updated_at(entity: str, *, or_event_time: bool = False) -> Field:
+    """When the entity last changed; the column by which the newest event wins.
+
+    Args:
+        entity: In the singular.
+        or_event_time: Upvest may leave it out: the time of the event then counts.
+    """
+    remark = " The event's time where Upvest gives none." if or_event_time else ""
+    comment = f"When the {entity} last changed.{remark}"
+    return time("updated_at", comment, or_event_time=or_event_time)
 
 
 def as_of(entity: str) -> Field:
@@ -61,7 +69,9 @@ def refers_to(
         path: Place in the event's ``object``; by default the column's name.
     """
     name = column or key_of(table)
-    field = uuid(name, f"{comment} Joins {table}.", path=path, indexed=True)
+    field = uuid(
+        name, f"{comment} Joins {table}.", path=path, personal=False, indexed=True
+    )
     return replace(field, refers_to=table)
 
 

@@ -28,6 +28,7 @@ from pipeline.readmodel import (
 from pipeline.readmodel.compiler import compile_declared
 from pipeline.readmodel.fields import EventPattern
 from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.readmodel.upvest import key_of
 
 KITES: dict[str, Any] = {
     "table": "kites",
@@ -116,14 +117,12 @@ def test_a_pattern_matches_whole_categories_and_actions(pattern, matching):
         (lambda: text("a", ""), "no comment"),
         (lambda: Source("ORDER"), "not an event type"),
         (lambda: Source("ORDER.'x"), "not an event type"),
-        (lambda: kites(except_types=["%"]), "not an event type"),
+        (lambda: kites(except_events=["%"]), "not an event type"),
         (lambda: kites(newest_by="nowhere"), "not a column"),
         (lambda: kites(newest_by="price"), "not a time"),
         (
-            lambda: kites(
-                newest_by=None, fields=[status(Lifecycle("A"), column=n) for n in ("x", "y")]
-            ),
-            "two columns have a lifecycle: x, y",
+            lambda: kites(newest_by=None, fields=[status(Lifecycle("A")), status(Lifecycle("B"))]),
+            "status is declared twice",
         ),
         (lambda: kites(table="Kites"), "not a name for a table"),
         (lambda: kites(fields=[uuid("kite_id", "Id.")], newest_by=None), "declared twice"),
@@ -143,6 +142,17 @@ def test_a_pattern_matches_whole_categories_and_actions(pattern, matching):
 def test_what_makes_no_sense_is_refused_at_once(wrong, why):
     with pytest.raises(ValueError, match=why):
         wrong()
+
+
+def test_left_out_are_types_and_whole_categories():
+    model = kites(events="*", except_events=["KITE.TORN", "KITE_CHECK.*"])
+
+    types = ["KITE.UP", "KITE.TORN", "KITE_CHECK.PASSED", "ORDER.NEW"]
+    assert [name for name in types if model.takes(name)] == ["KITE.UP", "ORDER.NEW"]
+    assert model.condition() == (
+        "(e.event_type IS NOT NULL) "
+        "AND NOT (e.event_type = 'KITE.TORN' OR starts_with(e.event_type, 'KITE_CHECK.'))"
+    )
 
 
 def test_a_category_is_not_another_one_that_begins_alike():
@@ -190,7 +200,7 @@ def test_the_same_definition_has_the_same_fingerprint():
     "changes",
     [
         {"events": "KITE.UPDATED"},
-        {"except_types": ["KITE.TORN"]},
+        {"except_events": ["KITE.TORN"]},
         {"newest_by": None},
         {"fields": [time("changed_at", "When it changed.", path="changed")]},
         {"fields": [date("changed_at", "Another type.", path="updated_at")], "newest_by": None},
@@ -262,6 +272,34 @@ def test_two_projectors_of_one_name_are_refused(monkeypatch):
 
     with pytest.raises(ConfigurationError, match="called orders"):
         catalogue.load.__wrapped__()
+
+
+def declared_fields():
+    """Every field of every read model, children included, with its table."""
+    for model in catalogue.load().models:
+        yield from ((model.table, field) for field in getattr(model, "columns", ()))
+        for child in getattr(model, "child_tables", ()):
+            yield from ((child.table, field) for field in child.fields)
+
+
+def test_every_reference_names_a_read_model_that_has_the_key():
+    """``refers_to("accounts", …)`` is an id in the primary key of ``accounts``."""
+    made = catalogue.load().tables
+    wrong = []
+    for table, field in declared_fields():
+        if field.refers_to:
+            target = made.get(field.refers_to)
+            key = [] if target is None else target.primary_key.columns.keys()
+            if key_of(field.refers_to) not in key or not field.indexed:
+                wrong.append(f"{table}.{field.column} -> {field.refers_to}")
+
+    assert wrong == []
+
+
+def test_the_comment_of_every_status_begins_with_its_states():
+    for table, field in declared_fields():
+        if field.lifecycle:
+            assert field.comment.startswith(f"{field.lifecycle}."), f"{table}.{field.column}"
 
 
 @pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)

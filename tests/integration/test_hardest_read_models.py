@@ -1,0 +1,554 @@
+"""The hardest read models that are planned, declared and filled: the API can express them.
+
+Each gets real events through the real projection loop, in every order, with wrong values among
+them, and is rebuilt.
+"""
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import pytest
+
+from pipeline.projection.loop import Limits
+from pipeline.projectors.instruments import instrument_isins
+from pipeline.readmodel import (
+    ELEMENT,
+    Children,
+    EntityTable,
+    EventTable,
+    Lifecycle,
+    Projector,
+    boolean,
+    by_event_type,
+    date,
+    enum,
+    event_category,
+    event_entity_id,
+    integer,
+    json,
+    money,
+    quantity,
+    status,
+    text,
+    time,
+)
+from pipeline.readmodel.upvest import (
+    as_of,
+    created_at,
+    currency,
+    entity_id,
+    instrument,
+    refers_to,
+    updated_at,
+)
+from pipeline.rebuild.rebuild import rebuild
+from tests.given import Event, Given, contents, create_tables, event, moment, some_id
+
+pytestmark = pytest.mark.both_postgres
+
+savings_plans = EntityTable(
+    table="savings_plans",
+    comment="One row per savings plan, as of its newest event. Amounts in `currency`.",
+    events="SAVINGS_PLAN.*",
+    key=entity_id("savings plan"),
+    newest_by="updated_at",
+    fields=[
+        created_at("plan"),
+        updated_at("plan"),
+        refers_to("users", "User who saves."),
+        refers_to("accounts", "Account that is invested in."),
+        enum("plan_type", "PORTFOLIO or INSTRUMENT.", path="type"),
+        text("name", "Label, free text; NULL without.", personal=True),
+        money("cash_amount", "Amount of each execution."),
+        currency("every amount in this row"),
+        date("start_date", "Day of the first execution."),
+        enum("period", "WEEK, MONTH or YEAR."),
+        integer("period_interval", "Periods between two executions.", path="interval"),
+        text("instrument_id", "Instrument of an INSTRUMENT plan; NULL for a PORTFOLIO plan."),
+        enum("instrument_id_type", "What `instrument_id` holds: ISIN, WKN or UPVEST."),
+        text(
+            "isin",
+            "`instrument_id` where it is an ISIN; else NULL.",
+            path="instrument_id",
+            only_if=("instrument_id_type", "ISIN"),
+        ),
+        status(
+            Lifecycle("ACTIVE", ends={"CANCELLED"}),
+            "From the type of the event: the object has none.",
+            by_event={"SAVINGS_PLAN.CREATED": "ACTIVE"},
+        ),
+    ],
+)
+
+account_valuations = EntityTable(
+    table="account_valuations",
+    comment="One row per valuation of an account, without cash. Amounts in `currency`.",
+    events=["ACCOUNT_VALUATION.CREATED", "INTRADAY_ACCOUNT_VALUATION.CREATED"],
+    key=[
+        by_event_type(
+            "valuation_kind",
+            "EOD (end of day) or INTRADAY.",
+            {"ACCOUNT_VALUATION.*": "EOD", "INTRADAY_ACCOUNT_VALUATION.*": "INTRADAY"},
+        ),
+        entity_id("valuation"),
+    ],
+    newest_by="updated_at",
+    fields=[
+        created_at("valuation"),
+        updated_at("valuation"),
+        refers_to("accounts", "Account that is valued."),
+        time("valuation_time", "Time of the valuation; its prices are of the day before."),
+        enum("price_quality", "As given; EOD for intraday valuations too."),
+        money("total_security_value", "Value of all.", path="total_security_value.amount"),
+        currency("`total_security_value`", path="total_security_value.currency"),
+    ],
+    children=[
+        Children(
+            table="account_valuation_positions",
+            comment="Positions of a valuation, one row per instrument.",
+            path="security_positions",
+            fields=[
+                *instrument("Instrument that is held."),
+                quantity("quantity", "Units held."),
+                money("value_amount", "Value; NULL if there is no price.", path="value.amount"),
+                enum("value_currency", "Currency of the value.", path="value.currency"),
+                time("price_time", "Time of the price.", path="value.price_time"),
+                quantity("weight", "Part of the total, as a fraction of 1; NULL without price."),
+            ],
+        )
+    ],
+)
+
+tax_wrappers = EntityTable(
+    table="tax_wrappers",
+    comment="One row per tax wrapper of either scheme, as of its newest event.",
+    events=["ISA_WRAPPER.*", "PEA_WRAPPER.*"],
+    key=[
+        by_event_type("scheme", "ISA or PEA.", {"ISA_WRAPPER.*": "ISA", "PEA_WRAPPER.*": "PEA"}),
+        entity_id("tax wrapper"),
+    ],
+    newest_by="updated_at",
+    fields=[
+        created_at("wrapper"),
+        updated_at("wrapper"),
+        refers_to("account_groups", "Group that is wrapped."),
+        enum("wrapper_type", "STOCKS_AND_SHARES_ISA, PEA_CLASSIQUE and others.", path="type"),
+        boolean("is_flexible", "True for a flexible ISA; NULL for PEA."),
+        status(Lifecycle("NEW", {"ACTIVE", "INACTIVE"}, ends={"CLOSED"}), "INACTIVE may be left."),
+    ],
+)
+
+fee_collections = EntityTable(
+    table="fee_collections",
+    comment="One row per fee collection, as of its newest event. Amounts in `currency`.",
+    events="FEE_COLLECTION.*",
+    key=entity_id("fee collection"),
+    newest_by="updated_at",
+    fields=[
+        created_at("collection"),
+        updated_at("collection", or_event_time=True),
+        refers_to("accounts", "Account that is charged."),
+        refers_to("account_groups", "Group that is charged."),
+        enum("fee_type", "SERVICE_FEE or SERVICE_FEE_LIQUIDATION.", path="type"),
+        money("collection_amount", "Amount due."),
+        currency("every amount in this row"),
+        money("processed_cash_balance", "Taken from cash.", path="processed_amount.cash_balance"),
+        json("calculation_breakdown", "How the fee was calculated, as it came."),
+        status(Lifecycle("PROCESSING", ends={"FINALISED", "CANCELLED"})),
+        date("period_start", "First day of the fee's period."),
+    ],
+    children=[
+        Children(
+            table="fee_collection_orders",
+            comment="Orders that sold units for a fee.",
+            path="sell_to_cover_orders",
+            fields=[
+                refers_to("orders", "Order that sold.", path="id"),
+                money("residual_amount", "Left over of the sale."),
+            ],
+        )
+    ],
+)
+
+status_history = EventTable(
+    table="status_history",
+    comment="One row per event that carries a state. Consecutive rows may repeat it.",
+    events="*",
+    # Their status is that of a request or of a failure, not of the entity.
+    except_events=[
+        "ORDER_CANCELLATION.*",
+        "TAX_EXEMPTION.CREATION_FAILED",
+        "TAX_EXEMPTION.UPDATE_FAILED",
+        "TAX_EXEMPTION.DELETION_FAILED",
+    ],
+    only_with=["status"],
+    fields=[
+        event_category(),
+        event_entity_id(),
+        enum(
+            "status",
+            "The state, from the object or else from the type of the event.",
+            path=["status", "trading_status", "announcement_status"],
+            by_event={
+                "SAVINGS_PLAN.CREATED": "ACTIVE",
+                "SAVINGS_PLAN.CANCELLED": "CANCELLED",
+                "USER_CHECK.PASSED": "PASSED",
+                "USER_CHECK.FAILED": "FAILED",
+            },
+        ),
+        time("reached_at", "When it was reached.", path="updated_at", or_event_time=True),
+        text(
+            "reason",
+            "Why, where the event says so.",
+            path=["cancellation_reason", "rejection_reason", "function_of_message"],
+        ),
+    ],
+    indexes=[("category", "status", "reached_at")],
+)
+
+corporate_actions = EntityTable(
+    table="corporate_actions",
+    comment="One row per corporate action, as last announced.",
+    events="CORPORATE_ACTION.UPDATED",
+    key=entity_id("corporate action"),
+    fields=[
+        as_of("corporate action"),
+        enum("iso_type", "ISO 15022 code, e.g. DVCA."),
+        *instrument("Instrument that it concerns."),
+        enum("announcement_status", "PRELIMINARY_ANNOUNCEMENT_CONFIRMED, COMPLETE and others."),
+        enum("function_of_message", "NEW, REPLACEMENT, WITHDRAWAL and others."),
+        date("ex_date", "Ex day."),
+        json("additional_text", "A text or a list of texts, as it came."),
+    ],
+    children=[
+        Children(
+            table="corporate_action_options",
+            comment="Options of a corporate action, one row each.",
+            path="options",
+            fields=[
+                integer("option_number", "Number of the option.", path="number"),
+                enum("option_type", "CASH, SECURITIES and others.", path="type"),
+                json("option", "The whole option, as it came.", path=ELEMENT),
+            ],
+        )
+    ],
+)
+
+tax_exemptions = EntityTable(
+    table="tax_exemptions",
+    comment="One row per tax exemption, as of its newest event. Amounts in `currency`.",
+    events=["TAX_EXEMPTION.CREATED", "TAX_EXEMPTION.UPDATED", "TAX_EXEMPTION.DELETED"],
+    key=entity_id("tax exemption"),
+    newest_by="updated_at",
+    fields=[
+        created_at("exemption"),
+        updated_at("exemption"),
+        status(Lifecycle("NEW", "ACTIVE", ends={"EXPIRED", "CANCELLED"})),
+        date("valid_to", "Last day; NULL if unlimited.", path="valid_to_date"),
+        money(
+            "amount",
+            "Amount that is exempt.",
+            path="tax_exemption_details.tax_exemption_amount.amount",
+            personal=False,
+        ),
+    ],
+    children=[
+        Children(
+            table="tax_exemption_users",
+            comment="Users of a tax exemption: one, or two who are married.",
+            path="user_ids",
+            fields=[refers_to("users", "User who is exempt.", path=ELEMENT)],
+        )
+    ],
+)
+
+PLANNED: tuple[Projector, ...] = (
+    savings_plans,
+    account_valuations,
+    tax_wrappers,
+    fee_collections,
+    status_history,
+    corporate_actions,
+    tax_exemptions,
+)
+
+# ----------------------------------------------------------------------------------------- stories
+
+
+class Story(NamedTuple):
+    """What a read model is sent and what it then holds.
+
+    Attributes:
+        sent: Events that all concern the read model, in the order of their times.
+        rows: Some columns of its rows, in the order of its key, whatever the order of arrival.
+        children: The same of its child table, if it has one.
+        wrong: Events of wrong shape, with the column that each is rejected for and its SQLSTATE.
+    """
+
+    projector: Projector
+    sent: Sequence[Event]
+    columns: Sequence[str]
+    rows: Sequence[tuple[Any, ...]]
+    child_columns: Sequence[str] = ()
+    children: Sequence[tuple[Any, ...]] = ()
+    wrong: Sequence[tuple[Event, str, str]] = ()
+
+
+def sent(kind: str, at: float, thing: str = "thing", **body: Any) -> Event:
+    """An event about ``thing`` that changed at this second and was sent three seconds later."""
+    values = {"id": some_id(thing), "updated_at": moment(at), **body}
+    return event(kind, values, at=at + 3, name=f"{kind} {thing} {at}")
+
+
+def without(original: Event, *names: str) -> Event:
+    changed = copy.deepcopy(dict(original))
+    for name in names:
+        del changed["object"][name]
+    return changed
+
+
+POSITION = {"instrument": {"uuid": some_id("iron")}, "quantity": "2.5", "weight": None}
+PRICED = {**POSITION, "weight": "1", "value": {"amount": "10.10", "currency": "EUR"}}
+A, B = some_id("a"), some_id("b")
+OPTIONS = [{"number": 1, "type": "CASH", "rate": [1]}, {"number": "2", "movements": {}}]
+
+STORIES = {
+    "savings_plans": Story(
+        savings_plans,
+        [
+            sent("SAVINGS_PLAN.CREATED", 1, instrument_id="X", instrument_id_type="WKN"),
+            # Upvest need not move the time: the rank decides.
+            sent("SAVINGS_PLAN.CANCELLED", 1, instrument_id="IE", instrument_id_type="ISIN"),
+            sent("SAVINGS_PLAN.CREATED", 0, thing="second plan", interval=3),
+        ],
+        ["status", "isin", "instrument_id", "period_interval"],
+        [("CANCELLED", "IE", "IE", None), ("ACTIVE", None, None, 3)],
+        wrong=[
+            (sent("SAVINGS_PLAN.CREATED", 5, interval="1.5"), "period_interval", "22P02"),
+            (sent("SAVINGS_PLAN.CREATED", 6, id=None), "savings_plan_id", "23502"),
+        ],
+    ),
+    "account_valuations": Story(
+        account_valuations,
+        [
+            sent("ACCOUNT_VALUATION.CREATED", 1, price_quality="EOD", security_positions=[PRICED]),
+            sent("INTRADAY_ACCOUNT_VALUATION.CREATED", 2, price_quality="EOD"),
+            sent(
+                "ACCOUNT_VALUATION.CREATED",
+                3,
+                total_security_value={"amount": "7.0", "currency": "EUR"},
+                security_positions=[PRICED, {**POSITION, "value": None}],
+            ),
+        ],
+        ["valuation_kind", "currency", "price_quality"],
+        [("EOD", "EUR", None), ("INTRADAY", None, "EOD")],
+        ["valuation_kind", "position", "value_currency"],
+        [("EOD", 1, "EUR"), ("EOD", 2, None)],
+        wrong=[
+            (
+                sent("ACCOUNT_VALUATION.CREATED", 9, security_positions=[{"value": "much"}]),
+                "value",
+                "22023",
+            ),
+            (
+                sent("ACCOUNT_VALUATION.CREATED", 8, security_positions={}),
+                "security_positions",
+                "22023",
+            ),
+            (
+                sent("INTRADAY_ACCOUNT_VALUATION.CREATED", 9, total_security_value={"amount": "?"}),
+                "total_security_value",
+                "22P02",
+            ),
+        ],
+    ),
+    "tax_wrappers": Story(
+        tax_wrappers,
+        [
+            sent("ISA_WRAPPER.NEW", 1, status="NEW", is_flexible=True),
+            sent("PEA_WRAPPER.ACTIVE", 2),
+            sent("ISA_WRAPPER.INACTIVE", 3, status="INACTIVE", is_flexible=False),
+            sent("ISA_WRAPPER.ACTIVE", 4, is_flexible=True),
+        ],
+        ["scheme", "status", "is_flexible"],
+        [("ISA", "ACTIVE", True), ("PEA", "ACTIVE", None)],
+        wrong=[(sent("PEA_WRAPPER.NEW", 5, is_flexible="perhaps"), "is_flexible", "22P02")],
+    ),
+    "fee_collections": Story(
+        fee_collections,
+        [
+            sent("FEE_COLLECTION.CREATED", 1, status="PROCESSING", sell_to_cover_orders=[]),
+            without(
+                sent(
+                    "FEE_COLLECTION.FINALISED",
+                    3,
+                    status="FINALISED",
+                    calculation_breakdown={"vat": "0.19"},
+                    sell_to_cover_orders=[{"id": some_id("sale"), "residual_amount": "0.10"}],
+                ),
+                "updated_at",
+            ),
+            sent("FEE_COLLECTION.CREATED", 5, status="PROCESSING", collection_amount="4"),
+        ],
+        ["status", "calculation_breakdown"],
+        [("FINALISED", {"vat": "0.19"})],
+        ["position"],
+        [(1,)],
+        wrong=[(sent("FEE_COLLECTION.CREATED", 9, period_start="May"), "period_start", "22007")],
+    ),
+    "status_history": Story(
+        status_history,
+        [
+            sent("ORDER.NEW", 1, status="NEW"),
+            sent("ORDER.CANCELLED", 2, status="CANCELLED", cancellation_reason="CLIENT"),
+            sent("INSTRUMENT.ACTIVATED", 3, trading_status="ACTIVE"),
+            sent("SAVINGS_PLAN.CREATED", 4),
+            sent("USER_CHECK.PASSED", 5),
+            sent("CORPORATE_ACTION.UPDATED", 6, announcement_status="C", function_of_message="NEW"),
+            # No state, or not the entity's.
+            sent("POSITION.UPDATED", 7),
+            sent("ORDER_CANCELLATION.REJECTED", 8, status="REJECTED"),
+            sent("TAX_EXEMPTION.UPDATE_FAILED", 9, status="NEW"),
+        ],
+        ["category", "status", "reason"],
+        [
+            ("CORPORATE_ACTION", "C", "NEW"),
+            ("INSTRUMENT", "ACTIVE", None),
+            ("ORDER", "CANCELLED", "CLIENT"),
+            ("ORDER", "NEW", None),
+            ("SAVINGS_PLAN", "ACTIVE", None),
+            ("USER_CHECK", "PASSED", None),
+        ],
+        wrong=[(sent("TOPUP.X", 9, status="X", updated_at="soon"), "reached_at", "22007")],
+    ),
+    "corporate_actions": Story(
+        corporate_actions,
+        [
+            sent("CORPORATE_ACTION.UPDATED", 1, iso_type="DVCA", options=OPTIONS[:1]),
+            sent("CORPORATE_ACTION.UPDATED", 2, additional_text=["a", "b"], options=OPTIONS),
+        ],
+        ["iso_type", "additional_text"],
+        [(None, ["a", "b"])],
+        ["position", "option_number", "option_type", "option"],
+        [(1, 1, "CASH", OPTIONS[0]), (2, 2, None, OPTIONS[1])],
+        wrong=[
+            (
+                sent("CORPORATE_ACTION.UPDATED", 3, options=[{"number": "first"}]),
+                "option_number",
+                "22P02",
+            ),
+            (sent("CORPORATE_ACTION.UPDATED", 4, options=["cash"]), "object", "22023"),
+        ],
+    ),
+    "tax_exemptions": Story(
+        tax_exemptions,
+        [
+            sent("TAX_EXEMPTION.CREATED", 1, status="NEW", user_ids=[A]),
+            sent("TAX_EXEMPTION.UPDATED", 2, status="ACTIVE", user_ids=[B, A]),
+        ],
+        ["status"],
+        [("ACTIVE",)],
+        ["position", "user_id"],
+        [(1, B), (2, A)],
+        wrong=[
+            (sent("TAX_EXEMPTION.UPDATED", 3, user_ids=["nobody"]), "user_id", "22P02"),
+            (sent("TAX_EXEMPTION.UPDATED", 4, user_ids=[{"id": A}]), "user_id", "22P02"),
+        ],
+    ),
+    "instrument_isins": Story(
+        instrument_isins,
+        [
+            sent("INSTRUMENT.ONBOARDED", 1, isin="IE1"),
+            sent("INSTRUMENT.DATA_CHANGED", 2, isin="IE2"),
+            without(sent("INSTRUMENT.DATA_CHANGED", 0, isin="IE1"), "updated_at"),
+            sent("INSTRUMENT.DEACTIVATED", 4, isin=""),
+        ],
+        ["isin", "first_seen", "last_seen"],
+        [("IE1", 1, 3), ("IE2", 2, 2)],
+        wrong=[(sent("INSTRUMENT.X", 1, isin="IE1", updated_at="soon"), "first_seen", "22007")],
+    ),
+}
+
+NAMES = sorted(STORIES)
+LETTERS = 'SELECT column_name, sqlstate FROM pipeline.dead_letters ORDER BY "offset"'
+SKIP_WHAT_IS_LOGGED = """
+    UPDATE pipeline.projection_checkpoints c SET next_offset = o.next_offset
+    FROM pipeline.consumer_offsets o
+    WHERE (o.topic, o.partition) = (c.topic, c.partition)
+"""
+
+
+def shown(row: Any, columns: Sequence[str]) -> tuple[Any, ...]:
+    def plain(value: Any) -> Any:
+        if hasattr(value, "hour"):
+            return value.hour * 3600 + value.minute * 60 + value.second
+        return str(value) if hasattr(value, "hex") else value
+
+    return tuple(plain(getattr(row, column)) for column in columns)
+
+
+def start(given: Given, projector: Projector) -> None:
+    if projector is not instrument_isins:
+        create_tables(given.engine, projector)
+
+
+def content(given: Given, story: Story) -> Mapping[str, list[tuple[Any, ...]]]:
+    rows = [shown(row, story.columns) for row in given.rows(story.projector.name)]
+    child = [table.name for table in story.projector.tables[1:]]
+    children = [shown(row, story.child_columns) for name in child for row in given.rows(name)]
+    return {"rows": sorted(rows, key=repr), "children": children}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_holds_what_it_is_sent_in_whatever_order(given: Given, name):
+    story = STORIES[name]
+    start(given, story.projector)
+    expected = {"rows": sorted(story.rows, key=repr), "children": list(story.children)}
+    tables = ", ".join(table.fullname for table in story.projector.tables)
+    orders = list(permutations(story.sent))
+
+    # Of a partition of its own each, or they would be repeats.
+    for partition, order in enumerate(random.Random(name).sample(orders, k=min(6, len(orders)))):
+        given(order, partition=partition).project(story.projector)
+
+        assert content(given, story) == expected
+        given.execute(f"TRUNCATE {tables}")
+        given.execute(SKIP_WHAT_IS_LOGGED)
+
+
+@pytest.mark.parametrize("batch", [1, 1000], ids=["alone", "together"])
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_events_are_named_with_their_column_and_the_others_are_applied(
+    given: Given, name, batch
+):
+    story = STORIES[name]
+    start(given, story.projector)
+    events = [*(wrong for wrong, _, _ in story.wrong), *story.sent]
+
+    given(events).project(story.projector, limits=Limits(batch_offsets_max=batch))
+
+    expected = {"rows": sorted(story.rows, key=repr), "children": list(story.children)}
+    assert content(given, story) == expected
+    letters = given.query(LETTERS)
+    assert [tuple(letter) for letter in letters] == [
+        (column, sqlstate) for _, column, sqlstate in story.wrong
+    ]
+    difference = rebuild(given.engine, story.projector)
+    assert (difference.differing, difference.dead_letters) == (0, len(story.wrong))
+
+
+def test_together_they_take_the_same_log(given: Given):
+    create_tables(given.engine, *PLANNED)
+    events = [sent for name in NAMES for sent in STORIES[name].sent]
+    random.Random(3).shuffle(events)
+
+    given(events[::2], partition=0)(events[1::2], partition=1).project(*PLANNED)
+
+    before = contents(given.engine, PLANNED)
+    assert all(before[model.name] for model in PLANNED)
+    for model in PLANNED:
+        assert rebuild(given.engine, model, jobs=2).differing == 0
+    assert contents(given.engine, PLANNED) == before

@@ -69,9 +69,7 @@ def refers_to(
         path: Place in the event's ``object``; by default the column's name.
     """
     name = column or key_of(table)
-    field = uuid(
-        name, f"{comment} Joins {table}.", path=path, personal=False, indexed=True
-    )
+    field = uuid(name, f"{comment} Joins {table}.", path=path, personal=False, indexed=True)
     return replace(field, refers_to=table)
 
 

@@ -15,7 +15,8 @@ from sqlalchemy import Engine, Row, text
 
 from pipeline import catalogue
 from pipeline import events as reading
-from pipeline.db import open_engine, transaction
+from pipeline.catalogue import Catalogue
+from pipeline.db import open_engine, transaction, translated
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import append as writing
 from pipeline.log import offsets
@@ -25,6 +26,7 @@ from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.readmodel import Projector
+from pipeline.schema import read_models
 from tests.servers.databases import Database
 
 TOPIC = "Notifications"
@@ -241,14 +243,10 @@ def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool
 
 def create_tables(engine: Engine, *projectors: Projector) -> None:
     """What `pipeline migrate` does for new read models."""
-    with transaction(engine) as db:
-        for projector in projectors:
-            for table in projector.tables:
-                table.create(db)
-                db.execute(
-                    text("SELECT pipeline.watch_read_model(CAST(:of AS regclass), :projector)"),
-                    {"of": table.fullname, "projector": projector.name},
-                )
+    declared = catalogue.load()
+    models = sorted((*declared.models, *projectors), key=lambda model: model.name)
+    with translated(), engine.connect() as db:
+        read_models.make(db, Catalogue(tuple(models), declared.views), lambda _step: None)
 
 
 class Given:

@@ -375,7 +375,7 @@ def personal_columns(table: Table) -> frozenset[str]:
 
 
 def _sources(events: str | Sequence[str]) -> tuple[Source, ...]:
-    return tuple(Source(each) for each in ([events] if isinstance(events, str) else events))
+    return tuple(Source(pattern) for pattern in ([events] if isinstance(events, str) else events))
 
 
 def _freeze(declaration: object, *names: str) -> None:

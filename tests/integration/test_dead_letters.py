@@ -1,4 +1,4 @@
-"""A bad event costs one event: found, named without its value, put aside, tried again."""
+"""A wrong event costs one event: found, named without its value, put aside, retried."""
 
 import re
 import string
@@ -35,7 +35,7 @@ from tests.given import (
 
 DELIVERED = ["one before", "one after"]
 
-GUILTY_ORDERS: list[tuple[dict[str, Any], str, str]] = [
+WRONG_ORDERS: list[tuple[dict[str, Any], str, str]] = [
     ({"cash_amount": "12,5"}, "cash_amount", "22P02"),
     ({"cash_amount": "NaN"}, "cash_amount", "22P02"),
     ({"cash_amount": "1e5"}, "cash_amount", "22P02"),
@@ -81,16 +81,16 @@ def found(given: Given) -> list[tuple[str, int, str | None, str]]:
 
 
 ALONE_AND_TOGETHER = pytest.mark.parametrize("batch", [1, 1000], ids=["alone", "together"])
-"""Whether an event is guilty must not hang on its neighbours in a batch."""
+"""Whether an event is rejected must not depend on its neighbours in a batch."""
 
 
 @pytest.mark.both_postgres
 @ALONE_AND_TOGETHER
-def test_each_guilty_value_is_found_and_its_neighbours_land(given: Given, batch):
+def test_each_wrong_value_is_named_and_its_neighbours_are_applied(given: Given, batch):
     events = [order_event("NEW", at="10:00:00", order="one before")]
     events += [
-        order_event("NEW", at="10:00:00", **{"order": f"guilty {number}", **changes})
-        for number, (changes, _, _) in enumerate(GUILTY_ORDERS)
+        order_event("NEW", at="10:00:00", **{"order": f"wrong {number}", **changes})
+        for number, (changes, _, _) in enumerate(WRONG_ORDERS)
     ]
     events += [order_event("NEW", at="10:00:00", order="one after")]
 
@@ -99,13 +99,13 @@ def test_each_guilty_value_is_found_and_its_neighbours_land(given: Given, batch)
     assert {str(row.order_id) for row in rows} == {some_id(name) for name in DELIVERED}
     assert found(given) == [
         ("orders", number, column, sqlstate)
-        for number, (_, column, sqlstate) in enumerate(GUILTY_ORDERS, start=1)
+        for number, (_, column, sqlstate) in enumerate(WRONG_ORDERS, start=1)
     ]
 
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize(
-    ("guilty", "column", "sqlstate"),
+    ("wrong", "column", "sqlstate"),
     [
         (event("ORDER.NEW", "no object"), "object", "22023"),
         (event("ORDER.NEW", ["no object"]), "object", "22023"),
@@ -127,14 +127,14 @@ def test_each_guilty_value_is_found_and_its_neighbours_land(given: Given, batch)
     ids=lambda value: None if isinstance(value, dict) else str(value),
 )
 @ALONE_AND_TOGETHER
-def test_guilt_inside_lists_and_children_is_found(given: Given, guilty, column, sqlstate, batch):
-    innocent = [execution_event("FILLED", at="10:00:00", execution=name) for name in DELIVERED]
+def test_wrong_values_inside_lists_and_children_are_named(
+    given: Given, wrong, column, sqlstate, batch
+):
+    valid = [execution_event("FILLED", at="10:00:00", execution=name) for name in DELIVERED]
 
     bad_neighbour = execution_event("FILLED", at=0, price="?")
     limits = Limits(batch_offsets_max=batch)
-    rows = given([innocent[0], guilty, innocent[1], bad_neighbour]).project(
-        executions, limits=limits
-    )
+    rows = given([valid[0], wrong, valid[1], bad_neighbour]).project(executions, limits=limits)
 
     assert {str(row.execution_id) for row in rows} == {some_id(name) for name in DELIVERED}
     assert len(given.rows("execution_taxes")) == 2
@@ -145,7 +145,7 @@ def test_guilt_inside_lists_and_children_is_found(given: Given, guilty, column, 
 
 
 @ALONE_AND_TOGETHER
-def test_what_is_odd_but_right_lands_whoever_its_neighbours_are(given: Given, batch):
+def test_what_is_unusual_but_valid_is_applied_whatever_its_neighbours_are(given: Given, batch):
     odd = [
         order_event("FILLED", at=1, id="no uuid", executions=[execution("FILLED")]),
         order_event("FILLED", at=1, executions=[execution("SETTLED", execution="x", order_id="")]),
@@ -153,12 +153,12 @@ def test_what_is_odd_but_right_lands_whoever_its_neighbours_are(given: Given, ba
         execution_event("FILLED", at=1, execution="y", settlement_date="2026-01-14T23:00:00+02:00"),
         execution_event("FILLED", at=1, execution="z", price="007.50", taxes=[{"more": 1}]),
     ]
-    guilty = [
+    wrong = [
         order_event("FILLED", at=1, id="?", executions=[execution("FILLED", order_id="")]),
         execution_event("FILLED", at=1, price="?"),
     ]
 
-    rows = given(odd + guilty).project(executions, limits=Limits(batch_offsets_max=batch))
+    rows = given(odd + wrong).project(executions, limits=Limits(batch_offsets_max=batch))
 
     assert {str(row.execution_id) for row in rows} == {
         some_id(name) for name in ("an execution", "x", "y", "z")
@@ -170,8 +170,8 @@ def test_what_is_odd_but_right_lands_whoever_its_neighbours_are(given: Given, ba
 
 
 @pytest.mark.parametrize("settled_first", [True, False])
-def test_which_events_are_guilty_does_not_hang_on_who_wins(given: Given, settled_first):
-    """Or what else a guilty event holds would be there or not by the order of arrival."""
+def test_which_events_are_rejected_does_not_depend_on_which_wins(given: Given, settled_first):
+    """Or the order of arrival would decide what else of a rejected event is in the tables."""
     bad = execution("FILLED", taxes=[{"type": "TOTAL", "amount": "1,5"}])
     filled = order_event("FILLED", at=0, executions=[bad, execution("FILLED", execution="other")])
     settled = execution_event("SETTLED", at=1)
@@ -216,7 +216,7 @@ def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unnoticed")
-def test_what_the_screening_does_not_know_is_found_by_halving(given: Given):
+def test_what_the_screening_does_not_see_is_found_by_bisecting(given: Given):
     """A rule of the table itself, say, that no declaration mentions."""
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT no_big_fee CHECK (fee < 100)")
     events = [
@@ -230,17 +230,17 @@ def test_what_the_screening_does_not_know_is_found_by_halving(given: Given):
     assert found(given) == [("orders", offset, None, "23514") for offset in (7, 37, 67, 97)]
 
 
-def test_a_projector_that_refuses_too_much_stands_still_and_the_others_go_on(given: Given):
+def test_a_projector_that_rejects_too_much_is_halted_and_the_others_continue(given: Given):
     given([order_event("NEW", at="10:00:00", order="good")])
     given.project(orders, executions)
-    guilty = [
+    wrong = [
         order_event(
             "NEW", at="10:00:00", order=str(number), fee="a lot", executions=[execution("FILLED")]
         )
         for number in range(6)
     ]
 
-    given(guilty).project(orders, executions, limits=Limits(rejected_max=5))
+    given(wrong).project(orders, executions, limits=Limits(rejected_max=5))
 
     assert len(given.rows("orders")) == 1
     assert len(given.rows("executions")) == 1
@@ -271,7 +271,7 @@ def test_half_of_many_events_breaks_a_projector_too(given: Given):
     assert refused.value.exit_code is ExitCode.REFUSED
 
 
-def test_a_rebuild_sets_a_broken_projector_going(given: Given):
+def test_a_rebuild_makes_a_broken_projector_live_again(given: Given):
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (side <> 'BUY')")
     events = [order_event("NEW", at="10:00:00", order=str(number)) for number in range(8)]
     given(events).project(orders, limits=Limits(rejected_max=3))
@@ -287,7 +287,7 @@ def test_a_rebuild_sets_a_broken_projector_going(given: Given):
 
 @pytest.mark.both_postgres
 @pytest.mark.usefixtures("unnoticed")
-def test_a_dead_letter_retried_after_a_fix_lands_right_whenever_that_is(given: Given):
+def test_a_dead_letter_retried_after_a_fix_gives_the_right_rows_whenever_that_is(given: Given):
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (fee < 100)")
     given([order_event("NEW", at="10:00:00", fee="500")])
     given([order_event("NEW", at="10:00:00", order="other", fee="500")]).project(orders)
@@ -298,16 +298,16 @@ def test_a_dead_letter_retried_after_a_fix_lands_right_whenever_that_is(given: G
     before = given.query("SELECT * FROM pipeline.projection_checkpoints")
     given.execute("ALTER TABLE upvest.orders DROP CONSTRAINT wrong")
 
-    landed = retry(given.engine, [orders, executions])
+    applied = retry(given.engine, [orders, executions])
 
-    assert landed == (2, 0)
+    assert applied == (2, 0)
     assert sorted(row.status for row in given.rows("orders")) == ["FILLED", "NEW"]
     assert found(given) == []
     assert given.query("SELECT * FROM pipeline.projection_checkpoints") == before
     assert rebuild(given.engine, orders).differing == 0
 
 
-def test_a_letter_that_somebody_took_back_meanwhile_is_no_failure(given: Given):
+def test_a_dead_letter_that_was_removed_meanwhile_is_no_failure(given: Given):
     given([order_event("NEW", at="10:00:00", fee="?")]).project(orders)
     with transaction(given.engine) as db:
         letters = dead_letters.listed(db, ["orders"])
@@ -317,7 +317,7 @@ def test_a_letter_that_somebody_took_back_meanwhile_is_no_failure(given: Given):
         assert retry_letter(db, orders, letters[0])
 
 
-def test_rebuilding_takes_the_dead_letters_over(given: Given):
+def test_a_rebuild_replaces_the_dead_letters(given: Given):
     given(
         [
             order_event("NEW", at="10:00:00", fee="?"),
@@ -362,7 +362,7 @@ def may_be_moment(value: str) -> bool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.both_postgres
-def test_any_value_lands_by_the_rules_or_is_named(given: Given, pg_version):
+def test_any_value_is_applied_by_the_rules_or_named(given: Given, pg_version):
     """The statement and the screening agree on every text, and both with the rules in Python."""
 
     @settings(
@@ -408,15 +408,15 @@ def test_any_value_lands_by_the_rules_or_is_named(given: Given, pg_version):
 
         rows = given.project(orders, limits=Limits(batch_offsets_max=batch))
 
-        guilty = {offset: (column, sqlstate) for _, offset, column, sqlstate in found(given)}
-        assert "22000" not in {sqlstate for _, sqlstate in guilty.values()}
-        landed = {row._offset for row in rows}
-        assert landed | set(guilty) == set(offsets)
-        assert not landed & set(guilty)
+        wrong = {offset: (column, sqlstate) for _, offset, column, sqlstate in found(given)}
+        assert "22000" not in {sqlstate for _, sqlstate in wrong.values()}
+        applied = {row._offset for row in rows}
+        assert applied | set(wrong) == set(offsets)
+        assert not applied & set(wrong)
         for offset, value in zip(offsets, [*numbers, *moments, *moments], strict=True):
             if offset - offsets[0] < len(numbers):
-                assert (offset in landed) == is_number(value), value
-            elif offset in landed:
+                assert (offset in applied) == is_number(value), value
+            elif offset in applied:
                 assert may_be_moment(value), value
             elif may_be_moment(value):
                 assert not exists(value), value
@@ -424,7 +424,7 @@ def test_any_value_lands_by_the_rules_or_is_named(given: Given, pg_version):
     agree()
 
 
-def test_no_moment_that_is_misspelt_is_taken_for_one_as_usual(given: Given):
+def test_the_quick_check_of_times_accepts_nothing_that_the_rule_rejects(given: Given):
     """The quick look at a row's moments lets nothing through that the rule would not."""
     usual = "2026-01-12T10:00:00.12Z"
     misspelt = {usual}
@@ -464,7 +464,7 @@ def exists(moment: str) -> bool:
 # ------------------------------------------------------------------------------------- other kinds
 
 
-def test_a_custom_projector_loses_only_the_guilty_event(given: Given):
+def test_a_custom_projector_rejects_only_the_wrong_event(given: Given):
     def count_letters(db, batch) -> None:
         db.execute(
             text(
@@ -501,20 +501,18 @@ def test_a_custom_projector_loses_only_the_guilty_event(given: Given):
 
 @pytest.mark.both_postgres
 @ALONE_AND_TOGETHER
-def test_a_notice_keeps_the_first_of_its_copies_and_an_event_without_id_is_named(
-    given: Given, batch
-):
+def test_an_event_table_keeps_the_first_copy_and_an_event_without_id_is_named(given: Given, batch):
     refused = EventTable(
         table="refusals",
         comment="Refusals.",
-        events="REFUSAL.TOLD",
+        events="REFUSAL.SENT",
         fields=[text_field("reason", "Why.")],
     )
-    first = event("REFUSAL.TOLD", {"reason": "first"}, name="same")
+    first = event("REFUSAL.SENT", {"reason": "first"}, name="same")
     create_tables(given.engine, refused)
     given([{**first, "object": {"reason": "later copy"}}], partition=1)
     given.project(refused)
-    without_object = {"id": some_id("x"), "type": "REFUSAL.TOLD", "created_at": "2026-01-12"}
+    without_object = {"id": some_id("x"), "type": "REFUSAL.SENT", "created_at": "2026-01-12"}
     given([first, {**first, "id": "not a uuid"}, without_object], partition=0)
 
     rows = given.project(refused, limits=Limits(batch_offsets_max=batch))
@@ -548,8 +546,8 @@ def test_children_are_one_row_per_element_and_values_may_be_nested(given: Given)
     )
 
     def club(members, size="1", facts=None):
-        said = {"deep": {"size": size}, "members": members}
-        return event("CLUB.TOLD", {"id": some_id("club"), "facts": facts or said})
+        default = {"deep": {"size": size}, "members": members}
+        return event("CLUB.SENT", {"id": some_id("club"), "facts": facts or default})
 
     def member(name, who="one"):
         return {"who": {"id": some_id(who), "name": name}}
@@ -575,7 +573,7 @@ def test_children_are_one_row_per_element_and_values_may_be_nested(given: Given)
         (2, "the same again"),
         (3, "x"),
     ]
-    assert {row._event_type for row in members} == {"CLUB.TOLD"}
+    assert {row._event_type for row in members} == {"CLUB.SENT"}
     assert found(given) == [
         ("clubs", 1, "who", "22023"),
         ("clubs", 2, "member_id", "22P02"),

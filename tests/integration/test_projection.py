@@ -79,15 +79,15 @@ def test_the_sample_gives_what_it_says(given: Given):
     rows = given(events).project(orders, executions)
 
     assert {str(row.order_id): row.status for row in rows} == newest
-    told = {e["object"]["id"] for e in events if e["type"].startswith("EXECUTION.")}
+    alone = {e["object"]["id"] for e in events if e["type"].startswith("EXECUTION.")}
     inside = {
         entry["id"]
         for e in events
         if e["type"].startswith("ORDER.")
         for entry in e["object"]["executions"]
     }
-    assert {str(row.execution_id) for row in given.rows("executions")} == told | inside
-    assert len(given.rows("execution_taxes")) == len(told | inside)
+    assert {str(row.execution_id) for row in given.rows("executions")} == alone | inside
+    assert len(given.rows("execution_taxes")) == len(alone | inside)
     assert given.query("SELECT * FROM pipeline.dead_letters") == []
 
 

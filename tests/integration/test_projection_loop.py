@@ -107,7 +107,7 @@ def test_a_table_that_is_held_is_left_out_and_nobody_waits(given: Given):
 
 
 def test_who_was_held_up_rejoins_the_others(given: Given, running):
-    """While the log goes on growing: or each would for ever be one range behind the other."""
+    """While the log grows, too: or each would always be one range behind the other."""
     rejoined = threading.Event()
 
     def write() -> None:
@@ -247,12 +247,14 @@ def test_an_empty_database_is_at_its_end(given: Given):
 def test_a_stale_projector_is_named(given: Given, monkeypatch):
     given([order_event("NEW", at=0)]).project(*BOTH)
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
-    told = []
-    monkeypatch.setattr(looping.log, "warning", lambda *line, **values: told.append((line, values)))
+    logged = []
+    monkeypatch.setattr(
+        looping.log, "warning", lambda *line, **values: logged.append((line, values))
+    )
 
     given.project(*BOTH)
 
-    ((line, values),) = told
+    ((line, values),) = logged
     assert line == ("projectors_stale",)
     assert values["projectors"] == ["orders"]
 
@@ -268,7 +270,7 @@ def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
 
 @pytest.mark.faults
 def test_a_server_that_restarts_is_waited_for():
-    """The same loop goes on by itself, as often as it takes."""
+    """The same loop continues by itself, as often as needed."""
     with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
         migrate(database.url)
         given = Given(database)

@@ -21,8 +21,8 @@ DIGITS_27 = "123456789.000000000000000000000000001"
 SAMPLE = sample_events()
 
 
-def told(kind: str, at: str | float, **changes: Any) -> dict[str, Any]:
-    """The sample's first event of a type, told at another time, parts of its object changed.
+def sent(kind: str, at: str | float, **changes: Any) -> dict[str, Any]:
+    """The sample's first event of a type, sent at another time, parts of its object changed.
 
     A change is named by its path: ``delta__amount``. Where the object has a time of its own it
     moves along.
@@ -41,8 +41,8 @@ def told(kind: str, at: str | float, **changes: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Told:
-    """How a read model is told of an early and of a late state of one thing."""
+class Case:
+    """An early and a late state of one entity, as a read model receives them."""
 
     projector: str
     kind: str
@@ -53,15 +53,15 @@ class Told:
     same: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, moment: str, *, late: bool) -> dict[str, Any]:
-        return told(self.kind, moment, **self.same, **(self.late if late else self.early))
+        return sent(self.kind, moment, **self.same, **(self.late if late else self.early))
 
 
 BY_TIME = [
-    Told("users", "USER.CREATED", "status", {"status": "INACTIVE"}, {"status": "ACTIVE"}, "ACTIVE"),
-    Told(
+    Case("users", "USER.CREATED", "status", {"status": "INACTIVE"}, {"status": "ACTIVE"}, "ACTIVE"),
+    Case(
         "users", "USER.CREATED", "status", {"status": "ACTIVE"}, {"status": "INACTIVE"}, "INACTIVE"
     ),
-    Told(
+    Case(
         "account_groups",
         "ACCOUNT_GROUP.CREATED",
         "status",
@@ -69,7 +69,7 @@ BY_TIME = [
         {"status": "ACTIVE"},
         "ACTIVE",
     ),
-    Told(
+    Case(
         "accounts",
         "ACCOUNT.CREATED",
         "status",
@@ -77,8 +77,8 @@ BY_TIME = [
         {"status": "LOCKED"},
         "LOCKED",
     ),
-    Told("instruments", "INSTRUMENT.ONBOARDED", "name", {"name": "Old"}, {"name": "New"}, "New"),
-    Told(
+    Case("instruments", "INSTRUMENT.ONBOARDED", "name", {"name": "Old"}, {"name": "New"}, "New"),
+    Case(
         "positions",
         "POSITION.UPDATED",
         "quantity",
@@ -86,7 +86,7 @@ BY_TIME = [
         {"quantity": "0"},
         Decimal(0),
     ),
-    Told(
+    Case(
         "cash_balances",
         "CASH_BALANCE.UPDATED",
         "balance",
@@ -94,7 +94,7 @@ BY_TIME = [
         {"balance": "-0.01"},
         Decimal("-0.01"),
     ),
-    Told(
+    Case(
         "cash_transactions",
         "CASH_TRANSACTION.EXECUTED",
         "amount",
@@ -102,7 +102,7 @@ BY_TIME = [
         {"delta__amount": "2.00"},
         Decimal(2),
     ),
-    Told(
+    Case(
         "security_transactions",
         "SECURITY_TRANSACTION.EXECUTED",
         "quantity",
@@ -114,7 +114,7 @@ BY_TIME = [
 
 
 @pytest.mark.parametrize("case", BY_TIME, ids=lambda case: f"{case.projector}-{case.wins}")
-def test_the_newest_version_stays_whatever_arrives_after_it(given: Given, case: Told):
+def test_the_newest_version_stays_whatever_arrives_after_it(given: Given, case: Case):
     """Upvest promises no order between partitions."""
     early, late = case.at("10:00:00", late=False), case.at("10:00:01", late=True)
 
@@ -128,17 +128,17 @@ def test_the_newest_version_stays_whatever_arrives_after_it(given: Given, case: 
 
 def test_a_check_is_told_by_how_far_it_has_come_not_by_the_clock(given: Given):
     """A check has no time of its own, and the clocks of events may differ."""
-    passed = told("USER_CHECK.CREATED", "10:00:00", status="PASSED")
-    begun = told("USER_CHECK.CREATED", "10:00:05", status="IN_PROGRESS")
-    unheard_of = told("USER_CHECK.CREATED", "10:00:09", status="UNDER_REVIEW")
+    passed = sent("USER_CHECK.CREATED", "10:00:00", status="PASSED")
+    begun = sent("USER_CHECK.CREATED", "10:00:05", status="IN_PROGRESS")
+    unknown = sent("USER_CHECK.CREATED", "10:00:09", status="UNDER_REVIEW")
 
-    rows = given([unheard_of, passed, begun]).project(PROJECTORS["user_checks"])
+    rows = given([unknown, passed, begun]).project(PROJECTORS["user_checks"])
 
     assert [row.status for row in rows] == ["PASSED"]
 
 
 def test_a_check_without_status_is_a_row_too(given: Given):
-    compliance = told("USER_CHECK.CREATED", "10:00:00", type="COMPLIANCE", status="")
+    compliance = sent("USER_CHECK.CREATED", "10:00:00", type="COMPLIANCE", status="")
 
     rows = given([compliance]).project(PROJECTORS["user_checks"])
 
@@ -155,8 +155,8 @@ def test_a_check_without_status_is_a_row_too(given: Given):
 )
 def test_at_the_same_time_an_end_beats_a_step(given: Given, kind: str, end: str, step: str):
     projector = {"USER": "users", "ACCOUNT_GROUP": "account_groups", "ACCOUNT": "accounts"}
-    ended = told(kind, "10:00:00", status=end)
-    moving = told(kind, "10:00:00", status=step) | {"created_at": moment("10:00:03")}
+    ended = sent(kind, "10:00:00", status=end)
+    moving = sent(kind, "10:00:00", status=step) | {"created_at": moment("10:00:03")}
 
     rows = given([ended, moving]).project(PROJECTORS[projector[kind.partition(".")[0]]])
 
@@ -164,8 +164,8 @@ def test_at_the_same_time_an_end_beats_a_step(given: Given, kind: str, end: str,
 
 
 def test_states_that_alternate_stand_side_by_side_and_the_event_s_time_decides(given: Given):
-    locked = told("ACCOUNT.CREATED", "10:00:00", status="LOCKED")
-    active = told("ACCOUNT.CREATED", "10:00:00", status="ACTIVE") | {
+    locked = sent("ACCOUNT.CREATED", "10:00:00", status="LOCKED")
+    active = sent("ACCOUNT.CREATED", "10:00:00", status="ACTIVE") | {
         "created_at": moment("10:00:03")
     }
 
@@ -235,7 +235,7 @@ def test_unset_is_null(given: Given, unset):
     changes: dict[str, dict[str, object]] = {}
     for _, kind, _, path in UNSET:
         changes.setdefault(kind, {})[path] = unset
-    given([told(kind, "10:00:00", **paths) for kind, paths in changes.items()])
+    given([sent(kind, "10:00:00", **paths) for kind, paths in changes.items()])
 
     given.project(*PROJECTORS.values())
 
@@ -248,10 +248,10 @@ def test_twenty_seven_digits_are_kept(given: Given):
     """More than a float or Python's ordinary decimal context holds."""
     given(
         [
-            told("POSITION.UPDATED", 1, quantity=DIGITS_27, locked_for_trading="-" + DIGITS_27),
-            told("SECURITY_TRANSACTION.EXECUTED", 2, delta__amount=DIGITS_27),
-            told("CASH_TRANSACTION.EXECUTED", 3, delta__amount=DIGITS_27),
-            told("CASH_BALANCE.UPDATED", 4, balance=DIGITS_27),
+            sent("POSITION.UPDATED", 1, quantity=DIGITS_27, locked_for_trading="-" + DIGITS_27),
+            sent("SECURITY_TRANSACTION.EXECUTED", 2, delta__amount=DIGITS_27),
+            sent("CASH_TRANSACTION.EXECUTED", 3, delta__amount=DIGITS_27),
+            sent("CASH_BALANCE.UPDATED", 4, balance=DIGITS_27),
         ]
     )
     names = ["positions", "security_transactions", "cash_transactions", "cash_balances"]
@@ -305,7 +305,7 @@ REFUSED: list[tuple[str, str, str, dict[str, Any]]] = [
 def test_a_bad_value_costs_its_event_and_its_neighbours_land(given: Given):
     given(SAMPLE).project(*PROJECTORS.values())
     good = contents(given.engine, PROJECTORS.values(), machinery=False)
-    bad = [told(kind, "23:59:59", **changes) for _, kind, _, changes in REFUSED]
+    bad = [sent(kind, "23:59:59", **changes) for _, kind, _, changes in REFUSED]
     given.execute(f"TRUNCATE {', '.join(map(full, TABLES))}")
     between = [SAMPLE[0], *bad, SAMPLE[1]]
 
@@ -324,8 +324,8 @@ def test_a_bad_value_costs_its_event_and_its_neighbours_land(given: Given):
 
 def test_a_refused_change_of_data_never_touches_the_user(given: Given):
     """It names a user and carries nothing of it, not even where it has grown an id."""
-    created = told("USER.CREATED", "10:00:00")
-    failed = told("USER.DATA_CHANGE_FAILED", "11:00:00", id=created["object"]["id"], status="X")
+    created = sent("USER.CREATED", "10:00:00")
+    failed = sent("USER.DATA_CHANGE_FAILED", "11:00:00", id=created["object"]["id"], status="X")
 
     rows = given([created, failed]).project(PROJECTORS["users"])
 
@@ -335,7 +335,7 @@ def test_a_refused_change_of_data_never_touches_the_user(given: Given):
 
 def test_a_user_says_where_they_live_and_what_they_agreed_to(given: Given):
     agreed = {"consent_document_id": some_id("terms"), "confirmed_at": "2026-01-12T08:00:00Z"}
-    created = told(
+    created = sent(
         "USER.CREATED",
         "10:00:00",
         nationalities=["DE", "", "FR"],
@@ -359,7 +359,7 @@ def test_a_user_says_where_they_live_and_what_they_agreed_to(given: Given):
 
 
 def test_social_security_numbers_are_in_no_table(given: Given):
-    created = told("USER.CREATED", "10:00:00", social_security_number="12 345678 A 901")
+    created = sent("USER.CREATED", "10:00:00", social_security_number="12 345678 A 901")
 
     given([created]).project(*PROJECTORS.values())
 
@@ -373,9 +373,9 @@ def test_social_security_numbers_are_in_no_table(given: Given):
 def test_members_are_replaced_with_the_group(given: Given):
     guardian = {"id": some_id("guardian"), "type": "GUARDIAN"}
     child = {"id": some_id("child"), "type": "CHILD"}
-    before = told("ACCOUNT_GROUP.CREATED", "10:00:00", users=[child, guardian])
-    after = told("ACCOUNT_GROUP.CREATED", "10:00:01", users=[child])
-    late = told("ACCOUNT_GROUP.CREATED", "09:00:00", users=[guardian, guardian, child])
+    before = sent("ACCOUNT_GROUP.CREATED", "10:00:00", users=[child, guardian])
+    after = sent("ACCOUNT_GROUP.CREATED", "10:00:01", users=[child])
+    late = sent("ACCOUNT_GROUP.CREATED", "09:00:00", users=[guardian, guardian, child])
 
     given([before]).project(PROJECTORS["account_groups"])
     both = given.rows("account_group_users")
@@ -391,7 +391,7 @@ def test_members_are_replaced_with_the_group(given: Given):
 
 def test_a_member_without_role_does_not_cost_the_group(given: Given):
     """Upvest's schema requires neither the member's id nor its role."""
-    group = told("ACCOUNT_GROUP.CREATED", "10:00:00", users=[{"id": some_id("x")}, {}])
+    group = sent("ACCOUNT_GROUP.CREATED", "10:00:00", users=[{"id": some_id("x")}, {}])
 
     given([group]).project(PROJECTORS["account_groups"])
 
@@ -400,7 +400,7 @@ def test_a_member_without_role_does_not_cost_the_group(given: Given):
 
 
 def test_a_group_of_a_business_has_no_members(given: Given):
-    group = told("ACCOUNT_GROUP.CREATED", "10:00:00", business_id=some_id("firm"))
+    group = sent("ACCOUNT_GROUP.CREATED", "10:00:00", business_id=some_id("firm"))
     del group["object"]["users"]
 
     (row,) = given([group]).project(PROJECTORS["account_groups"])
@@ -410,7 +410,7 @@ def test_a_group_of_a_business_has_no_members(given: Given):
 
 
 def test_account_numbers_keep_their_leading_zeros(given: Given):
-    group = told("ACCOUNT_GROUP.CREATED", "10:00:00", securities_account_number="000012345")
+    group = sent("ACCOUNT_GROUP.CREATED", "10:00:00", securities_account_number="000012345")
 
     (row,) = given([group]).project(PROJECTORS["account_groups"])
 
@@ -418,8 +418,8 @@ def test_account_numbers_keep_their_leading_zeros(given: Given):
 
 
 def test_an_entry_and_its_reversal_may_share_their_id(given: Given):
-    entry = told("CASH_TRANSACTION.EXECUTED", "10:00:00", type="FEE_COLLECTION", delta__amount="-5")
-    undone = told(
+    entry = sent("CASH_TRANSACTION.EXECUTED", "10:00:00", type="FEE_COLLECTION", delta__amount="-5")
+    undone = sent(
         "CASH_TRANSACTION.EXECUTED",
         "10:00:01",
         type="FEE_COLLECTION_CANCELLATION",
@@ -436,7 +436,7 @@ def test_an_entry_and_its_reversal_may_share_their_id(given: Given):
 
 
 def test_an_entry_s_taxes_and_references_keep_their_order_and_their_entry(given: Given):
-    entry = told(
+    entry = sent(
         "CASH_TRANSACTION.EXECUTED",
         "10:00:00",
         taxes=[{"type": "TOTAL", "amount": "1.10", "currency": "EUR"}],
@@ -468,7 +468,7 @@ def test_an_entry_s_taxes_and_references_keep_their_order_and_their_entry(given:
 
 
 def test_a_value_date_may_be_a_bare_date(given: Given):
-    entry = told("CASH_TRANSACTION.EXECUTED", "10:00:00", value_date="2026-01-14")
+    entry = sent("CASH_TRANSACTION.EXECUTED", "10:00:00", value_date="2026-01-14")
 
     (row,) = given([entry]).project(PROJECTORS["cash_transactions"])
 
@@ -476,8 +476,8 @@ def test_a_value_date_may_be_a_bare_date(given: Given):
 
 
 def test_each_refused_cancellation_is_a_row_and_a_repeat_is_none(given: Given):
-    first = told("ORDER_CANCELLATION.REJECTED", "10:00:00", reason="too late")
-    second = told("ORDER_CANCELLATION.REJECTED", "10:00:01", reason="still too late")
+    first = sent("ORDER_CANCELLATION.REJECTED", "10:00:00", reason="too late")
+    second = sent("ORDER_CANCELLATION.REJECTED", "10:00:01", reason="still too late")
 
     given([first, second, first])([second], partition=1)
     rows = given.project(PROJECTORS["order_cancellation_rejections"])
@@ -491,7 +491,7 @@ def test_each_refused_cancellation_is_a_row_and_a_repeat_is_none(given: Given):
 
 def test_balances_of_one_second_are_told_apart_by_their_place(given: Given):
     """A fee collection gives several balances inside one second, with whole-second clocks."""
-    given([told("CASH_BALANCE.UPDATED", "10:00:00", balance=value) for value in ("9", "8", "7")])
+    given([sent("CASH_BALANCE.UPDATED", "10:00:00", balance=value) for value in ("9", "8", "7")])
 
     rows = given.project(PROJECTORS["cash_balances"])
 
@@ -502,9 +502,9 @@ def test_balances_of_one_second_are_told_apart_by_their_place(given: Given):
 # --------------------------------------------------------------------------------- instrument_isins
 
 ISINS = [
-    told("INSTRUMENT.ONBOARDED", "10:00:00", isin="DE000OLD0001"),
-    told("INSTRUMENT.ONBOARDED", "11:00:00", isin="DE000OLD0001"),
-    told("INSTRUMENT.ONBOARDED", "12:00:00", isin="DE000NEW0001"),
+    sent("INSTRUMENT.ONBOARDED", "10:00:00", isin="DE000OLD0001"),
+    sent("INSTRUMENT.ONBOARDED", "11:00:00", isin="DE000OLD0001"),
+    sent("INSTRUMENT.ONBOARDED", "12:00:00", isin="DE000NEW0001"),
 ]
 
 
@@ -526,7 +526,7 @@ def test_every_isin_an_instrument_had_is_kept_in_whatever_order_they_come(given:
 
 
 def test_an_isin_counts_from_the_event_where_the_instrument_tells_no_time(given: Given):
-    untimed = told("INSTRUMENT.ONBOARDED", "10:00:00", updated_at="")
+    untimed = sent("INSTRUMENT.ONBOARDED", "10:00:00", updated_at="")
 
     (row,) = given([untimed]).project(PROJECTORS["instrument_isins"])
 
@@ -534,7 +534,7 @@ def test_an_isin_counts_from_the_event_where_the_instrument_tells_no_time(given:
 
 
 def test_an_instrument_without_isin_has_none_to_keep(given: Given):
-    given([told("INSTRUMENT.ONBOARDED", "10:00:00", isin="")])
+    given([sent("INSTRUMENT.ONBOARDED", "10:00:00", isin="")])
 
     assert given.project(PROJECTORS["instrument_isins"]) == []
     assert given.query("SELECT * FROM pipeline.dead_letters") == []
@@ -542,8 +542,8 @@ def test_an_instrument_without_isin_has_none_to_keep(given: Given):
 
 @pytest.mark.parametrize("changes", [{"id": "x"}, {"updated_at": "now"}, {"id": None}], ids=str)
 def test_an_isin_of_a_bad_event_is_put_aside_alone(given: Given, changes):
-    good = [told("INSTRUMENT.ONBOARDED", hour, isin=f"DE{hour:010}") for hour in range(20)]
-    bad = told("INSTRUMENT.ONBOARDED", "10:00:00", **changes)
+    good = [sent("INSTRUMENT.ONBOARDED", hour, isin=f"DE{hour:010}") for hour in range(20)]
+    bad = sent("INSTRUMENT.ONBOARDED", "10:00:00", **changes)
 
     rows = given([*good[:7], bad, *good[7:]]).project(PROJECTORS["instrument_isins"])
 

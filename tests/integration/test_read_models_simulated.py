@@ -79,7 +79,7 @@ def test_every_table_of_the_read_models_is_in_the_books(broker: Broker):
 
 @pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)
 def test_every_read_model_equals_its_rebuild(broker: Broker, projector: Projector):
-    """Computed anew in other ranges of the log, from its beginning."""
+    """Recomputed in other ranges of the log, from its beginning."""
     difference = check(broker.given.engine, projector, chunk_offsets=333)
 
     assert difference.rows > 0
@@ -104,8 +104,8 @@ def test_cash_and_positions_add_up(broker: Broker):
     assert len(positions) == broker.books.count("positions")
     assert [row for row in (*cash, *positions) if row.is_break] == []
     for row in cash:
-        told = broker.books.cash_balance(row.account_group_id, row.currency)
-        assert row.balance == row.ledger_sum == told
+        expected = broker.books.cash_balance(row.account_group_id, row.currency)
+        assert row.balance == row.ledger_sum == expected
 
 
 def test_the_order_book_has_what_was_filled(broker: Broker):
@@ -149,11 +149,11 @@ def test_the_last_status_of_each_order_in_the_history_is_the_order_s(broker: Bro
     )
 
     orders = {row.order_id: row.status for row in broker.given.rows("orders")}
-    told = {row.order_id: row.status for row in history}
-    assert {order: told[order] for order in orders} == orders
+    in_history = {row.order_id: row.status for row in history}
+    assert {order: in_history[order] for order in orders} == orders
     # An order whose amount is bad has a history, and its row waits among the dead letters.
     bad = [kind for _, kind in broker.simulation.report.bad_amounts if kind == "ORDER.NEW"]
-    assert len(told) == len(orders) + len(bad)
+    assert len(in_history) == len(orders) + len(bad)
 
 
 @pytest.mark.parametrize("view", ["order_book", "order_status_history"])

@@ -118,7 +118,7 @@ def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
     assert nothing_is_left_behind(projected)
 
 
-def test_a_table_that_is_never_to_be_had_ends_the_rebuild(projected: Given, monkeypatch):
+def test_a_table_that_stays_locked_ends_the_rebuild(projected: Given, monkeypatch):
     monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
     monkeypatch.setattr("pipeline.rebuild.shadow.SWAP_ATTEMPTS_MAX", 2)
     with projected.database.connect(autocommit=False) as somebody:
@@ -172,7 +172,7 @@ def test_an_interrupted_rebuild_goes_on_where_it_was(projected: Given):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("place", ["mid_rebuild@2", "before_swap", "after_swap"])
-def test_a_rebuild_that_dies_anywhere_is_gone_on_with(projected: Given, place, armed, jobs):
+def test_a_rebuild_that_dies_anywhere_is_resumed(projected: Given, place, armed, jobs):
     projected.execute("DELETE FROM upvest.orders WHERE side = 'SELL'")
     before = contents(projected.engine, BOTH)
     armed(f"{place}:raise:57P01")
@@ -318,7 +318,7 @@ def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monk
 
 
 def test_rebuilds_beside_live_traffic_find_nothing_to_repair(given: Given):
-    """Two live workers and a writer go on; the count of differing rows must stay 0."""
+    """Two live workers and a writer continue; the count of differing rows must stay 0."""
     stop = threading.Event()
     events = sample_events()
     chunk_offsets = 500

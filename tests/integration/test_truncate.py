@@ -93,7 +93,7 @@ def test_truncated_again_and_again_under_live_traffic(given: Given, database: Da
     def work() -> None:
         try:
             run_projection(given.engine, BOTH, Limits(batch_offsets_max=200), stop=stop)
-        except BaseException as error:  # noqa: BLE001 - told by the test, which then fails
+        except BaseException as error:  # noqa: BLE001 - reported by the test, which then fails
             failed.append(error)
 
     given(events)

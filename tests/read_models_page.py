@@ -1,6 +1,6 @@
 """The page `docs/read-models.md`: its reference is written from the database's own comments.
 
-``python -m tests.read_models_page`` writes it anew, after a table or a view has changed.
+``python -m tests.read_models_page`` writes it again, after a table or a view has changed.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from pipeline import catalogue
+from pipeline.db import PERSONAL_SCHEMA
 from pipeline.readmodel import Projector
 from pipeline.readmodel.model import Declared
 
@@ -18,8 +19,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "read-models.md"
 BEGIN, END = "<!-- reference: written by python -m tests.read_models_page -->", "<!-- end -->"
 
 RELATIONS = text("""
-SELECT c.relname AS name, c.relkind = 'v' AS is_view, obj_description(c.oid, 'pg_class') AS comment
-FROM pg_class c WHERE c.relnamespace = 'upvest'::regnamespace AND c.relkind IN ('r', 'v')
+SELECT n.nspname AS schema, c.relname AS name, c.relkind = 'v' AS is_view,
+       obj_description(c.oid, 'pg_class') AS comment
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname IN ('upvest', 'upvest_personal') AND c.relkind IN ('r', 'v')
 ORDER BY is_view, name
 """)
 COLUMNS = text("""
@@ -32,21 +35,23 @@ ORDER BY a.attnum
 
 
 def reference(db: Connection) -> str:
-    """Every table and view of the schema ``upvest``, as Markdown."""
-    owners = {table.name: one for one in catalogue.load().models for table in one.tables}
+    """Every table and view for analysts, as Markdown."""
+    models = catalogue.load().models
+    owners = {table.name: model for model in models for table in model.tables}
     relations = db.execute(RELATIONS).all()
     tables = [row for row in relations if not row.is_view and row.name in owners]
-    # Children stand behind their parents.
+    # Children come after their parents.
     tables.sort(
         key=lambda row: (owners[row.name].name, row.name != owners[row.name].name, row.name)
     )
     lines = ["## Tables", ""]
     for row in tables:
-        lines += [*_heading(row), *_how(owners[row.name], row.name), *_columns(db, row.name)]
+        lines += [*_heading(row), *_how(owners[row.name], row.name), *_columns(db, row)]
     lines += ["## Views", ""]
     for row in relations:
-        if row.is_view:
-            lines += [*_heading(row), *_columns(db, row.name)]
+        # A table with personal data has a plain view of its name without them.
+        if row.is_view and row.name not in owners:
+            lines += [*_heading(row), *_columns(db, row)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -69,17 +74,18 @@ def _heading(row: Any) -> list[str]:
 
 
 def _how(projector: Projector, table: str) -> list[str]:
-    declared = next(one for one in projector.tables if one.name == table)
+    declared = next(made for made in projector.tables if made.name == table)
+    personal = f" All columns: `{declared.fullname}`." if declared.schema == PERSONAL_SCHEMA else ""
     key = ", ".join(f"`{column.name}`" for column in declared.primary_key)
     if table != projector.name:
-        return [f"Key: {key}. Replaced with its row in `{projector.name}`.", ""]
+        return [f"Key: {key}. Replaced with its row in `{projector.name}`.{personal}", ""]
     fed = ", ".join(
         f"`{source.events}`" + (f" (its list `{source.each}`)" if source.each else "")
         for source in projector.sources
     )
     left_out = ", ".join(f"`{name}`" for name in sorted(projector.except_events))
     fed += f", without {left_out}" if left_out else ""
-    return [f"Key: {key}. Fed by {fed}. {_winner(projector)}", ""]
+    return [f"Key: {key}. Fed by {fed}. {_winner(projector)}{personal}", ""]
 
 
 def _winner(projector: Projector) -> str:
@@ -95,8 +101,8 @@ def _winner(projector: Projector) -> str:
     return "The newer event wins."
 
 
-def _columns(db: Connection, name: str) -> list[str]:
-    rows = db.execute(COLUMNS, {"relation": f"upvest.{name}"})
+def _columns(db: Connection, relation: Any) -> list[str]:
+    rows = db.execute(COLUMNS, {"relation": f"{relation.schema}.{relation.name}"})
     return [
         "| column | type | says |",
         "|---|---|---|",

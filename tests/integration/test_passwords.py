@@ -95,9 +95,9 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
             "the second record is there",
             seconds_max=WAIT_S_MAX,
         )
-        logged = "".join(worker.err)
-    assert user.kafka.password(user.name) not in logged
-    assert logged.count('"password_reloaded"') == 1
+        lines = "".join(worker.err)
+    assert user.kafka.password(user.name) not in lines
+    assert lines.count('"password_reloaded"') == 1
 
 
 @pytest.mark.kafka

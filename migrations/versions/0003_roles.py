@@ -55,13 +55,13 @@ BEGIN
      WHERE o.name = pipeline.read_model_name(read_model);
     RETURN EXISTS (
         SELECT FROM (
-            SELECT attname, atttypid, atttypmod, attcollation FROM pg_attribute
+            SELECT attname, atttypid, atttypmod, attcollation, attnotnull FROM pg_attribute
              WHERE attrelid = live AND attnum > 0 AND NOT attisdropped) AS l
         FULL JOIN (
-            SELECT attname, atttypid, atttypmod, attcollation FROM pg_attribute
+            SELECT attname, atttypid, atttypmod, attcollation, attnotnull FROM pg_attribute
              WHERE attrelid = beside AND attnum > 0 AND NOT attisdropped) AS s USING (attname)
-        WHERE (l.atttypid, l.atttypmod, l.attcollation)
-                  IS DISTINCT FROM (s.atttypid, s.atttypmod, s.attcollation)
+        WHERE (l.atttypid, l.atttypmod, l.attcollation, l.attnotnull)
+                  IS DISTINCT FROM (s.atttypid, s.atttypmod, s.attcollation, s.attnotnull)
           AND (s.atttypid IS NOT NULL OR attname = ANY (ours)))
     OR (SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = live AND contype = 'p')
        IS DISTINCT FROM
@@ -132,7 +132,10 @@ BEGIN
     END LOOP;
     UPDATE pipeline.declared_objects o
        SET made_as = entry.name::regclass, comment = coalesce(entry.details #>> '{comments,""}', ''),
-           details = o.details || jsonb_build_object('made', o.details -> 'columns')
+           details = o.details || jsonb_build_object(
+               'made', o.details -> 'columns',
+               'made_indexes', (SELECT coalesce(jsonb_agg(i.name), '[]')
+                                  FROM jsonb_object_keys(o.details -> 'indexes') AS i(name)))
      WHERE o.name = entry.name;
     INSERT INTO pipeline.schema_changes (object, statements)
     VALUES (entry.name, ARRAY[format('SELECT pipeline.swap_read_model(%L)', read_model)]);
@@ -170,12 +173,78 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     )
     SELECT coalesce(array_agg(v.name ORDER BY v.depth, v.name), '{}')
       FROM (SELECT o.name, max(n.depth) AS depth
-              FROM reading n JOIN pipeline.declared_objects o ON o.made_as = n.oid
-             WHERE o.kind = 'view' GROUP BY o.name) AS v
+              FROM reading n
+              JOIN pg_class c ON c.oid = n.oid
+              JOIN pg_namespace s ON s.oid = c.relnamespace
+              JOIN pipeline.declared_objects o ON o.name = s.nspname || '.' || c.relname
+             WHERE o.kind = 'view'
+               -- Another oid, but the same comment: restored from a dump.
+               AND (o.made_as = c.oid OR c.relowner = s.nspowner
+                                         AND obj_description(c.oid, 'pg_class') = o.comment)
+             GROUP BY o.name) AS v
 $$;
 COMMENT ON FUNCTION pipeline.own_views_on(regclass) IS
     'Our views that read a table, directly or through each other, in the order of their making.';
 REVOKE ALL ON FUNCTION pipeline.own_views_on(regclass) FROM PUBLIC;
+
+CREATE FUNCTION pipeline.others_on(read_model text) RETURNS text[]
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH entry AS (
+        SELECT o.details, c.oid, c.reltype, c.relowner
+          FROM pipeline.declared_objects o JOIN pg_class c ON c.oid = to_regclass(o.name)
+         WHERE o.name = pipeline.read_model_name(read_model)
+    ), ours AS (
+        SELECT e.oid, e.reltype FROM entry e
+        UNION ALL
+        SELECT c.oid, c.reltype FROM entry e
+         CROSS JOIN LATERAL unnest(pipeline.own_views_on(e.oid)) AS v(name)
+          JOIN pg_class c ON c.oid = to_regclass(v.name)
+    ), found AS (
+        SELECT d.classid, d.objid, d.objsubid FROM ours o JOIN pg_depend d
+            ON d.refclassid = 'pg_class'::regclass AND d.refobjid = o.oid
+        UNION
+        SELECT d.classid, d.objid, d.objsubid FROM ours o
+          JOIN pg_type t ON t.oid = o.reltype OR t.typelem = o.reltype
+          JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid = t.oid
+                          AND d.deptype = 'n'
+    ), named AS (
+        SELECT CASE WHEN r.rulename = '_RETURN'
+                    THEN pg_describe_object('pg_class'::regclass, r.ev_class, 0)
+                    ELSE pg_describe_object(f.classid, f.objid, f.objsubid) END
+               || ' (owner ' || pg_get_userbyid(coalesce(
+                      v.relowner, p.proowner, k_of.relowner, c.relowner, e.relowner)) || ')' AS name
+          FROM found f
+         CROSS JOIN entry e
+          LEFT JOIN pg_rewrite r ON f.classid = 'pg_rewrite'::regclass AND r.oid = f.objid
+          LEFT JOIN pg_class v ON v.oid = r.ev_class
+          LEFT JOIN pg_class c ON f.classid = 'pg_class'::regclass AND c.oid = f.objid
+          LEFT JOIN pg_trigger t ON f.classid = 'pg_trigger'::regclass AND t.oid = f.objid
+          LEFT JOIN pg_constraint k ON f.classid = 'pg_constraint'::regclass AND k.oid = f.objid
+          LEFT JOIN pg_class k_of ON k_of.oid = k.conrelid
+          LEFT JOIN pg_proc p ON f.classid = 'pg_proc'::regclass AND p.oid = f.objid
+         WHERE f.classid NOT IN ('pg_type'::regclass, 'pg_attrdef'::regclass)
+           AND NOT (r.oid IS NOT NULL AND r.rulename = '_RETURN'
+                    AND r.ev_class IN (SELECT o.oid FROM ours o))
+           AND NOT (c.oid IS NOT NULL AND (
+                c.relkind = 't'
+                OR c.relkind = 'i' AND (
+                    e.details -> 'made_indexes' ? c.relname::text
+                    OR EXISTS (SELECT FROM pg_index i WHERE i.indexrelid = c.oid AND i.indisprimary))))
+           AND NOT (t.oid IS NOT NULL
+                    AND (t.tgisinternal OR t.tgfoid = 'pipeline.read_model_truncated()'::regprocedure))
+           AND NOT (k.oid IS NOT NULL AND k.conrelid = e.oid AND k.contype IN ('p', 'n'))
+        UNION
+        SELECT 'column ' || quote_ident(a.attname) || ' of ' || a.attrelid::regclass
+          FROM entry e JOIN pg_attribute a ON a.attrelid = e.oid
+         WHERE a.attnum > 0 AND NOT a.attisdropped
+           AND NOT (e.details -> 'made' ? a.attname::text)
+    )
+    SELECT coalesce(array_agg(n.name ORDER BY n.name), '{}') FROM named n
+$$;
+COMMENT ON FUNCTION pipeline.others_on(text) IS
+    'What others have made on a read model''s table, or on our views of it, and would be lost if it '
+    'were replaced; with its owner.';
+REVOKE ALL ON FUNCTION pipeline.others_on(text) FROM PUBLIC;
 
 CREATE FUNCTION pipeline.drop_shadow(read_model text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -234,6 +303,7 @@ REVOKE ALL ON FUNCTION pipeline.accept_gap(text, integer) FROM PUBLIC;
 BACK = """
 DROP FUNCTION pipeline.accept_gap(text, integer);
 DROP FUNCTION pipeline.drop_shadow(text);
+DROP FUNCTION pipeline.others_on(text);
 DROP FUNCTION pipeline.own_views_on(regclass);
 DROP FUNCTION pipeline.grants_of(regclass);
 DROP FUNCTION pipeline.swap_read_model(text);
@@ -260,8 +330,8 @@ def upgrade() -> None:
             "details",
             postgresql.JSONB(),
             nullable=False,
-            comment="Of a table: projector, indexes, comments of columns, columns that are made. Of a "
-            "view: how PostgreSQL shows its query.",
+            comment="Of a table: projector with fingerprint, indexes, comments of columns, and the "
+            "columns and indexes that were made. Of a view: how PostgreSQL shows its query.",
         ),
         sa.Column(
             "made_as",

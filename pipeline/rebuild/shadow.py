@@ -15,7 +15,14 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
 from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated
-from pipeline.errors import DEADLOCK, ExitCode, LockHeldError, PipelineError, TransientError
+from pipeline.errors import (
+    DEADLOCK,
+    ConfigurationError,
+    ExitCode,
+    LockHeldError,
+    PipelineError,
+    TransientError,
+)
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints, dead_letters
 from pipeline.projection.apply import apply_batch, lock_tables, pin
@@ -44,6 +51,7 @@ EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
 # Functions of the owner, so that any login may resume the rebuild of another one.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
 DROP = text("SELECT pipeline.drop_shadow(:table)")
+OTHERS_ON = text("SELECT pipeline.others_on(:table)")
 MUST_SWAP = text("SELECT pipeline.must_swap(:table)")
 SWAP = text("SELECT pipeline.swap_read_model(:table)")
 
@@ -409,8 +417,19 @@ class Shadow:
         )
 
     def _swap(self, *, behind: int) -> Difference:
-        """Put the tables in the place of the live ones; readers wait for this instant only."""
+        """Put the tables in the place of the live ones; readers wait for this instant only.
+
+        Raises:
+            ConfigurationError: Others have made objects on them, which would be lost.
+        """
         rows = 0
+        for table in self._projector.tables:
+            if others := self._db.execute(OTHERS_ON, {"table": table.name}).scalar_one():
+                raise ConfigurationError(
+                    f"{table.fullname} must be replaced, and others have made objects on it, which "
+                    f"would be lost: {'; '.join(others)}. Nothing was changed. Have their owners "
+                    "drop them, then repeat `pipeline rebuild`"
+                )
         for table in self._projector.tables:
             rows += self._db.execute(text(count_shadow(table))).scalar_one()
             self._db.execute(SWAP, {"table": table.name})

@@ -18,6 +18,7 @@ from sqlalchemy.schema import CreateColumn
 from pipeline.catalogue import Catalogue
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA
 from pipeline.errors import ConfigurationError
+from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import personal_columns
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
@@ -34,10 +35,12 @@ class DeclaredTable:
     Attributes:
         table: As SQLAlchemy describes it.
         projector: Name of the projector that fills it.
+        fingerprint: Of that projector.
     """
 
     table: Table
     projector: str
+    fingerprint: str
 
     @property
     def name(self) -> str:
@@ -58,8 +61,8 @@ class DeclaredTable:
         """What else a rebuild needs to make the table."""
         return {
             "projector": self.projector,
+            "fingerprint": self.fingerprint,
             "columns": [column.name for column in self.table.columns],
-            "made": [column.name for column in self.table.columns],
             "comments": {
                 "": self.table.comment,
                 **{column.name: column.comment for column in self.table.columns},
@@ -96,7 +99,9 @@ class DeclaredView:
 def tables_of(catalogue: Catalogue) -> list[DeclaredTable]:
     """The tables of all read models."""
     return [
-        DeclaredTable(table, model.name) for model in catalogue.models for table in model.tables
+        DeclaredTable(table, model.name, fingerprint(model))
+        for model in catalogue.models
+        for table in model.tables
     ]
 
 

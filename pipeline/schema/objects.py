@@ -42,8 +42,8 @@ declared_objects = Table(
         "details",
         JSONB,
         nullable=False,
-        comment="Of a table: projector, indexes, comments of columns, columns that are made. Of a "
-        "view: how PostgreSQL shows its query.",
+        comment="Of a table: projector with fingerprint, indexes, comments of columns, and the "
+        "columns and indexes that were made. Of a view: how PostgreSQL shows its query.",
     ),
     Column(
         "made_as",
@@ -103,21 +103,29 @@ RECORD = text("""
 INSERT INTO pipeline.declared_objects AS o
     (name, kind, definition, comment, details, made_as)
 SELECT CAST(:name AS text), :kind, :definition, coalesce(obj_description(c.oid, 'pg_class'), ''),
-       CAST(:details AS jsonb) || CASE c.relkind WHEN 'v'
-           THEN jsonb_build_object('query', pg_get_viewdef(c.oid)) ELSE '{}' END,
+       CAST(:details AS jsonb) || CASE c.relkind
+           WHEN 'v' THEN jsonb_build_object('query', pg_get_viewdef(c.oid))
+           ELSE jsonb_build_object(
+               'made', CAST(:details AS jsonb) -> 'columns',
+               'made_indexes', (
+                   SELECT coalesce(jsonb_agg(i.name), '[]')
+                   FROM jsonb_object_keys(CAST(:details AS jsonb) -> 'indexes') AS i(name)))
+           END,
        c.oid
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname || '.' || c.relname = CAST(:name AS text)
 ON CONFLICT (name) DO UPDATE
 SET kind = excluded.kind, definition = excluded.definition, comment = excluded.comment,
-    -- Columns that were ours stay so until the table is replaced.
+    -- Columns and indexes that were ours stay so until the table is replaced.
     details = excluded.details || CASE excluded.kind WHEN 'table' THEN (
-        SELECT jsonb_build_object('made', jsonb_agg(DISTINCT c.name))
-        FROM jsonb_array_elements(
-            coalesce(o.details -> 'made', '[]') || (excluded.details -> 'columns')) AS c(name)
+        SELECT jsonb_object_agg(part.key, (
+            SELECT coalesce(jsonb_agg(DISTINCT m.name), '[]') FROM jsonb_array_elements(
+                coalesce(o.details -> part.key, '[]') || (excluded.details -> part.key)) m(name)))
+        FROM (VALUES ('made'), ('made_indexes')) AS part(key)
     ) ELSE '{}' END,
     made_as = excluded.made_as
 """)
+EXPECT = text("UPDATE pipeline.declared_objects SET definition = :definition WHERE name = :name")
 FORGET = text("DELETE FROM pipeline.declared_objects WHERE name = :name")
 NOTE_CHANGE = text("""
 INSERT INTO pipeline.schema_changes (object, statements)
@@ -172,6 +180,11 @@ def record(
         RECORD,
         {"name": name, "kind": kind, "definition": definition, "details": json.dumps(details)},
     )
+
+
+def expect(db: Connection, name: str, definition: str) -> None:
+    """Note how a rebuild makes a view again."""
+    db.execute(EXPECT, {"name": name, "definition": definition})
 
 
 def forget(db: Connection, name: str) -> None:

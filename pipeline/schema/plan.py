@@ -6,6 +6,7 @@ puts it in its place. What others have made on our tables survives, or is named 
 changes. Nothing that holds data is dropped.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from alembic.autogenerate import produce_migrations
 from alembic.migration import MigrationContext
 from alembic.operations import ops
 from sqlalchemy import Connection, MetaData, Row, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import SchemaItem
 
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA, metadata
@@ -34,6 +36,7 @@ class Step:
         statements: What is executed.
         declared: The object as it is recorded afterwards; None to forget it.
         in_transaction: False for a statement that must not be in one.
+        remade: Views of ours that the statements make again.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Step:
     statements: tuple[str, ...]
     declared: DeclaredTable | DeclaredView | None = None
     in_transaction: bool = True
+    remade: tuple[DeclaredView, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}: {self.what}"
@@ -49,7 +53,8 @@ class Step:
 def moves(db: Connection, tables: Iterable[DeclaredTable]) -> Iterator[Step]:
     """Tables that are in the wrong one of the two schemas: a column has become personal, or is not.
 
-    Views of ours that read such a table are made again by the steps of ``views``.
+    Raises:
+        ConfigurationError: Others have made views on a plain view that must give way.
     """
     recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
     for table in tables:
@@ -57,28 +62,53 @@ def moves(db: Connection, tables: Iterable[DeclaredTable]) -> Iterator[Step]:
         is_table = before in there and there[before].kind == "r"
         if not (is_table and before in recorded and recorded[before].is_ours):
             continue
-        statements = []
-        if table.name in there and table.name in recorded and recorded[table.name].is_ours:
-            # Its plain view has the name; views of ours on it are made again by later steps.
-            ours, others = dependents(db, there[table.name].oid)
-            if others:
-                raise ConfigurationError(
-                    f"{table.name} is a table again, as no column is personal any more, and others "
-                    f"have made views on the view of that name: {'; '.join(others)}. Nothing was "
-                    "changed. Have their owners drop them, then repeat `pipeline migrate`"
-                )
-            statements += [f"DROP VIEW {quoted(name)}" for name in [*reversed(ours), table.name]]
-            statements.append(
-                "DELETE FROM pipeline.declared_objects "  # noqa: S608 - declared names
-                f"WHERE name = {literal(table.name)}"
-            )
-        statements.append(f"ALTER TABLE {quoted(before)} SET SCHEMA {table.table.schema}")
-        statements.append(
+        move = [
+            f"ALTER TABLE {quoted(before)} SET SCHEMA {table.table.schema}",
             "UPDATE pipeline.declared_objects "  # noqa: S608 - declared names
-            f"SET name = {literal(table.name)} WHERE name = {literal(before)}"
+            f"SET name = {literal(table.name)} WHERE name = {literal(before)}",
+        ]
+        if table.personal:
+            _, others = dependents(db, there[before].oid)
+            closed = (
+                f"; no longer readable: {', '.join(others)}, unless the owner may read personal "
+                "data. A materialized view keeps its copy until it is refreshed or dropped"
+            )
+            what = f"move from {before}, as a column is personal{closed if others else ''}"
+            yield Step(table.name, what, tuple(move), table)
+        else:
+            yield _move_out(db, table, before, move, recorded, there)
+
+
+def _move_out(
+    db: Connection,
+    table: DeclaredTable,
+    before: str,
+    move: Sequence[str],
+    recorded: Mapping[str, objects.Recorded],
+    there: Mapping[str, Row[Any]],
+) -> Step:
+    """The table takes the name of its plain view; views of ours on that one are made again."""
+    what = f"move from {before}, as no column is personal any more"
+    if not (table.name in there and table.name in recorded and recorded[table.name].is_ours):
+        return Step(table.name, what, tuple(move), table)
+    ours, others = dependents(db, there[table.name].oid)
+    if others:
+        raise ConfigurationError(
+            f"{table.name} is a table again, as no column is personal any more, and others "
+            f"have made views on the view of that name: {'; '.join(others)}. Nothing was "
+            "changed. Have their owners drop them, then repeat `pipeline migrate`"
         )
-        reason = "a column is personal" if table.personal else "no column is personal any more"
-        yield Step(table.name, f"move from {before}, as {reason}", tuple(statements), table)
+    grants = [statement for name in ours for statement in grants_on(db, there[name].oid)]
+    statements = [
+        *(f"DROP VIEW {quoted(name)}" for name in [*reversed(ours), table.name]),
+        "DELETE FROM pipeline.declared_objects "  # noqa: S608 - declared names
+        f"WHERE name = {literal(table.name)}",
+        *move,
+        *(recorded[name].definition for name in ours),
+        *grants,
+    ]
+    remade = tuple(DeclaredView(name, recorded[name].definition) for name in ours)
+    return Step(table.name, what, tuple(statements), table, remade=remade)
 
 
 def _other(schema: str | None) -> str:
@@ -122,7 +152,8 @@ def _create(table: DeclaredTable, *, was_there: bool) -> Step:
     statements = [*sql_of(ops.CreateTableOp.from_table(table.table)), *_indexes(table), watch]
     if was_there:
         # As after TRUNCATE: the projector fills the table from the beginning of the log.
-        statements.append(f"SELECT pipeline.start_again({literal(table.projector)}, true)")
+        is_main = str(table.table.name == table.projector).lower()
+        statements.append(f"SELECT pipeline.start_again({literal(table.projector)}, {is_main})")
     what = "create again: somebody dropped it" if was_there else "create table"
     return Step(table.name, what, tuple(statements), table)
 
@@ -169,16 +200,46 @@ def _alter(
     operations: Sequence[ops.MigrateOperation],
 ) -> Iterator[Step]:
     details = known.details if known else {}
+    in_place, added, replaced = _sorted(operations, details)
+    if _key_of(db, table) != [column.name for column in table.table.primary_key]:
+        replaced.append("change the key")
+    is_recorded = known is not None and (known.definition, _comparable(known.details)) == (
+        table.definition,
+        _comparable(table.details),
+    )
+    # What was changed by hand has no other fingerprint, so a rebuild must be asked for.
+    by_hand = (
+        replaced if is_recorded else [name for name in added if name in details.get("made", ())]
+    )
+    mark = [_mark_stale(table)] if by_hand and _is_built(db, table) else []
+    if replaced:
+        _refuse_dependents(db, table, replaced)
+        if not is_recorded or mark:
+            what = f"{', '.join(replaced)}: by the rebuild that is due"
+            yield Step(table.name, what, tuple(mark), table)
+        return
+    if in_place:
+        statements = [*sql_of(*(operation for operation, _ in in_place)), *mark]
+        yield Step(table.name, ", ".join(what for _, what in in_place), tuple(statements), table)
+    elif not is_recorded:
+        yield Step(table.name, "record its definition: a rebuild is due", (), table)
+    yield from _index_steps(db, table, details)
+
+
+def _sorted(
+    operations: Sequence[ops.MigrateOperation], details: Mapping[str, Any]
+) -> tuple[list[tuple[ops.MigrateOperation, str]], list[str], list[str]]:
+    """What is done in place, the columns that this adds, and what only a rebuild can do."""
     in_place: list[tuple[ops.MigrateOperation, str]] = []
+    added: list[str] = []
     replaced: list[str] = []
     for operation in operations:
         match operation:
-            case ops.AddColumnOp():
-                column = operation.column
-                if column.nullable:
-                    in_place.append((operation, f"add {column.name}"))
-                else:
-                    replaced.append(f"add {column.name}, which is never NULL")
+            case ops.AddColumnOp(column=column) if column.nullable:
+                in_place.append((operation, f"add {column.name}"))
+                added.append(column.name)
+            case ops.AddColumnOp(column=column):
+                replaced.append(f"add {column.name}, which is never NULL")
             case ops.AlterColumnOp():
                 if operation.modify_type is not None or operation.modify_nullable is not None:
                     replaced.append(f"change the type of {operation.column_name}")
@@ -196,23 +257,44 @@ def _alter(
                 in_place.append((operation, "comment"))
             case _:
                 pass  # indexes follow; all else was made by others, and stays
-    if _key_of(db, table) != [column.name for column in table.table.primary_key]:
-        replaced.append("change the key")
-    if replaced:
-        _refuse_dependents(db, table, details, replaced)
-        if known is None or known.definition != table.definition:
-            what = f"{', '.join(replaced)}: by the rebuild that is due"
-            yield Step(table.name, what, (), table)
-        return
-    if in_place:
-        statements = sql_of(*(operation for operation, _ in in_place))
-        yield Step(table.name, ", ".join(what for _, what in in_place), tuple(statements), table)
-    elif known and (known.definition, {**known.details, "made": None}) != (
-        table.definition,
-        {**table.details, "made": None},
-    ):
-        yield Step(table.name, "record its definition", (), table)
-    yield from _index_steps(db, table, details)
+    return in_place, added, replaced
+
+
+def _comparable(details: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in details.items() if not name.startswith("made")}
+
+
+IS_BUILT = text(
+    "SELECT EXISTS (SELECT FROM pipeline.projectors WHERE projector = :of AND fingerprint = :code)"
+)
+
+
+def _is_built(db: Connection, table: DeclaredTable) -> bool:
+    found = db.execute(IS_BUILT, {"of": table.projector, "code": table.fingerprint})
+    return bool(found.scalar_one())
+
+
+def _mark_stale(table: DeclaredTable) -> str:
+    return (
+        "UPDATE pipeline.projectors SET fingerprint = 'changed by hand' "  # noqa: S608 - declared
+        f"WHERE projector = {literal(table.projector)}"
+    )
+
+
+def awaiting_rebuild(db: Connection, declared: Sequence[DeclaredTable]) -> list[str]:
+    """Tables that a rebuild must replace before all that is declared can be made."""
+    recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
+    present = [table for table in declared if table.name in there]
+    changes = _changes(db, present)
+    return [
+        table.name
+        for table in present
+        if table.name in recorded
+        and (
+            _sorted(changes.get(table.name, ()), recorded[table.name].details)[2]
+            or _key_of(db, table) != [column.name for column in table.table.primary_key]
+        )
+    ]
 
 
 KEY = text("""
@@ -238,7 +320,7 @@ def _index_steps(
     """Indexes, made and dropped beside readers and writers: one statement, in no transaction."""
     there = {row.name: row.is_valid for row in db.execute(INDEXES, {"table": quoted(table.name)})}
     wanted = {str(index.name): index for index in table.table.indexes}
-    surplus = (set(details.get("indexes", {})) & set(there)) - set(wanted)
+    surplus = (set(details.get("made_indexes", ())) & set(there)) - set(wanted)
     for name in sorted(surplus | {name for name in wanted if there.get(name) is False}):
         drop = f'DROP INDEX CONCURRENTLY {table.table.schema}."{name}"'
         yield Step(table.name, f"drop index {name}", (drop,), table, in_transaction=False)
@@ -248,49 +330,17 @@ def _index_steps(
         yield Step(table.name, f"create index {name}", (beside,), table, in_transaction=False)
 
 
-# Whatever depends on a table and is neither ours nor part of it.
-OTHERS_ON = text("""
-SELECT pg_describe_object(d.classid, d.objid, d.objsubid) || ' (owner '
-       || pg_get_userbyid(coalesce(v.relowner, c.relowner)) || ')' AS described
-FROM pg_depend d
-JOIN pg_class c ON c.oid = d.refobjid
-LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
-LEFT JOIN pg_class v ON v.oid = r.ev_class
-LEFT JOIN pg_class i ON d.classid = 'pg_class'::regclass AND i.oid = d.objid AND i.relkind = 'i'
-LEFT JOIN pg_trigger t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid
-LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
-WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = CAST(:table AS regclass)
-  AND d.deptype IN ('n', 'a')
-  AND NOT (v.oid IS NOT NULL AND v.oid = ANY (CAST(:ours AS oid[])))
-  AND NOT (i.oid IS NOT NULL AND (i.relname = ANY (CAST(:indexes AS text[]))))
-  AND NOT (t.oid IS NOT NULL AND t.tgfoid = 'pipeline.read_model_truncated()'::regprocedure)
-  AND NOT (k.oid IS NOT NULL AND k.conrelid = d.refobjid AND k.contype IN ('p', 'n'))
-  AND d.classid NOT IN ('pg_type'::regclass, 'pg_attrdef'::regclass)
-GROUP BY 1
-UNION ALL
-SELECT 'column ' || quote_ident(a.attname) || ' of ' || a.attrelid::regclass
-FROM pg_attribute a
-WHERE a.attrelid = CAST(:table AS regclass) AND a.attnum > 0 AND NOT a.attisdropped
-  AND a.attname <> ALL (CAST(:columns AS text[]))
-ORDER BY 1
-""")
+OTHERS_ON = text("SELECT unnest(pipeline.others_on(:table))")
+GRANTS_ON = text("SELECT unnest(pipeline.grants_of(CAST(CAST(:oid AS oid) AS regclass)))")
 
 
-def _refuse_dependents(
-    db: Connection, table: DeclaredTable, details: Mapping[str, Any], changes: Sequence[str]
-) -> None:
-    ours = [known.oid for known in objects.recorded(db).values() if known.is_ours]
-    columns = {*details.get("made", ()), *(column.name for column in table.table.columns)}
-    found = db.execute(
-        OTHERS_ON,
-        {
-            "table": quoted(table.name),
-            "ours": ours,
-            "indexes": list(details.get("indexes", {})),
-            "columns": sorted(columns),
-        },
-    )
-    if others := list(found.scalars()):
+def grants_on(db: Connection, oid: int) -> Sequence[str]:
+    """The statements that give others their rights on a relation of ours."""
+    return db.execute(GRANTS_ON, {"oid": oid}).scalars().all()
+
+
+def _refuse_dependents(db: Connection, table: DeclaredTable, changes: Sequence[str]) -> None:
+    if others := db.execute(OTHERS_ON, {"table": table.table.name}).scalars().all():
         raise ConfigurationError(
             f"{table.name} must be replaced ({', '.join(changes)}), and others have made objects "
             f"on it, which would be lost: {'; '.join(others)}. Nothing was changed. Have their "
@@ -304,8 +354,11 @@ def _refuse_dependents(
 def views(db: Connection, declared: Sequence[DeclaredView]) -> Iterator[Step]:
     """Views that are missing, or changed in their declaration or by hand.
 
+    A view that nothing declares any more stays where views of others read it.
+
     Raises:
-        ConfigurationError: Somebody else's object has the name of a view.
+        ConfigurationError: Somebody else's object has the name of a view, or others have made views
+            on a view whose columns change.
     """
     recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
     for view in declared:
@@ -313,17 +366,60 @@ def views(db: Connection, declared: Sequence[DeclaredView]) -> Iterator[Step]:
         _refuse_others(view.name, recorded, there)
         if view.name not in there:
             what = "create view" if known is None else "create again: somebody dropped it"
-            yield Step(view.name, what, (view.definition,), view)
         elif known and known.definition != view.definition:
-            yield Step(view.name, "replace view", (view.definition,), view)
+            _refuse_other_columns(db, view, there[view.name].oid)
+            what = "replace view"
         elif known and known.query != known.details.get("query"):
-            yield Step(view.name, "replace view: somebody changed it", (view.definition,), view)
+            what = "replace view: somebody changed it"
+        else:
+            continue
+        yield Step(view.name, what, (view.definition,), view)
     wanted = {view.name for view in declared}
     for name, known in sorted(recorded.items()):
-        if known.kind == "view" and name not in wanted and known.is_ours:
+        if known.kind != "view" or name in wanted or not known.is_ours or known.oid is None:
+            continue
+        if not dependents(db, known.oid)[1]:
             yield Step(name, "drop view: nothing declares it", (f"DROP VIEW {quoted(name)}",))
 
 
+_NAMED = re.compile(r"CREATE VIEW [a-z_]+\.[a-z_0-9]+")
+_LIKE_IT = "pipeline_columns_of_a_view"
+
+
+def _refuse_other_columns(db: Connection, view: DeclaredView, oid: int) -> None:
+    """A view keeps its columns, in their order, or nobody else's view may read it."""
+    _, others = dependents(db, oid)
+    if not others or view.of_table is not None:
+        return
+    columns = _columns(db, view)
+    had = [tuple(row) for row in db.execute(VIEW_COLUMNS, {"oid": oid})]
+    if columns is not None and columns[: len(had)] != had:
+        raise ConfigurationError(
+            f"{view.name} has other columns now, and others have made views on it: "
+            f"{'; '.join(others)}. Nothing was changed. Have their owners drop them, repeat "
+            "`pipeline migrate`, and make them again"
+        )
+
+
+def _columns(db: Connection, view: DeclaredView) -> list[tuple[object, ...]] | None:
+    """Names and types of the columns that a view will have; None where it cannot be made yet."""
+    alike, _, _ = _NAMED.sub(f"CREATE TEMPORARY VIEW {_LIKE_IT}", view.definition, 1).partition(
+        ";\n"
+    )
+    savepoint = db.begin_nested()
+    try:
+        db.execute(text(alike.replace(":", r"\:")))
+        return [tuple(row) for row in db.execute(COLUMNS_LIKE_IT)]
+    except DBAPIError:
+        return None
+    finally:
+        savepoint.rollback()
+
+
+COLUMNS_LIKE_IT = text(f"""
+SELECT attname::text AS name, format_type(atttypid, atttypmod) AS type FROM pg_attribute
+WHERE attrelid = 'pg_temp.{_LIKE_IT}'::regclass AND attnum > 0 ORDER BY attnum
+""")  # noqa: S608 - a constant
 DEPENDENT_VIEWS = text("""
 SELECT DISTINCT n.nspname || '.' || v.relname AS name, v.oid,
        pg_get_userbyid(v.relowner) AS owner, v.relkind::text AS kind

@@ -4,7 +4,7 @@ Each step is a transaction of its own and is planned from what is there, so the 
 continues a killed one. What was executed is kept in ``pipeline.schema_changes``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import structlog
 from sqlalchemy import Connection, text
@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline import failpoints
 from pipeline.catalogue import Catalogue
 from pipeline.db import READ_SCHEMA, translated
-from pipeline.errors import ConfigurationError, LockHeldError, PipelineError
+from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.schema import objects, plan, roles
 from pipeline.schema.declared import DeclaredTable, DeclaredView, plain_view, tables_of, views_of
 from pipeline.schema.plan import Step
@@ -24,7 +24,8 @@ LOCK_ATTEMPTS_MAX = 20
 """How often a step asks for the locks that it needs; each time for LOCK_WAIT."""
 # A waiting request makes later readers and writers wait behind it, so it must give up soon.
 LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
-ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+# The lock was not to be had in time, or the session lost a deadlock with a worker's.
+_LOCKS = frozenset({"55P03", DEADLOCK})
 # A column or relation that a later step makes: that view is made after it.
 _NOT_YET = frozenset({"42P01", "42703"})
 # CREATE OR REPLACE VIEW cannot drop or rename columns.
@@ -66,7 +67,7 @@ def make(db: Connection, catalogue: Catalogue, done: Callable[[Step], None]) -> 
         for step in _read(db, steps):
             _execute(db, step)
             done(step)
-    for step in _make_views(db, lambda: plan.views(db, views_of(catalogue))):
+    for step in _make_views(db, catalogue):
         done(step)
 
 
@@ -136,11 +137,14 @@ CURRENT_ROLE = text("SELECT quote_ident(current_user)")
 
 
 def _with_locks(step: Step, attempt: Callable[[], None]) -> None:
+    """Repeat what needs the lock of a table that workers and readers use."""
     for number in range(1, LOCK_ATTEMPTS_MAX):
         try:
             attempt()
-        except LockHeldError as held:
-            log.warning("waiting_for_lock", object=step.name, attempt=number, reason=str(held))
+        except TransientError as error:
+            if error.sqlstate not in _LOCKS:
+                raise
+            log.warning("waiting_for_lock", object=step.name, attempt=number, reason=str(error))
         else:
             return
     attempt()
@@ -155,6 +159,8 @@ def _record(db: Connection, step: Step) -> None:
     declared = step.declared
     if step.statements:
         objects.note_change(db, step.name, step.statements)
+    for view in step.remade:
+        objects.record(db, view.name, "view", view.definition, {})
     match declared:
         case None:
             objects.forget(db, step.name)
@@ -167,31 +173,57 @@ def _record(db: Connection, step: Step) -> None:
 # -------------------------------------------------------------------------------------------- views
 
 
-def _make_views(db: Connection, steps: Callable[[], Iterable[Step]]) -> Iterator[Step]:
-    """Views in an order in which each finds what it reads."""
-    refused: PipelineError | None = None
-    waiting = _read(db, steps)
+def _make_views(db: Connection, catalogue: Catalogue) -> Iterator[Step]:
+    """Views in an order in which each finds what it reads.
+
+    Where a rebuild must replace a table first, a view that reads its new columns waits for that.
+    """
+    waiting = _read(db, lambda: plan.views(db, views_of(catalogue)))
     while waiting:
-        later = []
+        later: list[tuple[Step, str]] = []
         for step in waiting:
             try:
                 _execute_view(db, step)
             except _NotYetError as error:
-                refused = error.reason
-                later.append(step)
+                later.append((step, str(error)))
             else:
                 yield step
-        if refused and len(later) == len(waiting):
-            raise ConfigurationError(f"view {later[0].name} cannot be made: {refused}") from None
-        waiting = later
+        if len(later) == len(waiting):
+            _leave_to_rebuild(db, later, catalogue)
+            return
+        waiting = [step for step, _ in later]
 
 
 class _NotYetError(Exception):
-    """A view reads what is not there yet."""
+    """A view reads what does not exist yet. The text is PostgreSQL's, and holds names only."""
 
-    def __init__(self, reason: PipelineError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
+
+def _leave_to_rebuild(
+    db: Connection, waiting: Sequence[tuple[Step, str]], catalogue: Catalogue
+) -> None:
+    """The rebuild makes a view that exists again, as it is declared now; the next command others.
+
+    Raises:
+        ConfigurationError: No rebuild will make what a view reads.
+    """
+    step, reason = waiting[0]
+    with db.begin():
+        tables = plan.awaiting_rebuild(db, tables_of(catalogue))
+        if not tables:
+            raise ConfigurationError(
+                f"view {step.name} cannot be made: {reason}. Correct its file, then repeat "
+                "`pipeline migrate`"
+            )
+        recorded = objects.recorded(db)
+        for step, _ in waiting:
+            if step.name in recorded and isinstance(step.declared, DeclaredView):
+                objects.expect(db, step.name, step.declared.definition)
+    log.warning(
+        "views_wait_for_rebuild",
+        views=[step.name for step, _ in waiting],
+        tables=tables,
+        effect="repeat `pipeline migrate` after the rebuild of these tables",
+    )
 
 
 def _execute_view(db: Connection, step: Step) -> None:
@@ -203,17 +235,22 @@ def _execute_view(db: Connection, step: Step) -> None:
     def attempt() -> None:
         with translated(), db.begin():
             db.execute(LOCK_WAIT)
-            _replace(db, view)
+            try:
+                _replace(db, view)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) in _NOT_YET:
+                    raise _NotYetError(_primary(error)) from None
+                raise
             objects.note_change(db, step.name, [view.definition])
             objects.record(db, step.name, "view", view.definition, {})
             failpoints.reach("mid_read_models")
 
-    try:
-        _with_locks(step, attempt)
-    except PipelineError as error:
-        if getattr(error, "sqlstate", None) in _NOT_YET:
-            raise _NotYetError(error) from None
-        raise
+    _with_locks(step, attempt)
+
+
+def _primary(error: DBAPIError) -> str:
+    diagnostics = getattr(error.orig, "diag", None)
+    return str(diagnostics.message_primary if diagnostics else error.orig)
 
 
 def _replace(db: Connection, view: DeclaredView) -> None:
@@ -240,9 +277,15 @@ def _replace(db: Connection, view: DeclaredView) -> None:
             f"{'; '.join(others)}. It is left as it is. Have their owners drop them, repeat "
             "`pipeline migrate`, and make them again"
         )
-    recorded = objects.recorded(db)
-    _run(db, [f"DROP VIEW {name}" for name in reversed(ours)])
-    _run(db, [f"DROP VIEW {view.name}", view.definition])
+    recorded, relations = objects.recorded(db), objects.relations(db, plan.SCHEMAS)
+    grants = [
+        statement
+        for name in [view.name, *ours]
+        for statement in plan.grants_on(db, relations[name].oid)
+    ]
+    _run(db, [f"DROP VIEW {plan.quoted(name)}" for name in [*reversed(ours), view.name]])
+    _run(db, [view.definition])
     for name in ours:
         _run(db, [recorded[name].definition])
         objects.record(db, name, "view", recorded[name].definition, {})
+    _run(db, grants)

@@ -8,11 +8,12 @@ import sys
 import psycopg
 import pytest
 
-from pipeline import catalogue
 from pipeline.errors import ConfigurationError
 from pipeline.projectors.orders import orders
+from pipeline.projectors.users import users
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.schema.migrate import migrate, set_up
+from tests.declared import with_field, with_models, without_field
 from tests.given import order_event
 from tests.integration.test_roles import Cast, outcome
 
@@ -29,7 +30,7 @@ NAMES = (
     "pipeline.others",
     "pipeline_segments.others",
     "pipeline_shadow.others",
-    "upvest.notes_masked",
+    "upvest.notes",
     "upvest.letters",
 )
 STATE = """
@@ -50,13 +51,8 @@ def cast(given):
     made.end()
 
 
-@pytest.fixture
-def personal():
-    """A release that declares one more column personal."""
-    column = orders.tables[0].columns["client_reference"]
-    column.info["personal"] = True
-    yield
-    column.info["personal"] = False
+ORDERS = with_models(with_field(orders, "client_reference", personal=True))
+"""A release that declares one more column personal."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,74 +77,76 @@ def test_an_object_of_somebody_else_is_unchanged(given, cast, kind):
 
 
 @pytest.mark.parametrize("kind", ["table", "view", "materialized view"])
-def test_what_has_the_name_of_a_masked_view_is_named_and_kept(given, cast, personal, kind):
+def test_what_has_the_name_of_a_plain_view_is_named_and_kept(given, cast, kind):
     anna = cast.login("analyst")
+    given.execute("DROP VIEW upvest.users")
     with given.database.connect() as db:
-        db.execute(f"CREATE {KINDS[kind].format('upvest.orders_masked')}".encode())
-        db.execute(f"ALTER {kind} upvest.orders_masked OWNER TO {anna}".encode())
+        db.execute(f"CREATE {KINDS[kind].format('upvest.users')}".encode())
+        db.execute(f"ALTER {kind} upvest.users OWNER TO {anna}".encode())
         before = db.execute(STATE, {"owner": anna}).fetchall()
 
-        with pytest.raises(ConfigurationError, match=rf"upvest.orders_masked .* {anna}"):
+        with pytest.raises(ConfigurationError, match=rf"upvest.users exists.* {anna}"):
             migrate(given.database.url)
 
         assert db.execute(STATE, {"owner": anna}).fetchall() == before
-    with cast.connect("analyst") as db:
-        assert str(outcome(db, READ)).startswith("42501")
 
 
 def test_a_view_replaced_by_hand_under_our_name_is_not_ours(given, cast):
-    given.execute("DROP VIEW upvest.users_masked")
-    given.execute("CREATE VIEW upvest.users_masked AS SELECT * FROM upvest.users")
+    given.execute("DROP VIEW upvest.users")
+    given.execute("CREATE VIEW upvest.users AS SELECT * FROM upvest_personal.users")
 
-    with pytest.raises(ConfigurationError, match=r"upvest.users_masked exists"):
+    with pytest.raises(ConfigurationError, match=r"upvest.users exists"):
         migrate(given.database.url)
 
 
-def test_a_masked_view_is_recognised_after_a_restore(given, cast):
-    """A restored view has another oid, and its comment."""
-    given.execute("UPDATE pipeline.own_views SET made_as = 1")
+def test_tables_and_views_are_recognised_after_a_restore(given, cast):
+    """What is restored has another oid, and its comment."""
+    given([order_event("NEW", at=1)]).project(orders)
+    given.execute("UPDATE pipeline.declared_objects SET made_as = 1")
 
-    assert set_up(given.database.url).grants == []
-    assert given.scalar("SELECT count(*) FROM pipeline.own_views WHERE made_as = 1") == 0
+    again = set_up(given.database.url)
+    changed = set_up(given.database.url, with_models(without_field(orders, "side")))
+    rebuild(given.engine, without_field(orders, "side"))
+
+    assert (again.steps, again.grants) == ([], [])
+    assert [step.name for step in changed.steps] == ["upvest.orders"]
+    assert given.scalar("SELECT count(*) FROM upvest.order_book") == 1
 
 
-def test_views_of_analysts_on_a_masked_view_survive_and_show_nothing(given, cast):
-    column = next(
-        t for one in catalogue.load().models for t in one.tables if t.name == "users"
-    ).columns["status"]
+def test_views_of_analysts_on_a_plain_view_survive_and_show_nothing(given, cast):
+    changed = with_models(with_field(users, "status", personal=True))
     anna = cast.login("analyst")
     given.execute("CREATE SCHEMA bi")
     given.execute(f"GRANT ALL ON SCHEMA bi TO {anna}")
     with psycopg.connect(cast.url_of(anna), autocommit=True) as db:
-        db.execute("CREATE VIEW bi.mine AS SELECT user_id, status FROM upvest.users_masked")
-        column.info["personal"] = True
-        try:
-            migrate(given.database.url)
-            migrate(given.database.url)
-            shown = given.scalar("SELECT pg_get_viewdef('upvest.users_masked'::regclass)")
-            mine = outcome(db, "SELECT * FROM bi.mine")
-            direct = outcome(db, "SELECT status FROM upvest.users")
-        finally:
-            column.info["personal"] = False
+        db.execute("CREATE VIEW bi.mine AS SELECT user_id, status FROM upvest.users")
+
+        migrate(given.database.url, changed)
+        again = set_up(given.database.url, changed)
+        shown = given.scalar("SELECT pg_get_viewdef('upvest.users'::regclass)")
+        mine = outcome(db, "SELECT * FROM bi.mine")
+        direct = outcome(db, "SELECT status FROM upvest_personal.users")
     given.execute("DROP SCHEMA bi CASCADE")
 
+    assert again.steps == []
     assert "NULL::text AS status" in shown
     assert mine is None
     assert str(direct).startswith("42501")
 
 
 @pytest.mark.parametrize("to", ["PUBLIC", "a role of the DBA", "one column"])
-def test_access_given_by_other_ways_is_closed_too(given, cast, personal, to):
+def test_access_given_by_other_ways_is_closed_too(given, cast, to):
     login = cast.login()
     whom = "PUBLIC" if to == "PUBLIC" else login
     columns = "(client_reference)" if to == "one column" else ""
     given.execute(f"GRANT USAGE ON SCHEMA upvest TO {login}")
     given.execute(f"GRANT SELECT {columns} ON upvest.orders TO {whom}")
 
-    migrate(given.database.url)
+    migrate(given.database.url, ORDERS)
 
     assert not given.scalar(
-        "SELECT has_column_privilege(:login, 'upvest.orders', 'client_reference', 'SELECT')",
+        "SELECT has_column_privilege(:login, 'upvest_personal.orders', 'client_reference', "
+        "'SELECT')",
         login=login,
     )
 
@@ -156,9 +154,8 @@ def test_access_given_by_other_ways_is_closed_too(given, cast, personal, to):
 def test_a_column_is_closed_although_migrate_is_killed(given, cast):
     script = (
         "import os, sys; from pipeline import failpoints; from pipeline.schema import migrate; "
-        "from pipeline.projectors.orders import orders; "
-        "orders.tables[0].columns['client_reference'].info['personal'] = True; "
-        "failpoints.arm(os.environ); migrate.migrate(sys.argv[1])"
+        "from tests.integration.test_foreign_objects import ORDERS; "
+        "failpoints.arm(os.environ); migrate.migrate(sys.argv[1], ORDERS)"
     )
     armed = {"PIPELINE_ENABLE_FAILPOINTS": "1", "PIPELINE_FAILPOINT": "after_closing:kill"}
 
@@ -166,7 +163,7 @@ def test_a_column_is_closed_although_migrate_is_killed(given, cast):
         [sys.executable, "-c", script, given.database.url],
         env={**os.environ, **armed},
         check=False,
-        timeout=60,
+        timeout=120,
     )
 
     assert done.returncode == -signal.SIGKILL

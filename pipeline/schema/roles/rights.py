@@ -88,7 +88,7 @@ _READ_MODEL = ("SELECT", *_WRITE, "TRUNCATE")
 _SHADOW = ("SELECT", *_WRITE)
 _FUNCTIONS = {
     INGEST: ("make_segment",),
-    PROJECT: ("make_shadow", "drop_shadow", "must_swap", "swap_read_model"),
+    PROJECT: ("make_shadow", "drop_shadow", "must_swap", "others_on", "swap_read_model"),
     OPERATOR: ("accept_gap",),
 }
 

@@ -121,7 +121,12 @@ BEGIN
     FOR part IN SELECT o.name, o.definition
                   FROM unnest(our_views) WITH ORDINALITY AS v(name, place)
                   JOIN pipeline.declared_objects o USING (name) ORDER BY v.place LOOP
-        EXECUTE part.definition;
+        BEGIN
+            EXECUTE part.definition;
+        EXCEPTION WHEN undefined_column OR undefined_table THEN
+            RAISE EXCEPTION 'view % cannot be made on the new table: %', part.name, SQLERRM
+                USING ERRCODE = SQLSTATE;
+        END;
         UPDATE pipeline.declared_objects o
            SET made_as = part.name::regclass,
                details = o.details || jsonb_build_object('query', pg_get_viewdef(part.name::regclass))

@@ -105,8 +105,8 @@ def test_tables_and_views_are_recognised_after_a_restore(given, cast):
     given.execute("UPDATE pipeline.declared_objects SET made_as = 1")
 
     again = set_up(given.database.url)
-    changed = set_up(given.database.url, with_models(without_field(orders, "side")))
-    rebuild(given.engine, without_field(orders, "side"))
+    changed = set_up(given.database.url, with_models(without_field(orders, "fit_acknowledged")))
+    rebuild(given.engine, without_field(orders, "fit_acknowledged"))
 
     assert (again.steps, again.grants) == ([], [])
     assert [step.name for step in changed.steps] == ["upvest.orders"]

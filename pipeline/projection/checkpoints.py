@@ -415,6 +415,19 @@ def fingerprints(db: Connection) -> Mapping[str, str | None]:
     return {row.projector: row.fingerprint for row in db.execute(FINGERPRINTS)}
 
 
+def stale(db: Connection, fingerprints_of: Mapping[str, str]) -> frozenset[str]:
+    """Those of these projectors whose table another definition has built.
+
+    Args:
+        db: An open transaction.
+        fingerprints_of: The fingerprint of each definition, by the projector's name.
+    """
+    built = fingerprints(db)
+    return frozenset(
+        name for name, code in fingerprints_of.items() if built.get(name) not in (None, code)
+    )
+
+
 def is_live(db: Connection, projector: str) -> bool:
     """Whether the projector is registered and not broken."""
     return db.execute(STATE, {"of_projector": projector}).scalar_one_or_none() == "live"

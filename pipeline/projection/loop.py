@@ -19,7 +19,7 @@ from typing import NamedTuple, Self, cast
 
 import psycopg
 import structlog
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
@@ -133,6 +133,8 @@ class _Loop:
     ) -> None:
         self._engine = engine
         self._projectors = {projector.name: projector for projector in projectors}
+        self._fingerprints = {name: fingerprint(of) for name, of in self._projectors.items()}
+        self._stale: frozenset[str] = frozenset()
         self._registry = WorkerRegistry(engine, self._projectors)
         self._limits = limits
         self._stop = stop
@@ -158,24 +160,13 @@ class _Loop:
     def _register(self) -> None:
         with transaction(self._engine) as db:
             checkpoints.register(db, sorted(self._projectors))
-            built = checkpoints.fingerprints(db)
-        stale = [
-            name
-            for name, projector in sorted(self._projectors.items())
-            if built[name] not in (None, fingerprint(projector))
-        ]
-        if stale:
-            log.warning(
-                "projectors_stale",
-                projectors=stale,
-                effect="their tables mix two definitions until `pipeline rebuild`",
-            )
 
     def _follow(self, notifications: "_Notifications") -> None:
         while not self._stop.is_set():
             self._registry.heartbeat()
             with transaction(self._engine) as db:
-                lagging = checkpoints.progress(db, self._projectors, only_lagging=True)
+                names = self._without_stale(db)
+                lagging = checkpoints.progress(db, names, only_lagging=True)
             if self._until_end and self._has_arrived(lagging):
                 return
             begun = time.monotonic()
@@ -193,6 +184,20 @@ class _Loop:
             elif not self._until_end and self._takes_all(lagging):
                 # Small passes cost nearly as much as large ones: let more come meanwhile.
                 self._stop.wait(min(GATHER_S_MAX, time.monotonic() - begun))
+
+    def _without_stale(self, db: Connection) -> list[str]:
+        """Projectors whose tables this definition built; the others would mix two definitions."""
+        stale = checkpoints.stale(db, self._fingerprints)
+        if stale - self._stale:
+            log.warning(
+                "projectors_stale",
+                projectors=sorted(stale),
+                effect="left out until they are rebuilt; readers see their tables as they were",
+            )
+        if self._stale - stale:
+            log.info("projectors_current", projectors=sorted(self._stale - stale))
+        self._stale = stale
+        return [name for name in self._projectors if name not in stale]
 
     def _takes_all(self, lagging: Iterable[Progress]) -> bool:
         """Whether one pass per partition reaches the end of the log."""

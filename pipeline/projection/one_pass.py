@@ -36,7 +36,8 @@ class Result(Enum):
 
     DONE = "done"
     LEFT_OUT = "left out"
-    """Another session has locked its tables or its checkpoint: next time."""
+    """Another session has locked its tables or its checkpoint, or it was just rebuilt by another
+    definition: next time."""
     BROKEN = "broken"
 
 
@@ -83,7 +84,9 @@ def project(
     with transaction(engine) as db:
         pin(db)
         locked = checkpoints.lock_together(db, list(results), partition, offsets.first)
-        ours = [projector for projector in projectors if projector.name in locked]
+        # A rebuild may have put a table of another definition in place since the range was planned.
+        stale = checkpoints.stale(db, {of.name: fingerprint(of) for of in projectors})
+        ours = [of for of in projectors if of.name in locked and of.name not in stale]
         if offsets.first == 0:
             for projector in ours:
                 checkpoints.note_build_begun(db, projector.name, fingerprint(projector))

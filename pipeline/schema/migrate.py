@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -405,8 +406,22 @@ def our_tables() -> list[Table]:
     return [*metadata.tables.values(), *load().tables.values()]
 
 
+_DECLARING = (
+    "pipeline.db.locks",
+    "pipeline.log.tables",
+    "pipeline.log.workers",
+    "pipeline.projection.checkpoints",
+    "pipeline.projection.dead_letters",
+    "pipeline.projection.workers",
+    "pipeline.rebuild.work_list",
+    "pipeline.schema.objects",
+)
+
+
 def declare_tables() -> None:
-    """Import every module that declares a table, so that the metadata is whole."""
+    """Import every module that declares a table of the log or the bookkeeping."""
+    for module in _DECLARING:
+        import_module(module)
 
 
 def open_from_settings() -> Connection:

@@ -167,6 +167,17 @@ def recorded(db: Connection) -> dict[str, Recorded]:
     }
 
 
+DECLARED_FINGERPRINTS = text("""
+SELECT DISTINCT details ->> 'projector' AS projector, details ->> 'fingerprint' AS fingerprint
+FROM pipeline.declared_objects WHERE kind = 'table' AND details ? 'fingerprint'
+""")
+
+
+def declared_fingerprints(db: Connection) -> dict[str, str]:
+    """The fingerprint of each projector's definition that ``pipeline migrate`` recorded last."""
+    return {row.projector: row.fingerprint for row in db.execute(DECLARED_FINGERPRINTS)}
+
+
 def relations(db: Connection, schemas: Iterable[str]) -> dict[str, Row[Any]]:
     """Every table and view in these schemas, by schema and name, whoever made it."""
     return {row.name: row for row in db.execute(RELATIONS, {"schemas": list(schemas)})}

@@ -1,0 +1,119 @@
+"""Read models that another definition built are rebuilt beside the live tables, and swapped in.
+
+Until then the projection leaves them out: their tables would mix two definitions. Of several
+workers one rebuilds a read model, and the others include it afterwards.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from pipeline.db import transaction
+from pipeline.errors import PipelineError, TransientError
+from pipeline.outages import OutagePolicy
+from pipeline.projection import checkpoints
+from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.readmodel.model import Projector
+from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild
+
+log = structlog.get_logger(__name__)
+
+CHECK_S = 2.0
+"""How often a worker checks whether another one has finished a rebuild."""
+
+
+class StaleModels:
+    """Finds stale read models and rebuilds them.
+
+    A read model is rebuilt only by a program whose definition of it ``pipeline migrate`` recorded
+    last: so two releases that run at the same time do not undo each other's rebuilds.
+
+    Args:
+        engine: The database, for short queries.
+        projectors: The read models of this program.
+        declared: Reads the fingerprints that ``pipeline migrate`` recorded.
+        rejected_max: Most events that may be rejected in one range.
+        waits_forever: Whether an unavailable server is waited for without limit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        projectors: Sequence[Projector],
+        declared: Callable[[Connection], Mapping[str, str]],
+        *,
+        rejected_max: int,
+        waits_forever: bool,
+    ) -> None:
+        self._engine = engine
+        self._projectors = projectors
+        self._declared = declared
+        self._rejected_max = rejected_max
+        self._outages = OutagePolicy(waits_forever=waits_forever)
+        self._left: dict[str, str | None] = {}
+
+    def rebuild(self, engine: Callable[[], Engine], stop: threading.Event) -> None:
+        """Rebuild what is stale; return when nothing is, or ``stop`` is set.
+
+        What cannot be rebuilt is logged and left as it is, until its table is built otherwise.
+
+        Args:
+            engine: Opens the database for statements that may take long.
+            stop: Set it to end after the present ranges; the next call resumes.
+
+        Raises:
+            TransientError: The server stayed unavailable, unless it is waited for without limit.
+        """
+        while not stop.is_set():
+            try:
+                if not self._round(engine, stop):
+                    return
+            except TransientError as error:
+                stop.wait(self._outages.on_error(error))
+            else:
+                self._outages.on_success()
+                stop.wait(CHECK_S)
+
+    def _round(self, engine: Callable[[], Engine], stop: threading.Event) -> bool:
+        """Whether something is stale that was not left as it is."""
+        with transaction(self._engine) as db:
+            built, declared = checkpoints.fingerprints(db), self._declared(db)
+        is_waiting = False
+        for model in self._projectors:
+            code, known = built.get(model.name), fingerprint(model)
+            if code in (None, known) or self._left.get(model.name) == code:
+                continue
+            if declared.get(model.name, known) != known:
+                self._leave(model, code, "another release ran `pipeline migrate` last")
+            elif not stop.is_set():
+                is_waiting = self._rebuild(engine, model, code, stop) or is_waiting
+        return is_waiting
+
+    def _rebuild(
+        self,
+        engine: Callable[[], Engine],
+        model: Projector,
+        code: str | None,
+        stop: threading.Event,
+    ) -> bool:
+        """Whether somebody else rebuilds the read model."""
+        opened = engine()
+        try:
+            rebuild(opened, model, rejected_max=self._rejected_max, stop=stop)
+        except RebuildRunsError:
+            return True
+        except StoppedError:
+            return False
+        except TransientError:
+            raise
+        except PipelineError as error:
+            self._leave(model, code, str(error))
+        finally:
+            opened.dispose()
+        return False
+
+    def _leave(self, model: Projector, code: str | None, reason: str) -> None:
+        self._left[model.name] = code
+        log.error("not_rebuilt", projector=model.name, reason=reason)

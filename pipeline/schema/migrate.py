@@ -383,13 +383,7 @@ def check_schema(engine: Engine) -> None:
         )
 
 
-<<<<<<< HEAD
 def check_tables(engine: Engine, schemas: Sequence[str] = OUR_SCHEMAS) -> None:
-=======
-def check_tables(
-    engine: Engine, schemas: Sequence[str] = (LOG_SCHEMA, READ_SCHEMA, PERSONAL_SCHEMA)
-) -> None:
->>>>>>> ed6800e (Read models: grants, indexes and dependents survive a replaced view or table; what was changed by hand is rebuilt; views that read each other are made in any order)
     """Raise if something of others on our tables would change what a command writes.
 
     Raises:

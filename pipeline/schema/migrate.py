@@ -28,6 +28,8 @@ from pipeline.db import (
 )
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.foreign_objects import OUR_SCHEMAS, dependents, dropped_tables, refuse_foreign_objects
+from pipeline.projection.checkpoints import stale as stale_names
+from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema import read_models, roles
 from pipeline.schema.plan import Step
 from pipeline.settings import load_settings
@@ -383,21 +385,35 @@ def check_schema(engine: Engine) -> None:
         )
 
 
-def check_tables(engine: Engine, schemas: Sequence[str] = OUR_SCHEMAS) -> None:
+def check_tables(
+    engine: Engine, schemas: Sequence[str] = OUR_SCHEMAS, catalogue: Catalogue | None = None
+) -> None:
     """Raise if something of others on our tables would change what a command writes.
+
+    Args:
+        engine: The database.
+        schemas: Only tables in these schemas.
+        catalogue: The read models; by default those that are installed.
 
     Raises:
         ConfigurationError: A trigger, rule, policy or column of somebody else, or a table that is
             gone; the text names each and says what to do.
     """
     with transaction(engine) as db:
-        refuse_foreign_objects(db, our_tables(), schemas)
+        refuse_foreign_objects(db, our_tables(db, catalogue), schemas)
 
 
-def our_tables() -> list[Table]:
-    """Every table that this program makes: of the log, of the bookkeeping, of the read models."""
+def our_tables(db: Connection, catalogue: Catalogue | None = None) -> list[Table]:
+    """Every table that this program writes: of the log, the bookkeeping, the read models.
+
+    Without the tables of stale read models: they have the columns of another definition, and are
+    not written before a rebuild has replaced them.
+    """
     declare_tables()
-    return [*metadata.tables.values(), *load().tables.values()]
+    models = (catalogue or load()).models
+    stale = stale_names(db, {model.name: fingerprint(model) for model in models})
+    current = [model for model in models if model.name not in stale]
+    return [*metadata.tables.values(), *(table for model in current for table in model.tables)]
 
 
 _DECLARING = (

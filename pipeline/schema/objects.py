@@ -23,7 +23,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, OID
 
-from pipeline.db import LOG_SCHEMA, metadata
+from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, metadata
+
+READ_SCHEMAS = (READ_SCHEMA, PERSONAL_SCHEMA)
+"""The schemas for readers, where tables and views are made from declarations."""
 
 declared_objects = Table(
     "declared_objects",

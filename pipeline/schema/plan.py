@@ -23,7 +23,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.schema import objects
 from pipeline.schema.declared import DeclaredTable, DeclaredView, literal, plain_view, sql_of
 
-SCHEMAS = (READ_SCHEMA, PERSONAL_SCHEMA)
+SCHEMAS = objects.READ_SCHEMAS
 
 
 @dataclass(frozen=True)

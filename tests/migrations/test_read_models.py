@@ -164,7 +164,7 @@ def reading(given: Given, query: str) -> Iterator[list[str]]:
                 reader.result()
 
 
-# ---------------------------------------------------------------------------------- what is declared
+# --------------------------------------------------------------------------------- what is declared
 
 
 def test_a_file_each_adds_a_read_model_and_a_view(given, tmp_path):
@@ -264,7 +264,7 @@ def test_a_table_that_was_changed_by_hand_is_rebuilt_as_declared(letters, change
     assert set_up(letters.database.url, V1).is_empty
 
 
-# ------------------------------------------------------------------------------------------ in place
+# ----------------------------------------------------------------------------------------- in place
 
 
 def test_an_additive_change_is_made_in_place_under_an_analysts_view(letters, anna):
@@ -315,7 +315,7 @@ def test_an_index_that_a_kill_left_invalid_is_made_again(letters):
     assert set_up(letters.database.url, V1).is_empty
 
 
-# --------------------------------------------------------------------------------------- by a rebuild
+# ------------------------------------------------------------------------------------- by a rebuild
 
 
 def test_other_types_are_built_beside_and_swapped_in_while_readers_read(letters):
@@ -449,7 +449,7 @@ def test_a_view_with_other_columns_on_which_others_depend_is_named_and_nothing_c
     assert letters.scalar(may)
 
 
-# ------------------------------------------------------------------------------------- personal data
+# ------------------------------------------------------------------------------------ personal data
 
 
 def test_a_table_with_a_column_that_becomes_personal_moves_and_comes_back(letters, anna):
@@ -496,7 +496,7 @@ def test_a_column_is_closed_although_migrate_is_killed(given, anna, failpoint):
     assert anna.execute("SELECT status FROM bi.mine").fetchall() == [(None,)]
 
 
-# --------------------------------------------------------------------------------- killed, two, live
+# -------------------------------------------------------------------------------- killed, two, live
 
 
 def migrate_in_a_process(

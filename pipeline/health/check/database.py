@@ -181,7 +181,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _foreign_objects(db: Connection) -> Iterator[Result]:
-    foreign = foreign_objects(db, our_tables())
+    foreign = foreign_objects(db, our_tables(db))
     for thing in foreign:
         is_of_log = thing.table.startswith(LOG_SCHEMA)
         yield found(

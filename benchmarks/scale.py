@@ -256,7 +256,7 @@ def _looked(database: Database, topic: str) -> list[float]:
         taken = [
             _median_ms(partial(connection.execute, query, given)) for query in QUERIES.values()
         ]
-        taken.append(_median_ms(partial(read_status, engine, catalogue.load().models)))
+        taken.append(_median_ms(partial(read_status, engine, catalogue.load())))
     engine.dispose()
     return taken
 

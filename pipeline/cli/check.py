@@ -39,7 +39,7 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
     """
     settings = settings_of(ctx)
     results = []
-    for result in run_checks(settings, catalogue.load(settings.read_models).models):
+    for result in run_checks(settings, catalogue.load(settings.read_models)):
         results.append(result)
         if not as_json:
             _show(result)

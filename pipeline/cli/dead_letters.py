@@ -136,7 +136,7 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: _AsJson = False) ->
     wanted = [model.name for model in read_models(settings, names)] if names else []
     with database_of(settings, "dead-letters") as engine:
         check_schema(engine)
-        check_tables(engine)
+        check_tables(engine, catalogue=catalogue.load(settings.read_models))
         models = catalogue.load(settings.read_models).models
         landed, refused = try_again(engine, models, wanted or None)
     if as_json:

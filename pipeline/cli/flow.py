@@ -33,7 +33,9 @@ from pipeline.kafka import Brokers
 from pipeline.outages import OutagePolicy
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
+from pipeline.rebuild.stale import StaleModels
 from pipeline.schema.migrate import check_schema, check_tables
+from pipeline.schema.objects import declared_fingerprints
 from pipeline.settings import Settings
 from pipeline.signals import Stop, stopped_by_signals
 
@@ -41,6 +43,8 @@ log = structlog.get_logger("pipeline.cli")
 
 LAST_PASS_S_MAX = 10.0
 """Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
+RECHECK_S = 10.0
+"""How often a worker checks whether a read model must be rebuilt."""
 
 UntilEnd = Annotated[
     bool,
@@ -109,7 +113,8 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
         begun, tally = time.monotonic(), Tally()
         try:
             schemas = (LOG_SCHEMA,) if command == "ingest" else OUR_SCHEMAS
-            _wait_for_schema(engine, stop, schemas, until_end=until_end)
+            declared = catalogue.load(settings.read_models)
+            _wait_for_schema(engine, stop, schemas, declared, until_end=until_end)
             if worker == 1 and command != "project":
                 _tell_of_too_many(settings, workers)
             yield Job(settings, engine, stop, worker, tally)
@@ -166,14 +171,19 @@ def _tell_of_too_many(settings: Settings, workers: int) -> None:
 
 
 def _wait_for_schema(
-    engine: Engine, stop: threading.Event, schemas: Sequence[str], *, until_end: bool
+    engine: Engine,
+    stop: threading.Event,
+    schemas: Sequence[str],
+    declared: catalogue.Catalogue,
+    *,
+    until_end: bool,
 ) -> None:
     """Check the schema as soon as the database is there, or return when told to stop."""
     outages = OutagePolicy(waits_forever=not until_end)
     while not stop.is_set():
         try:
             check_schema(engine)
-            check_tables(engine, schemas)
+            check_tables(engine, schemas, declared)
         except TransientError as error:
             stop.wait(outages.on_error(error))
         else:
@@ -204,18 +214,53 @@ def ingest_until_stopped(job: Job) -> None:
 
 
 def project_until_stopped(job: Job, stop: threading.Event) -> None:
-    """Project until ``stop`` is set."""
-    run_projection(
+    """Project until ``stop`` is set; meanwhile rebuild what another definition built."""
+    ended = threading.Event()
+    rebuilding = threading.Thread(
+        target=_keep_current, args=[job, ended], name="rebuild", daemon=True
+    )
+    rebuilding.start()
+    try:
+        run_projection(
+            job.engine,
+            catalogue.load(job.settings.read_models).models,
+            projection_limits(job.settings),
+            stop=stop,
+            observe=job.tally.of_projection(),
+        )
+    finally:
+        ended.set()
+        rebuilding.join(LAST_PASS_S_MAX)
+
+
+def _keep_current(job: Job, ended: threading.Event) -> None:
+    models = _stale_models(job, waits_forever=True)
+    while not ended.is_set():
+        try:
+            models.rebuild(lambda: database_of(job.settings, "rebuild"), ended)
+        except PipelineError as error:
+            # The projection has the same database, and ends the command where it must end.
+            log.warning(
+                "rebuild_waits", reason=str(error), effect=f"tried again in {RECHECK_S:g} s"
+            )
+        ended.wait(RECHECK_S)
+
+
+def _stale_models(job: Job, *, waits_forever: bool) -> StaleModels:
+    return StaleModels(
         job.engine,
         catalogue.load(job.settings.read_models).models,
-        projection_limits(job.settings),
-        stop=stop,
-        observe=job.tally.of_projection(),
+        declared_fingerprints,
+        rejected_max=job.settings.dead_letter_budget,
+        waits_forever=waits_forever,
     )
 
 
 def project_to_the_end(job: Job) -> None:
-    """Project what the log holds at the start, and show how far it is."""
+    """Rebuild what another definition built, then project what the log holds, with progress."""
+    _stale_models(job, waits_forever=False).rebuild(
+        lambda: database_of(job.settings, "rebuild"), job.stop
+    )
     bar = job.worker is None
     with Gauge("projecting", unit="offsets", plain=False, bar=bar) as gauge:
         count, show = job.tally.of_projection(), show_projection(gauge)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, projection_limits, settings_of
 from pipeline.cli.arguments import read_models
 from pipeline.cli.flow import show_projection
@@ -90,7 +91,7 @@ def rebuild(
         stopped_by_signals() as stop,
     ):
         check_schema(engine)
-        check_tables(engine)
+        check_tables(engine, catalogue=catalogue.load(settings.read_models))
         try:
             if in_place:
                 for projector in chosen:

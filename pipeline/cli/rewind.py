@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from sqlalchemy import Engine
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.arguments import parse_place, parse_time
 from pipeline.cli.output import Gauge, emit, say, table
@@ -75,7 +76,7 @@ def rewind(
     done: list[tuple[Step, Comparison]] = []
     with database_of(settings, "rewind") as engine:
         check_schema(engine)
-        check_tables(engine)
+        check_tables(engine, catalogue=catalogue.load(settings.read_models))
         partitions = _partitions(engine, wanted, place)
         brokers = Brokers(settings)
         try:

@@ -72,15 +72,15 @@ def status(
     """
     settings = settings_of(ctx)
     show = emit if as_json else _show
-    models = catalogue.load(settings.read_models).models
+    declared = catalogue.load(settings.read_models)
     with database_of(settings, "status", read_only=True, answers_soon=True) as engine:
         check_schema(engine)
         if not watch:
-            seen = read_status(engine, models)
+            seen = read_status(engine, declared)
             show(seen)
             raise typer.Exit(ExitCode.DONE if seen.ok else ExitCode.FOUND)
         try:
-            _watch(partial(read_status, engine, models), every, show)
+            _watch(partial(read_status, engine, declared), every, show)
         except KeyboardInterrupt:
             return
 

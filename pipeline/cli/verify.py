@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
+from pipeline import catalogue
 from pipeline.cli.app import app, database_of, settings_of
 from pipeline.cli.arguments import read_models
 from pipeline.cli.output import Gauge, emit, say
 from pipeline.cli.rewind import offsets
 from pipeline.errors import ExitCode
-from pipeline.health.verify import Evidence, verify_kafka, verify_log, verify_read_models
+from pipeline.health.verify import (
+    Evidence,
+    verify_declared,
+    verify_kafka,
+    verify_log,
+    verify_read_models,
+)
 from pipeline.log_events import printable
 from pipeline.schema.migrate import check_schema
 
@@ -66,8 +73,11 @@ def verify(
         proofs: dict[_Proof, Callable[[], Iterable[Evidence]]] = {
             _Proof.LOG: lambda: verify_log(engine, observe),
             _Proof.KAFKA: lambda: verify_kafka(engine, settings, observe),
-            _Proof.READ_MODELS: lambda: verify_read_models(
-                engine, chosen, rejected_max=settings.dead_letter_budget, observe=observe
+            _Proof.READ_MODELS: lambda: (
+                *verify_declared(engine, catalogue.load(settings.read_models)),
+                *verify_read_models(
+                    engine, chosen, rejected_max=settings.dead_letter_budget, observe=observe
+                ),
             ),
         }
         for proof, prove in proofs.items():

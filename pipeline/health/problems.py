@@ -126,7 +126,12 @@ NOT_COMPARED = Kind("unknown", "{error}", "resolve this, then run `pipeline veri
 # ---------------------------------------------------------------------------------- read models
 
 BROKEN = Kind("error", "broken, halted: {why}", f"fix the projector, then {_REBUILD}")
-STALE = Kind("warning", "its definition has changed since the table was built", _REBUILD)
+STALE = Kind(
+    "warning",
+    "its definition has changed since the table was built, so nothing is projected into it",
+    f"`pipeline run` and `pipeline project` rebuild it; or {_REBUILD}",
+)
+NOT_AS_DECLARED = Kind("error", "{what}", "`pipeline migrate`")
 REBUILDING = Kind(
     "warning", "a rebuild is running, or was interrupted", f"wait, or resume it with {_REBUILD}"
 )

@@ -14,6 +14,7 @@ from typing import Literal
 
 from sqlalchemy import Engine, text
 
+from pipeline.catalogue import Catalogue
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
 from pipeline.foreign_objects import foreign_objects
@@ -29,6 +30,7 @@ from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, afte
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import RebuildProgress, check
 from pipeline.rewind import compare
+from pipeline.schema.drift import drift
 from pipeline.settings import Settings
 
 Part = Literal["log", "kafka", "read models"]
@@ -259,7 +261,24 @@ def _of_comparison(
 # ------------------------------------------------------------------------------------ read models
 
 _REPLAYED = "its tables equal a replay of the log"
+_DECLARED = "tables and views are as declared"
 _UNCHANGED = "nobody has changed its tables"
+
+
+def verify_declared(engine: Engine, catalogue: Catalogue) -> Iterator[Evidence]:
+    """Tables and views against their declarations.
+
+    Raises:
+        TransientError: The server became unavailable.
+    """
+    with transaction(engine) as db:
+        drifted = list(drift(db, catalogue))
+    examined = len(catalogue.tables) + len(catalogue.views)
+    if not drifted:
+        yield Evidence("read models", "upvest", _DECLARED, examined)
+    for name, what in drifted:
+        problem = problems.NOT_AS_DECLARED.of(name, what=what)
+        yield Evidence("read models", name, _DECLARED, 1, 1, problem)
 
 
 def verify_read_models(

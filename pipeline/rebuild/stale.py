@@ -6,6 +6,7 @@ workers one rebuilds a read model, and the others include it afterwards.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -19,6 +20,8 @@ from pipeline.readmodel.model import Projector
 from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild
 
 log = structlog.get_logger(__name__)
+
+Database = Callable[[], AbstractContextManager[Engine]]
 
 CHECK_S = 2.0
 """How often a worker checks whether another one has finished a rebuild."""
@@ -54,13 +57,13 @@ class StaleModels:
         self._outages = OutagePolicy(waits_forever=waits_forever)
         self._left: dict[str, str | None] = {}
 
-    def rebuild(self, engine: Callable[[], Engine], stop: threading.Event) -> None:
+    def rebuild(self, database: Database, stop: threading.Event) -> None:
         """Rebuild what is stale; return when nothing is, or ``stop`` is set.
 
         What cannot be rebuilt is logged and left as it is, until its table is built otherwise.
 
         Args:
-            engine: Opens the database for statements that may take long.
+            database: Opens the database for statements that may take long.
             stop: Set it to end after the present ranges; the next call resumes.
 
         Raises:
@@ -68,7 +71,7 @@ class StaleModels:
         """
         while not stop.is_set():
             try:
-                if not self._round(engine, stop):
+                if not self._round(database, stop):
                     return
             except TransientError as error:
                 stop.wait(self._outages.on_error(error))
@@ -76,7 +79,7 @@ class StaleModels:
                 self._outages.on_success()
                 stop.wait(CHECK_S)
 
-    def _round(self, engine: Callable[[], Engine], stop: threading.Event) -> bool:
+    def _round(self, database: Database, stop: threading.Event) -> bool:
         """Whether something is stale that was not left as it is."""
         with transaction(self._engine) as db:
             built, declared = checkpoints.fingerprints(db), self._declared(db)
@@ -88,20 +91,20 @@ class StaleModels:
             if declared.get(model.name, known) != known:
                 self._leave(model, code, "another release ran `pipeline migrate` last")
             elif not stop.is_set():
-                is_waiting = self._rebuild(engine, model, code, stop) or is_waiting
+                is_waiting = self._rebuild(database, model, code, stop) or is_waiting
         return is_waiting
 
     def _rebuild(
         self,
-        engine: Callable[[], Engine],
+        database: Database,
         model: Projector,
         code: str | None,
         stop: threading.Event,
     ) -> bool:
         """Whether somebody else rebuilds the read model."""
-        opened = engine()
         try:
-            rebuild(opened, model, rejected_max=self._rejected_max, stop=stop)
+            with database() as engine:
+                rebuild(engine, model, rejected_max=self._rejected_max, stop=stop)
         except RebuildRunsError:
             return True
         except StoppedError:
@@ -110,8 +113,6 @@ class StaleModels:
             raise
         except PipelineError as error:
             self._leave(model, code, str(error))
-        finally:
-            opened.dispose()
         return False
 
     def _leave(self, model: Projector, code: str | None, reason: str) -> None:

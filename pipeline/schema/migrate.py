@@ -59,7 +59,8 @@ class Migrated(NamedTuple):
     """What was done, or is to be done.
 
     Attributes:
-        applied: Revisions of the log and the bookkeeping, oldest first.
+        applied: Revisions of the log and the bookkeeping, oldest first. Where some are missing, a
+            plan has no steps and grants: they follow from what the revisions make.
         steps: Changes of read models and views, in order.
         grants: Statements that changed roles and rights.
         role_prefix: With what the names of this database's roles begin; None if it has none.

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from pipeline import outages
 from pipeline.backoff import Backoff
+from pipeline.catalogue import Catalogue
 from pipeline.db import open_engine
 from pipeline.errors import TransientError
 from pipeline.health.status import read_status, states
@@ -179,7 +180,7 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     engine = open_engine(database.url, application="status")
 
     def of_status() -> str:
-        return " ".join(problem.what for problem in read_status(engine, []).problems)
+        return " ".join(problem.what for problem in read_status(engine, Catalogue(())).problems)
 
     with running(settings):
         until(lambda: logged(database, "kept") == ledger.records, "all is read")

@@ -38,14 +38,14 @@ def found(url, servers, topic=TOPIC, **settings):
         topics=topic,
         **settings,
     )
-    return list(run_checks(chosen, catalogue.load().models))
+    return list(run_checks(chosen, catalogue.load()))
 
 
 def found_in(url):
     """The results of a check of the database."""
     engine = open_engine(url, application="test")
     try:
-        return list(check_database(engine, catalogue.load().models))
+        return list(check_database(engine, catalogue.load()))
     finally:
         engine.dispose()
 

@@ -122,14 +122,13 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
     engine = open_engine(database.url, application="test", read_only=True)
     waiting.until(
         lambda: (
-            [one.state for one in read_status(engine, catalogue.load().models).partitions]
-            == ["UNKNOWN"]
+            [one.state for one in read_status(engine, catalogue.load()).partitions] == ["UNKNOWN"]
         ),
         "status says that it is unknown what Kafka has",
         seconds_max=WAIT_S_MAX,
     )
     assert not running.has_ended
-    assert not read_status(engine, catalogue.load().models).ok
+    assert not read_status(engine, catalogue.load()).ok
     engine.dispose()
     waiting.until(lambda: running.has_ended, "it ends", seconds_max=WAIT_S_MAX)
 

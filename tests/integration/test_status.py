@@ -22,7 +22,7 @@ ALL = catalogue.load().models
 
 
 def seen(given):
-    return read_status(given.engine, ALL)
+    return read_status(given.engine, catalogue.load())
 
 
 def partition_of(given):

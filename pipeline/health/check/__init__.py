@@ -6,6 +6,7 @@ feed reports little) is shown as unknown, and is no error.
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.catalogue import Catalogue
 from pipeline.db import open_engine, transaction
 from pipeline.errors import PipelineError, TransientError
 from pipeline.health import problems
@@ -13,7 +14,6 @@ from pipeline.health.check.database import check_database
 from pipeline.health.check.kafka import Recorded, check_kafka
 from pipeline.health.check.promises import Promise, PromiseState, PromiseStatus
 from pipeline.health.check.result import Result, exit_code, found, promise_statuses
-from pipeline.readmodel import Projector
 from pipeline.settings import Settings
 
 __all__ = [
@@ -36,18 +36,18 @@ _OF_KAFKA = (
 )
 
 
-def run_checks(settings: Settings, projectors: Sequence[Projector]) -> Iterator[Result]:
+def run_checks(settings: Settings, catalogue: Catalogue) -> Iterator[Result]:
     """Examine everything; each result comes as soon as it is known.
 
     Args:
         settings: The configuration.
-        projectors: The read models of this program.
+        catalogue: The read models and views of this program.
     """
     recorded: Recorded | None = None
     try:
         engine = open_engine(settings.database(), application="pipeline check")
         try:
-            yield from check_database(engine, projectors)
+            yield from check_database(engine, catalogue)
             with transaction(engine) as db:
                 recorded = Recorded.of(db)
         finally:

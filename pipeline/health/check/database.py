@@ -7,6 +7,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection, Engine, Row, text
 
+from pipeline.catalogue import Catalogue
 from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import NEWEST
 from pipeline.db.session_settings import is_sorted
@@ -20,10 +21,11 @@ from pipeline.health.check.rights import check_rights
 from pipeline.projection.checkpoints import fingerprints
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.schema.drift import drift
 from pipeline.schema.migrate import check_schema, our_tables
 
 
-def check_database(engine: Engine, projectors: Sequence[Projector]) -> Iterator[Result]:
+def check_database(engine: Engine, catalogue: Catalogue) -> Iterator[Result]:
     """Examine the database; each result comes as soon as it is known.
 
     Raises:
@@ -34,10 +36,11 @@ def check_database(engine: Engine, projectors: Sequence[Projector]) -> Iterator[
     yield ok("database", "schema is current")
     with transaction(engine) as db:
         yield from check_rights(db)
-        yield from _foreign_objects(db)
+        yield from _foreign_objects(db, catalogue)
         yield from _log(db)
         yield from check_keying(db)
-        yield from _read_models(db, projectors)
+        yield from _read_models(db, catalogue.models)
+        yield from _drift(db, catalogue)
 
 
 # ---------------------------------------------------------------------------------------- server
@@ -180,8 +183,8 @@ def is_loopback(host: str) -> bool:
 # ------------------------------------------------------------------------------- what others added
 
 
-def _foreign_objects(db: Connection) -> Iterator[Result]:
-    foreign = foreign_objects(db, our_tables(db))
+def _foreign_objects(db: Connection, catalogue: Catalogue) -> Iterator[Result]:
+    foreign = foreign_objects(db, our_tables(db, catalogue))
     for thing in foreign:
         is_of_log = thing.table.startswith(LOG_SCHEMA)
         yield found(
@@ -254,6 +257,16 @@ def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Re
             Promise.DISPOSABLE,
         )
     yield from _definitions(db, projectors)
+
+
+def _drift(db: Connection, catalogue: Catalogue) -> Iterator[Result]:
+    """Whether tables and views are as they are declared."""
+    drifted = list(drift(db, catalogue))
+    for name, what in drifted:
+        yield found(problems.NOT_AS_DECLARED.of(name, what=what), Promise.CONVERGENCE)
+    if not drifted:
+        views = len(catalogue.views)
+        yield ok("read models", f"tables and {views} views are as declared", Promise.CONVERGENCE)
 
 
 def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:

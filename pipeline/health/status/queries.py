@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, Row, text
 
+from pipeline.catalogue import Catalogue
 from pipeline.db import transaction
+from pipeline.health import problems
 from pipeline.health.status import find_problems, states
 from pipeline.health.status.report import (
     ProjectingWorker,
@@ -26,6 +28,7 @@ from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.projection.workers import EXPIRES_AFTER, Member, living, shared_out
 from pipeline.readmodel import Projector
+from pipeline.schema.drift import drift
 
 RECENT_SPAN = timedelta(hours=1)
 """How far back bad records and repeats are counted."""
@@ -80,16 +83,17 @@ ORDER BY p.projector
 """)
 
 
-def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
+def read_status(engine: Engine, catalogue: Catalogue) -> Status:
     """The state of everything at one moment.
 
     Args:
         engine: The database, with the schema of this program.
-        projectors: The read models of this program.
+        catalogue: The read models and views of this program.
 
     Raises:
         TransientError: The database is unavailable.
     """
+    projectors = catalogue.models
     with transaction(engine) as db:
         db.execute(ONE_MOMENT)
         rows = partition_rows(db)
@@ -110,11 +114,13 @@ def read_status(engine: Engine, projectors: Sequence[Projector]) -> Status:
         members = living(db)
         models = _models(db, projectors, as_of, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
+        drifted = list(drift(db, catalogue))
     found = [
         *find_problems.of_standby(standby, seen_s_max=states.SEEN_S_MAX),
         *find_problems.of_partitions(partitions, as_of),
         *find_problems.of_retention(partitions),
         *find_problems.of_projectors(models, as_of),
+        *(problems.NOT_AS_DECLARED.of(name, what=what) for name, what in drifted),
     ]
     return Status(
         as_of=as_of,

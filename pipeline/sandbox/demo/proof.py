@@ -109,7 +109,7 @@ class Proof:
         self.found(
             "repeats", repeats, f"recognized; {produced:,} were produced", ok=repeats == produced
         )
-        seen = read_status(engine, catalogue.load().models)
+        seen = read_status(engine, catalogue.load())
         # The service was stopped for the proof, so that its partitions have no reader is right.
         halted = [one for one in seen.partitions if one.state == "ERR"]
         broken = [one for one in seen.projectors if one.state == "broken"]

@@ -231,7 +231,7 @@ class _Story:
 
     def _show_freshness(self) -> None:
         screen = self._screen
-        now = read_status(self._engine, catalogue.load().models)
+        now = read_status(self._engine, catalogue.load())
         median, most = queries.delay_ms(self._engine)
         screen.caption("Freshness")
         screen.fact("log behind Kafka", now.lag, f"records, in {len(now.partitions)} partitions")

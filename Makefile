@@ -60,9 +60,9 @@ bench: install ## Measure beside the bare statements and what one could pick ins
 bench-quick: install ## The same with small numbers and no rivals, to see that it works
 	$(BIN)/python -m benchmarks --quick
 
-migration: install ## A migration for what the code declares anew: make migration name="add fees"
+migration: install ## A migration for new tables of the log or bookkeeping: make migration name="add fees"
 	@test -n "$(name)" || { echo 'Say what it does: make migration name="add fees"' >&2; exit 2; }
-	$(BIN)/python -m pipeline.schema.migrate revision "$(name)"
+	$(BIN)/python -m tests.new_migration "$(name)"
 
 lock: install ## Resolve the dependencies of pyproject.toml again; pins stay where they can
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \

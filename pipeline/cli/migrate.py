@@ -17,9 +17,9 @@ _AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for pr
 
 
 @app.command(
-    epilog="Exit codes: 0 schema and rights are current; 1 something is due (--plan, --sql); 2 wrong "
-    "usage; 69 the database is unavailable; 78 a setting or right is wrong, a newer release has "
-    "migrated already, or objects of others are in the way.",
+    epilog="Exit codes: 0 schema and rights are current; 1 something is due (--plan, --sql); "
+    "2 wrong usage; 69 the database is unavailable; 78 a setting or right is wrong, a newer "
+    "release has migrated already, or objects of others are in the way.",
 )
 def migrate(
     ctx: typer.Context,

@@ -25,7 +25,7 @@ from pipeline.schema.migrate import check_schema, declare_tables, migrate
 from tests.commands import Commands, InProcess
 
 FOLDER = Path(__file__).resolve().parents[2] / "migrations"
-OURS = ("pipeline", "pipeline_segments", "pipeline_shadow", "upvest")
+OURS = ("pipeline", "pipeline_segments", "pipeline_shadow", "upvest", "upvest_personal")
 
 # Everything that a migration can leave behind, with its text where it has one.
 CATALOGUE = """
@@ -156,6 +156,46 @@ def test_the_declared_tables_and_the_migrations_agree_comments_and_all(migrated)
     )
 
     assert compare_metadata(context, metadata) == []
+
+
+def in_a_fresh_process(script: str, *arguments: str) -> str:
+    """What a script prints in a process that has imported nothing else."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+
+
+def test_a_migration_that_a_fresh_process_generates_is_empty(database, tmp_path):
+    """Whatever happens to be imported: the metadata is whole."""
+    shutil.copytree(FOLDER, tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+
+    in_a_fresh_process(
+        "import sys; from pathlib import Path; from tests.new_migration import write; "
+        "write(sys.argv[1], 'nothing', Path(sys.argv[2]))",
+        database.url,
+        str(tmp_path / "migrations"),
+    )
+
+    [file] = (tmp_path / "migrations" / "versions").glob("*_nothing.py")
+    assert file.name == f"{len(revisions()) + 1:04}_nothing.py"
+    assert "op." not in file.read_text().partition("def upgrade")[2]
+
+
+def test_every_module_that_declares_a_table_is_imported_by_declare_tables():
+    missing = in_a_fresh_process(
+        "import pkgutil, pipeline; from importlib import import_module; "
+        "from pipeline.schema.migrate import declare_tables; from pipeline.db import metadata; "
+        "declare_tables(); known = set(metadata.tables); "
+        "[import_module(it.name) for it in pkgutil.walk_packages(pipeline.__path__, 'pipeline.') "
+        "if not it.name.endswith('__main__')]; print(sorted(set(metadata.tables) - known))"
+    )
+
+    assert missing.strip() == "[]"
 
 
 @pytest.mark.both_postgres

@@ -229,13 +229,14 @@ def test_several_workers_read_their_settings_from_the_file_that_is_named(
     assert events == ["workers_started", "workers_ended"]
 
 
-def test_stale_read_models_are_rebuilt_beside_the_running_job(commands, broker, given):
+@pytest.mark.parametrize("command", [["run"], ["project"], ["run", "--workers", "2"]])
+def test_stale_read_models_are_rebuilt_first(commands, broker, given, command):
     produce(broker)
     commands.run("run", "--until-end")
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'older' WHERE projector = 'users'")
     given.execute("UPDATE upvest_personal.users SET status = 'CORRUPTED'")
 
-    result = commands.run("run", "--until-end", "--rebuild-stale")
+    result = commands.run(*command, "--until-end")
 
     assert result.code == 0, result.err
     assert [line["projector"] for line in result.log if line["event"] == "rebuilt"] == ["users"]

@@ -19,6 +19,7 @@ from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.projection.one_pass import Result, project
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
+from pipeline.rebuild.rebuild import rebuild
 from pipeline.sandbox.servers.postgres import PostgresServer
 from pipeline.schema.migrate import migrate
 from tests import waiting
@@ -244,19 +245,22 @@ def test_an_empty_database_is_at_its_end(given: Given):
     assert places(given) == {}
 
 
-def test_a_stale_projector_is_named(given: Given, monkeypatch):
+def test_a_stale_projector_is_named_and_left_out_until_it_is_rebuilt(given: Given, monkeypatch):
     given([order_event("NEW", at=0)]).project(*BOTH)
     given.execute("UPDATE pipeline.projectors SET fingerprint = 'x' WHERE projector = 'orders'")
     logged = []
-    monkeypatch.setattr(
-        looping.log, "warning", lambda *line, **values: logged.append((line, values))
-    )
+    monkeypatch.setattr(looping.log, "warning", lambda name, **of: logged.append((name, of)))
+    given([order_event("NEW", at=1, order="another")])
 
-    given.project(*BOTH)
+    before = given.project(*BOTH)
+    rebuild(given.engine, orders)
+    given([order_event("NEW", at=2, order="a third")])
 
-    ((line, values),) = logged
-    assert line == ("projectors_stale",)
+    ((name, values),) = logged
+    assert name == "projectors_stale"
     assert values["projectors"] == ["orders"]
+    assert len(before) == 1
+    assert len(given.project(*BOTH)) == 3
 
 
 def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):

@@ -208,9 +208,9 @@ def _alter(
         _comparable(table.details),
     )
     # What was changed by hand has no other fingerprint, so a rebuild must be asked for.
-    by_hand = (
-        replaced if is_recorded else [name for name in added if name in details.get("made", ())]
-    )
+    by_hand = [name for name in added if name in details.get("made", ())]
+    if is_recorded:
+        by_hand += replaced
     mark = [_mark_stale(table)] if by_hand and _is_built(db, table) else []
     if replaced:
         _refuse_dependents(db, table, replaced)

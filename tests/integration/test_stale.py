@@ -40,7 +40,7 @@ def stale_models(given: Given, model) -> StaleModels:
 
 
 @pytest.fixture
-def projected(given) -> Given:
+def projected(given: Given) -> Given:
     given([order_event("NEW", at=n, order=str(n)) for n in range(9)]).project(orders, users)
     return given
 

@@ -150,7 +150,8 @@ SHOWN = {
 
 # Tables that no command shows: only the service's own statements read them.
 NOT_SHOWN = {
-    *("ingest_workers", "installation", "locks", "own_views", "rebuild_ranges", "segments"),
+    *("declared_objects", "ingest_workers", "installation", "locks", "rebuild_ranges"),
+    *("schema_changes", "segments"),
 }
 
 

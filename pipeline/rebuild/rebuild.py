@@ -17,9 +17,10 @@ import structlog
 from sqlalchemy import Engine, text
 
 from pipeline.db import transaction
-from pipeline.errors import TransientError
+from pipeline.errors import ConfigurationError, TransientError
 from pipeline.projection import checkpoints
 from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
+from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild.comparison import Difference
 from pipeline.rebuild.shadow import (
@@ -132,12 +133,29 @@ def rebuild_in_place(
 
     Raises:
         RebuildRunsError: Another process rebuilds the same read model.
+        ConfigurationError: The tables must be replaced, which ``rebuild`` does.
         TransientError: The server stayed unavailable, or the tables stayed locked.
     """
     with Shadow.exclusive(engine, projector) as shadow:
         shadow.drop()
+        _refuse_other_tables(engine, projector, shadow)
         retry_lock(lambda: _truncate(engine, projector), projector)
         run_projection(engine, [projector], limits, stop=stop, until_end=True, observe=observe)
+
+
+def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -> None:
+    """Tables with other columns than declared cannot be filled; they must be replaced."""
+    with transaction(engine) as db:
+        if not checkpoints.stale(db, {projector.name: fingerprint(projector)}):
+            return
+    retry_lock(shadow.prepare, projector)
+    is_replaced = shadow.must_replace()
+    shadow.drop()
+    if is_replaced:
+        raise ConfigurationError(
+            f"{projector.name}: its tables have other columns or another key than declared, so they "
+            f"cannot be filled in place. Run `pipeline rebuild {projector.name}`, which replaces them"
+        )
 
 
 def _truncate(engine: Engine, projector: Projector) -> None:

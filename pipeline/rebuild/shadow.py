@@ -409,6 +409,11 @@ class Shadow:
             failpoints.reach("after_swap", connection_fd=descriptor(db))
         return difference
 
+    def must_replace(self) -> bool:
+        """Whether a live table has other columns or another key than it is declared to have."""
+        with translated(), self._transaction():
+            return self._must_swap()
+
     def _must_swap(self) -> bool:
         """Whether a live table has other columns or another key than it is declared to have."""
         return any(

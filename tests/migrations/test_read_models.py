@@ -26,7 +26,7 @@ from pipeline.projection.loop import run_projection
 from pipeline.projectors.orders import orders
 from pipeline.projectors.users import users
 from pipeline.readmodel import Children, EntityTable, date, integer, quantity, text, uuid
-from pipeline.rebuild.rebuild import rebuild
+from pipeline.rebuild.rebuild import rebuild, rebuild_in_place
 from pipeline.schema.migrate import migrate, planned, set_up
 from tests.declared import with_field, with_models, with_more, without_field
 from tests.given import Event, Given, event, order_event, some_id
@@ -348,6 +348,8 @@ def test_another_key_or_a_column_less_is_swapped_in(letters, changed):
     release = with_models(changed, letters_per_stamp=PER_STAMP)
 
     migrate(letters.database.url, release)
+    with pytest.raises(ConfigurationError, match=r"Run `pipeline rebuild letters`"):
+        rebuild_in_place(letters.engine, changed)
     difference = rebuild(letters.engine, changed)
 
     assert difference.is_replaced

@@ -153,8 +153,8 @@ def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -
     shadow.drop()
     if is_replaced:
         raise ConfigurationError(
-            f"{projector.name}: its tables have other columns or another key than declared, so they "
-            f"cannot be filled in place. Run `pipeline rebuild {projector.name}`, which replaces them"
+            f"{projector.name}: its tables have other columns or another key than declared and "
+            f"cannot be filled in place. Run `pipeline rebuild {projector.name}` to replace them"
         )
 
 

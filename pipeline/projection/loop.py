@@ -167,6 +167,7 @@ class _Loop:
             with transaction(self._engine) as db:
                 names = self._without_stale(db)
                 lagging = checkpoints.progress(db, names, only_lagging=True)
+            self._registry.serve(names)
             if self._until_end and self._has_arrived(lagging):
                 return
             begun = time.monotonic()

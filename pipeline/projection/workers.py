@@ -75,7 +75,8 @@ projection_workers = Table(
 
 _row = insert(projection_workers).values(expires_at=func.now() + bindparam("life", type_=Interval))
 HEARTBEAT = _row.on_conflict_do_update(
-    index_elements=["worker"], set_={"expires_at": _row.excluded.expires_at}
+    index_elements=["worker"],
+    set_={"expires_at": _row.excluded.expires_at, "projectors": _row.excluded.projectors},
 )
 # SKIP LOCKED: no worker waits for another one that removes the same rows.
 REMOVE_EXPIRED = text("""
@@ -200,6 +201,16 @@ class WorkerRegistry:
             if self._owners[progress.projector].get(progress.partition, self._worker)
             == self._worker
         ]
+
+    def serve(self, projectors: Iterable[str]) -> None:
+        """Take a share in these projectors alone, from the next heartbeat on, which is due now.
+
+        Of a projector that this worker leaves out, the other workers have all partitions.
+        """
+        if sorted(projectors) != self._projectors:
+            self._projectors = sorted(projectors)
+            self._heartbeat_at = 0.0
+            self.heartbeat()
 
     def leave(self) -> None:
         """Delete our row, so that the others take over at once."""

@@ -40,7 +40,7 @@ UNION ALL
 SELECT p.oid, p.proowner, p.proacl::text, p.prosrc FROM pg_proc p
 WHERE p.proowner = to_regrole(%(owner)s) ORDER BY 1
 """
-READ = "SELECT client_reference FROM upvest.orders"
+READ = "SELECT execution_flow FROM upvest.orders"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def cast(given):
     made.end()
 
 
-ORDERS = with_models(with_field(orders, "client_reference", personal=True))
+ORDERS = with_models(with_field(orders, "execution_flow", personal=True))
 """A release that declares one more column personal."""
 
 
@@ -138,15 +138,14 @@ def test_views_of_analysts_on_a_plain_view_survive_and_show_nothing(given, cast)
 def test_access_given_by_other_ways_is_closed_too(given, cast, to):
     login = cast.login()
     whom = "PUBLIC" if to == "PUBLIC" else login
-    columns = "(client_reference)" if to == "one column" else ""
+    columns = "(execution_flow)" if to == "one column" else ""
     given.execute(f"GRANT USAGE ON SCHEMA upvest TO {login}")
     given.execute(f"GRANT SELECT {columns} ON upvest.orders TO {whom}")
 
     migrate(given.database.url, ORDERS)
 
     assert not given.scalar(
-        "SELECT has_column_privilege(:login, 'upvest_personal.orders', 'client_reference', "
-        "'SELECT')",
+        "SELECT has_column_privilege(:login, 'upvest_personal.orders', 'execution_flow', 'SELECT')",
         login=login,
     )
 

@@ -75,12 +75,14 @@ def test_a_worker_of_the_release_before_neither_writes_nor_rebuilds(projected):
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         old = pool.submit(run_projection, projected.engine, [orders], stop=stop)
-        rebuild_stale(projected, CHANGED)
-        projected([order_event("NEW", at=99, order="new")])
-        rebuild_stale(projected, orders)
+        try:
+            rebuild_stale(projected, CHANGED)
+            projected([order_event("NEW", at=99, order="new")])
+            rebuild_stale(projected, orders)
 
-        projected.project(CHANGED)
-        stop.set()
+            projected.project(CHANGED)
+        finally:
+            stop.set()
         old.result()
 
     assert projected.scalar(BUILT) == fingerprint(CHANGED)

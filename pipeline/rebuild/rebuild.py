@@ -41,6 +41,7 @@ __all__ = [
     "StoppedError",
     "check",
     "rebuild",
+    "rebuild_if_stale",
     "rebuild_in_place",
 ]
 
@@ -83,9 +84,33 @@ def rebuild(
         TransientError: The server is unavailable, or the tables stayed locked; call again.
     """
     with Shadow.exclusive(engine, projector, rejected_max, chunk_offsets) as shadow:
-        retry_lock(shadow.prepare, projector)
-        shadow.advance(engine, jobs, stop or threading.Event(), observe)
-        difference = retry_lock(shadow.reconcile, projector)
+        return _fill_and_reconcile(
+            shadow, engine, projector, jobs, stop or threading.Event(), observe
+        )
+
+
+def rebuild_if_stale(
+    engine: Engine, projector: Projector, *, rejected_max: int, stop: threading.Event
+) -> None:
+    """As ``rebuild``, unless another process has finished the same rebuild meanwhile."""
+    with Shadow.exclusive(engine, projector, rejected_max) as shadow:
+        with transaction(engine) as db:
+            is_stale = checkpoints.stale(db, {projector.name: fingerprint(projector)})
+        if is_stale:
+            _fill_and_reconcile(shadow, engine, projector, 1, stop, lambda _: None)
+
+
+def _fill_and_reconcile(
+    shadow: Shadow,
+    engine: Engine,
+    projector: Projector,
+    jobs: int,
+    stop: threading.Event,
+    observe: Observe,
+) -> Difference:
+    retry_lock(shadow.prepare, projector)
+    shadow.advance(engine, jobs, stop, observe)
+    difference = retry_lock(shadow.reconcile, projector)
     log.info("rebuilt", **difference._asdict(), differing=difference.differing)
     return difference
 

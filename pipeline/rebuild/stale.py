@@ -17,7 +17,7 @@ from pipeline.outages import OutagePolicy
 from pipeline.projection import checkpoints
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
-from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild
+from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild_if_stale
 
 log = structlog.get_logger(__name__)
 
@@ -104,7 +104,7 @@ class StaleModels:
         """Whether somebody else rebuilds the read model."""
         try:
             with database() as engine:
-                rebuild(engine, model, rejected_max=self._rejected_max, stop=stop)
+                rebuild_if_stale(engine, model, rejected_max=self._rejected_max, stop=stop)
         except RebuildRunsError:
             return True
         except StoppedError:

@@ -52,8 +52,10 @@ def rebuild_stale(given: Given, model) -> None:
 @contextmanager
 def database(given: Given) -> Iterator[Engine]:
     engine = open_engine(given.database.url, application="test")
-    yield engine
-    engine.dispose()
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def test_of_two_workers_one_rebuilds_and_both_continue_with_the_new_definition(projected, capsys):

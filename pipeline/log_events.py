@@ -6,10 +6,8 @@ Every line has ``ts`` (RFC 3339, UTC, µs), ``level``, ``event`` (a stable snake
 record's bytes or payload, or the values that PostgreSQL repeats in its errors.
 """
 
-import json
 import logging
 import os
-import re
 import sys
 import threading
 import traceback
@@ -21,6 +19,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pipeline.errors import PipelineError
+from pipeline.printable import printable
 from pipeline.redaction import MASK, is_secret, redacted
 
 # These speak at the chosen level; any other library only when something is wrong, because at DEBUG
@@ -30,13 +29,6 @@ _OURS = ("pipeline", "librdkafka")
 # What a record holds: personal data of a client's customers.
 _PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
 
-# What fools a reader's terminal: escape sequences and controls, line separators, and all that is
-# invisible (turns of direction, joiners, tags); and half surrogate pairs, which no stream takes.
-_CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f"
-    "\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff0-\ufffb\U000110bd\U000110cd"
-    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
 _FIRST = ("ts", "level", "event", "logger", "msg")
 
 _worker: int | None = None
@@ -190,16 +182,6 @@ def _without_control_characters(
             str(_printable(line)) for line in event["exception"].split("\n")
         )
     return plain
-
-
-def printable(text: str) -> str:
-    r"""The text, with escapes such as ``\x1b`` for what would play tricks on a terminal."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def printable_json(document: str) -> str:
-    """The same JSON, in which only escapes stand for what would play tricks on a terminal."""
-    return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], document)
 
 
 def _printable(value: object) -> object:

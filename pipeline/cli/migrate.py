@@ -1,21 +1,25 @@
-"""The command that prepares a database: migrate."""
+"""Prepares a database: migrate."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import catalogue
-from pipeline.cli.app import app, settings_of
+from pipeline.cli.app import settings_of
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import emit, say
-from pipeline.schema import migrate as schema
-from pipeline.schema.roles import PREFIX_DEFAULT
+from pipeline.errors import ExitCode
 
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+if TYPE_CHECKING:
+    from pipeline.schema.migrate import Migrated
 
 
-@app.command(
-    epilog="Exit codes: 0 schema and rights are current; 2 wrong usage; 69 the database is away; "
-    "78 a setting or right is wrong, or a newer program has migrated already.",
+@command(
+    {
+        ExitCode.DONE: "schema and rights are current",
+        ExitCode.CONFIGURATION: "a setting or a right is wrong, or a newer version of the program "
+        "has migrated the database",
+    },
+    servers=Servers.DATABASE,
 )
 def migrate(
     ctx: typer.Context,
@@ -23,38 +27,43 @@ def migrate(
         bool,
         typer.Option(
             "--roles",
-            help="Make the database roles too, and hand the schemas to their owner. Once; needs "
-            "CREATEROLE.",
+            help="Create the database roles too, and make their owner the owner of the schemas. "
+            "Needed once; requires CREATEROLE.",
         ),
     ] = False,
     print_roles: Annotated[
         bool,
-        typer.Option("--print-roles", help="Print the SQL for that, for a DBA; change nothing."),
+        typer.Option("--print-roles", help="Print the SQL of --roles, for a DBA; change nothing."),
     ] = False,
     role_prefix: Annotated[
         str | None,
         typer.Option(
-            help=f"With what the roles' names begin, for the first time; {PREFIX_DEFAULT} if not "
-            "given. Each database of a server needs its own.",
+            help="Prefix of the roles' names, the first time; pipeline_ by default. Each database "
+            "of a server needs its own.",
             metavar="PREFIX",
         ),
     ] = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Bring the database's schema and rights up to date.
+    """Bring the schema and the rights of the database up to date.
 
-    Safe to repeat, and while the service runs. Roles that were made once get their rights on all
-    that is new by every later `migrate`.
+    It is safe to repeat, and the service may run meanwhile. Once roles exist, each `migrate` grants
+    them their rights on new objects.
 
     \b
     $ pipeline migrate
     $ pipeline migrate --roles
     $ pipeline migrate --print-roles | psql "$DBA_URL"
     """
+    from pipeline import catalogue
+    from pipeline.schema import migrate as schema
+
     if roles and print_roles:
-        raise typer.BadParameter("--roles makes the roles, --print-roles prints how; not both")
+        raise typer.BadParameter(
+            "--roles creates the roles, --print-roles prints the SQL; give one of them"
+        )
     if role_prefix is not None and not (roles or print_roles):
-        raise typer.BadParameter("--role-prefix goes with --roles or --print-roles")
+        raise typer.BadParameter("--role-prefix needs --roles or --print-roles")
     settings = settings_of(ctx)
     url = settings.database()
     if print_roles:
@@ -81,13 +90,13 @@ Give the roles to logins:
   GRANT {prefix}ingest, {prefix}project TO worker;
   GRANT {prefix}operator TO operations;
   GRANT {prefix}analyst TO anna;
-Settings are not inherited from roles, so each analyst's login wants its own:
+Settings are not inherited from roles, so each login of an analyst needs its own:
   ALTER ROLE anna SET default_transaction_read_only = on;
   ALTER ROLE anna SET statement_timeout = '5min';
   ALTER ROLE anna SET idle_in_transaction_session_timeout = '1min';"""
 
 
-def _print_roles(planned: schema.Migrated, *, as_json: bool) -> None:
+def _print_roles(planned: "Migrated", *, as_json: bool) -> None:
     if as_json:
         emit({"rights": planned.grants, "role_prefix": planned.role_prefix})
         return

@@ -1,29 +1,26 @@
 """The main job: run."""
 
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import structlog
 import typer
-from sqlalchemy import Engine
 
-from pipeline import catalogue
-from pipeline.cli.app import app, database_of
-from pipeline.cli.flow import EXIT_CODES, Job, UntilEnd, Workers, side_by_side, started
-from pipeline.db import transaction
+from pipeline.cli.app import database_of
+from pipeline.cli.command import Servers, command
+from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 from pipeline.errors import PipelineError, TransientError
-from pipeline.projection.checkpoints import fingerprints
-from pipeline.readmodel.fingerprint import fingerprint
-from pipeline.readmodel.model import Projector
-from pipeline.rebuild.rebuild import rebuild
 
-log = structlog.get_logger("pipeline.cli")
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from pipeline.cli.flow import Job
+    from pipeline.readmodel import Projector
 
 REBUILD_RETRY_S = 10.0
-"""Wait before a rebuild is tried again whose server went away."""
+"""Wait before a rebuild is attempted again after a server became unavailable."""
 
 
-@app.command(epilog=EXIT_CODES)
+@command(EXITS, servers=Servers.BOTH, by_signal=BY_SIGNAL)
 def run(
     ctx: typer.Context,
     until_end: UntilEnd = False,
@@ -32,21 +29,23 @@ def run(
         bool,
         typer.Option(
             "--rebuild-stale",
-            help="Rebuild read models whose definition has changed, meanwhile and beside them.",
+            help="Rebuild read models whose definition has changed, beside the live tables.",
         ),
     ] = False,
 ) -> None:
-    """The main job: ingest and project until stopped.
+    """Ingest and project, until stopped: the main job.
 
-    Every record of PIPELINE_TOPICS goes into pipeline.events with its next offset in one
-    transaction; read models follow. Start as many as you like, on as many machines, they share
-    the partitions.
+    Each batch of records of PIPELINE_TOPICS is written to pipeline.events in one transaction with
+    its next offset; read models follow. Any number of these commands, on any number of machines,
+    share the partitions.
 
     \b
     $ pipeline run
     $ pipeline run --until-end     # catch up, then end
     $ pipeline run --workers 4     # four processes
     """
+    from pipeline.cli.flow import side_by_side, started
+
     with started(ctx, "run", workers, until_end=until_end) as job:
         rebuilding = threading.Thread(target=_rebuild_stale, args=[job], name="rebuild")
         rebuild_stale = rebuild_stale and job.worker in (None, 1)
@@ -62,15 +61,25 @@ def run(
                 rebuilding.join()
 
 
-def _rebuild_stale(job: Job) -> None:
-    """Rebuild what was built by another definition; no failure here stops what runs beside."""
+def _rebuild_stale(job: "Job") -> None:
+    """Rebuild read models that were built by another definition. A failure does not end `run`."""
+    from pipeline import catalogue
+
     # Its statements may take long, so it has a database of its own.
     with database_of(job.settings, "rebuild") as engine:
         for projector in catalogue.load(job.settings.read_models).models:
             _rebuild_if_stale(job, engine, projector)
 
 
-def _rebuild_if_stale(job: Job, engine: Engine, projector: Projector) -> None:
+def _rebuild_if_stale(job: "Job", engine: "Engine", projector: "Projector") -> None:
+    import structlog
+
+    from pipeline.db import transaction
+    from pipeline.projection.checkpoints import fingerprints
+    from pipeline.readmodel.fingerprint import fingerprint
+    from pipeline.rebuild.rebuild import rebuild
+
+    log = structlog.get_logger("pipeline.cli")
     logged = ""
     while not job.stop.is_set():
         try:

@@ -22,7 +22,6 @@ from pipeline.signals import IMPATIENT, ending, exit_code_of
 
 log = structlog.get_logger("pipeline.cli")
 
-WORKERS_MAX = 64
 RESTART = Backoff(first_s=1.0, longest_s=60.0)
 """Before a worker that died is started again."""
 STEADY_S = 60.0

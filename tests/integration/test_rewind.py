@@ -289,7 +289,7 @@ def test_the_plan_alone_changes_nothing(topic, database, settings, ledger, pipel
 
     assert (result.code, logged(database, name)) == (0, {})
     assert "12 … 30" in result.out
-    assert "Nothing was done" in result.err
+    assert "Nothing was changed" in result.err
     assert first_offsets(database) == {0: 30}
 
 

@@ -90,7 +90,7 @@ def test_everything_holds_on_a_log_that_nobody_touched(day, pipeline):
     result = pipeline("verify")
 
     assert result.code == 0, result.out
-    assert result.err.endswith("Everything that was examined holds.\n")
+    assert result.err.endswith("Every claim holds.\n")
     records = len(day.ledger.records)
     assert (
         f"kafka: the log holds what Kafka holds, record by record: {records:,} examined"

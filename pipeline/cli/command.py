@@ -126,10 +126,15 @@ class Lazy(TyperGroup):
         return load(cmd_name) if cmd_name in COMMANDS else None
 
 
+def declared(name: str) -> Command | Family:
+    """The command or the family of commands of this name."""
+    word = name.replace("-", "_")
+    found: Command | Family = getattr(import_module(f"pipeline.cli.{word}"), word)
+    return found
+
+
 def load(name: str) -> Any:  # noqa: ANN401 - typer's own type
     """The command of this name, as typer runs it."""
-    word = name.replace("-", "_")
-    declared: Command | Family = getattr(import_module(f"pipeline.cli.{word}"), word)
     app = typer.Typer(name=name, **PLAIN)
-    declared.add_to(app)
+    declared(name).add_to(app)
     return typer.main.get_command(app)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli.command import COMMANDS, Command, Family
+from pipeline.cli.command import COMMANDS, Command, declared
 from pipeline.cli.simulate import KeyBy
 from pipeline.errors import ExitCode
 from pipeline.sandbox.simulator import Keying
@@ -86,10 +86,9 @@ def test_only_the_commands_that_start_the_sandbox_import_it():
     assert "pipeline.sandbox" not in imported
 
 
-def declared(name):
+def commands_of(name):
     """The commands of a name: one, or those of a family."""
-    word = name.replace("-", "_")
-    found: Command | Family = getattr(import_module(f"pipeline.cli.{word}"), word)
+    found = declared(name)
     return [found] if isinstance(found, Command) else list(found.commands)
 
 
@@ -108,10 +107,10 @@ def test_every_exit_code_that_a_command_names_is_in_its_help(name):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ExitCode"
     }
 
-    shown = {code for command in declared(name) for code in command.exits}
+    shown = {code for command in commands_of(name) for code in command.exits}
 
     assert named <= shown
-    for command in declared(name):
+    for command in commands_of(name):
         assert {ExitCode.DONE, ExitCode.USAGE, ExitCode.CONFIGURATION} <= set(command.exits)
         assert all(f"{int(code)} {text}" in command.epilog for code, text in command.exits.items())
 

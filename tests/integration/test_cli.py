@@ -408,7 +408,7 @@ def test_dead_letters_are_listed_shown_and_tried_again(commands, given, pipeline
         }.items()
     )
     assert f"{TOPIC}:0:1" in table.out
-    assert "not of its kind (22P02)" in table.out
+    assert "not of the column's type (22P02)" in table.out
     assert "column cash_amount" in shown.out
     assert "12,5" not in shown.out
     assert content.json["event"]["payload"]["object"]["cash_amount"] == "12,5"

@@ -257,7 +257,7 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(commands, given, co
     os.close(writing)
 
     assert done.returncode == 128 + signal.SIGPIPE, done.stderr
-    assert done.stderr in ("", "Following; Ctrl-C ends it.\n")
+    assert done.stderr in ("", "Following the log. Press Ctrl-C to end.\n")
 
 
 @pytest.mark.parametrize(

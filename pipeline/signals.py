@@ -90,7 +90,9 @@ def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
                 os._exit(128 + number)
             if stop.is_set():
                 continue
-            log.info("stopping", signal=signal.Signals(number).name, effect="after this batch")
+            log.info(
+                "stop_requested", signal=signal.Signals(number).name, effect="after this batch"
+            )
             stop.by(number)
             failpoints.reach("on_sigterm")
 

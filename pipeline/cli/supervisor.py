@@ -103,7 +103,7 @@ class _Parent:
         os.close(self._held)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_OWN)
-        log_events.speak_as(worker)
+        log_events.set_worker(worker)
         threading.Thread(
             target=_end_with_parent, args=[self._lifeline], name="lifeline", daemon=True
         ).start()
@@ -123,7 +123,7 @@ class _Parent:
             self._tell(signal.SIGKILL)
             raise typer.Exit(128 + number)
         elif not self._is_stopping:
-            log.info("stopping", signal=signal.Signals(number).name, effect="all workers")
+            log.info("stop_requested", signal=signal.Signals(number).name, effect="all workers")
             self._note(exit_code_of(number))
             self._stop()
 
@@ -180,7 +180,7 @@ class _Parent:
 
 def _end_with_parent(lifeline: int) -> None:
     os.read(lifeline, 1)
-    log.warning("parent_gone", effect="this worker ends after its batch")
+    log.warning("parent_ended", effect="this worker ends after its batch")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_S_MAX)
     os._exit(ExitCode.INVARIANT)

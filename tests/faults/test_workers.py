@@ -62,7 +62,7 @@ def test_every_line_is_whole_and_names_its_worker(bench: Bench):
     lines = [json.loads(line) for line in command.log.read_text().splitlines()]
     assert {line.get("worker") for line in lines} == {None, 1, 2, 3}
     parents = [line["event"] for line in lines if "worker" not in line]
-    assert parents == ["workers_started", "stopping", "workers_ended"]
+    assert parents == ["workers_started", "stop_requested", "workers_ended"]
     for number in (1, 2, 3):
         events = [line["event"] for line in lines if line.get("worker") == number]
         assert {"started", "partitions_released", "stopped"} <= set(events)
@@ -109,7 +109,7 @@ def test_a_second_signal_ends_all_at_once(bench: Bench):
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(command), "a COPY waits")
             command.send(signal.SIGTERM)
-            command.wait_until_said("stopping")
+            command.wait_until_said("stop_requested")
             command.send(signal.SIGTERM)
             assert command.wait(seconds_max=AT_ONCE_SECONDS_MAX) == 128 + signal.SIGTERM
         until(lambda: command.is_gone, "no worker is left")

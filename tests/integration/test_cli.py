@@ -134,7 +134,7 @@ def test_the_second_signal_ends_at_once(commands, broker, database):
     with hanging.started("ingest") as ingest:
         wait(lambda: count(database, _IN_HAND))
         ingest.tell(signal.SIGTERM)
-        ingest.until("stopping")
+        ingest.until("stop_requested")
         ingest.tell(signal.SIGTERM)
         code = ingest.wait()
 

@@ -22,11 +22,11 @@ from pipeline.errors import PipelineError
 from pipeline.printable import printable
 from pipeline.redaction import MASK, is_secret, redacted
 
-# These speak at the chosen level; any other library only when something is wrong, because at DEBUG
-# and INFO some of them log statements with their parameters.
+# These log at the chosen level. Other libraries log only warnings and errors, because at DEBUG and
+# INFO some of them log statements with their parameters.
 _OURS = ("pipeline", "librdkafka")
 
-# What a record holds: personal data of a client's customers.
+# What a record contains: personal data of a client's customers.
 _PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
 
 _FIRST = ("ts", "level", "event", "logger", "msg")
@@ -34,10 +34,10 @@ _FIRST = ("ts", "level", "event", "logger", "msg")
 _worker: int | None = None
 
 
-def speak_as(worker: int) -> None:
-    """Put the worker's number into every line of this process, whichever thread logs it.
+def set_worker(worker: int) -> None:
+    """Add the worker's number to every line of this process, in all threads.
 
-    A thread begins with no context of its own, so structlog's would not do.
+    Context variables of structlog would not do: a new thread starts without them.
     """
     global _worker
     _worker = worker
@@ -48,7 +48,7 @@ def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "i
 
     Args:
         form: ``auto`` is console where stderr is a terminal, json elsewhere.
-        level: The least level of our own lines: debug, info, warning or error.
+        level: The lowest level of our own lines: debug, info, warning or error.
     """
     terminal = sys.stderr.isatty()
     console = form == "console" or (form == "auto" and terminal)
@@ -92,7 +92,7 @@ def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "i
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what stderr is now: a progress bar replaces it while it is drawn."""
+    """Writes to the current stderr: a progress bar replaces it while it is drawn."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -198,7 +198,7 @@ def _printable(value: object) -> object:
 
 
 def exception_text(error: BaseException) -> str:
-    """A traceback without the values of variables and without what others say of data."""
+    """A traceback without values of variables, and without texts that may contain data."""
     return "\n".join(_chain(error, seen=set()))
 
 
@@ -228,8 +228,8 @@ def _name_of(error: BaseException) -> str:
     )
 
 
-# What these say is ours, or the interpreter's and the operating system's: names, no values of data.
-_TOLD = (
+# The texts of these are ours, the interpreter's or the operating system's: no values of data.
+_SAFE_ERRORS = (
     PipelineError,
     *(AttributeError, ImportError, KeyboardInterrupt, MemoryError, NameError, NotImplementedError),
     *(OSError, RecursionError, TypeError),
@@ -237,12 +237,12 @@ _TOLD = (
 
 
 def _message(error: BaseException) -> str:
-    """The error's text, where it is ours or the interpreter's own; anybody else's may hold data.
+    """The error's text if it is ours or the interpreter's; other texts may contain data.
 
     A driver repeats rows, in the language of its server, and ``int()`` what it could not read. The
-    kind of the error, its SQLSTATE and the lines of code that it came through remain.
+    class of the error, its SQLSTATE and its lines of code remain.
     """
-    if isinstance(error, _TOLD):
+    if isinstance(error, _SAFE_ERRORS):
         return redacted(str(error))
     sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
     if isinstance(sqlstate, str):

@@ -186,7 +186,7 @@ def test_a_worker_that_dies_again_and_again_ends_a_one_shot_command(bench: Bench
     command = bench.worker("ingest", "--until-end", "--workers", "2", fail="after_begin@1:kill")
 
     assert command.wait() == 128 + signal.SIGKILL, command.tail()
-    pauses = [line["again_in_s"] for line in command.said("worker_died") if line["worker"] == 1]
+    pauses = [line["restart_in_s"] for line in command.said("worker_died") if line["worker"] == 1]
     assert pauses[:3] == [1, 2, 4]
     assert bench.worker("ingest", "--until-end").wait() == 0
     bench.judge(feed.ledger)

@@ -1,12 +1,12 @@
-"""What a signal does to a command: it ends in order, says so, and its exit code tells how.
+"""What a signal does to a command: it ends in order, logs that, and has a fitting exit code.
 
-SIGTERM and Ctrl-C are how a command is asked to end: what is asked to run until stopped exits with
-0. Any other signal that would end a process without a word (a terminal that closes, a stray
-``kill -HUP``) is taken as an interruption: the command ends in the same order, but with 128 + the
-signal's number, which systemd and Kubernetes take for a failure, so they start it again.
+SIGTERM and Ctrl-C request the end of a command; a command that runs until stopped then exits with
+0. Every other signal that would end a process without a message (a terminal is closed, a stray
+``kill -HUP``) is an interruption: the command ends in the same order, but with 128 + the signal's
+number. For systemd and Kubernetes this is a failure, so that they restart it.
 
-Signals that the command was started to ignore stay ignored: SIGHUP under ``nohup``, Ctrl-C in the
-background of a script.
+Signals that were ignored when the command started stay ignored: SIGHUP under ``nohup``, Ctrl-C in
+the background of a script.
 """
 
 import os
@@ -17,24 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import structlog
-
 from pipeline import failpoints
 
-log = structlog.get_logger(__name__)
-
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
-"""Ask a command to end; it may exit with 0."""
+"""Request the end of a command; it may exit with 0."""
 INTERRUPTIONS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-"""End a process by default, without a word; a supervisor must see that it did not end by itself."""
+"""End a process by default, without a message; a supervisor must see that it was interrupted."""
 IMPATIENT = (*REQUESTS, signal.SIGQUIT)
-"""As a second signal these end a command at once. SIGHUP does not: systemd (``SendSIGHUP=``) and
-shells send it right after another one."""
+"""As a second signal, these end a command at once. SIGHUP does not: systemd (``SendSIGHUP=``) and
+shells send it directly after another signal."""
 _MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 def ending() -> tuple[signal.Signals, ...]:
-    """The signals that end a command, less those that it was started to ignore."""
+    """The signals that end a command, without those that were ignored when it started."""
     return tuple(
         number
         for number in (*REQUESTS, *INTERRUPTIONS)
@@ -43,15 +39,15 @@ def ending() -> tuple[signal.Signals, ...]:
 
 
 def exit_code_of(number: int) -> int:
-    """The exit code of a command that runs until stopped, when this signal has stopped it."""
+    """The exit code of a command that runs until stopped, after this signal."""
     return 0 if number in REQUESTS else 128 + number
 
 
 class Stop(threading.Event):
-    """Is set when the command is to end.
+    """Is set when the command must end.
 
     Attributes:
-        number: The signal that has set it; 0 for none.
+        number: The signal that set it; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -65,20 +61,23 @@ class Stop(threading.Event):
 
     @property
     def exit_code(self) -> int:
-        """Of a command that runs until stopped: 0, unless an interruption has set it."""
+        """Of a command that runs until stopped: 0, unless an interruption set it."""
         return exit_code_of(self.number) if self.number else 0
 
 
 @contextmanager
 def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
-    """An event that the first signal sets; the batch in hand is finished.
+    """An event that the first signal sets; the command finishes its batch.
 
-    A thread of its own takes the signals, for a handler may not even set an event safely.
+    A separate thread waits for signals, because a signal handler cannot set an event safely.
 
     Args:
         second_ends: A second signal of ``IMPATIENT`` ends the process at once; else it changes
             nothing.
     """
+    import structlog  # here, because help and completion do not need it
+
+    log = structlog.get_logger(__name__)
     stop, over = Stop(), threading.Event()
     signals = ending()
 
@@ -91,7 +90,9 @@ def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
                 os._exit(128 + number)
             if stop.is_set():
                 continue
-            log.info("stopping", signal=signal.Signals(number).name, effect="after this batch")
+            log.info(
+                "stop_requested", signal=signal.Signals(number).name, effect="after this batch"
+            )
             stop.by(number)
             failpoints.reach("on_sigterm")
 
@@ -106,7 +107,7 @@ def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
         if watcher.is_alive() and watcher.ident is not None:
             signal.pthread_kill(watcher.ident, signal.SIGTERM)
             watcher.join()
-        # What has come meanwhile asks for what is done already.
+        # Later signals request what is already done.
         while signal.sigtimedwait(signals, 0):
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -114,9 +115,9 @@ def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
 
 @contextmanager
 def raised_by_signals() -> Iterator[None]:
-    """Turn signals into exceptions, for commands that are done when they are done.
+    """Turn signals into exceptions, for commands that end by themselves.
 
-    What is open is closed in order, the transaction in hand is rolled back. A second signal ends
+    Connections are closed in order, and the open transaction is rolled back. A second signal ends
     the process at once.
 
     Raises:
@@ -126,11 +127,11 @@ def raised_by_signals() -> Iterator[None]:
     signals = ending()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
+        for ending_signal in signals:
+            signal.signal(ending_signal, signal.SIG_DFL)
         if number in REQUESTS:
             raise KeyboardInterrupt(number)
-        tell(f"pipeline: ended by {signal.Signals(number).name} before it was done.")
+        _print(f"pipeline: ended by {signal.Signals(number).name} before it was done.")
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -144,25 +145,8 @@ def raised_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def tell(text: str) -> None:
-    """One line for a person, on a stderr that may have gone with its terminal."""
+def _print(text: str) -> None:
+    """One line for a person, on a stderr that may be closed."""
     with suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-
-
-def open_standard_streams() -> None:
-    """See that 0, 1 and 2 are open.
-
-    Started without them (``2>&-``), the next file to be opened, a database's socket perhaps, would
-    take the number 2, and whatever is written to stderr would go there.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - open for as long as we run
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

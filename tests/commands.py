@@ -18,6 +18,7 @@ import pytest
 import structlog
 
 from pipeline.cli import main
+from pipeline.cli.command import COMMANDS, Command, declared
 from pipeline.sandbox.servers.broker import MockBroker
 from tests import waiting
 from tests.servers.databases import Database
@@ -210,3 +211,13 @@ def _as_before() -> Iterator[None]:
         sys.excepthook, threading.excepthook = hooks
         logging.captureWarnings(capture=False)
         structlog.reset_defaults()
+
+
+def command_names() -> list[str]:
+    """Every command there is; those of a family with both words."""
+    found = []
+    for name in COMMANDS:
+        command = declared(name)
+        members = [] if isinstance(command, Command) else command.commands
+        found += [f"{name} {member.name}" for member in members] or [name]
+    return found

@@ -1,6 +1,8 @@
-"""The root of all commands: global options, what every command needs, errors to exit codes."""
+"""The composition root: global options, settings, database; errors become exit codes.
 
-import logging
+What only some commands need is imported where it is used, so that help starts fast.
+"""
+
 import os
 import platform
 import signal
@@ -9,50 +11,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-import psycopg
-import structlog
 import typer
-from sqlalchemy import Engine
-from typer.core import TyperGroup
 
-from pipeline import __version__, failpoints, log_events
+from pipeline import __version__
+from pipeline.cli.command import PLAIN, Lazy
 from pipeline.cli.output import say
-from pipeline.db import SessionLimits, open_engine
 from pipeline.errors import ExitCode, PipelineError
-from pipeline.kafka import client_version
-from pipeline.projection.loop import Limits
-from pipeline.settings import Settings, load_settings
-from pipeline.signals import open_standard_streams, raised_by_signals, tell
 
-log = structlog.get_logger("pipeline.cli")
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
-_ORDER = (
-    *("demo", "migrate", "check", "run", "ingest", "project", "status", "events"),
-    *("rebuild", "verify", "rewind", "dead-letters", "gaps", "simulate"),
-)
+    from pipeline.projection.loop import Limits
+    from pipeline.settings import Settings
 
 
-class _Root(TyperGroup):
-    """All commands, in the order in which a newcomer meets them."""
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer's own type
-        """Their names, for the help."""
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
+class _Root(Lazy):
+    """All commands. A signal ends a command with 128 + its number."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer's own type
-        """Run the command; typer would call Ctrl-C a failure, with our code for a finding."""
+        """Run the command. Typer would exit with 1 on Ctrl-C, which is our code for a problem."""
+        from pipeline.signals import raised_by_signals
+
         try:
             with raised_by_signals():
                 return super().invoke(ctx)
         except KeyboardInterrupt as interrupted:
             number = signal.Signals(*interrupted.args or [signal.SIGINT])
             if number != signal.SIGINT:
-                tell(f"pipeline: ended by {number.name} before it was done.")
+                say(f"pipeline: ended by {number.name} before it was done.")
             raise typer.Exit(128 + number) from None
         except BrokenPipeError:
-            # Whoever read our output has what was wanted, as in `pipeline events | head`.
+            # The reader of our output has read enough, as in `pipeline events | head`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(128 + signal.SIGPIPE) from None
 
@@ -61,16 +52,14 @@ app = typer.Typer(
     name="pipeline",
     cls=_Root,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain text keeps its examples, on a terminal of any width
     context_settings={"help_option_names": ["-h", "--help"]},
+    **(PLAIN | {"add_completion": True}),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line, and end with the exit code that tells what happened."""
-    open_standard_streams()
-    log_events.configure()
+    """Run the command line, and end with the exit code that says what happened."""
+    _open_standard_streams()
     for argument in sys.argv[1:] if arguments is None else arguments:
         if not _is_text(argument):
             say(f"pipeline: the argument {argument!a} is not UTF-8")
@@ -80,10 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except PipelineError as error:
         say(f"pipeline: {error}")
         sys.exit(error.exit_code)
-    except Exception as error:
-        log.critical("crashed", exc_info=error)
+    except Exception as error:  # noqa: BLE001 - logged, with what it may show
+        _log_crash(error)
         sys.exit(ExitCode.INVARIANT)
     sys.exit(ExitCode.DONE)
+
+
+def _log_crash(error: Exception) -> None:
+    import structlog
+
+    from pipeline import log_events
+
+    if not structlog.is_configured():
+        log_events.configure()
+    structlog.get_logger("pipeline.cli").critical("crashed", exc_info=error)
 
 
 def _is_text(argument: str) -> bool:
@@ -95,12 +94,32 @@ def _is_text(argument: str) -> bool:
     return True
 
 
+def _open_standard_streams() -> None:
+    """Ensure that 0, 1 and 2 are open.
+
+    If the command was started without them (``2>&-``), the next file that is opened, for example
+    the socket of a database, gets the number 2, and everything written to stderr goes there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - open for as long as we run
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def versions() -> dict[str, str]:
-    """What this program is made of, for the start line and bug reports."""
+    """The versions of the program and of what it depends on, for logs and bug reports."""
+    import confluent_kafka
+    import psycopg
+
     libpq = psycopg.pq.version()
     return {
         "version": __version__,
-        "librdkafka": client_version(),
+        "librdkafka": confluent_kafka.libversion()[0],
         "libpq": f"{libpq // 10000}.{libpq % 10000}",
         "python": platform.python_version(),
     }
@@ -108,8 +127,8 @@ def versions() -> dict[str, str]:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        made_of = versions()
-        parts = ", ".join(f"{name} {made_of[name]}" for name in ("librdkafka", "libpq", "python"))
+        found = versions()
+        parts = ", ".join(f"{name} {found[name]}" for name in ("librdkafka", "libpq", "python"))
         typer.echo(f"pipeline {__version__} ({parts})")
         raise typer.Exit
 
@@ -120,49 +139,56 @@ def root(
     config: Annotated[
         Path | None,
         typer.Option(
-            help='A TOML file with settings, e.g. topics = ["Notifications"]. '
-            "The environment (PIPELINE_TOPICS) wins over it.",
+            help='A TOML file with settings, for example topics = ["Notifications"]. '
+            "Environment variables (PIPELINE_TOPICS) override it.",
             metavar="PATH",
         ),
     ] = None,
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Versions; then end."
+            "--version", callback=_show_version, is_eager=True, help="Show versions and exit."
         ),
     ] = False,
 ) -> None:
     """Upvest's Kafka events, exactly once, in PostgreSQL: an append-only log and read models.
 
-    New here?  pipeline demo shows all of it; nothing to set up.
+    To try it: pipeline demo. It shows everything and needs no configuration.
 
-    With settings (PIPELINE_DATABASE_URL, PIPELINE_KAFKA_BOOTSTRAP_SERVERS …):
-    pipeline migrate, pipeline check, then pipeline run.
+    To use it: set PIPELINE_DATABASE_URL and PIPELINE_KAFKA_BOOTSTRAP_SERVERS, then run
+    pipeline migrate, pipeline check, pipeline run.
 
-    Data goes to stdout; logs, progress and words to stderr. Exit codes: 0 done; 1 a check found
-    something; 2 wrong usage; 65 refused, to protect data; 69 a server is away; 70 an invariant
-    broke; 75 somebody else has it; 78 settings, rights or schema are wrong.
+    Data goes to stdout; logs, progress and messages go to stderr. Exit codes: 0 done; 1 a check
+    found a problem; 2 wrong usage; 65 refused, to protect data; 69 a server is unavailable; 70 an
+    invariant is violated; 75 another process has the work; 78 a setting, a right or the schema is
+    wrong; 128 + N ended by signal N.
     """
     ctx.obj = config
 
 
-def settings_of(ctx: typer.Context, *, tells_all: bool = False) -> Settings:
-    """The settings, checked; logs speak in the chosen form from here on.
+def settings_of(
+    ctx: typer.Context, *, log_level: Literal["info", "warning"] = "warning"
+) -> "Settings":
+    """The settings, checked. From here on, logs have the format and level that are set.
 
     Args:
-        ctx: Holds ``--config``.
-        tells_all: Log at the level that is set. Other commands answer with their output, so they
-            log no less than warnings, unless the level is set to debug.
+        ctx: Has ``--config``.
+        log_level: Replaces the level info. Most commands answer with their output and log only
+            warnings and errors.
 
     Raises:
-        ConfigurationError: A setting is wrong or a fail point is armed that may not be.
+        ConfigurationError: A setting is wrong, or a fail point is armed that may not be.
     """
+    import logging
+
+    from pipeline import failpoints, log_events
+    from pipeline.settings import load_settings
+
+    log_events.configure()
     settings = load_settings(ctx.obj)
     level = settings.log_level
-    log_events.configure(
-        settings.log_format, "warning" if level == "info" and not tells_all else level
-    )
-    # It tells whenever it looks at the schema; what it has done we tell ourselves.
+    log_events.configure(settings.log_format, log_level if level == "info" else level)
+    # Alembic logs each look at the schema. What `migrate` did, it reports itself.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     failpoints.arm(os.environ)
     return settings
@@ -170,22 +196,24 @@ def settings_of(ctx: typer.Context, *, tells_all: bool = False) -> Settings:
 
 @contextmanager
 def database_of(
-    settings: Settings,
+    settings: "Settings",
     command: str,
     *,
     pool_size: int = 4,
     answers_soon: bool = False,
     read_only: bool = False,
-) -> Iterator[Engine]:
-    """The configured database, until the block ends. Nothing is connected yet.
+) -> Iterator["Engine"]:
+    """The configured database, until the block ends. It does not connect yet.
 
     Args:
-        settings: Which, and for how long to wait for it.
-        command: Who asks.
-        pool_size: Most connections open at a time.
+        settings: Its URL and timeouts.
+        command: The name of the command, which PostgreSQL shows for its sessions.
+        pool_size: Maximum connections at a time.
         answers_soon: No statement may take longer than ``ANSWER_TIMEOUT_MS``.
-        read_only: Nothing is written, so a standby will do.
+        read_only: Nothing is written, so that a standby is enough.
     """
+    from pipeline.db import SessionLimits, open_engine
+
     engine = open_engine(
         settings.database(),
         application=f"pipeline {command}",
@@ -204,8 +232,36 @@ def database_of(
         engine.dispose()
 
 
-def projection_limits(settings: Settings) -> Limits:
-    """The bounds of the projection, as they are set."""
+@contextmanager
+def migrated_database_of(
+    settings: "Settings", command: str, *, writes_read_models: bool = False, **options: Any
+) -> Iterator["Engine"]:
+    """The same, after a check that it has the schema of this program.
+
+    Args:
+        settings: As above.
+        command: As above.
+        writes_read_models: Check also that objects of others on our tables change nothing that
+            this command writes.
+        **options: As above.
+
+    Raises:
+        ConfigurationError: Another version of the program has migrated the database, or none.
+    """
+    from pipeline import catalogue
+    from pipeline.schema.migrate import check_schema, check_tables
+
+    with database_of(settings, command, **options) as engine:
+        check_schema(engine)
+        if writes_read_models:
+            check_tables(engine, catalogue=catalogue.load(settings.read_models))
+        yield engine
+
+
+def projection_limits(settings: "Settings") -> "Limits":
+    """The limits of the projection that are set."""
+    from pipeline.projection.loop import Limits
+
     return Limits(
         batch_offsets_max=settings.project_batch_offsets,
         rejected_max=settings.dead_letter_budget,

@@ -1,20 +1,32 @@
 """What several commands take as arguments: times, partitions and offsets, names of read models."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from pipeline import catalogue
-from pipeline.log.search import Wanted
-from pipeline.partitions import NextOffset, Offset, OffsetRange, after
-from pipeline.readmodel import Projector
-from pipeline.settings import Settings
+from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+
+if TYPE_CHECKING:
+    from pipeline.readmodel import Projector
+    from pipeline.settings import Settings
 
 OFFSET_MAX = 2**63 - 1
 """Kafka numbers records with 64 bits, as PostgreSQL stores them."""
-_PLACE = "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
+_COORDINATES = "TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET]"
+
+
+class Coordinates(NamedTuple):
+    """A topic, one partition of it, or a range of offsets of that partition."""
+
+    topic: str
+    partition: int | None
+    offsets: OffsetRange | None
+
+    def includes(self, partition: Partition) -> bool:
+        """Whether it is this topic and, if one is named, this partition."""
+        return self.topic == partition.topic and self.partition in (None, partition.number)
 
 
 def parse_time(value: str) -> datetime:
@@ -32,29 +44,39 @@ def parse_time(value: str) -> datetime:
         ) from None
 
 
-def parse_place(value: str) -> Wanted:
+def parse_coordinates(value: str) -> Coordinates:
     """Topic, partition and offsets."""
     topic, _, rest = value.partition(":")
     number, _, offsets = rest.partition(":")
     first, _, last = offsets.partition("-")
     try:
-        place = Wanted(topic=topic, partition=int(number) if rest else None)
+        partition = int(number) if rest else None
         if not offsets:
-            return place
+            return Coordinates(topic, partition, None)
         begin, end = Offset(int(first)), after(Offset(int(last or first)))
     except ValueError:
-        raise typer.BadParameter(_PLACE) from None
+        raise typer.BadParameter(_COORDINATES) from None
     if not 0 <= begin < end <= OFFSET_MAX:
-        raise typer.BadParameter(_PLACE)
-    return replace(place, offsets=OffsetRange(NextOffset(begin), end))
+        raise typer.BadParameter(_COORDINATES)
+    return Coordinates(topic, partition, OffsetRange(NextOffset(begin), end))
 
 
-def read_models(settings: Settings, names: Sequence[str]) -> list[Projector]:
+def parse_partitions(value: str) -> Coordinates:
+    """A topic or one partition of it, without offsets."""
+    found = parse_coordinates(value)
+    if found.offsets is not None:
+        raise typer.BadParameter("TOPIC or TOPIC:PARTITION")
+    return found
+
+
+def read_models(settings: "Settings", names: Sequence[str]) -> "list[Projector]":
     """The read models with these names, or all if none is named.
 
     Raises:
         typer.BadParameter: There is no read model of a name.
     """
+    from pipeline import catalogue
+
     by_name = catalogue.load(settings.read_models).by_name
     if unknown := [name for name in names if name not in by_name]:
         raise typer.BadParameter(

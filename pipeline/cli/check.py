@@ -1,42 +1,42 @@
-"""The command that examines an installation: check."""
+"""Examines an installation: check."""
 
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from pipeline import catalogue
-from pipeline.cli.app import app, settings_of
+from pipeline.cli.app import settings_of
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import emit, say
-from pipeline.health.check import (
-    PromiseState,
-    PromiseStatus,
-    Result,
-    exit_code,
-    promise_statuses,
-    run_checks,
+from pipeline.errors import ExitCode
+from pipeline.printable import printable
+
+if TYPE_CHECKING:
+    from pipeline.health.check import PromiseStatus, Result
+
+
+@command(
+    {
+        ExitCode.DONE: "no problem; risks may be listed",
+        ExitCode.FOUND: "there is a problem, and a guarantee is broken",
+    },
+    servers=Servers.BOTH,
 )
-from pipeline.log_events import printable
+def check(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Show problems and risks on both sides, with what to do.
 
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
-
-
-@app.command(
-    epilog="Exit codes: 0 nothing is wrong (risks may be listed); 1 something is, and a guarantee "
-    "is broken; 69 a server is away; 78 a setting, a right or the schema is wrong."
-)
-def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
-    """Show what is right and wrong, and what is at risk.
-
-    On both sides, with what to do. Versions, durability, TLS, login, rights, schema, append-only
-    triggers, read models; topics, group, replication, retention against
-    PIPELINE_LONGEST_OUTAGE_HOURS, and whether Kafka is still what was read before. Then each
-    guarantee: holds, at risk, broken, or not known, and why.
-    Changes nothing, joins no group.
+    Of PostgreSQL: version, durability, TLS, login, rights, schema, append-only triggers, read
+    models. Of Kafka: login, topics, group, replication, retention against
+    PIPELINE_LONGEST_OUTAGE_HOURS, and whether it is the Kafka that was read before. Then the state
+    of each guarantee: holds, at risk, broken or not known, and why.
+    It changes nothing and joins no group.
 
     \b
     $ pipeline check
     """
+    from pipeline import catalogue
+    from pipeline.health.check import PromiseState, exit_code, promise_statuses, run_checks
+
     settings = settings_of(ctx)
     results = []
     for result in run_checks(settings, catalogue.load(settings.read_models)):
@@ -62,20 +62,15 @@ def check(ctx: typer.Context, as_json: _AsJson = False) -> None:
 
 
 _SIGNS = {"ok": "✓", "unknown": "?", "warning": "!", "error": "✗"}
-_SIGN_OF_STATE = {
-    PromiseState.HOLDS: "✓",
-    PromiseState.NOT_KNOWN: "?",
-    PromiseState.AT_RISK: "!",
-    PromiseState.BROKEN: "✗",
-}
+_SIGN_OF_STATE = {"holds": "✓", "not known": "?", "at risk": "!", "broken": "✗"}
 
 
-def _show(result: Result) -> None:
+def _show(result: "Result") -> None:
     fix = f" → {result.problem.fix}" if result.problem else ""
     typer.echo(printable(f"{_SIGNS[result.level]} {result.level:<7}  {result}{fix}"))
 
 
-def _show_promise(promise: PromiseStatus) -> None:
+def _show_promise(promise: "PromiseStatus") -> None:
     reasons = f": {'; '.join(promise.reasons)}" if promise.reasons else ""
     sign = _SIGN_OF_STATE[promise.state]
     typer.echo(printable(f"{sign} {promise.state:<9}  {promise.promise}{reasons}"))

@@ -1,35 +1,41 @@
-"""The command to try everything with: demo."""
+"""Everything on embedded servers: demo."""
 
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.app import app
-from pipeline.errors import ConfigurationError
+from pipeline.cli.command import Servers, command
+from pipeline.errors import ConfigurationError, ExitCode
 
 
-@app.command(
-    epilog="Exit codes: 0 all that it claims was found true; 1 something was not; 78 a server "
-    "could not be started here; 130 Ctrl-C before the end, or 128 + the number of another signal."
+@command(
+    {
+        ExitCode.DONE: "every claim was found true",
+        ExitCode.FOUND: "a claim was not",
+        ExitCode.CONFIGURATION: "a server could not be started on this machine",
+    },
+    servers=Servers.NONE,
 )
 def demo(
     events: Annotated[
-        int, typer.Option(min=2000, help="Events of the day at the broker.")
+        int, typer.Option(min=2000, help="How many events the simulated day has.")
     ] = 24_000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same day.")] = 7,
     stay: Annotated[
         bool | None,
         typer.Option(
             "--stay/--end",
-            help="Stay up for a look around with psql; on a terminal it does.",
+            help="Keep the servers for queries with psql, or end at once. The default is --stay "
+            "on a terminal.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """All of it, on servers of its own: nothing to set up.
+    """Show everything, on servers of its own. It needs no configuration.
 
     A day at a broker flows from Kafka into tables; a table is truncated, a read model rebuilt, a
-    worker killed; every number is checked. Under a minute, and nothing is left behind.
+    worker killed; every number is checked. It takes less than a minute and leaves nothing on the
+    machine.
 
     \b
     $ pipeline demo
@@ -38,6 +44,6 @@ def demo(
         from pipeline.sandbox.demo import run_demo
     except ImportError:
         raise ConfigurationError(
-            "the demo needs its extra: pip install 'upvest-pipeline[demo]'"
+            "The demo needs the extra `demo`. Run pip install 'upvest-pipeline[demo]'."
         ) from None
     raise typer.Exit(run_demo(seed, events, stay=stay))

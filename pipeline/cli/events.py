@@ -1,55 +1,54 @@
-"""The command that finds events in the log, and follows it: events."""
+"""Finds events in the log, and follows it: events."""
 
 import base64
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
 
-import orjson
 import typer
-from sqlalchemy import Engine
 
-from pipeline.cli.app import app, database_of, settings_of
-from pipeline.cli.arguments import parse_place, parse_time
+from pipeline.cli.app import migrated_database_of, settings_of
+from pipeline.cli.arguments import Coordinates, parse_coordinates, parse_time
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import NOTHING, emit, moment, say
-from pipeline.db import transaction
-from pipeline.log.offsets import ranges
-from pipeline.log.search import Found, Wanted, first_since, follow, newest
-from pipeline.log_events import printable
-from pipeline.partitions import NextOffset, Partition
-from pipeline.schema.migrate import check_schema
+from pipeline.errors import ExitCode
+from pipeline.printable import printable
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from pipeline.log.search import Found, Wanted
+    from pipeline.partitions import NextOffset, Partition
 
 FOLLOW_S = 0.5
-"""How often a log that is followed is looked at."""
+"""How often --follow queries the log."""
 LOOK_BACK = timedelta(hours=24)
-"""How far a search looks back that no index answers, unless told."""
+"""How far back a search without an index goes by default."""
 _CONTENT = ("payload", "raw", "key", "headers")
 
 
-@app.command(
-    epilog="Exit codes: 0 done, even if nothing was found; 2 wrong usage; 69 the database is away; "
-    "78 a setting, a right or the schema is wrong."
-)
+@command({ExitCode.DONE: "done, even if nothing was found"}, servers=Servers.DATABASE)
 def events(
     ctx: typer.Context,
     identity: Annotated[
         UUID | None,
         typer.Argument(
-            metavar="ID", help="Id of an event, or of what events are about: its timeline."
+            metavar="ID", help="Id of an event, or of an entity: all events about it, in order."
         ),
     ] = None,
     event_type: Annotated[
-        str | None, typer.Option("--type", help="ORDER.FILLED, or all of a category: ORDER")
+        str | None,
+        typer.Option("--type", help="A type, ORDER.FILLED, or a whole category, ORDER."),
     ] = None,
     at: Annotated[
-        Wanted | None,
+        Coordinates | None,
         typer.Option(
-            parser=parse_place,
-            metavar="PLACE",
-            help="TOPIC, TOPIC:PARTITION, TOPIC:PARTITION:OFFSET[-OFFSET].",
+            parser=parse_coordinates,
+            metavar="COORDINATES",
+            help="TOPIC, TOPIC:PARTITION or TOPIC:PARTITION:OFFSET[-OFFSET].",
         ),
     ] = None,
     since: Annotated[
@@ -57,34 +56,45 @@ def events(
         typer.Option(
             parser=parse_time,
             metavar="TIME",
-            help="Came into the log since: a time, or 15m, 2h, 7d.",
+            help="Only events written to the log since then: a time, or 15m, 2h, 7d.",
         ),
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option(parser=parse_time, metavar="TIME", help="Came into the log before."),
+        typer.Option(
+            parser=parse_time,
+            metavar="TIME",
+            help="Only events written to the log before then.",
+        ),
     ] = None,
-    bad: Annotated[bool, typer.Option("--bad", help="Only what could not be read.")] = False,
+    bad: Annotated[
+        bool, typer.Option("--bad", help="Only records that could not be decoded.")
+    ] = False,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", "-n", min=1, help="At most; 50, or no end with --follow.", show_default=False
+            "--limit",
+            "-n",
+            min=1,
+            help="Maximum number of events; 50 by default, no limit with --follow.",
+            show_default=False,
         ),
     ] = None,
     payload: Annotated[
         bool,
         typer.Option(
-            "--payload", help="Show contents too. They hold personal data: mind where to."
+            "--payload", help="Show the content of events too. It contains personal data."
         ),
     ] = False,
     following: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")
+        bool, typer.Option("--follow", "-f", help="Continue with new events, until Ctrl-C.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document a line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Find events in the log, and follow it. Shows the newest that match, oldest first.
+    """Find events in the log, or follow it.
 
-    A search by type or --bad looks back 24 hours unless --since says otherwise. A standby will do.
+    Shows the newest events that match, oldest first; with --json, one document per line. A search
+    by type or with --bad covers the last 24 hours unless --since is given. A standby is enough.
 
     \b
     $ pipeline events
@@ -93,21 +103,24 @@ def events(
     $ pipeline events --at Notifications:0:1200-1210 --payload
     $ pipeline events --follow --json
     """
+    from pipeline.db import transaction
+    from pipeline.log.search import Wanted, newest
+
     settings = settings_of(ctx)
-    answered_by_index = identity is not None or (at is not None and at.offsets is not None)
-    if since is None and (event_type or bad) and not answered_by_index and not following:
+    has_index = identity is not None or (at is not None and at.offsets is not None)
+    if since is None and (event_type or bad) and not has_index and not following:
         since = datetime.now(UTC) - LOOK_BACK
-    wanted = replace(
-        at or Wanted(),
+    wanted = Wanted(
         identity=identity,
         event_type=event_type,
         since=since,
         until=until,
         only_bad=bad,
     )
+    if at is not None:
+        wanted = replace(wanted, **at._asdict())
     show = emit_event if as_json else print_event
-    with database_of(settings, "events", read_only=True) as engine:
-        check_schema(engine)
+    with migrated_database_of(settings, "events", read_only=True) as engine:
         try:
             if following:
                 for found in _follow(engine, wanted, with_content=payload, limit=limit):
@@ -118,26 +131,32 @@ def events(
             for found in found_all:
                 show(found, with_content=payload)
             if not found_all:
-                say("Nothing found" + (f" since {moment(since)}." if since else "."))
+                say("No events found" + (f" since {moment(since)}." if since else "."))
         except KeyboardInterrupt:
             return
 
 
 def _follow(
-    engine: Engine, wanted: Wanted, *, with_content: bool, limit: int | None
-) -> Iterator[Found]:
-    """What comes from now on, or from ``since`` on; at most ``limit`` events."""
+    engine: "Engine", wanted: "Wanted", *, with_content: bool, limit: int | None
+) -> "Iterator[Found]":
+    """New events from now on, or from ``since`` on; at most ``limit``."""
+    from pipeline.db import transaction
+    from pipeline.log.offsets import ranges
+    from pipeline.log.search import first_since, follow
+
     with transaction(engine) as db:
-        places: dict[Partition, NextOffset] = {p: held.end for p, held in ranges(db).items()}
+        next_offsets: dict[Partition, NextOffset] = {
+            partition: logged.end for partition, logged in ranges(db).items()
+        }
         if wanted.since is not None:
-            begun = first_since(db, [wanted.since])
-            places |= {partition: first for (partition, _), first in begun.items()}
-    say("Following; Ctrl-C ends it.")
+            first = first_since(db, [wanted.since])
+            next_offsets |= {partition: offset for (partition, _), offset in first.items()}
+    say("Following the log. Press Ctrl-C to end.")
     shown = 0
     while True:
         with transaction(engine) as db:
-            fresh = list(follow(db, wanted, places, with_content=with_content))
-        for found in fresh:
+            new = list(follow(db, wanted, next_offsets, with_content=with_content))
+        for found in new:
             yield found
             shown += 1
             if shown == limit:
@@ -148,8 +167,8 @@ def _follow(
 # ---------------------------------------------------------------------------------------- printing
 
 
-def print_event(found: Found, *, with_content: bool) -> None:
-    """One line for people, its content on the next."""
+def print_event(found: "Found", *, with_content: bool) -> None:
+    """One line for people; the content on the next."""
     when = found.created_at or found.kafka_timestamp or found.ingested_at
     notes = []
     if found.repeat_of is not None:
@@ -167,24 +186,26 @@ def print_event(found: Found, *, with_content: bool) -> None:
         typer.echo(printable(f"    {_content(found)}"))
 
 
-def _content(found: Found) -> str:
+def _content(found: "Found") -> str:
     if found.payload is not None:
         return found.payload
     return "tombstone" if found.raw is None else repr(found.raw)
 
 
-def emit_event(found: Found, *, with_content: bool) -> None:
-    """One JSON document on a line."""
+def emit_event(found: "Found", *, with_content: bool) -> None:
+    """One JSON document per line."""
     emit(document_of(found, with_content=with_content))
 
 
-def document_of(found: Found, *, with_content: bool) -> dict[str, object]:
-    """An event for programs; what may hold personal data only if wanted."""
+def document_of(found: "Found", *, with_content: bool) -> dict[str, object]:
+    """An event for programs; the content, which may contain personal data, only on request."""
+    import orjson
+
     document: dict[str, object] = {
         name: value for name, value in found._asdict().items() if name not in _CONTENT
     }
     if with_content:
-        # The payload as PostgreSQL writes it: reading it here could round its numbers.
+        # The payload as PostgreSQL writes it: decoding it here could round its numbers.
         document["payload"] = orjson.Fragment(found.payload) if found.payload else None
         document["raw_base64"] = _base64(found.raw)
         document["key_base64"] = _base64(found.key)

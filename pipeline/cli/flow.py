@@ -1,8 +1,7 @@
-"""The commands that move events: run, ingest, project. They run until stopped, or to the end.
+"""What run, ingest and project do. They run until stopped, or to the end.
 
-The first signal finishes the batch in hand; the second ends the process at once, which costs
-nothing but the batch that is then read again. With several workers the second is the parent's
-affair.
+On the first signal the current batch is finished. The second signal ends the process at once; that
+batch is then read again. With several workers, the parent process handles the second signal.
 """
 
 import os
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Annotated
 
 import structlog
 import typer
@@ -21,7 +19,7 @@ from sqlalchemy import Engine
 from pipeline import catalogue
 from pipeline.cli.app import database_of, projection_limits, settings_of, versions
 from pipeline.cli.output import Gauge
-from pipeline.cli.supervisor import WORKERS_MAX, become_worker
+from pipeline.cli.supervisor import become_worker
 from pipeline.cli.tally import Tally
 from pipeline.db import LOG_SCHEMA
 from pipeline.db.session import address_of
@@ -42,45 +40,18 @@ from pipeline.signals import Stop, stopped_by_signals
 log = structlog.get_logger("pipeline.cli")
 
 LAST_PASS_S_MAX = 10.0
-"""Longest wait for the projection's pass in hand, when we are to stop and ingest has ended."""
+"""Maximum wait for the current pass of the projection, when a stop is requested."""
 RECHECK_S = 10.0
 """How often a worker checks whether a read model must be rebuilt."""
-
-UntilEnd = Annotated[
-    bool,
-    typer.Option(
-        "--until-end", help="Stop when caught up with what was there at the start, with 0 or 65."
-    ),
-]
-
-Workers = Annotated[
-    int,
-    typer.Option(
-        "--workers",
-        min=1,
-        max=WORKERS_MAX,
-        help="How many processes share the work; one that dies is started again.",
-    ),
-]
-
-EXIT_CODES = (
-    "Exit codes: 0 stopped by SIGTERM or Ctrl-C, after the batch in hand; 128 + its number when "
-    "stopped by another signal, 129 for SIGHUP, so that a supervisor starts it again; 65 (with "
-    "--until-end) a "
-    "partition stands still to protect data; 70 an invariant broke; 75 another process has our "
-    "partitions; 78 a setting, a right or the schema is wrong. A server that is away is waited "
-    "for; with --until-end 69 after a minute. Of several workers 65, 75 and 78 end all (65 with "
-    "--until-end only itself), and the highest code is the command's."
-)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a flow needs.
+    """What the halves need.
 
     Attributes:
         worker: Which of several workers this process is; None if it is the only one.
-        tally: Counts what is done, for the log.
+        tally: Counts records, for the log.
     """
 
     settings: Settings
@@ -99,27 +70,27 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
 
     With several workers the block runs in each of them.
     """
-    settings = settings_of(ctx, tells_all=True)
+    settings = settings_of(ctx, log_level="info")
     worker = None
     if workers > 1:
         _check_once(settings, command)
         worker = become_worker(workers, until_end=until_end)
-        settings = _named(settings_of(ctx, tells_all=True), worker)
+        settings = _named(settings_of(ctx, log_level="info"), worker)
     with (
         database_of(settings, command, pool_size=6, answers_soon=True) as engine,
         stopped_by_signals(second_ends=worker is None) as stop,
     ):
         log.info("started", command=command, **_who(settings), **versions())
-        begun, tally = time.monotonic(), Tally()
+        started_at, tally = time.monotonic(), Tally()
         try:
             schemas = (LOG_SCHEMA,) if command == "ingest" else OUR_SCHEMAS
             declared = catalogue.load(settings.read_models)
             _wait_for_schema(engine, stop, schemas, declared, until_end=until_end)
             if worker == 1 and command != "project":
-                _tell_of_too_many(settings, workers)
+                _warn_of_too_many(settings, workers)
             yield Job(settings, engine, stop, worker, tally)
         except PipelineError as error:
-            log.error(  # noqa: TRY400 - the text says it all; a traceback is for defects
+            log.error(  # noqa: TRY400 - a traceback is for defects
                 "stopped",
                 command=command,
                 reason=str(error),
@@ -130,8 +101,8 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
         log.info(
             "stopped",
             command=command,
-            reason="asked to" if stop.is_set() else "reached the end",
-            after_s=round(time.monotonic() - begun, 1),
+            reason="signal" if stop.is_set() else "reached the end",
+            after_s=round(time.monotonic() - started_at, 1),
             **tally.totals,
             exit_code=stop.exit_code,
         )
@@ -140,21 +111,21 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
 
 
 def _check_once(settings: Settings, command: str) -> None:
-    """Complain here of what each worker would complain of."""
+    """Raise here once what each worker would raise."""
     settings.database()
     if command != "project":
         settings.kafka_client()
 
 
 def _named(settings: Settings, worker: int) -> Settings:
-    """With a name in the group of its own: two members of one name fence each other."""
+    """With a name of its own in the group: two members with one name fence each other."""
     if settings.group_instance_id is None:
         return settings
     own = f"{settings.group_instance_id}-{worker}"
     return settings.model_copy(update={"group_instance_id": own})
 
 
-def _tell_of_too_many(settings: Settings, workers: int) -> None:
+def _warn_of_too_many(settings: Settings, workers: int) -> None:
     try:
         with closing(Brokers(settings)) as brokers:
             partitions = sum(map(brokers.partition_count, settings.topics))
@@ -166,7 +137,7 @@ def _tell_of_too_many(settings: Settings, workers: int) -> None:
             "workers_without_partition",
             workers=workers,
             partitions=partitions,
-            effect="each partition is read by one worker; the others stand by",
+            effect="each partition is read by one worker; the others are idle",
         )
 
 
@@ -178,7 +149,7 @@ def _wait_for_schema(
     *,
     until_end: bool,
 ) -> None:
-    """Check the schema as soon as the database is there, or return when told to stop."""
+    """Check the schema as soon as the database is available; return if a stop is requested."""
     outages = OutagePolicy(waits_forever=not until_end)
     while not stop.is_set():
         try:
@@ -192,7 +163,7 @@ def _wait_for_schema(
 
 
 def _who(settings: Settings) -> dict[str, object]:
-    """Where this process stands and what it works on; no secrets."""
+    """The host and process, and what it works on; no secrets."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -239,10 +210,8 @@ def _keep_current(job: Job, ended: threading.Event) -> None:
         try:
             models.rebuild(lambda: database_of(job.settings, "rebuild"), ended)
         except PipelineError as error:
-            # The projection has the same database, and ends the command where it must end.
-            log.warning(
-                "rebuild_waits", reason=str(error), effect=f"tried again in {RECHECK_S:g} s"
-            )
+            # The projection uses the same database, and ends the command where it must end.
+            log.warning("rebuild_waits", reason=str(error), effect=f"retried in {RECHECK_S:g} s")
         ended.wait(RECHECK_S)
 
 
@@ -280,7 +249,7 @@ def project_to_the_end(job: Job) -> None:
 
 
 def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
-    """Show the progress of a projection: it tells how far behind it was before each round."""
+    """Show the progress of a projection, which reports its lag before each pass."""
     taken_before = 0
 
     def observe(progress: Projected) -> None:
@@ -307,7 +276,7 @@ def ingest_to_the_end(job: Job) -> None:
 
 def side_by_side(job: Job, *, until_end: bool) -> None:
     """Ingest here, project in a thread; the first half to fail stops the other and is raised."""
-    follow_no_more = threading.Event()
+    end_projection = threading.Event()
     failures: list[Exception] = []
 
     def half(work: Callable[[], None]) -> None:
@@ -315,29 +284,29 @@ def side_by_side(job: Job, *, until_end: bool) -> None:
             work()
         except Exception as error:  # noqa: BLE001 - raised below, in the main thread
             failures.append(error)
-            # A partition that stands still is no reason to leave the others' events unprojected.
+            # If a partition is halted, the events of the others are still projected.
             if not isinstance(error, RefusedError):
                 job.stop.set()
         if job.stop.is_set():
-            follow_no_more.set()
+            end_projection.set()
 
     def follow() -> None:
-        project_until_stopped(job, follow_no_more)
+        project_until_stopped(job, end_projection)
 
-    # A daemon, for a PostgreSQL that hangs must not keep the process.
+    # A daemon: a PostgreSQL that does not answer must not keep the process alive.
     projection = threading.Thread(target=half, args=[follow], name="projection", daemon=True)
     projection.start()
     if until_end:
         half(lambda: ingest_to_the_end(job))
     else:
         half(lambda: ingest_until_stopped(job))
-    follow_no_more.set()
+    end_projection.set()
     projection.join(LAST_PASS_S_MAX if job.stop.is_set() else None)
     if projection.is_alive():
         log.warning(
             "projection_not_ended",
             waited_s=LAST_PASS_S_MAX,
-            effect="PostgreSQL rolls its pass back; nothing is lost",
+            effect="PostgreSQL rolls back its pass; nothing is lost",
         )
     if until_end and not job.stop.is_set():
         half(lambda: project_to_the_end(job))

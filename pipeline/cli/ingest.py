@@ -1,26 +1,21 @@
-"""Kafka into the log: ingest."""
+"""Kafka to the log: ingest."""
 
 import typer
 
-from pipeline.cli.app import app
-from pipeline.cli.flow import (
-    EXIT_CODES,
-    UntilEnd,
-    Workers,
-    ingest_to_the_end,
-    ingest_until_stopped,
-    started,
-)
+from pipeline.cli.command import Servers, command
+from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 
 
-@app.command(epilog=EXIT_CODES)
+@command(EXITS, servers=Servers.BOTH, by_signal=BY_SIGNAL)
 def ingest(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1) -> None:
-    """Kafka into the log, exactly once: one half of `run`.
+    """Write Kafka's records to the log: one half of `run`.
 
     \b
     $ pipeline ingest
-    $ pipeline ingest --until-end  # fill the log with what is there, then end
+    $ pipeline ingest --until-end  # write what is there now, then end
     """
+    from pipeline.cli.flow import ingest_to_the_end, ingest_until_stopped, started
+
     with started(ctx, "ingest", workers, until_end=until_end) as job:
         if until_end:
             ingest_to_the_end(job)

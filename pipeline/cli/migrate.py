@@ -1,25 +1,28 @@
-"""The command that prepares a database: migrate."""
+"""Prepares a database: migrate."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import catalogue
-from pipeline.cli.app import app, settings_of
+from pipeline.cli.app import settings_of
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import emit, say
 from pipeline.errors import ExitCode
-from pipeline.log_events import printable
-from pipeline.schema import migrate as schema
-from pipeline.schema.roles import PREFIX_DEFAULT
+from pipeline.printable import printable
 
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+if TYPE_CHECKING:
+    from pipeline.schema.migrate import Migrated
 
 
-@app.command(
-    epilog="Exit codes: 0 schema and rights are current; 1 something is due (--plan, --sql); "
-    "2 wrong usage; 69 the database is unavailable; 78 a setting or right is wrong, a newer "
-    "release has migrated already, or objects of others are in the way.",
+@command(
+    {
+        ExitCode.DONE: "schema and rights are current",
+        ExitCode.FOUND: "with --plan or --sql, something is due",
+        ExitCode.CONFIGURATION: "a setting or a right is wrong, a newer version of the program has "
+        "migrated the database, or objects of others prevent a change",
+    },
+    servers=Servers.DATABASE,
 )
 def migrate(
     ctx: typer.Context,
@@ -27,37 +30,35 @@ def migrate(
         bool,
         typer.Option(
             "--roles",
-            help="Make the database roles too, and hand the schemas to their owner. Once; needs "
-            "CREATEROLE.",
+            help="Create the database roles too, and make their owner the owner of the schemas. "
+            "Needed once; requires CREATEROLE.",
         ),
     ] = False,
     print_roles: Annotated[
         bool,
-        typer.Option("--print-roles", help="Print the SQL for that, for a DBA; change nothing."),
+        typer.Option("--print-roles", help="Print the SQL of --roles, for a DBA; change nothing."),
     ] = False,
     role_prefix: Annotated[
         str | None,
         typer.Option(
-            help=f"With what the roles' names begin, for the first time; {PREFIX_DEFAULT} if not "
-            "given. Each database of a server needs its own.",
+            help="Prefix of the roles' names, the first time; pipeline_ by default. Each database "
+            "of a server needs its own.",
             metavar="PREFIX",
         ),
     ] = None,
     plan: Annotated[
-        bool,
-        typer.Option("--plan", help="Print what would be done; change nothing."),
+        bool, typer.Option("--plan", help="Print what would be done; change nothing.")
     ] = False,
     sql: Annotated[
-        bool,
-        typer.Option("--sql", help="Print the statements for it, for a DBA; change nothing."),
+        bool, typer.Option("--sql", help="Print the statements, for a DBA; change nothing.")
     ] = False,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Bring the database's schema and rights up to date.
+    """Bring the schema and the rights of the database up to date.
 
     The log and its bookkeeping by migrations; read models, views and rights as they are declared.
-    Safe to repeat, and while the service runs; the next call continues a killed one. Roles that
-    were made once get their rights on all that is new by every later `migrate`.
+    It is safe to repeat, and the service may run meanwhile; the next command continues after a
+    kill. Once roles exist, each `migrate` grants them their rights on new objects.
 
     \b
     $ pipeline migrate --plan
@@ -65,10 +66,13 @@ def migrate(
     $ pipeline migrate --roles
     $ pipeline migrate --print-roles | psql "$DBA_URL"
     """
+    from pipeline import catalogue
+    from pipeline.schema import migrate as schema
+
     if sum((roles, print_roles, plan, sql)) > 1:
         raise typer.BadParameter("give only one of --roles, --print-roles, --plan and --sql")
     if role_prefix is not None and not (roles or print_roles):
-        raise typer.BadParameter("--role-prefix goes with --roles or --print-roles")
+        raise typer.BadParameter("--role-prefix needs --roles or --print-roles")
     settings = settings_of(ctx)
     url, declared = settings.database(), catalogue.load(settings.read_models)
     if print_roles:
@@ -95,7 +99,7 @@ def migrate(
         say(_WHAT_NEXT.format(prefix=done.role_prefix))
 
 
-def _as_json(migrated: schema.Migrated) -> dict[str, object]:
+def _as_json(migrated: "Migrated") -> dict[str, object]:
     return {
         "applied": migrated.applied,
         "steps": [
@@ -107,7 +111,7 @@ def _as_json(migrated: schema.Migrated) -> dict[str, object]:
     }
 
 
-def _lines(migrated: schema.Migrated) -> Iterator[str]:
+def _lines(migrated: "Migrated") -> Iterator[str]:
     if migrated.applied:
         yield f"Migrations: {', '.join(migrated.applied)}."
     for step in migrated.steps:
@@ -119,7 +123,7 @@ def _lines(migrated: schema.Migrated) -> Iterator[str]:
 _FOLLOWS = "Read models, views and rights follow from these migrations: plan again after them."
 
 
-def _print_plan(due: schema.Migrated) -> None:
+def _print_plan(due: "Migrated") -> None:
     for line in _lines(due):
         typer.echo(line)
     if due.applied:
@@ -127,7 +131,7 @@ def _print_plan(due: schema.Migrated) -> None:
     say("Nothing to do." if due.is_empty else "Nothing was changed. `pipeline migrate` does this.")
 
 
-def _print_statements(due: schema.Migrated, revisions: str) -> None:
+def _print_statements(due: "Migrated", revisions: str) -> None:
     typer.echo(revisions, nl=False)
     for step in due.steps:
         typer.echo(f"-- {printable(str(step))}")
@@ -144,13 +148,13 @@ Give the roles to logins:
   GRANT {prefix}ingest, {prefix}project TO worker;
   GRANT {prefix}operator TO operations;
   GRANT {prefix}analyst TO anna;
-Settings are not inherited from roles, so each analyst's login wants its own:
+Settings are not inherited from roles, so each login of an analyst needs its own:
   ALTER ROLE anna SET default_transaction_read_only = on;
   ALTER ROLE anna SET statement_timeout = '5min';
   ALTER ROLE anna SET idle_in_transaction_session_timeout = '1min';"""
 
 
-def _print_roles(planned: schema.Migrated, *, as_json: bool) -> None:
+def _print_roles(planned: "Migrated", *, as_json: bool) -> None:
     if as_json:
         emit({"rights": planned.grants, "role_prefix": planned.role_prefix})
         return

@@ -1,6 +1,6 @@
-"""What people and programs read: tables and JSON on stdout, words and progress on stderr.
+"""What people and programs read: tables and JSON on stdout, messages and progress on stderr.
 
-Whatever came from outside is printed without control characters, and never read as markup.
+Text from outside is printed without control characters and is never interpreted as markup.
 """
 
 import sys
@@ -10,42 +10,35 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import orjson
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
-from pipeline.db.stored_times import FarTime
-from pipeline.log_events import printable, printable_json
+from pipeline.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.text import Text
 
 PLAIN_LINE_S = 5.0
-"""How often progress is told where no bar can be drawn."""
+"""How often progress is printed if no bar can be drawn."""
 NOTHING = "-"
-"""Stands in a cell that has no value."""
+"""The text of a cell that has no value."""
 _UNBOUNDED_COLUMNS = 100_000
 
 
 def say(text: str) -> None:
-    """Words for a person, on stderr; lost where nobody reads it any more."""
-    with suppress(OSError):
+    """A message for a person, on stderr. It is lost if stderr is closed."""
+    with suppress(OSError, ValueError):
         for line in text.split("\n"):
             typer.echo(printable(line), err=True)
 
 
 def emit(document: object) -> None:
-    """One JSON document on stdout, on one line, with escapes for what would fool a terminal."""
+    """One JSON document on stdout, on one line, without characters that control a terminal."""
+    import orjson
+
     try:
         text = orjson.dumps(document, default=_plain)
     except orjson.JSONEncodeError:
@@ -64,10 +57,13 @@ def _plain(value: object) -> object:
 
 
 def _with_large_numbers(value: object) -> object:
+    import orjson
+
     if isinstance(value, int) and value.bit_length() > 63:
         return orjson.Fragment(str(value))
     if is_dataclass(value) and not isinstance(value, type):
-        return {it.name: _with_large_numbers(getattr(value, it.name)) for it in fields(value)}
+        names = [field.name for field in fields(value)]
+        return {name: _with_large_numbers(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {name: _with_large_numbers(inner) for name, inner in value.items()}
     if type(value) in (list, tuple):
@@ -77,7 +73,7 @@ def _with_large_numbers(value: object) -> object:
 
 @dataclass(frozen=True)
 class Mark:
-    """A cell that stands out."""
+    """A highlighted cell."""
 
     text: str
     style: str
@@ -88,11 +84,14 @@ Cell = str | int | float | datetime | timedelta | Mark | None
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     """A table on stdout, if it has rows; numbers to the right, and nothing cut off in a file."""
+    from rich.table import Table
+    from rich.text import Text
+
     body = [[_text(cell) for cell in row] for row in rows]
     if not body:
         return
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    numeric = [_are_numbers([row[place].plain for row in body]) for place in range(len(headers))]
+    numeric = [_are_numbers([row[column].plain for row in body]) for column in range(len(headers))]
     for header, right in zip(headers, numeric, strict=True):
         grid.add_column(Text(header), justify="right" if right else "left", overflow="fold")
     for row in body:
@@ -103,14 +102,18 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def out() -> Console:
-    """stdout: as wide as the terminal, without end for programs."""
+def out() -> "Console":
+    """stdout: as wide as the terminal, without a limit for programs."""
+    from rich.console import Console
+
     if sys.stdout.isatty():
         return Console(file=sys.stdout, highlight=False)
     return Console(file=sys.stdout, highlight=False, width=_UNBOUNDED_COLUMNS, no_color=True)
 
 
-def _text(cell: Cell) -> Text:
+def _text(cell: Cell) -> "Text":
+    from rich.text import Text
+
     match cell:
         case None:
             return Text(NOTHING)
@@ -135,6 +138,8 @@ def _are_numbers(column: Sequence[str]) -> bool:
 
 def moment(time_: datetime, *, milliseconds: bool = False) -> str:
     """A time, in UTC, to the second or to the millisecond."""
+    from pipeline.db.stored_times import FarTime
+
     if isinstance(time_, FarTime):
         return str(time_)
     time_ = time_.astimezone(UTC)
@@ -156,7 +161,7 @@ def age(of: datetime | None, now: datetime) -> str:
 
 
 def duration(length: timedelta) -> str:
-    """A length of time, in the largest unit that says enough."""
+    """A length of time, in the largest unit that is precise enough."""
     seconds = length.total_seconds()
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
@@ -165,14 +170,14 @@ def duration(length: timedelta) -> str:
 
 
 class Gauge:
-    """How far long work is: a bar on a terminal, a plain line now and then elsewhere.
+    """Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere.
 
     Args:
         what: What is being done, e.g. ``ingesting``.
-        total: How much there is, if known from the start.
+        total: How much there is to do, if known at the start.
         unit: What is counted.
-        plain: Tell it elsewhere too; False where the log does.
-        bar: Draw it on a terminal; False where several processes share one.
+        plain: Print plain lines elsewhere; False if the log reports progress.
+        bar: Draw a bar on a terminal; False if several processes share it.
     """
 
     def __init__(
@@ -187,24 +192,14 @@ class Gauge:
         self._what, self._unit, self._total = what, unit, total
         self._plain = plain
         self._done = 0
-        self._has_told = False
-        self._began = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if bar and sys.stderr.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}", markup=False),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+        self._has_printed = False
+        self._started_at = self._printed_at = time.monotonic()
+        self._bar: Progress | None = _progress_bar() if bar and sys.stderr.isatty() else None
+        if self._bar:
             self._task = self._bar.add_task(printable(what), total=total, rate="")
 
     def __enter__(self) -> Self:
-        """Draw."""
+        """Start to draw."""
         if self._bar:
             with suppress(OSError):
                 self._bar.start()
@@ -220,11 +215,11 @@ class Gauge:
         if self._bar:
             with suppress(OSError):  # the terminal is gone
                 self._bar.stop()
-        elif self._has_told and kind is None:
-            self._tell()
+        elif self._has_printed and kind is None:
+            self._print_line()
 
     def show(self, done: int, total: int | None = None, what: str | None = None) -> None:
-        """Where it stands now; cheap enough to be called often."""
+        """Show how much is done; fast enough to be called often."""
         self._done = done
         self._total = self._total if total is None else total
         self._what = self._what if what is None else what
@@ -237,14 +232,38 @@ class Gauge:
                     total=self._total,
                     rate=f"{self._rate:,.0f} {self._unit}/s",
                 )
-        elif self._plain and time.monotonic() - self._told >= PLAIN_LINE_S:
-            self._tell()
+        elif self._plain and time.monotonic() - self._printed_at >= PLAIN_LINE_S:
+            self._print_line()
 
     @property
     def _rate(self) -> float:
-        return self._done / max(time.monotonic() - self._began, 0.001)
+        return self._done / max(time.monotonic() - self._started_at, 0.001)
 
-    def _tell(self) -> None:
-        self._told, self._has_told = time.monotonic(), True
+    def _print_line(self) -> None:
+        self._printed_at, self._has_printed = time.monotonic(), True
         of = f" of {self._total:,}" if self._total is not None else ""
         say(f"{self._what}: {self._done:,}{of} {self._unit}, {self._rate:,.0f}/s")
+
+
+def _progress_bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,26 +1,21 @@
-"""The log into read models: project."""
+"""The log to read models: project."""
 
 import typer
 
-from pipeline.cli.app import app
-from pipeline.cli.flow import (
-    EXIT_CODES,
-    UntilEnd,
-    Workers,
-    project_to_the_end,
-    project_until_stopped,
-    started,
-)
+from pipeline.cli.command import Servers, command
+from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 
 
-@app.command(epilog=EXIT_CODES)
+@command(EXITS, servers=Servers.DATABASE, by_signal=BY_SIGNAL)
 def project(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1) -> None:
-    """The log into read models: the other half of `run`. Needs the database only.
+    """Build the read models from the log: the other half of `run`. It needs the database only.
 
     \b
     $ pipeline project
     $ pipeline project --until-end
     """
+    from pipeline.cli.flow import project_to_the_end, project_until_stopped, started
+
     with started(ctx, "project", workers, until_end=until_end) as job:
         if until_end:
             project_to_the_end(job)

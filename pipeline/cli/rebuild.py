@@ -1,56 +1,56 @@
-"""The command that computes read models anew: rebuild."""
+"""Recomputes read models: rebuild."""
 
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from sqlalchemy import Engine
 
-from pipeline import catalogue
-from pipeline.cli.app import app, database_of, projection_limits, settings_of
+from pipeline.cli.app import migrated_database_of, projection_limits, settings_of
 from pipeline.cli.arguments import read_models
-from pipeline.cli.flow import show_projection
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say, table
 from pipeline.errors import ExitCode
-from pipeline.readmodel import Projector
-from pipeline.rebuild.rebuild import (
-    Difference,
-    RebuildProgress,
-    StoppedError,
-    check,
-    rebuild_in_place,
-)
-from pipeline.rebuild.rebuild import rebuild as rebuild_beside
-from pipeline.schema.migrate import check_schema, check_tables
-from pipeline.settings import Settings
-from pipeline.signals import stopped_by_signals
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from pipeline.readmodel import Projector
+    from pipeline.rebuild.rebuild import Difference, RebuildProgress
+    from pipeline.settings import Settings
 
 JOBS_MAX = 64
 
 
-@app.command(
-    epilog="Exit codes: 0 done, also when stopped by SIGTERM or Ctrl-C: the same command continues "
-    "from there; 128 + the signal's number when stopped by another signal, and when --check was "
-    "stopped before all was compared; 1 --check found rows that differ; 2 wrong usage; 69 the "
-    "database is away or the tables are in use; 75 another rebuild of it runs; 78 a setting, a "
-    "right or the schema is wrong."
+@command(
+    {
+        ExitCode.DONE: "done, or stopped by SIGTERM or Ctrl-C: the same command continues from "
+        "there",
+        ExitCode.FOUND: "--check found rows that differ",
+        ExitCode.UNAVAILABLE: "the database is unavailable, or the tables are in use",
+        ExitCode.FENCED: "another rebuild of the read model is running",
+    },
+    servers=Servers.DATABASE,
+    by_signal="128 + N stopped by another signal N, or by any signal N before --check was complete",
 )
 def rebuild(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME...", help="Read models, by their main table."),
+        typer.Argument(metavar="NAME...", help="Read models, by the name of their main table."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every read model.")] = False,
     in_place: Annotated[
         bool,
-        typer.Option("--in-place", help="Truncate and refill: less room, but readers see it fill."),
+        typer.Option(
+            "--in-place",
+            help="Truncate and refill the live table: needs less space, but readers see it fill.",
+        ),
     ] = False,
     only_check: Annotated[
-        bool, typer.Option("--check", help="Compare with what the log gives; change nothing.")
+        bool, typer.Option("--check", help="Compare with the log; change nothing.")
     ] = False,
     jobs: Annotated[
         int,
@@ -59,76 +59,83 @@ def rebuild(
             "-j",
             min=1,
             max=JOBS_MAX,
-            help="Connections that work at once, not --in-place; each keeps a core of the database "
-            "busy.",
+            help="Connections that work in parallel, not with --in-place; each keeps a core of the "
+            "database busy.",
         ),
     ] = 2,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document, for programs.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compute read models anew, and count what differed.
+    """Recompute read models from the log, and count differences.
 
-    Each is computed from the log beside the live table, which is then made equal. Readers see the
-    old table until then, and live traffic goes on. How many rows differed is the proof (0) or the
-    alarm. Stopped or killed, the same command goes on.
+    Each is computed beside the live table, which is then made equal. Until then readers see the old
+    rows, and `run` continues. The number of rows that differed is the proof (0) or the alarm. After
+    a stop or a kill, the same command continues from there.
 
     \b
     $ pipeline rebuild orders
     $ pipeline rebuild --all --jobs 4
     $ pipeline rebuild --all --check
     """
+    from pipeline.rebuild.rebuild import StoppedError
+    from pipeline.signals import stopped_by_signals
+
     if bool(names) == everything:
         raise typer.BadParameter("name read models, or give --all")
     if in_place and only_check:
-        raise typer.BadParameter("--check changes nothing, so it does not go with --in-place")
+        raise typer.BadParameter("--check changes nothing; give it without --in-place")
     settings = settings_of(ctx)
     chosen = read_models(settings, names or [])
     done: dict[str, Difference] = {}
     with (
-        # Each read model that is rebuilt has one connection more, for its lock.
-        database_of(settings, "rebuild", pool_size=2 * jobs + 1) as engine,
+        # Each read model that is rebuilt has one more connection, for its lock.
+        migrated_database_of(
+            settings, "rebuild", writes_read_models=True, pool_size=2 * jobs + 1
+        ) as engine,
         stopped_by_signals() as stop,
     ):
-        check_schema(engine)
-        check_tables(engine, catalogue=catalogue.load(settings.read_models))
         try:
             if in_place:
                 for projector in chosen:
                     _raise_if(stop, f"stopped before {projector.name}")
                     _refill(engine, projector, settings, stop)
             else:
-                for one in _compute(engine, chosen, settings, stop, jobs, only_check=only_check):
-                    done[one.projector] = one
+                for difference in _compute(
+                    engine, chosen, settings, stop, jobs, only_check=only_check
+                ):
+                    done[difference.projector] = difference
         except StoppedError as error:
             say(f"pipeline: {error}")
         finally:
-            found = [done[one.name] for one in chosen if one.name in done]
+            found = [done[model.name] for model in chosen if model.name in done]
             if not in_place:
                 _show_differences(found, repaired=not only_check, as_json=as_json)
-    if only_check and any(one.differing for one in found):
+    if only_check and any(difference.differing for difference in found):
         raise typer.Exit(ExitCode.FOUND)
     if only_check and len(found) < len(chosen):
-        # What was not compared must not pass for equal.
+        # Not compared does not mean equal.
         raise typer.Exit(128 + stop.number)
     raise typer.Exit(stop.exit_code)
 
 
 def _compute(
-    engine: Engine,
-    chosen: Sequence[Projector],
-    settings: Settings,
+    engine: "Engine",
+    chosen: "Sequence[Projector]",
+    settings: "Settings",
     stop: threading.Event,
     jobs: int,
     *,
     only_check: bool,
-) -> Iterator[Difference]:
-    """Read models as they get done: several at once, each with its share of the connections."""
-    verb, compute = ("checking", check) if only_check else ("rebuilding", rebuild_beside)
+) -> "Iterator[Difference]":
+    """Compute several read models in parallel, and return each when it is done."""
+    from pipeline.rebuild import rebuild as rebuilding
+
+    verb, compute = (
+        ("checking", rebuilding.check) if only_check else ("rebuilding", rebuilding.rebuild)
+    )
     what = chosen[0].name if len(chosen) == 1 else f"{len(chosen)} read models"
     at_once = min(jobs, len(chosen))
 
-    def compute_one(projector: Projector) -> Difference:
+    def compute_one(projector: "Projector") -> "Difference":
         _raise_if(stop, f"stopped before {projector.name}")
         return compute(
             engine,
@@ -139,38 +146,41 @@ def _compute(
             observe=partial(shown.show, projector),
         )
 
-    with Gauge(f"{verb} {what}", unit="offsets") as gauge, ThreadPoolExecutor(at_once) as crew:
+    with Gauge(f"{verb} {what}", unit="offsets") as gauge, ThreadPoolExecutor(at_once) as threads:
         shown = _Shown(gauge, len(chosen))
-        at_work = [crew.submit(compute_one, projector) for projector in chosen]
+        futures = [threads.submit(compute_one, projector) for projector in chosen]
         try:
-            for one in as_completed(at_work):
-                yield one.result()
+            for future in as_completed(futures):
+                yield future.result()
         finally:
-            # If one has failed, the others end where they can be gone on with.
-            if not all(one.done() for one in at_work):
+            # If one failed, the others stop where they can be continued.
+            if not all(future.done() for future in futures):
                 stop.set()
 
 
 class _Shown:
-    """How far several rebuilds are, together."""
+    """The common progress of several rebuilds."""
 
     def __init__(self, gauge: Gauge, read_models: int) -> None:
         self._gauge = gauge
         self._read_models = read_models
-        self._of: dict[str, RebuildProgress] = {}
-        self._one_at_a_time = threading.Lock()
+        self._progress: dict[str, RebuildProgress] = {}
+        self._lock = threading.Lock()
 
-    def show(self, projector: Projector, progress: RebuildProgress) -> None:
-        with self._one_at_a_time:
-            self._of[projector.name] = progress
-            # Each of them takes the same log.
-            total = max(one.total for one in self._of.values()) * self._read_models
-            self._gauge.show(sum(one.done for one in self._of.values()), total)
+    def show(self, projector: "Projector", progress: "RebuildProgress") -> None:
+        with self._lock:
+            self._progress[projector.name] = progress
+            # Each of them reads the same log.
+            total = max(progress.total for progress in self._progress.values()) * self._read_models
+            self._gauge.show(sum(progress.done for progress in self._progress.values()), total)
 
 
 def _refill(
-    engine: Engine, projector: Projector, settings: Settings, stop: threading.Event
+    engine: "Engine", projector: "Projector", settings: "Settings", stop: threading.Event
 ) -> None:
+    from pipeline.cli.flow import show_projection
+    from pipeline.rebuild.rebuild import rebuild_in_place
+
     with Gauge(f"refilling {projector.name}", unit="offsets") as gauge:
         rebuild_in_place(
             engine,
@@ -179,18 +189,20 @@ def _refill(
             stop=stop,
             observe=show_projection(gauge),
         )
-    _raise_if(stop, f"{projector.name}: stopped; it goes on filling as soon as `run` does")
+    _raise_if(stop, f"{projector.name}: stopped. `pipeline run` continues to fill it")
     say(f"{projector.name}: refilled.")
 
 
 def _raise_if(stop: threading.Event, what: str) -> None:
+    from pipeline.rebuild.rebuild import StoppedError
+
     if stop.is_set():
         raise StoppedError(what)
 
 
-def _show_differences(done: Sequence[Difference], *, repaired: bool, as_json: bool) -> None:
+def _show_differences(done: "Sequence[Difference]", *, repaired: bool, as_json: bool) -> None:
     if as_json:
-        emit([{**one._asdict(), "differing": one.differing} for one in done])
+        emit([{**found._asdict(), "differing": found.differing} for found in done])
         return
     if not done:
         return
@@ -198,15 +210,15 @@ def _show_differences(done: Sequence[Difference], *, repaired: bool, as_json: bo
         ["read model", "rows", "missing", "changed", "surplus", "dead letters"],
         [(d.projector, d.rows, d.missing, d.changed, d.surplus, d.dead_letters) for d in done],
     )
-    differing = sum(one.differing for one in done)
+    differing = sum(found.differing for found in done)
     say(
         "0 rows differ."
         if not differing
-        else f"{differing:,} rows {'differed and were put right' if repaired else 'differ'}."
+        else f"{differing:,} rows {'differed and were repaired' if repaired else 'differ'}."
     )
-    for one in done:
-        if one.behind:
+    for found in done:
+        if found.behind:
             say(
-                f"{one.projector}: it was {one.behind:,} records behind, so that some of these "
-                "rows are no fault."
+                f"{found.projector}: it was {found.behind:,} records behind, so that some of these "
+                "rows are no error."
             )

@@ -2,22 +2,24 @@
 
 import typer
 
-from pipeline.cli.app import app
-from pipeline.cli.flow import EXIT_CODES, UntilEnd, Workers, side_by_side, started
+from pipeline.cli.command import Servers, command
+from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 
 
-@app.command(epilog=EXIT_CODES)
+@command(EXITS, servers=Servers.BOTH, by_signal=BY_SIGNAL)
 def run(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1) -> None:
-    """The main job: ingest and project until stopped.
+    """Ingest and project, until stopped: the main job.
 
-    Every record of PIPELINE_TOPICS goes into pipeline.events with its next offset in one
-    transaction; read models follow. A read model whose definition has changed is rebuilt beside its
-    live table. Start as many as you like, on as many machines, they share the partitions.
+    Each batch of records of PIPELINE_TOPICS is written to pipeline.events in one transaction with
+    its next offset; read models follow. A read model whose definition has changed is rebuilt beside
+    its live table. Any number of these commands, on any number of machines, share the partitions.
 
     \b
     $ pipeline run
     $ pipeline run --until-end     # catch up, then end
     $ pipeline run --workers 4     # four processes
     """
+    from pipeline.cli.flow import side_by_side, started
+
     with started(ctx, "run", workers, until_end=until_end) as job:
         side_by_side(job, until_end=until_end)

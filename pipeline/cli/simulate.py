@@ -1,76 +1,92 @@
-"""The command that produces events: simulate."""
+"""Produces events to Kafka: simulate."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.app import app, settings_of
+from pipeline.cli.app import settings_of
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say
-from pipeline.sandbox.simulator import Chaos, Keying, Record, Simulation
-from pipeline.sandbox.simulator.producer import Producer
-from pipeline.signals import stopped_by_signals
+from pipeline.errors import ExitCode
 
-_PARTITIONS = 6
+if TYPE_CHECKING:
+    from pipeline.sandbox.simulator import Record
+
+PARTITIONS = 6
 
 
-@app.command(
-    epilog="Exit codes: 0 everything was produced, or stopped by SIGTERM or Ctrl-C; 128 + its "
-    "number when stopped by another signal; 2 wrong usage; 69 the brokers are away; 78 a "
-    "setting is wrong or a topic does not exist.",
+class KeyBy(StrEnum):
+    """The values of ``Keying``, which is imported with the simulator only."""
+
+    TENANT = "tenant"
+    USER = "user"
+    ENTITY = "entity"
+
+
+@command(
+    {
+        ExitCode.DONE: "every event was produced, or stopped by SIGTERM or Ctrl-C",
+        ExitCode.CONFIGURATION: "a setting is wrong, or a topic does not exist",
+    },
+    servers=Servers.KAFKA,
+    by_signal="128 + N stopped by another signal N",
 )
 def simulate(
     ctx: typer.Context,
     events: Annotated[
         int | None,
-        typer.Option(min=1, help="How many events; without it, until Ctrl-C.", show_default=False),
+        typer.Option(min=1, help="How many events; until Ctrl-C by default.", show_default=False),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Records a second; without it, as fast as it goes."),
+        typer.Option(min=0.1, help="Records per second; as fast as possible by default."),
     ] = None,
     seed: Annotated[
-        str, typer.Option(help="The same seed and arguments give the same records.")
+        str, typer.Option(help="The same seed and options give the same records.")
     ] = "7",
     chaos: Annotated[
         bool,
         typer.Option(
-            "--chaos", help="Add repeats, disorder, unknown types and fields, malformed messages."
+            "--chaos", help="Add repeats, disorder, unknown types and fields, malformed records."
         ),
     ] = False,
     topic: Annotated[
-        str | None, typer.Option(help="Where to; the first of PIPELINE_TOPICS if not given.")
+        str | None, typer.Option(help="The topic; the first of PIPELINE_TOPICS by default.")
     ] = None,
     prices_topic: Annotated[
-        str | None, typer.Option(help="Where prices go; no prices if not given.")
+        str | None, typer.Option(help="The topic for prices; no prices by default.")
     ] = None,
     create_topics: Annotated[
         bool, typer.Option("--create-topics", help="Create the topics that do not exist.")
     ] = False,
     partitions: Annotated[
         int, typer.Option(min=1, max=1000, help="Partitions of topics that are created.")
-    ] = _PARTITIONS,
+    ] = PARTITIONS,
     key_by: Annotated[
-        Keying,
+        KeyBy,
         typer.Option(
-            help="How Upvest keys the topic: by tenant, all events are in one partition; by user "
-            "or by entity, they spread."
+            help="The key of records. By tenant, all events are in one partition; by user or by "
+            "entity, in all partitions."
         ),
-    ] = Keying.USER,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="At the end one JSON document, for programs.")
-    ] = False,
+    ] = KeyBy.USER,
+    as_json: AsJson = False,
 ) -> None:
-    """Produce a believable broker's events to Kafka. Never point it at real topics.
+    """Produce realistic Upvest events to Kafka. Never use it on real topics.
 
-    Users onboard, pass checks, fund accounts, place orders that settle; books are kept, so that
-    balances add up.
+    Users are onboarded and checked, fund accounts, and place orders that settle; the simulator
+    keeps books, so that balances are consistent.
 
     \b
     $ pipeline simulate --events 10000 --create-topics
     $ pipeline simulate --rate 200 --chaos
     $ pipeline simulate --events 1000 --key-by tenant   # one partition gets everything
     """
+    from pipeline.sandbox.simulator import Chaos, Keying, Simulation
+    from pipeline.sandbox.simulator.producer import Producer
+    from pipeline.signals import stopped_by_signals
+
     settings = settings_of(ctx)
     topic = topic or settings.topics[0]
     topics = [topic] if prices_topic is None else [topic, prices_topic]
@@ -85,10 +101,10 @@ def simulate(
             prices_topic=prices_topic,
             chaos=Chaos() if chaos else None,
             keep_books=False,
-            keying=key_by,
+            keying=Keying(key_by),
         )
 
-        def observed() -> Iterator[Record]:
+        def observed() -> "Iterator[Record]":
             with Gauge("producing", total=events, unit="records") as gauge:
                 for number, record in enumerate(simulation, start=1):
                     gauge.show(number)
@@ -97,16 +113,11 @@ def simulate(
                     yield record
 
         sent = producer.produce(observed(), rate=rate)
-    report = {
-        "produced": sent,
-        "topics": topics,
-        "chaos": {str(kind): count for kind, count in sorted(simulation.report.counts.items())},
-    }
+    counts = {str(kind): count for kind, count in sorted(simulation.report.counts.items())}
     if as_json:
-        emit(report)
+        emit({"produced": sent, "topics": topics, "chaos": counts})
     else:
         say(f"Produced {sent:,} records to {', '.join(topics)}.")
-    if chaos and not as_json:
-        what = (f"{count} {kind}" for kind, count in sorted(simulation.report.counts.items()))
-        say(f"Chaos: {', '.join(what)}.")
+        if chaos:
+            say(f"Chaos: {', '.join(f'{count} {kind}' for kind, count in counts.items())}.")
     raise typer.Exit(stop.exit_code)

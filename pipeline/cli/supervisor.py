@@ -1,13 +1,12 @@
-"""Several workers by one command: processes, for Python has one interpreter lock.
+"""Several workers by one command: processes, because Python has one interpreter lock.
 
-The parent does no work. It starts the workers, starts one that died again, hands on what it is
-told, and ends when all have. It has neither threads nor connections, so it may fork at any time,
-and each worker reads the settings anew, as a process that is started again does.
+The parent does no work. It starts the workers, restarts one that died, forwards signals, and ends
+when all workers have ended. It has neither threads nor connections, so that it may fork at any
+time, and each worker reads the settings again, as a restarted process does.
 """
 
 import os
 import signal
-import threading
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -18,43 +17,43 @@ import typer
 from pipeline import log_events
 from pipeline.backoff import Backoff
 from pipeline.errors import ExitCode
+from pipeline.lifeline import on_parent_end
 from pipeline.signals import IMPATIENT, ending, exit_code_of
 
 log = structlog.get_logger("pipeline.cli")
 
-WORKERS_MAX = 64
 RESTART = Backoff(first_s=1.0, longest_s=60.0)
-"""Before a worker that died is started again."""
+"""Before a worker that died is restarted."""
 STEADY_S = 60.0
-"""A worker that lived for so long begins anew with the pauses."""
+"""After this time, the next death of a worker counts as its first."""
 DEATHS_MAX = 5
-"""How often in a row one worker of a one-shot command may die."""
+"""Maximum deaths in a row of one worker of a one-shot command."""
 ORPHAN_S_MAX = 30.0
-"""How long a worker may take to end whose parent is gone."""
+"""Maximum time that a worker takes to end after its parent."""
 
-# What a worker that is started again would only repeat: supervisors are told not to, too.
-_FOR_HUMANS = frozenset({ExitCode.REFUSED, ExitCode.FENCED, ExitCode.CONFIGURATION})
+# A restart would only repeat these; service managers do not restart after them either.
+_PERMANENT = frozenset({ExitCode.REFUSED, ExitCode.FENCED, ExitCode.CONFIGURATION})
 _PARENTS_OWN = (signal.SIGCHLD, signal.SIGALRM)
 
 
 def become_worker(count: int, *, until_end: bool) -> int:
-    """Start the workers; returns in each of them, and in the parent never.
+    """Start the workers. Returns in each of them, and never in the parent.
 
-    A worker takes all signals that end it as one request, however often they come: a terminal or
-    systemd may send them to parent and workers alike. Where the parent is gone, it ends too.
+    A worker treats all signals that end it as one request, because a terminal or systemd may send
+    them to parent and workers alike. A worker ends after its parent.
 
     Args:
         count: How many.
-        until_end: They end by themselves.
+        until_end: The workers end by themselves.
 
     Returns:
         The worker's number, from 1; the signals that stop it are blocked.
 
     Raises:
-        typer.Exit: In the parent: all have ended; with the highest of their codes.
+        typer.Exit: In the parent, with the highest exit code, when all have ended.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (*ending(), *_PARENTS_OWN))
-    # Where the default is to ignore it, a system may drop it although it is blocked.
+    # A system may drop a blocked signal whose default is to be ignored.
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     parent = _Parent(count, until_end=until_end)
     log.info("workers_started", workers=count, pid=os.getpid())
@@ -68,120 +67,117 @@ def become_worker(count: int, *, until_end: bool) -> int:
     raise typer.Exit(parent.exit_code)
 
 
-class _Life(NamedTuple):
+class _Running(NamedTuple):
     worker: int
-    begun_at: float
+    started_at: float
 
 
 class _Parent:
     def __init__(self, count: int, *, until_end: bool) -> None:
         self._until_end = until_end
-        self._living: dict[int, _Life] = {}
+        self._running: dict[int, _Running] = {}
         self._due_at = dict.fromkeys(range(1, count + 1), 0.0)
         self._deaths: Counter[int] = Counter()
         self._is_stopping = False
-        # Nothing is ever written: its end tells the workers that we are gone.
+        # Its end tells the workers that the parent has ended.
         self._lifeline, self._held = os.pipe()
         self.exit_code = int(ExitCode.DONE)
 
     @property
     def has_workers(self) -> bool:
-        """Whether one runs or is to be started."""
-        return bool(self._living or self._due_at)
+        """Whether a worker runs or must be started."""
+        return bool(self._running or self._due_at)
 
     def next_due(self) -> int | None:
-        """A worker that is to be started now."""
+        """A worker that must be started now."""
         now = time.monotonic()
         return next((worker for worker, at in self._due_at.items() if at <= now), None)
 
     def fork(self, worker: int) -> bool:
-        """Start a worker; true in the worker itself."""
+        """Start a worker. True in the worker itself."""
         del self._due_at[worker]
         pid = os.fork()
         if pid:
-            self._living[pid] = _Life(worker, time.monotonic())
+            self._running[pid] = _Running(worker, time.monotonic())
             return False
         os.close(self._held)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_OWN)
-        log_events.speak_as(worker)
-        threading.Thread(
-            target=_end_with_parent, args=[self._lifeline], name="lifeline", daemon=True
-        ).start()
+        log_events.set_worker(worker)
+        on_parent_end(self._lifeline, _end_after_batch)
         return True
 
     def listen(self) -> None:
-        """Wait until a worker ends, one is due, or we are told to stop."""
+        """Wait until a worker ends, one must be started, or a signal requests the end."""
         if self._due_at:
             pause = min(self._due_at.values()) - time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, max(pause, 0.001))
         number = signal.sigwait((*ending(), *_PARENTS_OWN))
         if number == signal.SIGCHLD:
-            self._bury()
+            self._reap()
         elif number == signal.SIGALRM:
             return
         elif self._is_stopping and number in IMPATIENT:
-            self._tell(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
             raise typer.Exit(128 + number)
         elif not self._is_stopping:
-            log.info("stopping", signal=signal.Signals(number).name, effect="all workers")
-            self._note(exit_code_of(number))
+            log.info("stop_requested", signal=signal.Signals(number).name, effect="all workers")
+            self._keep_highest(exit_code_of(number))
             self._stop()
 
-    def _bury(self) -> None:
-        while self._living:
+    def _reap(self) -> None:
+        while self._running:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            if life := self._living.pop(pid, None):  # as process 1 of a container we get others too
-                self._ended(life, pid, os.waitstatus_to_exitcode(status))
+            if process := self._running.pop(pid, None):  # process 1 of a container gets others too
+                self._ended(process, pid, os.waitstatus_to_exitcode(status))
 
-    def _ended(self, life: _Life, pid: int, code: int) -> None:
+    def _ended(self, process: _Running, pid: int, code: int) -> None:
         if self._is_stopping or not self._is_death(code):
-            self._note(code)
-            # What one of them refuses at the end is no reason to leave the others' work undone.
-            if code in _FOR_HUMANS and not (self._until_end and code == ExitCode.REFUSED):
+            self._keep_highest(code)
+            # If one of them refuses at the end, the others still finish their work.
+            if code in _PERMANENT and not (self._until_end and code == ExitCode.REFUSED):
                 self._stop()
             return
-        if time.monotonic() - life.begun_at > STEADY_S:
-            self._deaths[life.worker] = 0
-        self._deaths[life.worker] += 1
-        pause = RESTART.wait_s(self._deaths[life.worker])
-        gives_up = self._until_end and self._deaths[life.worker] >= DEATHS_MAX
+        if time.monotonic() - process.started_at > STEADY_S:
+            self._deaths[process.worker] = 0
+        self._deaths[process.worker] += 1
+        pause = RESTART.wait_s(self._deaths[process.worker])
+        is_last = self._until_end and self._deaths[process.worker] >= DEATHS_MAX
         log.error(
             "worker_died",
-            worker=life.worker,
+            worker=process.worker,
             pid=pid,
             exit_code=code if code >= 0 else None,
             signal=signal.Signals(-code).name if code < 0 else None,
-            again_in_s=None if gives_up else pause,
+            restart_in_s=None if is_last else pause,
         )
-        if gives_up:
-            self._note(code)
+        if is_last:
+            self._keep_highest(code)
             self._stop()
         else:
-            self._due_at[life.worker] = time.monotonic() + pause
+            self._due_at[process.worker] = time.monotonic() + pause
 
     def _is_death(self, code: int) -> bool:
         meant = {ExitCode.DONE, ExitCode.UNAVAILABLE} if self._until_end else set()
-        return code not in _FOR_HUMANS | meant
+        return code not in _PERMANENT | meant
 
-    def _note(self, code: int) -> None:
+    def _keep_highest(self, code: int) -> None:
         self.exit_code = max(self.exit_code, code if code >= 0 else 128 - code)
 
     def _stop(self) -> None:
         self._is_stopping = True
         self._due_at.clear()
-        self._tell(signal.SIGTERM)
+        self._signal_all(signal.SIGTERM)
 
-    def _tell(self, number: signal.Signals) -> None:
-        for pid in self._living:
-            os.kill(pid, number)  # not waited for yet, so the number is still its own
+    def _signal_all(self, number: signal.Signals) -> None:
+        for pid in self._running:
+            os.kill(pid, number)  # not reaped yet, so that the pid is still its own
 
 
-def _end_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)
-    log.warning("parent_gone", effect="this worker ends after its batch")
+def _end_after_batch() -> None:
+    log.warning("parent_ended", effect="this worker ends after its batch")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_S_MAX)
     os._exit(ExitCode.INVARIANT)

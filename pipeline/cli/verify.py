@@ -1,27 +1,22 @@
-"""The command that puts the promises to the proof: verify."""
+"""Proves the guarantees on the data: verify."""
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from itertools import groupby
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import catalogue
-from pipeline.cli.app import app, database_of, settings_of
+from pipeline.cli.app import migrated_database_of, settings_of
 from pipeline.cli.arguments import read_models
+from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say
 from pipeline.cli.rewind import offsets
 from pipeline.errors import ExitCode
-from pipeline.health.verify import (
-    Evidence,
-    verify_declared,
-    verify_kafka,
-    verify_log,
-    verify_read_models,
-)
-from pipeline.log_events import printable
-from pipeline.schema.migrate import check_schema
+from pipeline.printable import printable
+
+if TYPE_CHECKING:
+    from pipeline.health.verify import Evidence
 
 
 class _Proof(StrEnum):
@@ -30,42 +25,53 @@ class _Proof(StrEnum):
     READ_MODELS = "read-models"
 
 
-@app.command(
-    epilog="Exit codes: 0 everything was examined and holds; 1 something does not hold or could "
-    "not be examined; 2 wrong usage; 69 a server is away; 75 a rebuild of a "
-    "read model runs; 78 a setting, a right or the schema is wrong."
+@command(
+    {
+        ExitCode.DONE: "everything was examined, and every claim holds",
+        ExitCode.FOUND: "a claim does not hold, or could not be examined",
+        ExitCode.FENCED: "a rebuild of a read model is running",
+    },
+    servers=Servers.BOTH,
 )
 def verify(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME...", help="Of the read models only these."),
+        typer.Argument(metavar="NAME...", help="Only these read models."),
     ] = None,
     only: Annotated[
         list[_Proof] | None,
-        typer.Option(help="One of the three proofs; may be given more than once."),
+        typer.Option(help="Only this proof; may be given more than once."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document, for programs.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Prove the promises on what is there.
+    """Prove the guarantees on the data.
 
-    One verdict, with the evidence. The log against its own bookkeeping; the log against Kafka,
-    record by record, as far back as Kafka has them; each read model against a replay of the log.
-    Changes nothing; what runs goes
-    on. It reads everything once: on a large log, take it for a night, or one part at a time.
+    The result is one verdict, with evidence. It compares the log with its own bookkeeping; the log
+    with Kafka, record by record, as far back as Kafka has them; each read model with a replay of
+    the log. It changes nothing, and the service may run meanwhile. It reads all data once; on a
+    large log, run it at night or one proof at a time.
 
     \b
     $ pipeline verify
     $ pipeline verify --only log --only kafka
     $ pipeline verify orders positions --only read-models
     """
+    from pipeline import catalogue
+    from pipeline.health.verify import (
+        verify_declared,
+        verify_kafka,
+        verify_log,
+        verify_read_models,
+    )
+
     settings = settings_of(ctx)
     chosen = read_models(settings, names or [])
     found: list[Evidence] = []
-    with database_of(settings, "verify") as engine, Gauge("verifying", unit="rows") as gauge:
-        check_schema(engine)
+    with (
+        migrated_database_of(settings, "verify") as engine,
+        Gauge("verifying", unit="rows") as gauge,
+    ):
 
         def observe(what: str, done: int, total: int) -> None:
             gauge.show(done, total, what)
@@ -86,7 +92,7 @@ def verify(
                 found += evidence
                 if not as_json:
                     _show(evidence)
-    wrong = [one for one in found if one.wrong]
+    wrong = [evidence for evidence in found if evidence.wrong]
     unexamined = [evidence for evidence in found if not evidence.is_complete]
     if as_json:
         emit({"ok": not wrong and not unexamined, "evidence": found})
@@ -96,28 +102,29 @@ def verify(
         raise typer.Exit(ExitCode.FOUND)
 
 
-def _show(evidence: Iterable[Evidence]) -> None:
-    """What holds in one line for all its subjects; what does not, one by one."""
-    for (part, claim), same in groupby(evidence, key=lambda one: (one.part, one.claim)):
-        of = list(same)
-        wrong = [one for one in of if one.wrong]
-        examined = sum(one.examined for one in of)
-        sign = "✗" if wrong else "✓" if all(one.is_complete for one in of) else "?"
+def _show(found: "Iterable[Evidence]") -> None:
+    """One line per claim that holds; for others, a line per subject that violates it."""
+    for (part, claim), same in groupby(found, key=lambda evidence: (evidence.part, evidence.claim)):
+        of_claim = list(same)
+        examined = sum(evidence.examined for evidence in of_claim)
+        is_complete = all(evidence.is_complete for evidence in of_claim)
+        is_wrong = any(evidence.wrong for evidence in of_claim)
+        sign = "✗" if is_wrong else "✓" if is_complete else "?"
         typer.echo(f"{sign} {part}: {claim}: {examined:,} examined")
-        for one in of:
-            where = f" at {offsets(one.intervals)}" if one.intervals else ""
-            if one.problem:
-                wrong_here = f"{one.wrong:,} wrong{where}" if one.wrong else "not examined"
-                line = f"    {one.subject}: {wrong_here}: {one.problem.what}"
-                typer.echo(printable(f"{line} → {one.problem.fix}"))
-            elif one.note:
-                typer.echo(printable(f"    {one.subject}: {one.note}"))
+        for evidence in of_claim:
+            if evidence.problem:
+                where = f" at {offsets(evidence.intervals)}" if evidence.intervals else ""
+                state = f"{evidence.wrong:,} wrong{where}" if evidence.wrong else "not examined"
+                line = f"    {evidence.subject}: {state}: {evidence.problem.what}"
+                typer.echo(printable(f"{line} → {evidence.problem.fix}"))
+            elif evidence.note:
+                typer.echo(printable(f"    {evidence.subject}: {evidence.note}"))
 
 
-def _verdict(wrong: Sequence[Evidence], unexamined: Sequence[Evidence]) -> str:
+def _verdict(wrong: "Sequence[Evidence]", unexamined: "Sequence[Evidence]") -> str:
     if not wrong and unexamined:
-        return "What was examined holds. Not everything could be examined: see above."
+        return "Every claim that was examined holds. Some could not be examined; see above."
     if not wrong:
-        return "Everything that was examined holds."
-    claims = len({(one.part, one.claim) for one in wrong})
-    return f"{claims} of the claims {'does' if claims == 1 else 'do'} not hold."
+        return "Every claim holds."
+    claims = len({(evidence.part, evidence.claim) for evidence in wrong})
+    return f"{claims} {'claim does' if claims == 1 else 'claims do'} not hold."

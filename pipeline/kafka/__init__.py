@@ -11,7 +11,6 @@ from pipeline.kafka.access import (
     why_not_readable,
     why_not_visible,
 )
-from pipeline.kafka.client import client_version
 from pipeline.kafka.consumer import (
     GroupConsumer,
     OutOfRange,
@@ -39,7 +38,6 @@ __all__ = [
     "RecordReader",
     "Watermarks",
     "client_created",
-    "client_version",
     "on_client_error",
     "right_to_request",
     "translated",

@@ -7,7 +7,7 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, Protocol, TypeVar
 
-from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaException, libversion
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaException
 
 from pipeline.errors import ConfigurationError
 from pipeline.events import UNREADABLE_HEADERS, Record
@@ -116,12 +116,6 @@ def close(client: Consumer) -> bool:
     closing.start()
     closing.join(CLOSE_S_MAX)
     return not closing.is_alive()
-
-
-def client_version() -> str:
-    """The version of librdkafka."""
-    version, _number = libversion()
-    return version
 
 
 # ---------------------------------------------------------------------------------------- records

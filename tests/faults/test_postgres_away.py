@@ -19,8 +19,8 @@ TERMINATIONS = 8
 LESS_PATIENT_S = 5.0
 LESS_PATIENT = f"""
 from pipeline import outages
-from pipeline.ingest import lookout
-outages.GRACE_S = lookout.GRACE_S = {LESS_PATIENT_S}
+from pipeline.ingest import monitor
+outages.GRACE_S = monitor.GRACE_S = {LESS_PATIENT_S}
 from pipeline.cli import main
 main()
 """
@@ -142,7 +142,7 @@ def test_what_is_taken_away_for_good_ends_the_process_with_78(
         else:
             bench.set_password(worker.role, "another")
             bench.end_sessions(of=worker)
-        worker.wait_until_said("server_refuses")
+        worker.wait_until_said("access_refused")
         refused_at = time.monotonic()
         assert worker.wait() == ExitCode.CONFIGURATION, worker.tail()
         lasted_s = time.monotonic() - refused_at
@@ -151,7 +151,7 @@ def test_what_is_taken_away_for_good_ends_the_process_with_78(
         bench.worker("run")
 
     bench.finish(feed.ledger)
-    first = worker.said("server_refuses")[0]
+    first = worker.said("access_refused")[0]
     assert words in first["reason"]
     assert "exit with 78 in" in first["effect"]
     assert lasted_s > LESS_PATIENT_S - 2

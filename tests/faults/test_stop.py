@@ -96,7 +96,7 @@ def test_a_second_signal_ends_a_worker_at_once(bench: Bench):
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             worker.send(signal.SIGTERM)
-            worker.wait_until_said("stopping")
+            worker.wait_until_said("stop_requested")
             worker.send(signal.SIGTERM)
             assert worker.wait(seconds_max=5) == 128 + signal.SIGTERM
         bench.worker()

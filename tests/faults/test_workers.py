@@ -62,7 +62,7 @@ def test_every_line_is_whole_and_names_its_worker(bench: Bench):
     lines = [json.loads(line) for line in command.log.read_text().splitlines()]
     assert {line.get("worker") for line in lines} == {None, 1, 2, 3}
     parents = [line["event"] for line in lines if "worker" not in line]
-    assert parents == ["workers_started", "stopping", "workers_ended"]
+    assert parents == ["workers_started", "stop_requested", "workers_ended"]
     for number in (1, 2, 3):
         events = [line["event"] for line in lines if line.get("worker") == number]
         assert {"started", "partitions_released", "stopped"} <= set(events)
@@ -109,7 +109,7 @@ def test_a_second_signal_ends_all_at_once(bench: Bench):
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(command), "a COPY waits")
             command.send(signal.SIGTERM)
-            command.wait_until_said("stopping")
+            command.wait_until_said("stop_requested")
             command.send(signal.SIGTERM)
             assert command.wait(seconds_max=AT_ONCE_SECONDS_MAX) == 128 + signal.SIGTERM
         until(lambda: command.is_gone, "no worker is left")
@@ -186,7 +186,7 @@ def test_a_worker_that_dies_again_and_again_ends_a_one_shot_command(bench: Bench
     command = bench.worker("ingest", "--until-end", "--workers", "2", fail="after_begin@1:kill")
 
     assert command.wait() == 128 + signal.SIGKILL, command.tail()
-    pauses = [line["again_in_s"] for line in command.said("worker_died") if line["worker"] == 1]
+    pauses = [line["restart_in_s"] for line in command.said("worker_died") if line["worker"] == 1]
     assert pauses[:3] == [1, 2, 4]
     assert bench.worker("ingest", "--until-end").wait() == 0
     bench.judge(feed.ledger)

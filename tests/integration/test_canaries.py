@@ -16,12 +16,9 @@ from urllib.parse import quote
 import pytest
 from confluent_kafka import Producer
 from psycopg.sql import SQL, Identifier, Literal
-from typer.core import TyperGroup
-from typer.main import get_command
 
 from pipeline import catalogue
 from pipeline.catalogue import Catalogue
-from pipeline.cli.app import app
 from pipeline.db import open_engine
 from pipeline.readmodel import Custom, integer
 from pipeline.sandbox.servers.broker import MockBroker
@@ -29,7 +26,7 @@ from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from pipeline.schema.migrate import migrate
 from tests import canaries
 from tests.canaries import IBAN, NAME, TAX_ID, leaks
-from tests.commands import Commands, InProcess, Result, wait
+from tests.commands import Commands, InProcess, Result, command_names, wait
 from tests.given import (
     create_tables,
     event,
@@ -221,20 +218,8 @@ RUNS: Mapping[str, Sequence[Sequence[str]]] = {
 each_command = pytest.mark.parametrize("command", RUNS)
 
 
-def commands_of(group: TyperGroup, before: str = "") -> Iterator[str]:
-    """Every command there is, with the group that it stands in."""
-    for name, one in group.commands.items():
-        if isinstance(one, TyperGroup):
-            yield from commands_of(one, f"{before}{name} ")
-        else:
-            yield before + name
-
-
 def test_every_command_has_a_run_among_canaries():
-    root = get_command(app)
-
-    assert isinstance(root, TyperGroup)
-    assert sorted(commands_of(root)) == sorted(RUNS)
+    assert sorted(command_names()) == sorted(RUNS)
 
 
 def test_a_long_run_shows_none_to_its_log_to_other_processes_or_when_it_crashes(house):
@@ -450,7 +435,7 @@ def test_a_crash_shows_its_way_and_nothing_that_it_held(house, pipeline, monkeyp
         thread.join()
         raise RuntimeError(f"could not look at {held} for {NAME}")
 
-    monkeypatch.setattr("pipeline.cli.status.look", look)
+    monkeypatch.setattr("pipeline.health.status.read_status", look)
 
     result = pipeline(house.commands, "status")
 

@@ -113,7 +113,7 @@ def test_a_signal_ends_run_with_0_after_the_batch_in_hand(commands, broker, data
         code = run.wait()
 
     assert code == 0, "".join(run.err)
-    assert '"reason": "asked to"' in run.err[-1]
+    assert '"reason": "signal"' in run.err[-1]
     with database.connect() as db:
         stored = db.execute("SELECT sum(next_offset) FROM pipeline.consumer_offsets").fetchone()[0]
         owned = db.execute("SELECT count(owner_pid) FROM pipeline.consumer_offsets").fetchone()[0]
@@ -134,7 +134,7 @@ def test_the_second_signal_ends_at_once(commands, broker, database):
     with hanging.started("ingest") as ingest:
         wait(lambda: count(database, _IN_HAND))
         ingest.tell(signal.SIGTERM)
-        ingest.until("stopping")
+        ingest.until("stop_requested")
         ingest.tell(signal.SIGTERM)
         code = ingest.wait()
 
@@ -409,12 +409,12 @@ def test_dead_letters_are_listed_shown_and_tried_again(commands, given, pipeline
         }.items()
     )
     assert f"{TOPIC}:0:1" in table.out
-    assert "not of its kind (22P02)" in table.out
+    assert "not of the column's type (22P02)" in table.out
     assert "column cash_amount" in shown.out
     assert "12,5" not in shown.out
     assert content.json["event"]["payload"]["object"]["cash_amount"] == "12,5"
     assert absent.code == 1
-    assert (refused.code, refused.json) == (1, {"landed": 0, "refused": 1})
+    assert (refused.code, refused.json) == (1, {"applied": 0, "rejected": 1})
 
 
 # --------------------------------------------------------------------------------------- setting up
@@ -492,7 +492,7 @@ def test_the_main_job_waits_for_a_database_that_is_away_and_can_be_stopped(broke
         code = waiting.wait()
 
     assert code == 0, "".join(waiting.err)
-    assert '"reason": "asked to"' in waiting.err[-1]
+    assert '"reason": "signal"' in waiting.err[-1]
 
 
 def test_an_unexpected_error_ends_with_70_and_is_logged(empty_database, broker):

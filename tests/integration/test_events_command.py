@@ -108,7 +108,7 @@ def test_since_and_until_are_about_coming_into_the_log(given, find):
     assert types(later) == ["ORDER.FILLED"]
     assert types(earlier) == ["ORDER.NEW"]
     assert types(recent) == ["ORDER.NEW", "ORDER.FILLED"]
-    assert (nothing.out, nothing.err[:13]) == ("", "Nothing found")
+    assert (nothing.out, nothing.err[:15]) == ("", "No events found")
 
 
 def test_a_search_that_no_index_answers_looks_back_a_day_unless_told(given, find):
@@ -119,7 +119,7 @@ def test_a_search_that_no_index_answers_looks_back_a_day_unless_told(given, find
     )
 
     assert find("--bad").out == ""
-    assert "Nothing found since" in find("--bad").err
+    assert "No events found since" in find("--bad").err
     assert find("--bad", "--since", "3d", "--json").lines[0]["problem"] == "not JSON"
     assert types(find("--at", f"{TOPIC}:0:1", "--type", "ORDER", "--json")) == ["ORDER.NEW"]
 

@@ -95,7 +95,7 @@ def test_a_dead_letter_of_a_hostile_event_is_shown_in_full(hostile, run):
         shown = run("dead-letters", "show", place, "--payload")
         assert shown.code == 0, shown.err
         assert fooling(shown.out + shown.err) == set()
-        assert run("dead-letters", "show", place, "--json").json["refusals"]
+        assert run("dead-letters", "show", place, "--json").json["rejections"]
 
 
 def fooling(told: str) -> set[str]:

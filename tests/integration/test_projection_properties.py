@@ -31,7 +31,7 @@ PROJECTORS = tuple(
 NAMES = [projector.name for projector in PROJECTORS]
 PARTITIONS = range(4)
 THOROUGH = settings(
-    max_examples=50,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
@@ -125,7 +125,7 @@ def test_one_log_gives_one_set_of_tables_however_it_is_projected(harder: Given, 
     rows = harder.query("SELECT partition, next_offset FROM pipeline.consumer_offsets")
     ends: dict[int, int] = {row.partition: row.next_offset for row in rows}
 
-    @settings(THOROUGH, max_examples=50 if pg_version == 18 else 10)
+    @settings(THOROUGH, max_examples=20 if pg_version == 18 else 5)
     @over(schedule=steps, batch=st.integers(min_value=30, max_value=500))
     def same_tables(schedule, batch) -> None:
         empty_tables(harder)
@@ -145,7 +145,7 @@ def test_a_rebuild_by_several_is_that_by_one(harder: Given, pg_version):
     run_projection(harder.engine, PROJECTORS, until_end=True)
     rejected = letters(harder)
 
-    @settings(THOROUGH, max_examples=40 if pg_version == 18 else 10)
+    @settings(THOROUGH, max_examples=25 if pg_version == 18 else 8)
     @over(
         projector=st.sampled_from(PROJECTORS),
         jobs=st.integers(min_value=2, max_value=4),

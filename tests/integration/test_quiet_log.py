@@ -27,7 +27,7 @@ MINUTE_S = 2
 SECONDS = 9
 PER_SECOND = 10
 PARTITIONS = 50
-ONCE = {"started", "partitions_claimed", "stopping", "partitions_released", "stopped"}
+ONCE = {"started", "partitions_claimed", "stop_requested", "partitions_released", "stopped"}
 SHORTER = f"import pipeline.cli.tally as t; t.TELL_S = {MINUTE_S}; from pipeline.cli import main; "
 
 
@@ -175,7 +175,7 @@ def test_every_event_at_level_info_was_chosen():
 
 WEIGHED = {
     # Once per process.
-    *("started", "stopping", "stopped", "workers_started", "workers_ended"),
+    *("started", "stop_requested", "stopped", "workers_started", "workers_ended"),
     # Once per command on a read model or a topic.
     *("rebuilt", "checked", "rebuild_resumed", "partition_rewound"),
     # Once per attempt to get a lock, of which there are at most twenty.

@@ -616,7 +616,7 @@ def test_an_operator_has_what_the_bad_day_wants(given, cast, broker, pipeline):
     run("rebuild", "orders")
     run("rebuild", "orders", "--in-place")
     run("gaps", "list")
-    assert "goes on at offset 5" in run("gaps", "accept", f"{TOPIC}:0").err
+    assert "continues at offset 5" in run("gaps", "accept", f"{TOPIC}:0").err
     assert given.query(
         "SELECT accepted_by, next_offset FROM pipeline.gaps, pipeline.consumer_offsets"
     ) == [(login, 5)]

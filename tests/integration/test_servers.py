@@ -173,22 +173,45 @@ def test_a_missing_version_is_refused_with_the_ways_out():
         find_binaries(9)
 
 
+def wheel_copied_to(folder):
+    """The wheel's programs and libraries, as in a virtual environment; the folder of programs."""
+    binaries = find_binaries(18)
+    package = binaries.parents[1]
+    for part in (package, package.with_name(f"{package.name}.libs")):
+        if part.exists():
+            shutil.copytree(part, folder / part.name, symlinks=True)
+    return folder / package.name / "pginstall" / "bin"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
 def test_binaries_under_a_closed_home_are_copied_where_the_account_can_run_them(
-    tmp_path, open_folder, monkeypatch
+    tmp_path, open_folder
 ):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    installation = shutil.copytree(find_binaries(18).parent, home / "pginstall", symlinks=True)
+    closed = wheel_copied_to(home)
     account = postgres._server_account()
-    assert not postgres._may_run(installation / "bin", account)
-    monkeypatch.setattr(postgres, "_SHARED_CACHE", open_folder / "cache")
+    assert not postgres._may_run(closed, account)
 
-    reachable = postgres._within_reach(installation / "bin", account)
+    reachable = postgres._within_reach(closed, account, open_folder)
 
     assert reachable.is_relative_to(open_folder)
     assert postgres._may_run(reachable, account)
     assert home.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+def test_a_copy_of_the_binaries_is_removed_with_the_server(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    closed = wheel_copied_to(home)
+    monkeypatch.setattr(postgres, "find_binaries", lambda _version: closed)
+
+    with PostgresServer(18, settings=FAST_AND_UNSAFE) as server:
+        folder, binaries = server.directory, server.binaries
+
+    assert binaries.is_relative_to(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
@@ -197,17 +220,16 @@ def test_a_folder_that_the_account_cannot_enter_is_named(tmp_path):
         PostgresServer(18, directory=tmp_path / "data").start()
 
 
-def test_a_copy_that_cannot_be_made_is_told_with_the_account_and_the_reason(tmp_path, monkeypatch):
+def test_the_error_for_a_copy_that_cannot_be_made_names_the_account_and_the_reason(tmp_path):
     closed = shutil.copytree(find_binaries(18), tmp_path / "bin", symlinks=True)
     no_folder = tmp_path / "file"
     no_folder.touch()
-    monkeypatch.setattr(postgres, "_SHARED_CACHE", no_folder / "cache")
     nobody = Account("a stranger", 65534, 65534)
 
     with pytest.raises(
         BinariesMissingError, match=r"a stranger cannot run .* copying it to .* fai"
     ):
-        postgres._within_reach(closed, nobody)
+        postgres._within_reach(closed, nobody, no_folder)
 
 
 def test_a_machine_without_a_fitting_account_is_told_to_root(monkeypatch):

@@ -78,7 +78,7 @@ def test_a_command_that_an_interruption_ends_says_so_and_is_a_failure_to_a_super
     assert codes == {name: 128 + number for name, number in sent.items()}, said
     assert "Produced " in said.pop("simulate")
     for name, lines in said.items():
-        assert f'"stopping", "logger": "pipeline.{LOGGERS.get(name, "signals")}"' in lines
+        assert f'"stop_requested", "logger": "pipeline.{LOGGERS.get(name, "signals")}"' in lines
         assert f'"signal": "{sent[name].name}"' in lines
         assert f'"exit_code": {128 + sent[name]}' in lines
         assert "Traceback" not in lines
@@ -108,7 +108,7 @@ def test_systemd_may_send_sighup_after_sigterm(commands):
     with slow.started("run") as run:
         run.until('"started"')
         run.tell(signal.SIGTERM)
-        run.until('"stopping"')
+        run.until('"stop_requested"')
         run.tell(signal.SIGHUP)
 
         assert run.wait() == 0, run.err
@@ -257,7 +257,7 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(commands, given, co
     os.close(writing)
 
     assert done.returncode == 128 + signal.SIGPIPE, done.stderr
-    assert done.stderr in ("", "Following; Ctrl-C ends it.\n")
+    assert done.stderr in ("", "Following the log. Press Ctrl-C to end.\n")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from pipeline import log_events
 from pipeline.errors import InvariantError
+from pipeline.log_events import output
 from pipeline.redaction import redacted
 
 CANARY = "c4n4ry-hunter2"
@@ -231,9 +232,7 @@ def test_no_url_keeps_its_user(around, password):
 
 @given(st.text())
 def test_any_text_is_one_line_and_moves_no_cursor(text):
-    event = log_events._without_control_characters(
-        None, "", {"reason": text, "many": [{"a": text}]}
-    )
+    event = output._without_control_characters(None, "", {"reason": text, "many": [{"a": text}]})
 
     shown = event["reason"] + event["many"][0]["a"]
     assert len(shown.splitlines()) <= 1

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.log_events import printable
+from pipeline.printable import printable
 
 WIDTH_MAX = 92
 PLAIN_LINE_S = 2.0

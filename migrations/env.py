@@ -33,6 +33,8 @@ def _print_statements() -> None:
     """Write what would be executed, for a DBA."""
     context.configure(
         dialect_name="postgresql",
+        # Or each percent sign is printed twice.
+        dialect_opts={"paramstyle": "named"},
         version_table_schema=LOG_SCHEMA,
         transaction_per_migration=True,
         output_buffer=context.config.output_buffer,

@@ -175,6 +175,8 @@ def sql_of(*operations: ops.MigrateOperation) -> list[str]:
     written: list[str] = []
     context = MigrationContext.configure(
         dialect_name="postgresql",
+        # Or each percent sign is written twice.
+        dialect_opts={"paramstyle": "named"},
         opts={"as_sql": True, "output_buffer": _Lines(written)},
     )
     with Operations.context(context) as executing:

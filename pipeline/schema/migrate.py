@@ -195,6 +195,7 @@ def revision_sql(url: str) -> str:
     finally:
         engine.dispose()
     written = StringIO()
+    written.write(f"CREATE SCHEMA IF NOT EXISTS {LOG_SCHEMA};\n\n")
     config = _config(offline=True)
     config.output_buffer = written
     command.upgrade(config, f"{found or 'base'}:head", sql=True)

@@ -98,7 +98,8 @@ LEFT JOIN (pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace)
 # Any relation in these schemas, whoever made it.
 RELATIONS = text("""
 SELECT n.nspname || '.' || c.relname AS name, c.oid, c.relkind::text AS kind,
-       pg_get_userbyid(c.relowner) AS owner, c.relowner = n.nspowner AS is_owners
+       pg_get_userbyid(c.relowner) AS owner, c.relowner = n.nspowner AS is_owners,
+       coalesce(obj_description(c.oid, 'pg_class'), '') AS comment
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = ANY (CAST(:schemas AS text[])) AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
 """)

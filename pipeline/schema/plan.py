@@ -124,7 +124,7 @@ def tables(db: Connection, declared: Sequence[DeclaredTable]) -> Iterator[Step]:
     """
     recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
     for table in declared:
-        _refuse_others(table.name, recorded, there)
+        _refuse_others(table.name, recorded, there, table.table.comment or "")
     present = [table for table in declared if table.name in there]
     changes = _changes(db, present)
     for table in declared:
@@ -135,9 +135,25 @@ def tables(db: Connection, declared: Sequence[DeclaredTable]) -> Iterator[Step]:
 
 
 def _refuse_others(
-    name: str, recorded: Mapping[str, objects.Recorded], there: Mapping[str, Row[Any]]
+    name: str,
+    recorded: Mapping[str, objects.Recorded],
+    there: Mapping[str, Row[Any]],
+    comment: str,
 ) -> None:
+    """Refuse an object that is not recorded, unless a DBA made it by what `--sql` printed."""
     known = recorded.get(name)
+    if known is None and name in there:
+        found = there[name]
+        if (
+            found.is_owners
+            and found.comment
+            and found.comment.replace("'", "''")
+            in (
+                comment.replace("'", "''"),
+                *re.findall(r"COMMENT ON VIEW \S+ IS '((?:[^']|'')*)'", comment),
+            )
+        ):
+            return
     if name in there and not (known and known.is_ours):
         owner = there[name].owner
         raise ConfigurationError(
@@ -363,13 +379,15 @@ def views(db: Connection, declared: Sequence[DeclaredView]) -> Iterator[Step]:
     recorded, there = objects.recorded(db), objects.relations(db, SCHEMAS)
     for view in declared:
         known = recorded.get(view.name)
-        _refuse_others(view.name, recorded, there)
+        _refuse_others(view.name, recorded, there, view.definition)
         if view.name not in there:
             what = "create view" if known is None else "create again: somebody dropped it"
-        elif known and known.definition != view.definition:
+        elif known is None:
+            what = "record it: made by what `--sql` printed"
+        elif known.definition != view.definition:
             _refuse_other_columns(db, view, there[view.name].oid)
             what = "replace view"
-        elif known and known.query != known.details.get("query"):
+        elif known.query != known.details.get("query"):
             what = "replace view: somebody changed it"
         else:
             continue

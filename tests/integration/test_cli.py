@@ -428,9 +428,32 @@ def test_migrate_says_what_it_did_and_may_be_repeated(empty_database, broker, pi
     third = pipeline(commands, "migrate")
 
     assert first.json["applied"][:2] == ["0001", "0002"]
-    assert second.json == {"applied": [], "rights": [], "role_prefix": None}
+    assert second.json == {"applied": [], "steps": [], "rights": [], "role_prefix": None}
     assert (third.code, third.out) == (0, "")
     assert "the schema is current" in third.err
+
+
+def test_a_plan_changes_nothing_and_a_dba_may_run_its_sql(empty_database, broker, pipeline):
+    commands = on_mock(empty_database, broker)
+
+    plan = pipeline(commands, "migrate", "--plan")
+    with empty_database.connect() as db:
+        nothing = db.execute("SELECT to_regnamespace('pipeline')").fetchone()
+        for _ in range(2):
+            printed = pipeline(commands, "migrate", "--sql")
+            assert printed.code == 1, printed.err
+            db.execute(printed.out.encode())
+    left = pipeline(commands, "migrate", "--json")
+    again = pipeline(commands, "migrate", "--plan")
+
+    assert (plan.code, nothing) == (1, (None,))
+    assert "Migrations: 0001, 0002" in plan.out
+    assert left.json["applied"] == []
+    assert {step["what"].partition(":")[0] for step in left.json["steps"]} == {
+        "record its definition",
+        "record it",
+    }
+    assert (again.code, again.out) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_the_demo_ends_with_every_check_held_and_leaves_nothing(room):
     logged_then, logged_at_the_end = numbers(ended.stdout, "in the log")
     assert logged_then == produced < logged_at_the_end
     assert numbers(ended.stdout, "rows right after") == [0]
-    assert numbers(ended.stdout, "rows healed")[0] >= numbers(ended.stdout, "rows before")[0] > 0
+    assert numbers(ended.stdout, "rows repaired")[0] >= numbers(ended.stdout, "rows before")[0] > 0
     assert numbers(ended.stdout, "rows that differed") == [0]
     assert "0 missing, 0 extra, 0 changed" in ended.stdout
     assert "WRONG" not in ended.stdout

@@ -1,4 +1,4 @@
-"""What is asked of the database: every number that the demo shows comes from here."""
+"""The queries of the demo: every number that it shows comes from here."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ ORDER BY accounts DESC, units DESC, isin LIMIT 6
 """)
 CASH = text("""
 SELECT currency, count(balance) AS balances, sum(entries)::bigint AS entries,
-       sum(balance) AS told, sum(ledger_sum) AS summed,
+       sum(balance) AS reported, sum(ledger_sum) AS summed,
        count(*) FILTER (WHERE is_break) AS breaks
 FROM upvest.cash_reconciliation GROUP BY currency ORDER BY currency
 """)

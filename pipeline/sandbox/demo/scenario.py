@@ -61,7 +61,7 @@ def run_demo(
                 raise
             return ExitCode.DONE if scenario.proof.holds else ExitCode.FOUND
     except KeyboardInterrupt:
-        screen.section("Stopped. Servers, workers and tsuccessor folder are gone.")
+        screen.section("Stopped. Servers, workers and their folder are removed.")
         raise
 
 
@@ -84,7 +84,7 @@ class _Scenario:
         self._later_events = events // 3
         self._day_events = events - self._later_events
         self._day = _simulation(seed, self._day_events)
-        # Of another seed, so that its customers and tsuccessor entities are new.
+        # Of another seed, so that its customers and their entities are new.
         self._later = _simulation(f"{seed} later", self._later_events)
         self._ledger = Ledger()
         self.proof = Proof()
@@ -214,13 +214,13 @@ class _Scenario:
     def _show_bad_records(self) -> None:
         screen = self._screen
         screen.caption(
-            "Bad records: rows with the reason, and with tsuccessor bytes if they are not JSON"
+            "Bad records: rows with the reason, and with their bytes if they are not JSON"
         )
         screen.table(
             ["problem", "rows", "bytes kept"],
             map(tuple, queries.rows(self._engine, queries.PROBLEMS)),
         )
-        screen.caption("Events with a bad amount: dead letters of tsuccessor read model")
+        screen.caption("Events with a bad amount: dead letters of their read model")
         screen.table(
             ["read model", "column", "sqlstate", "events"],
             map(tuple, queries.rows(self._engine, queries.DEAD_LETTERS)),

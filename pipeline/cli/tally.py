@@ -1,4 +1,4 @@
-"""What a flow has done, in one line of the log per minute: all that a quiet day needs."""
+"""Counts records, for one line of the log per minute: all that a quiet day needs."""
 
 import threading
 import time
@@ -11,23 +11,23 @@ from pipeline.projection.loop import ProjectionProgress as Projected
 
 log = structlog.get_logger("pipeline.cli")
 
-TELL_S = 60.0
-"""How often the log says how many records were handled."""
+LOG_S = 60.0
+"""How often the number of records is logged."""
 
 
 class Tally:
-    """Counts what both halves of a flow do; each of them reports here from its own thread.
+    """Counts the records of both halves; each of them reports here from its own thread.
 
-    A line is logged at most every ``TELL_S``, and none where nothing was handled: why nothing is,
-    an outage for instance, has lines of its own.
+    A line is logged at most every ``LOG_S``, and none if there were no records: the reason, for
+    example an outage, has lines of its own.
     """
 
     def __init__(self) -> None:
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         self._totals: dict[str, int] = {}
         self._lags: dict[str, int] = {}
-        self._told: dict[str, int] = {}
-        self._told_at = time.monotonic()
+        self._logged: dict[str, int] = {}
+        self._logged_at = time.monotonic()
 
     @property
     def totals(self) -> dict[str, int]:
@@ -35,12 +35,12 @@ class Tally:
         return dict(self._totals)
 
     def of_ingest(self) -> Callable[[Ingested], None]:
-        """What an ingest is to call with its progress."""
+        """The function to which an ingest reports its progress."""
         counter = self._counter("ingested", "ingest_lag")
         return lambda progress: counter(progress.written, progress.lag)
 
     def of_projection(self) -> Callable[[Projected], None]:
-        """What a projection is to call with its progress."""
+        """The function to which a projection reports its progress."""
         counter = self._counter("projected", "projection_lag")
         return lambda progress: counter(progress.taken, progress.behind)
 
@@ -50,20 +50,20 @@ class Tally:
 
         def count(done: int, lag: int) -> None:
             nonlocal counted
-            with self._one_at_a_time:
+            with self._lock:
                 self._totals[name] += done - counted
                 self._lags[name_of_lag] = lag
                 counted = done
-                self._tell()
+                self._log_if_due()
 
         return count
 
-    def _tell(self) -> None:
+    def _log_if_due(self) -> None:
         now = time.monotonic()
-        seconds = now - self._told_at
-        if seconds < TELL_S:
+        seconds = now - self._logged_at
+        if seconds < LOG_S:
             return
-        fresh = {name: total - self._told.get(name, 0) for name, total in self._totals.items()}
+        fresh = {name: total - self._logged.get(name, 0) for name, total in self._totals.items()}
         if any(fresh.values()):
             log.info("events_processed", seconds=round(seconds), **fresh, **self._lags)
-        self._told, self._told_at = dict(self._totals), now
+        self._logged, self._logged_at = dict(self._totals), now

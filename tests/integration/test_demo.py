@@ -113,7 +113,7 @@ def test_the_demo_ends_with_every_check_held_and_leaves_nothing(room):
     logged_then, logged_at_the_end = numbers(ended.stdout, "in the log")
     assert logged_then == produced < logged_at_the_end
     assert numbers(ended.stdout, "rows right after") == [0]
-    assert numbers(ended.stdout, "rows healed")[0] >= numbers(ended.stdout, "rows before")[0] > 0
+    assert numbers(ended.stdout, "rows repaired")[0] >= numbers(ended.stdout, "rows before")[0] > 0
     assert numbers(ended.stdout, "rows that differed") == [0]
     assert "0 missing, 0 extra, 0 changed" in ended.stdout
     assert "WRONG" not in ended.stdout
@@ -129,7 +129,7 @@ def test_ctrl_c_before_the_end_leaves_nothing(room, moment):
         rest = running.stdout.read()
 
     assert running.returncode == 130
-    assert "Stopped. Servers, workers and their folder are gone." in rest
+    assert "Stopped. Servers, workers and their folder are removed." in rest
     assert room.is_empty(), room.processes()
 
 
@@ -155,7 +155,7 @@ def test_a_cent_too_much_is_found_and_the_demo_fails(room):
     assert running.returncode == 1
     assert re.search(r"cash balances +\d+   WRONG", rest)
     assert re.search(r"replayed +[\d,]+   WRONG", rest)
-    assert "checks have FAILED" in rest
+    assert "checks FAILED" in rest
     [folder] = re.findall(r"The logs of the workers and of PostgreSQL:\s+(\S+)", rest)
     assert {path.name for path in Path(folder).iterdir()} == {
         "worker-1.log",

@@ -28,7 +28,7 @@ SECONDS = 9
 PER_SECOND = 10
 PARTITIONS = 50
 ONCE = {"started", "partitions_claimed", "stop_requested", "partitions_released", "stopped"}
-SHORTER = f"import pipeline.cli.tally as t; t.TELL_S = {MINUTE_S}; from pipeline.cli import main; "
+SHORTER = f"import pipeline.cli.tally as t; t.LOG_S = {MINUTE_S}; from pipeline.cli import main; "
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The demo's own servers and workers: started in a second, gone with it, however it ends."""
+"""The servers and workers of the demo. They end with it, however it ends."""
 
 import os
 import shlex
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class DemoError(PipelineError):
-    """The demo cannot go on; what it runs on does not behave."""
+    """The demo cannot continue: a server or a worker failed."""
 
     exit_code = ExitCode.FOUND
 
@@ -41,8 +41,8 @@ class Worker:
 
     Attributes:
         name: For people.
-        pid: Its own, the one that the database knows it by.
-        log: Where its log goes.
+        pid: Its process id, which the database has too.
+        log: The file of its log.
     """
 
     def __init__(self, number: int, environment: dict[str, str], folder: Path) -> None:
@@ -58,11 +58,11 @@ class Worker:
         self._killed = False
 
     def kill(self) -> None:
-        """SIGKILL: it can finish nothing."""
+        """SIGKILL."""
         self._killed = True
         self._process.end(signal.SIGKILL, grace_seconds=STOP_SECONDS_MAX)
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """SIGTERM, without waiting."""
         self._process.send(signal.SIGTERM)
 
@@ -77,11 +77,11 @@ class Worker:
             raise DemoError(f"{self.name} has ended with {status}")
 
 
-class Stage:
+class Environment:
     """PostgreSQL, the broker and the workers, in one folder.
 
-    As a context manager: on exit everything stops and the folder goes. Every signal that
-    ends a command ends the block as Ctrl-C does, and none of them can interrupt the end.
+    As a context manager: on exit everything stops and the folder is removed. Every signal that
+    ends a command ends the block as Ctrl-C does, and no signal can interrupt the exit.
     """
 
     def __init__(self) -> None:
@@ -103,20 +103,20 @@ class Stage:
     ) -> None:
         for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
-        # All at once, so that the end takes as long as the slowest.
+        # In parallel, so that the exit takes as long as the slowest of them.
         for worker in self._workers:
-            worker.ask_to_stop()
+            worker.request_stop()
         self._parts.close()
 
     # ------------------------------------------------------------------------------------- starting
 
     def start_postgres(self) -> PostgresServer:
-        """PostgreSQL, empty; its folder is the demo's.
+        """An empty PostgreSQL; its folder is that of the demo.
 
         Raises:
             ConfigurationError: There are no binaries, or it did not start.
         """
-        self.postgres = _clearly(lambda: self._parts.enter_context(PostgresServer()))
+        self.postgres = _started(lambda: self._parts.enter_context(PostgresServer()))
         return self.postgres
 
     def start_broker(self) -> MockBroker:
@@ -125,21 +125,21 @@ class Stage:
         Raises:
             ConfigurationError: It is not in this librdkafka, or did not start.
         """
-        self.broker = _clearly(lambda: self._parts.enter_context(MockBroker()))
-        _clearly(lambda: self.broker.create_topic(TOPIC, PARTITIONS))
+        self.broker = _started(lambda: self._parts.enter_context(MockBroker()))
+        _started(lambda: self.broker.create_topic(TOPIC, PARTITIONS))
         return self.broker
 
     def open_engine(self) -> Engine:
-        """The demo's own way into the database."""
+        """The demo's own connections to the database."""
         engine = open_engine(self.postgres.url(), application="pipeline demo")
         self._parts.callback(engine.dispose)
         return engine
 
     def start_worker(self) -> Worker:
         """One more process of `pipeline run`."""
-        # Whatever the user has set for another pipeline must not reach these.
+        # Settings of the user for another pipeline must not reach these.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
-        worker = _clearly(
+        worker = _started(
             lambda: Worker(
                 len(self._workers) + 1, {**inherited, **self.settings}, self.postgres.directory
             )
@@ -152,18 +152,18 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a command needs to work on these servers."""
+        """The settings of a command that works on these servers."""
         return {
             "PIPELINE_DATABASE_URL": self.postgres.url(),
             "PIPELINE_KAFKA_BOOTSTRAP_SERVERS": self.broker.bootstrap_servers,
             "PIPELINE_KAFKA_SECURITY_PROTOCOL": "PLAINTEXT",
-            # The mock broker hands partitions over under this protocol only.
+            # The mock broker assigns partitions under this protocol only.
             "PIPELINE_KAFKA_GROUP_PROTOCOL": "consumer",
             "PIPELINE_TOPICS": TOPIC,
         }
 
     def write_environment(self) -> Path:
-        """A file for `source`: the settings, and where the commands are."""
+        """A file for `source`: the settings, and the PATH of the commands."""
         path = self.postgres.directory / "environment"
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.settings.items()]
         lines.append(f'export PATH={shlex.quote(sysconfig.get_path("scripts"))}:"$PATH"\n')
@@ -183,15 +183,15 @@ class Stage:
             worker.check()
 
     def keep_logs(self) -> Path | None:
-        """Copy the logs to where they outlive the demo; None if there are none yet."""
+        """Copy the logs to a folder that stays; None if there are none yet."""
         logs = [worker.log for worker in self._workers]
         if hasattr(self, "postgres"):
             logs.append(self.postgres.log)
-        there = [path for path in logs if path.exists()]
-        if not there:
+        existing = [path for path in logs if path.exists()]
+        if not existing:
             return None
         folder = Path(tempfile.mkdtemp(prefix="pipeline-demo-logs-"))
-        for path in there:
+        for path in existing:
             shutil.copyfile(path, folder / path.name)
         return folder
 
@@ -200,8 +200,8 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _clearly(start: Callable[[], _T]) -> _T:
-    """Start something; what it lacks is told as a command tells it."""
+def _started(start: Callable[[], _T]) -> _T:
+    """Start a server or a worker; raise its error as one of a command."""
     try:
         return start()
     except (BinariesMissingError, ServerStartError, MockBrokerError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What is produced, at a pace that the mock broker bears, and the producer's ledger of it."""
+"""Produces records at a rate that the mock broker can take, and keeps a ledger of them."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,9 +12,9 @@ from pipeline.sandbox.simulator.producer import Producer
 
 BATCH_RECORDS = 250
 UNREAD_RECORDS_MAX = 6_000
-"""How far the log may be behind. The mock broker keeps 5 MB a partition, so far more would do."""
-LOOK_S = 0.1
-"""How often it is looked whether the log has come nearer."""
+"""Maximum lag of the log. The mock broker keeps 5 MB per partition, which is far more."""
+POLL_S = 0.1
+"""How often the lag is read."""
 
 
 class Comparison(NamedTuple):
@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 
 class Ledger:
-    """Every record that the broker confirmed: where it stands, and the digest of its bytes."""
+    """Every record that the broker confirmed: its coordinates, and the digest of its bytes."""
 
     def __init__(self) -> None:
         self._digests: dict[tuple[int, int], bytes | None] = {}
@@ -57,14 +57,14 @@ class Ledger:
         return None if value is None else blake2b(value, digest_size=16).digest()
 
     def compare(self, logged: Mapping[tuple[int, int], bytes | None]) -> Comparison:
-        """What differs from the log; the log's digests are read from it, by place."""
+        """What differs from the log; the log's digests are read from it, by coordinates."""
         sent = self._digests
         both = sent.keys() & logged.keys()
         return Comparison(
             compared=len(sent),
             missing=len(sent.keys() - both),
             extra=len(logged.keys() - both),
-            changed=sum(sent[place] != logged[place] for place in both),
+            changed=sum(sent[record] != logged[record] for record in both),
         )
 
 
@@ -75,14 +75,14 @@ class _HaltedError(Exception):
 class Feed:
     """Produces in the background, in small batches, never too far ahead of the log.
 
-    As a context manager it starts on entry; on exit it gives up what is left.
+    As a context manager it starts on entry; on exit it drops what is left.
 
     Args:
         bootstrap_servers: Of the broker.
         records: What to produce.
-        ledger: Takes what was confirmed.
-        rate: Records a second, at most.
-        logged: How many records are in the log by now.
+        ledger: Gets what was confirmed.
+        rate: Maximum records per second.
+        logged: Counts the records in the log.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Feed:
 
     def _wait_for_the_log(self) -> None:
         while len(self._ledger) - self._logged() > UNREAD_RECORDS_MAX:
-            if self._halt.wait(LOOK_S):
+            if self._halt.wait(POLL_S):
                 raise _HaltedError
 
     def _until_halted(self, batch: Iterable[Record]) -> Iterator[Record]:

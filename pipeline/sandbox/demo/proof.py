@@ -1,4 +1,4 @@
-"""The checks that the demo ends with: every claim compared with what somebody else knows."""
+"""The checks at the end of the demo: every claim is compared with an independent source."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Check(NamedTuple):
 
 
 class Proof:
-    """What was checked so far, in the order in which it was."""
+    """The checks so far, in order."""
 
     def __init__(self) -> None:
         self.checks: list[Check] = []
@@ -33,24 +33,24 @@ class Proof:
     @property
     def failed(self) -> Sequence[Check]:
         """The checks that did not hold."""
-        return [one for one in self.checks if not one.ok]
+        return [check for check in self.checks if not check.ok]
 
     @property
     def holds(self) -> bool:
-        """Whether every check has held."""
+        """Whether no check failed."""
         return not self.failed
 
     def found(self, name: str, value: int, remark: str, *, ok: bool) -> None:
-        """Note a check."""
+        """Add a check."""
         self.checks.append(Check(name, value, remark, ok))
 
     def compare(self, engine: Engine, ledger: Ledger, simulations: Sequence[Simulation]) -> None:
-        """Compare all there is, when everything produced is in the read models."""
-        books = [one.books for one in simulations]
+        """Compare all data, when every produced record is in the read models."""
+        books = [simulation.books for simulation in simulations]
         self._compare_log(engine, ledger)
         self._compare_with_books(engine, books)
         self._replay(engine)
-        self._compare_oddities(engine, [one.report for one in simulations])
+        self._compare_oddities(engine, [simulation.report for simulation in simulations])
 
     def _compare_log(self, engine: Engine, ledger: Ledger) -> None:
         sent = ledger.compare(queries.digests(engine))
@@ -81,17 +81,17 @@ class Proof:
         self.found(
             "cash entries",
             sum(row.entries for row in sums),
-            f"sum up to the balances: {breaks:,} do not",
+            f"add up to the balances: {breaks:,} do not",
             ok=not breaks,
         )
 
     def _replay(self, engine: Engine) -> None:
-        replays = [check(engine, one) for one in catalogue.load().models]
-        differing = sum(one.differing for one in replays)
+        replays = [check(engine, model) for model in catalogue.load().models]
+        differing = sum(replay.differing for replay in replays)
         self.found(
             "replayed",
-            sum(one.rows for one in replays),
-            f"rows made anew from the log: {differing:,} differ",
+            sum(replay.rows for replay in replays),
+            f"rows recomputed from the log: {differing:,} differ",
             ok=not differing,
         )
 
@@ -109,9 +109,9 @@ class Proof:
         self.found(
             "repeats", repeats, f"recognized; {produced:,} were produced", ok=repeats == produced
         )
-        seen = read_status(engine, catalogue.load())
-        # The service was stopped for the proof, so that its partitions have no reader is right.
-        halted = [one for one in seen.partitions if one.state == "ERR"]
-        broken = [one for one in seen.projectors if one.state == "broken"]
+        status = read_status(engine, catalogue.load())
+        # The workers are stopped for the comparison, so that no process reads the partitions.
+        halted = [partition for partition in status.partitions if partition.state == "ERR"]
+        broken = [model for model in status.projectors if model.state == "broken"]
         wrong = len(halted) + len(broken)
         self.found("halted", wrong, "partitions and read models", ok=not wrong)

@@ -1,4 +1,4 @@
-"""What is asked of the database: every number that the demo shows comes from here."""
+"""The queries of the demo: every number that it shows comes from here."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ ORDER BY accounts DESC, units DESC, isin LIMIT 6
 """)
 CASH = text("""
 SELECT currency, count(balance) AS balances, sum(entries)::bigint AS entries,
-       sum(balance) AS told, sum(ledger_sum) AS summed,
+       sum(balance) AS reported, sum(ledger_sum) AS summed,
        count(*) FILTER (WHERE is_break) AS breaks
 FROM upvest.cash_reconciliation GROUP BY currency ORDER BY currency
 """)
@@ -103,9 +103,9 @@ def standing(engine: Engine, projectors: Sequence[str]) -> Standing:
     with transaction(engine) as db:
         in_log = _logged(db)
         slowest: dict[Partition, int] = {}
-        for one in checkpoints.progress(db, projectors):
-            taken = lag(one.log_first, max(one.next_offset, one.log_first))
-            slowest[one.partition] = min(taken, slowest.get(one.partition, taken))
+        for progress in checkpoints.progress(db, projectors):
+            taken = lag(progress.log_first, max(progress.next_offset, progress.log_first))
+            slowest[progress.partition] = min(taken, slowest.get(progress.partition, taken))
     return Standing(in_log, min(in_log, sum(slowest.values())))
 
 
@@ -166,10 +166,10 @@ def compare_cash(engine: Engine, books: Iterable[Books]) -> CashComparison:
         (row.account_group_id, row.currency): row.balance for row in rows(engine, BALANCES)
     }
     wanted: dict[tuple[object, ...], object] = {}
-    for one in books:
-        names = one.columns("cash_balances")
+    for simulated in books:
+        names = simulated.columns("cash_balances")
         places = [names.index(name) for name in ("account_group_id", "currency", "balance")]
-        for row in one.rows("cash_balances"):
+        for row in simulated.rows("cash_balances"):
             group, currency, balance = (row[place] for place in places)
             wanted[group, currency] = balance
     both = told.keys() | wanted.keys()
@@ -184,7 +184,7 @@ def compare_books(engine: Engine, books: Sequence[Books]) -> tuple[int, int, int
         table = declared[name]
         columns = [table.c[column] for column in books[0].columns(name)]
         found = Counter(tuple(row) for row in rows(engine, select(*columns)))
-        wanted = Counter(row for one in books for row in one.rows(name))
+        wanted = Counter(row for simulated in books for row in simulated.rows(name))
         compared += wanted.total()
         differing += (found - wanted).total() + (wanted - found).total()
     return len(books[0].tables), compared, differing

@@ -1,4 +1,4 @@
-"""What the demo does, act by act, and the checks that it ends with."""
+"""What the demo does, step by step, and the checks at its end."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from pipeline.errors import ExitCode, PipelineError
 from pipeline.health.status import read_status
 from pipeline.rebuild.rebuild import rebuild
 from pipeline.sandbox.demo import queries
-from pipeline.sandbox.demo.environment import PARTITIONS, TOPIC, DemoError, Stage, Worker
+from pipeline.sandbox.demo.environment import PARTITIONS, TOPIC, DemoError, Environment, Worker
 from pipeline.sandbox.demo.load import Feed, Ledger
 from pipeline.sandbox.demo.proof import Proof
 from pipeline.sandbox.demo.screen import Screen
@@ -20,11 +20,11 @@ DEFAULT_SEED = 7
 DEFAULT_EVENTS = 24_000
 
 DAY_RATE = 2_500.0
-"""Records a second while nothing goes wrong."""
+"""Records per second in normal operation."""
 FAULT_RATE = 1_000.0
-"""The same while something does, so that it lasts long enough to be watched."""
+"""Records per second during faults, which then last long enough to be seen."""
 WAIT_S_MAX = 120.0
-"""Longest wait for anything; the machine may be busy."""
+"""Maximum wait for a condition; the machine may be busy."""
 LOOK_S = 0.1
 TYPES_SHOWN = 12
 
@@ -32,53 +32,53 @@ TYPES_SHOWN = 12
 def run_demo(
     seed: int = DEFAULT_SEED, events: int = DEFAULT_EVENTS, *, stay: bool | None = None
 ) -> ExitCode:
-    """Show all of it on servers of its own, and check every claim on the way.
+    """Show everything on servers of its own, and check every claim.
 
     Args:
         seed: The same seed and number give the same records.
-        events: How many events the simulated broker tells in all; chaos adds to them.
-        stay: Stay up until Ctrl-C when done; None does so on a terminal only.
+        events: How many events the simulated broker sends; chaos adds to them.
+        stay: Keep the servers until Ctrl-C; None does so on a terminal only.
 
     Returns:
-        DONE, or FOUND if a check has failed.
+        DONE, or FOUND if a check failed.
 
     Raises:
-        ConfigurationError: There is no PostgreSQL here, or a server did not start.
-        PipelineError: Something that the demo runs on failed.
-        KeyboardInterrupt: Ctrl-C before the end. Nothing is left behind.
+        ConfigurationError: There is no PostgreSQL on this machine, or a server did not start.
+        PipelineError: A server or a worker failed.
+        KeyboardInterrupt: Ctrl-C before the end. Nothing is left on the machine.
     """
     log_events.configure("auto", "error")
     screen = Screen()
     try:
-        with Stage() as stage:
-            story = _Story(screen, stage, seed, events)
+        with Environment() as environment:
+            scenario = _Scenario(screen, environment, seed, events)
             try:
-                story.tell()
+                scenario.run()
                 if screen.is_terminal if stay is None else stay:
-                    story.stay()
+                    scenario.stay()
             except PipelineError:
-                story.say_where_the_logs_are()
+                scenario.show_folder_of_logs()
                 raise
-            return ExitCode.DONE if story.proof.holds else ExitCode.FOUND
+            return ExitCode.DONE if scenario.proof.holds else ExitCode.FOUND
     except KeyboardInterrupt:
-        screen.section("Stopped. Servers, workers and their folder are gone.")
+        screen.section("Stopped. Servers, workers and their folder are removed.")
         raise
 
 
 class _Stopwatch:
-    """Seconds since it was made, for people."""
+    """Seconds since its start, for people."""
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self._started_at = time.monotonic()
 
     def __str__(self) -> str:
-        return f"{time.monotonic() - self._begun:.1f} s"
+        return f"{time.monotonic() - self._started_at:.1f} s"
 
 
-class _Story:
-    def __init__(self, screen: Screen, stage: Stage, seed: int, events: int) -> None:
+class _Scenario:
+    def __init__(self, screen: Screen, environment: Environment, seed: int, events: int) -> None:
         self._screen = screen
-        self._stage = stage
+        self._environment = environment
         self._clock = _Stopwatch()
         self._seed = seed
         self._later_events = events // 3
@@ -89,23 +89,23 @@ class _Story:
         self._ledger = Ledger()
         self.proof = Proof()
 
-    def tell(self) -> None:
-        """All acts, in order."""
+    def run(self) -> None:
+        """All steps, in order."""
         self._screen.title(
             "Upvest's events, exactly once, in PostgreSQL",
-            "Broker and Kafka are simulated, the rest is real. Ctrl-C leaves nothing behind.",
+            "Broker and Kafka are simulated, the rest is real. Ctrl-C removes everything.",
         )
         self._start()
         self._live()
-        self._screen.section("3  What is there now")
+        self._screen.section("3  The data now")
         self._show_events()
         self._show_read_models()
         self._show_bad_records()
         self._show_freshness()
-        self._screen.section("4  Faults, on purpose, while more events come in")
+        self._screen.section("4  Faults, on purpose, while more events arrive")
         self._truncate_and_rebuild()
         self._kill()
-        self._screen.section("5  Everything compared")
+        self._screen.section("5  All data compared")
         with self._screen.waiting("comparing"):
             self.proof.compare(self._engine, self._ledger, [self._day, self._later])
         self._sum_up()
@@ -113,26 +113,26 @@ class _Story:
     # ---------------------------------------------------------------------------------- the servers
 
     def _start(self) -> None:
-        screen, stage = self._screen, self._stage
+        screen, environment = self._screen, self._environment
         screen.section("1  Servers and workers")
         took = _Stopwatch()
-        postgres = stage.start_postgres()
+        postgres = environment.start_postgres()
         screen.fact(f"PostgreSQL {postgres.version}", f"127.0.0.1:{postgres.port}", str(took))
         took = _Stopwatch()
-        broker = stage.start_broker()
+        broker = environment.start_broker()
         screen.fact("Kafka (a mock)", broker.bootstrap_servers, str(took))
         took = _Stopwatch()
         with screen.waiting("migrating"):
             applied = migrate(postgres.url())
         screen.fact("pipeline migrate", f"{len(applied)} migrations", str(took))
-        self._engine = stage.open_engine()
+        self._engine = environment.open_engine()
         self._start_workers()
-        screen.say("Look inside meanwhile:")
-        screen.copyable(f"{stage.psql} {postgres.dsn()}")
+        screen.say("To query it meanwhile:")
+        screen.copyable(f"{environment.psql} {postgres.dsn()}")
 
     def _start_workers(self) -> None:
         took = _Stopwatch()
-        self._workers = [self._stage.start_worker() for _ in range(2)]
+        self._workers = [self._environment.start_worker() for _ in range(2)]
 
         def shares() -> list[int]:
             owned = queries.owners(self._engine)
@@ -166,14 +166,14 @@ class _Story:
         screen.say(f"{took} from the first record to the last row.")
 
     def _counts(self) -> dict[str, int]:
-        now = queries.standing(self._engine, [one.name for one in catalogue.load().models])
+        now = queries.standing(self._engine, [model.name for model in catalogue.load().models])
         return {
             "records produced": len(self._ledger),
             "in the log": now.logged,
             "in the read models": now.projected,
         }
 
-    # ------------------------------------------------------------------------------ what is there
+    # ------------------------------------------------------------------------------------ the data
 
     def _show_events(self) -> None:
         types = queries.rows(self._engine, queries.EVENTS_BY_TYPE)
@@ -200,7 +200,7 @@ class _Story:
             ["instrument", "isin", "accounts", "units"],
             map(tuple, queries.rows(self._engine, queries.TOP_HOLDINGS)),
         )
-        screen.caption("Cash: the last balances told, and the sums of all entries")
+        screen.caption("Cash: the last reported balances, and the sums of all entries")
         screen.table(
             ["currency", "balances", "entries", "balances sum to", "entries sum to", "breaks"],
             map(tuple, queries.rows(self._engine, queries.CASH)),
@@ -214,13 +214,13 @@ class _Story:
     def _show_bad_records(self) -> None:
         screen = self._screen
         screen.caption(
-            "What bad messages became: rows with the reason, and their bytes if not JSON"
+            "Bad records: rows with the reason, and with their bytes if they are not JSON"
         )
         screen.table(
             ["problem", "rows", "bytes kept"],
             map(tuple, queries.rows(self._engine, queries.PROBLEMS)),
         )
-        screen.caption("Events with a bad amount: dead letters of their read model, to be retried")
+        screen.caption("Events with a bad amount: dead letters of their read model")
         screen.table(
             ["read model", "column", "sqlstate", "events"],
             map(tuple, queries.rows(self._engine, queries.DEAD_LETTERS)),
@@ -234,9 +234,9 @@ class _Story:
         now = read_status(self._engine, catalogue.load())
         median, most = queries.delay_ms(self._engine)
         screen.caption("Freshness")
-        screen.fact("log behind Kafka", now.lag, f"records, in {len(now.partitions)} partitions")
-        behind = max(one.lag for one in now.projectors)
-        screen.fact("read models behind it", behind, f"records, in {len(now.projectors)} models")
+        screen.fact("ingest lag", now.lag, f"records, in {len(now.partitions)} partitions")
+        lag = max(projector.lag for projector in now.projectors)
+        screen.fact("projection lag", lag, f"records, in {len(now.projectors)} models")
         screen.fact("ms from Kafka to log", median, f"median; {most:,} ms for 99 of 100")
 
     # -------------------------------------------------------------------------------------- faults
@@ -255,31 +255,31 @@ class _Story:
         screen.caption("TRUNCATE upvest.orders")
         took = _Stopwatch()
         cut = queries.truncate_orders(self._engine)
-        with screen.waiting("orders fills again"):
+        with screen.waiting("orders is filled again"):
             self._until(
-                lambda: queries.orders_reach(self._engine, cut.log_ends), "orders has healed"
+                lambda: queries.orders_reach(self._engine, cut.log_ends), "orders is complete again"
             )
-        healed_in = str(took)
-        healed = queries.number(self._engine, queries.COUNT_ORDERS)
+        repaired_in = str(took)
+        repaired = queries.number(self._engine, queries.COUNT_ORDERS)
         more = queries.logged(self._engine) - cut.logged
         screen.fact("rows before", cut.before)
         screen.fact("rows right after", cut.after)
-        screen.fact("rows healed", healed, f"in {healed_in}, while {more:,} records came in")
+        screen.fact("rows repaired", repaired, f"in {repaired_in}, while {more:,} records arrived")
         self.proof.found(
             "after TRUNCATE",
-            healed,
-            f"rows of orders, healed in {healed_in}",
-            ok=cut.after == 0 and healed >= cut.before > 0,
+            repaired,
+            f"rows of orders, repaired in {repaired_in}",
+            ok=cut.after == 0 and repaired >= cut.before > 0,
         )
 
     def _rebuild(self) -> None:
         screen = self._screen
         screen.caption("Rebuild of orders from the log, beside the live table")
         took = _Stopwatch()
-        [orders] = [one for one in catalogue.load().models if one.name == "orders"]
+        orders = catalogue.load().by_name["orders"]
         with screen.waiting("rebuilding"):
             rebuilt = rebuild(self._engine, orders)
-        screen.fact("rows made from the log", rebuilt.rows, f"in {took}")
+        screen.fact("rows built from the log", rebuilt.rows, f"in {took}")
         screen.fact("rows that differed", rebuilt.differing)
         self.proof.found(
             "after rebuild",
@@ -291,28 +291,31 @@ class _Story:
     def _kill(self) -> None:
         screen = self._screen
         screen.caption("kill -9 of a worker that is writing")
-        with self._feed(self._later, FAULT_RATE) as feed, screen.waiting("the other takes over"):
+        with (
+            self._feed(self._later, FAULT_RATE) as feed,
+            screen.waiting("the other worker takes over"),
+        ):
             self._until_produced(self._later_events // 8)
             owned = queries.owners(self._engine)
             victim = max(self._workers, key=lambda worker: len(owned.get(worker.pid, ())))
-            [heir] = [worker for worker in self._workers if worker is not victim]
-            under_way = len(self._ledger) - queries.logged(self._engine)
+            [successor] = [worker for worker in self._workers if worker is not victim]
+            in_flight = len(self._ledger) - queries.logged(self._engine)
             victim.kill()
             took = _Stopwatch()
-            self._until(lambda: self._owns_all(heir), f"{heir.name} has taken over")
+            self._until(lambda: self._owns_all(successor), f"{successor.name} has taken over")
             taken_over_in = str(took)
             self._until(lambda: feed.is_done, "the broker has everything")
             self._until(lambda: len(set(self._counts().values())) == 1, "all is in the read models")
         lost = ", ".join(map(str, owned[victim.pid]))
         screen.fact("killed", f"{victim.name}, reading partitions {lost}")
-        screen.fact("not in the log yet", under_way, "records that Kafka had by then")
-        read = f"{heir.name} reads all {PARTITIONS} partitions"
+        screen.fact("not in the log yet", in_flight, "records that Kafka had at that moment")
+        read = f"{successor.name} reads all {PARTITIONS} partitions"
         screen.fact("taken over", read, f"{taken_over_in}; Kafka waits 6 s")
         self.proof.found(
             "after kill -9",
-            len(queries.owners(self._engine)[heir.pid]),
+            len(queries.owners(self._engine)[successor.pid]),
             f"partitions, taken over in {taken_over_in}",
-            ok=self._owns_all(heir),
+            ok=self._owns_all(successor),
         )
 
     def _owns_all(self, worker: Worker) -> bool:
@@ -322,44 +325,44 @@ class _Story:
 
     def _sum_up(self) -> None:
         checks, failed = self.proof.checks, len(self.proof.failed)
-        for one in checks:
-            self._screen.fact(one.name, one.value, one.remark, ok=one.ok)
+        for check in checks:
+            self._screen.fact(check.name, check.value, check.remark, ok=check.ok)
         if failed:
-            self.say_where_the_logs_are()
+            self.show_folder_of_logs()
         self._screen.verdict(
-            f"{failed} of {len(checks)} checks have FAILED, in {self._clock}."
+            f"{failed} of {len(checks)} checks FAILED, in {self._clock}."
             if failed
             else f"All {len(checks)} checks hold. It took {self._clock}.",
             ok=not failed,
         )
 
     def stay(self) -> None:
-        """Stay up until Ctrl-C, and tell what to try."""
-        screen, stage = self._screen, self._stage
-        screen.section("All of it stays up until Ctrl-C. In another terminal:")
-        screen.copyable(f"{stage.psql} {stage.postgres.dsn()}")
+        """Keep everything until Ctrl-C, and show what to try."""
+        screen, environment = self._screen, self._environment
+        screen.section("Everything keeps running until Ctrl-C. In another terminal:")
+        screen.copyable(f"{environment.psql} {environment.postgres.dsn()}")
         screen.copyable("    select * from upvest.holdings limit 5;")
         screen.copyable("    select * from upvest.order_book order by created_at desc limit 5;")
-        screen.copyable(f"source {stage.write_environment()}   # then:")
+        screen.copyable(f"source {environment.write_environment()}   # then:")
         for command in _TO_TRY:
             screen.copyable(f"    {command}")
         try:
             while True:
-                stage.check()
+                environment.check()
                 time.sleep(1.0)
         except KeyboardInterrupt:
             screen.section("Stopping.")
 
-    def say_where_the_logs_are(self) -> None:
-        """After a failure: the logs, where they outlive the demo."""
-        if folder := self._stage.keep_logs():
+    def show_folder_of_logs(self) -> None:
+        """After a failure: the folder of the logs, which stays."""
+        if folder := self._environment.keep_logs():
             self._screen.say(f"The logs of the workers and of PostgreSQL: {folder}")
 
-    # --------------------------------------------------------------------------------- in between
+    # -------------------------------------------------------------------------------------- waiting
 
     def _feed(self, records: Iterable[Record], rate: float) -> Feed:
         return Feed(
-            self._stage.broker.bootstrap_servers,
+            self._environment.broker.bootstrap_servers,
             records,
             self._ledger,
             rate=rate,
@@ -371,12 +374,12 @@ class _Story:
         self._until(lambda: len(self._ledger) >= goal, "the broker has more records")
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for something, and for no longer than everything we started lives."""
+        """Wait for a condition, while every server and worker runs."""
         deadline = time.monotonic() + WAIT_S_MAX
         while not condition():
-            self._stage.check()
+            self._environment.check()
             if time.monotonic() > deadline:
-                raise DemoError(f"waited {WAIT_S_MAX:.0f} s in vain: {what}")
+                raise DemoError(f"waited {WAIT_S_MAX:.0f} s, but not: {what}")
             time.sleep(LOOK_S)
 
 

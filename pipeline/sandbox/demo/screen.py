@@ -1,4 +1,4 @@
-"""What the demo shows: sections, aligned numbers, progress. Calm, and plain where nobody looks."""
+"""The output of the demo: sections, aligned numbers, progress; plain lines if not on a terminal."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from pipeline.printable import printable
 
 WIDTH_MAX = 92
 PLAIN_LINE_S = 2.0
-"""How often progress is told where no bar can be drawn."""
+"""How often progress is printed if no bar can be drawn."""
 _INDENT = "   "
 _NAME_WIDTH = 22
 _NUMBER_WIDTH = 9
@@ -34,10 +34,10 @@ class Screen:
             file=sys.stdout, width=width, highlight=False, no_color=not self.is_terminal or None
         )
 
-    def title(self, text: str, beneath: str) -> None:
+    def title(self, text: str, subtitle: str) -> None:
         """The first two lines."""
         self._line(Text(text, style="bold"))
-        self._line(Text(beneath, style="dim"))
+        self._line(Text(subtitle, style="dim"))
 
     def section(self, text: str) -> None:
         """A heading, with room above it."""
@@ -59,11 +59,11 @@ class Screen:
         self._console.print(Text(_INDENT + text), soft_wrap=True)
 
     def fact(self, name: str, value: Cell, remark: str = "", *, ok: bool | None = None) -> None:
-        """A name, what was found, and whether that is as it should be."""
+        """A name, its value, and whether the value is right."""
         line = Text(_INDENT + name.ljust(_NAME_WIDTH))
-        words = isinstance(value, str)
+        is_text = isinstance(value, str)
         line.append(
-            _cell(value).ljust(_WORDS_WIDTH) if words else _cell(value).rjust(_NUMBER_WIDTH)
+            _cell(value).ljust(_WORDS_WIDTH) if is_text else _cell(value).rjust(_NUMBER_WIDTH)
         )
         if ok is not None:
             line.append("   ")
@@ -76,8 +76,8 @@ class Screen:
         """Numbers to the right, words to the left, folded where they are too long."""
         body = [list(row) for row in rows]
         grid = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
-        for place, header in enumerate(headers):
-            numeric = any(isinstance(row[place], int | Decimal) for row in body)
+        for column, header in enumerate(headers):
+            numeric = any(isinstance(row[column], int | Decimal) for row in body)
             grid.add_column(header, justify="right" if numeric else "left", no_wrap=numeric)
         for row in body:
             grid.add_row(*(Text(_cell(cell)) for cell in row))
@@ -102,7 +102,7 @@ class Screen:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """A sign of life on a terminal while something is waited for; nothing elsewhere."""
+        """An animation on a terminal during a wait; nothing elsewhere."""
         if not self.is_terminal:
             yield
             return
@@ -116,10 +116,10 @@ class Screen:
 
 
 class Bars:
-    """A bar for each number on a terminal, a line for all now and then elsewhere."""
+    """A bar per number on a terminal; a line for all numbers every few seconds elsewhere."""
 
     def __init__(self, console: Console | None, total: int, line: Callable[[Text], None]) -> None:
-        self._began = self._told = time.monotonic()
+        self._started_at = self._printed_at = time.monotonic()
         self._total = total
         self._line = line
         self._tasks: dict[str, TaskID] = {}
@@ -136,13 +136,13 @@ class Bars:
             self._bars.start()
 
     def show(self, counts: Mapping[str, int]) -> None:
-        """Where they stand now."""
-        seconds = max(time.monotonic() - self._began, 0.001)
+        """Show the current numbers."""
+        seconds = max(time.monotonic() - self._started_at, 0.001)
         if self._bars is None:
-            if time.monotonic() - self._told >= PLAIN_LINE_S:
-                self._told = time.monotonic()
-                told = "   ".join(f"{name} {done:>7,}" for name, done in counts.items())
-                self._line(Text(f"{_INDENT}{seconds:3.0f} s   {told}"))
+            if time.monotonic() - self._printed_at >= PLAIN_LINE_S:
+                self._printed_at = time.monotonic()
+                line = "   ".join(f"{name} {done:>7,}" for name, done in counts.items())
+                self._line(Text(f"{_INDENT}{seconds:3.0f} s   {line}"))
             return
         for name, done in counts.items():
             if name not in self._tasks:
@@ -156,7 +156,7 @@ class Bars:
             )
 
     def stop(self) -> None:
-        """Take the bars off the screen; the lines stay."""
+        """Remove the bars from the screen; the lines stay."""
         if self._bars is not None:
             self._bars.stop()
 

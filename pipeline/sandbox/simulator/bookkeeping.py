@@ -1,4 +1,4 @@
-"""The only place that moves cash and units, and tells of it: entry first, then the balance."""
+"""The only place that moves cash and units, and reports it: entry first, then the balance."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -13,7 +13,7 @@ Reference = tuple[str, str]
 
 
 class Bookkeeper:
-    """Books entries and tells balances, so that a balance always is the sum of its entries.
+    """Books entries and reports balances, so that a balance always is the sum of its entries.
 
     Upvest's public documentation: a reversal is a new entry with the opposite sign and its own
     type; the first entry is never changed.
@@ -43,7 +43,7 @@ class Bookkeeper:
         tax: Tax | None = None,
         entry_id: str | None = None,
     ) -> str:
-        """Book a change of cash and tell of it; returns the entry's id.
+        """Book a change of cash and report it; returns the entry's id.
 
         Args:
             group: Whose cash changes.
@@ -81,7 +81,7 @@ class Bookkeeper:
             entry["account_id"] = account.id
         if instrument is not None:
             entry["instrument"] = instrument.reference()
-        timeline.tell(group.key, "CASH_TRANSACTION.EXECUTED", entry)
+        timeline.emit(group.key, "CASH_TRANSACTION.EXECUTED", entry)
         return entry_id
 
     def tell_cash(self, group: Group, currency: str) -> None:
@@ -96,7 +96,7 @@ class Bookkeeper:
             "available_for_withdrawal": plain(cash.withdrawable),
             "available_for_trading": plain(cash.free),
         }
-        self._timeline.tell(group.key, "CASH_BALANCE.UPDATED", balance)
+        self._timeline.emit(group.key, "CASH_BALANCE.UPDATED", balance)
 
     def book_units(
         self,
@@ -108,7 +108,7 @@ class Bookkeeper:
         *,
         entry_id: str | None = None,
     ) -> str:
-        """Book a change of units and tell of it; returns the entry's id."""
+        """Book a change of units and report it; returns the entry's id."""
         timeline = self._timeline
         position = self.position(account, instrument)
         position.quantity = add(position.quantity, quantity)
@@ -127,13 +127,13 @@ class Bookkeeper:
             "references": [{"id": of, "type": reference} for reference, of in references],
             "type": kind,
         }
-        timeline.tell(account.group.key, "SECURITY_TRANSACTION.EXECUTED", entry)
+        timeline.emit(account.group.key, "SECURITY_TRANSACTION.EXECUTED", entry)
         return entry_id
 
     def tell_position(self, account: Account, instrument: Instrument) -> None:
         """Tell the position, after entries or locks have changed it; a closed one as 0."""
         position = self.position(account, instrument)
-        told: Json = {
+        reported: Json = {
             "account_id": account.id,
             "instrument": instrument.reference(),
             "quantity": plain(position.quantity),
@@ -142,5 +142,5 @@ class Bookkeeper:
             "available_for_trading": plain(position.free),
         }
         if self._timeline.chance(0.5):
-            told["available_for_instruction"] = plain(position.quantity)
-        self._timeline.tell(account.group.key, "POSITION.UPDATED", told)
+            reported["available_for_instruction"] = plain(position.quantity)
+        self._timeline.emit(account.group.key, "POSITION.UPDATED", reported)

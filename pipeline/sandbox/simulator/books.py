@@ -1,6 +1,6 @@
-"""The simulator's own books: what every read model must say after the events told so far.
+"""The simulator's own books: what every read model must contain after the events so far.
 
-They take the events as the broker tells them, in the order of time and once each, so they need
+They take the events as the broker emits them, in the order of time and once each, so they need
 none of the rules by which a projector finds the newest version; that is what makes them an oracle.
 """
 
@@ -240,7 +240,7 @@ _ISINS: Final = _Table(
     "instrument_isins", 2, _columns(("isin", "isin", _text), ("instrument_uuid", "id", _uuid))
 )
 
-# Array of the object -> the table of its elements. The parent's key stands before their columns.
+# Array of the object -> the table of its elements. The parent's key comes before their columns.
 _GROUP_KEY: Final = ("account_group_id", "", _uuid)
 _MEMBERS: Final = (("user_id", "id", _uuid), ("role", "type", _text))
 _TAXES: Final = (("tax_type", "type", _text), ("amount", "amount", _number))
@@ -285,13 +285,13 @@ class Break(NamedTuple):
     Attributes:
         table: ``cash_balances`` or ``positions``.
         key: The balance's key.
-        told: The balance as last told, None if it never was.
+        reported: The balance as last reported, None if it never was.
         summed: What its transactions add up to.
     """
 
     table: str
     key: tuple[str, str]
-    told: Decimal | None
+    reported: Decimal | None
     summed: Decimal
 
 
@@ -359,12 +359,12 @@ class Books:
         return Counter(str(row[at]) for row in self._newest["orders"].values())
 
     def cash_balance(self, account_group_id: str | UUID, currency: str) -> Decimal:
-        """The balance as last told, 0 if none was."""
+        """The balance as last reported, 0 if none was."""
         row = self._newest["cash_balances"].get((str(account_group_id), currency))
         return ZERO if row is None else Decimal(str(row[2]))
 
     def position(self, account_id: str | UUID, instrument_uuid: str | UUID) -> Decimal:
-        """The quantity as last told, 0 if none was."""
+        """The quantity as last reported, 0 if none was."""
         row = self._newest["positions"].get((str(account_id), str(instrument_uuid)))
         return ZERO if row is None else Decimal(str(row[3]))
 
@@ -373,7 +373,8 @@ class Books:
         known = self.columns("executions")
         quantity, status = known.index("share_quantity"), known.index("status")
         executions = (
-            self._newest["executions"][(one,)] for one in self._executions_of[str(order_id)]
+            self._newest["executions"][(execution,)]
+            for execution in self._executions_of[str(order_id)]
         )
         return add(*(Decimal(str(x[quantity])) for x in executions if x[status] != "CANCELLED"))
 
@@ -392,7 +393,7 @@ class Books:
         if category == "EXECUTION":
             self._executions_of[thing["order_id"]].add(thing["id"])
         for array, child in _CHILDREN.get(category, _NO_CHILDREN).items():
-            rows = [key + child.pick(one)[child.key :] for one in thing.get(array, ())]
+            rows = [key + child.pick(item)[child.key :] for item in thing.get(array, ())]
             self._children[child.name][key] = rows
 
     def _keep(self, table: _Table, thing: Json) -> tuple[object, ...]:
@@ -402,10 +403,10 @@ class Books:
         return key
 
     def _sums(self, table: str, *columns: str) -> dict[tuple[str, str], Decimal]:
-        one, two, amount = (self.columns(table).index(name) for name in columns)
+        first, second, amount = (self.columns(table).index(name) for name in columns)
         sums: defaultdict[tuple[str, str], Decimal] = defaultdict(lambda: ZERO)
         for row in self._newest[table].values():
-            key = str(row[one]), str(row[two])
+            key = str(row[first]), str(row[second])
             sums[key] = add(sums[key], Decimal(str(row[amount])))
         return sums
 
@@ -413,13 +414,13 @@ class Books:
         self, table: str, column: str, sums: Mapping[tuple[str, str], Decimal]
     ) -> Iterable[Break]:
         at = self.columns(table).index(column)
-        told = {
+        reported = {
             (str(row[0]), str(row[1])): Decimal(str(row[at]))
             for row in self._newest[table].values()
         }
-        for key in sorted(sums.keys() | told.keys()):
-            if told.get(key) != sums.get(key, ZERO):
-                yield Break(table, key, told.get(key), sums.get(key, ZERO))
+        for key in sorted(sums.keys() | reported.keys()):
+            if reported.get(key) != sums.get(key, ZERO):
+                yield Break(table, key, reported.get(key), sums.get(key, ZERO))
 
 
 _NO_CHILDREN: Final[Mapping[str, _Table]] = MappingProxyType({})

@@ -44,7 +44,7 @@ class Broker:
     def events(self, count: int | None) -> Iterator[SimulatedEvent]:
         """Exactly ``count`` events, or no end of them for None.
 
-        Ends with every booking and its balance told. May be called once.
+        Ends with every booking and its balance reported. May be called once.
         """
 
         def filler() -> None:
@@ -109,7 +109,11 @@ class Broker:
 
     def _save(self, account: Account) -> None:
         group = account.group
-        instruments = [one for one in self.market.tradable(group.currency) if one.fractional]
+        instruments = [
+            instrument
+            for instrument in self.market.tradable(group.currency)
+            if instrument.fractional
+        ]
         if instruments and group.user_id is not None and group.plans < 3:
             self._savings.start(account, self._timeline.pick(instruments))
 
@@ -120,21 +124,21 @@ class Broker:
         dice = timeline.random.random()
         if dice < 0.2 and group.user_id is not None:
             refusal = {"user_id": holder.id, "reason": "Address could not be confirmed"}
-            timeline.tell(holder.key, "USER.DATA_CHANGE_FAILED", refusal)
+            timeline.emit(holder.key, "USER.DATA_CHANGE_FAILED", refusal)
         elif dice < 0.6:
             holder.updated_at = timeline.stamp()
             address = dict(holder.data["address"])
             address["address_line1"] = f"Neue Straße {timeline.between(1, 200)}"
             holder.data = {**holder.data, "address": address}
             category = "USER" if isinstance(holder, User) else "BUSINESS"
-            timeline.tell(holder.key, f"{category}.DATA_CHANGED", holder.object())
+            timeline.emit(holder.key, f"{category}.DATA_CHANGED", holder.object())
         elif dice < 0.8:
             account.name = timeline.pick(("Depot", "Ruhestand", "", "Kinder"))
             account.updated_at = timeline.stamp()
-            timeline.tell(group.key, "ACCOUNT.UPDATED", account.object())
+            timeline.emit(group.key, "ACCOUNT.UPDATED", account.object())
         else:
             group.updated_at = timeline.stamp()
-            timeline.tell(group.key, "ACCOUNT_GROUP.UPDATED", group.object())
+            timeline.emit(group.key, "ACCOUNT_GROUP.UPDATED", group.object())
 
     def _lock(self, account: Account) -> None:
         """Lock an account or deactivate its user for some hours; both can go back."""
@@ -152,9 +156,9 @@ class Broker:
     def _set_user(self, user: User, action: str, status: str) -> None:
         user.status = status
         user.updated_at = self._timeline.stamp()
-        self._timeline.tell(user.key, f"USER.{action}", user.object())
+        self._timeline.emit(user.key, f"USER.{action}", user.object())
 
     def _set_account(self, account: Account, action: str, status: str) -> None:
         account.status = status
         account.updated_at = self._timeline.stamp()
-        self._timeline.tell(account.group.key, f"ACCOUNT.{action}", account.object())
+        self._timeline.emit(account.group.key, f"ACCOUNT.{action}", account.object())

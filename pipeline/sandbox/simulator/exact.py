@@ -1,4 +1,4 @@
-"""Exact decimal arithmetic: nothing here ever rounds without being asked to.
+"""Exact decimal arithmetic: nothing here ever rounds unless a call says so.
 
 Python's operators on Decimal round to 28 digits; Upvest's amounts may have 63 digits before the
 point and 27 after it. So amounts are never added with ``+`` in this package, but here.
@@ -38,7 +38,7 @@ def multiply(amount: Decimal, factor: Decimal) -> Decimal:
 
 
 def cents(amount: Decimal, rounding: str = ROUND_HALF_UP) -> Decimal:
-    """The amount in whole cents, halves away from zero unless told otherwise."""
+    """The amount in whole cents, halves away from zero by default."""
     return amount.quantize(CENT, rounding, _ROUNDED)
 
 

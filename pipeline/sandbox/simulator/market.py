@@ -44,7 +44,7 @@ def check_digit(body: str) -> str:
 
 @dataclass(slots=True)
 class Instrument:
-    """An instrument as Upvest last told of it, with its price, which is told nowhere."""
+    """An instrument as Upvest last reported it, with its price, which no event contains."""
 
     id: str
     isin: str
@@ -95,7 +95,7 @@ class Market:
     """The instruments that customers can trade.
 
     Args:
-        timeline: Where events are told and steps are booked.
+        timeline: Where events are emitted and steps are scheduled.
         instruments: How many there are after the first hour; one more comes every few days.
     """
 
@@ -111,7 +111,11 @@ class Market:
 
     def tradable(self, currency: str) -> Sequence[Instrument]:
         """The active instruments of a currency."""
-        return [one for one in self.all if one.active and one.currency == currency]
+        return [
+            instrument
+            for instrument in self.all
+            if instrument.active and instrument.currency == currency
+        ]
 
     def move(self, instrument: Instrument) -> Decimal:
         """Let the price of an instrument wander a little; the new price."""
@@ -135,7 +139,7 @@ class Market:
             name=f"{first} {second} {form}",
             currency=currency,
             settlement_days=days,
-            # Funds are told with all the digits that Upvest's format allows.
+            # Funds are reported with all the digits that Upvest's format allows.
             places=27 if country == "LU" else 10,
             ticks=timeline.between(5 * _TICKS, 400 * _TICKS),
             created_at=created_at,
@@ -144,7 +148,7 @@ class Market:
             details={"distribution_policy": "ACCUMULATING"} if country == "IE" else None,
         )
         self.all.append(instrument)
-        timeline.tell(instrument.key, "INSTRUMENT.ONBOARDED", instrument.object())
+        timeline.emit(instrument.key, "INSTRUMENT.ONBOARDED", instrument.object())
         return instrument
 
     def _onboard(self) -> None:
@@ -158,7 +162,7 @@ class Market:
 
     def _tell(self, instrument: Instrument, action: str) -> None:
         instrument.updated_at = self._timeline.stamp()
-        self._timeline.tell(instrument.key, f"INSTRUMENT.{action}", instrument.object())
+        self._timeline.emit(instrument.key, f"INSTRUMENT.{action}", instrument.object())
 
     def _activate(self, instrument: Instrument) -> None:
         instrument.active = True

@@ -20,7 +20,7 @@ class Onboarding:
     """Brings in customers until the population is reached.
 
     Args:
-        timeline: Where events are told and steps are booked.
+        timeline: Where events are emitted and steps are scheduled.
         customers: How many account groups there will be.
         on_open: Called with every account group that has become active.
     """
@@ -52,7 +52,7 @@ class Onboarding:
 
     def _register_adult(self) -> None:
         user = new_user(self._timeline, child=False)
-        self._timeline.tell(user.key, "USER.CREATED", user.object())
+        self._timeline.emit(user.key, "USER.CREATED", user.object())
         checks = ["KYC", "INSTRUMENT_FIT"]
         if self._timeline.chance(0.3):
             checks.append("POR")
@@ -60,7 +60,7 @@ class Onboarding:
 
     def _register_child(self, guardian: User) -> None:
         child = new_user(self._timeline, child=True, surname=str(guardian.data["last_name"]))
-        self._timeline.tell(child.key, "USER.CREATED", child.object())
+        self._timeline.emit(child.key, "USER.CREATED", child.object())
         self._timeline.after((60, 600), self._activate_child, child, guardian)
 
     def _activate_child(self, child: User, guardian: User) -> None:
@@ -97,7 +97,7 @@ class Onboarding:
                 check["document_type"] = "UTILITY_BILL"
                 check["issuance_date"] = date_text(today - timeline.between(1, 80))
                 check["confirmed_address"] = user.data["address"]
-        timeline.tell(user.key, "USER_CHECK.CREATED", check)
+        timeline.emit(user.key, "USER_CHECK.CREATED", check)
         timeline.after((20, 900), self._finish_check, user, check, rest, attempt)
 
     def _finish_check(self, user: User, check: Json, rest: list[str], attempt: int) -> None:
@@ -105,7 +105,7 @@ class Onboarding:
         passed = not timeline.chance(0.08 if attempt == 1 else 0.4)
         status = "PASSED" if passed else "FAILED"
         done = {**check, "status": status, "check_confirmed_at": timeline.stamp()}
-        timeline.tell(user.key, f"USER_CHECK.{status}", done)
+        timeline.emit(user.key, f"USER_CHECK.{status}", done)
         if passed and rest:
             timeline.after((2, 60), self._start_check, user, rest, 1)
         elif passed:
@@ -133,11 +133,11 @@ class Onboarding:
     def _tell_user(self, user: User, action: str, status: str) -> None:
         user.status = status
         user.updated_at = self._timeline.stamp()
-        self._timeline.tell(user.key, f"USER.{action}", user.object())
+        self._timeline.emit(user.key, f"USER.{action}", user.object())
 
     def _register_business(self) -> None:
         business = new_business(self._timeline)
-        self._timeline.tell(business.key, "BUSINESS.CREATED", business.object())
+        self._timeline.emit(business.key, "BUSINESS.CREATED", business.object())
         self._timeline.after((60, 600), self._check_business, business)
 
     def _check_business(self, business: Business) -> None:
@@ -152,15 +152,15 @@ class Onboarding:
             "check_confirmed_at": confirmed_at,
             "data_download_link": f"https://files.example.org/kyb/{business.id}.pdf",
         }
-        timeline.tell(business.key, "BUSINESS_CHECK.CREATED", check)
+        timeline.emit(business.key, "BUSINESS_CHECK.CREATED", check)
         timeline.after((60, 1800), self._pass_business, business, {**check, "status": "PASSED"})
 
     def _pass_business(self, business: Business, check: Json) -> None:
         timeline = self._timeline
-        timeline.tell(business.key, "BUSINESS_CHECK.PASSED", check)
+        timeline.emit(business.key, "BUSINESS_CHECK.PASSED", check)
         business.status = "ACTIVE"
         business.updated_at = timeline.stamp()
-        timeline.tell(business.key, "BUSINESS.ACTIVATED", business.object())
+        timeline.emit(business.key, "BUSINESS.ACTIVATED", business.object())
         timeline.after((1, 20), self._create_group, business, "LEGAL_ENTITY", [])
 
     def _create_group(self, holder: User | Business, kind: str, members: list[Json]) -> None:
@@ -178,7 +178,7 @@ class Onboarding:
             updated_at=created_at,
             mandate_id=timeline.uuid(),
         )
-        timeline.tell(group.key, "ACCOUNT_GROUP.CREATED", group.object())
+        timeline.emit(group.key, "ACCOUNT_GROUP.CREATED", group.object())
         self._create_account(group)
         if timeline.chance(0.2):
             self._create_account(group)
@@ -197,15 +197,15 @@ class Onboarding:
             updated_at=created_at,
         )
         group.accounts.append(account)
-        timeline.tell(group.key, "ACCOUNT.CREATED", account.object())
+        timeline.emit(group.key, "ACCOUNT.CREATED", account.object())
 
     def _activate_group(self, group: Group) -> None:
         timeline = self._timeline
         group.status = "ACTIVE"
         group.updated_at = timeline.stamp()
-        timeline.tell(group.key, "ACCOUNT_GROUP.ACTIVATED", group.object())
+        timeline.emit(group.key, "ACCOUNT_GROUP.ACTIVATED", group.object())
         for account in group.accounts:
             account.status = "ACTIVE"
             account.updated_at = timeline.stamp()
-            timeline.tell(group.key, "ACCOUNT.ACTIVATED", account.object())
+            timeline.emit(group.key, "ACCOUNT.ACTIVATED", account.object())
         self._on_open(group)

@@ -1,4 +1,4 @@
-"""Who holds what: users, businesses, account groups and accounts, and the people behind them."""
+"""The parties: users, businesses, account groups and accounts, and the people behind them."""
 
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -38,7 +38,7 @@ class Tax(NamedTuple):
 
 @dataclass(slots=True)
 class User:
-    """A person as Upvest last told of them."""
+    """A person as Upvest last reported them."""
 
     id: str
     data: Json
@@ -69,7 +69,7 @@ class User:
 
 @dataclass(slots=True)
 class Business:
-    """A company as Upvest last told of it."""
+    """A company as Upvest last reported it."""
 
     id: str
     data: Json

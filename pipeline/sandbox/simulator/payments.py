@@ -19,7 +19,7 @@ class Payments:
     """Funds account groups, pays them out, and pays dividends to whoever holds.
 
     Args:
-        timeline: Where events are told and steps are booked.
+        timeline: Where events are emitted and steps are scheduled.
         bookkeeper: Moves the cash.
         market: The instruments that pay dividends.
         groups: All open account groups, read when a dividend is paid.
@@ -67,7 +67,7 @@ class Payments:
             "remittance_information": timeline.pick(("Auszahlung", "")),
             "status": "NEW",
         }
-        timeline.tell(group.key, "WITHDRAWAL.NEW", withdrawal)
+        timeline.emit(group.key, "WITHDRAWAL.NEW", withdrawal)
         cash.leaving = add(cash.leaving, amount)
         self._books.tell_cash(group, group.currency)
         timeline.after((30, 3600), self._pay_out, group, withdrawal, amount)
@@ -93,10 +93,10 @@ class Payments:
     def _tell_withdrawal(
         self, group: Group, withdrawal: Json, status: str, *, reason: str | None = None
     ) -> None:
-        told = {**withdrawal, "updated_at": self._timeline.stamp(), "status": status}
+        reported = {**withdrawal, "updated_at": self._timeline.stamp(), "status": status}
         if reason is not None:
-            told["cancellation_reason"] = reason
-        self._timeline.tell(group.key, f"WITHDRAWAL.{status}", told)
+            reported["cancellation_reason"] = reason
+        self._timeline.emit(group.key, f"WITHDRAWAL.{status}", reported)
 
     def _order_debit(self, group: Group, amount: Decimal) -> None:
         timeline = self._timeline
@@ -111,21 +111,21 @@ class Payments:
             "remittance_information": timeline.pick(("Sparrate", "", "Depot")),
             "status": "NEW",
         }
-        timeline.tell(group.key, "DIRECT_DEBIT.NEW", debit)
+        timeline.emit(group.key, "DIRECT_DEBIT.NEW", debit)
         timeline.after((10, 120), self._process_debit, group, debit, amount)
 
     def _process_debit(self, group: Group, debit: Json, amount: Decimal) -> None:
-        told = {**debit, "status": "PROCESSING"}
-        self._timeline.tell(group.key, "DIRECT_DEBIT.PROCESSING", told)
+        reported = {**debit, "status": "PROCESSING"}
+        self._timeline.emit(group.key, "DIRECT_DEBIT.PROCESSING", reported)
         self._timeline.after((30, 1800), self._finish_debit, group, debit, amount)
 
     def _finish_debit(self, group: Group, debit: Json, amount: Decimal) -> None:
         timeline = self._timeline
         if timeline.chance(0.04):
-            told = {**debit, "status": "CANCELLED", "cancellation_reason": "REJECTED_BY_BANK"}
-            timeline.tell(group.key, "DIRECT_DEBIT.CANCELLED", told)
+            reported = {**debit, "status": "CANCELLED", "cancellation_reason": "REJECTED_BY_BANK"}
+            timeline.emit(group.key, "DIRECT_DEBIT.CANCELLED", reported)
             return
-        timeline.tell(group.key, "DIRECT_DEBIT.CONFIRMED", {**debit, "status": "CONFIRMED"})
+        timeline.emit(group.key, "DIRECT_DEBIT.CONFIRMED", {**debit, "status": "CONFIRMED"})
         cause = [("DIRECT_DEBIT", debit["id"])]
         self._books.book_cash(group, "SEPA_DIRECT_DEBIT", amount, group.currency, cause)
         self._books.tell_cash(group, group.currency)
@@ -150,7 +150,7 @@ class Payments:
             "created_at": timeline.stamp(),
             "status": "CONFIRMED",
         }
-        timeline.tell(group.key, "TOPUP.CONFIRMED", topup)
+        timeline.emit(group.key, "TOPUP.CONFIRMED", topup)
         cause = [("TOPUP", topup["id"])]
         self._books.book_cash(group, "TOPUP", amount, group.currency, cause)
         self._books.tell_cash(group, group.currency)
@@ -160,9 +160,9 @@ class Payments:
         timeline = self._timeline
         cash = self._books.cash(group, group.currency)
         if cash.withdrawable < amount or not timeline.chance(0.02):
-            timeline.tell(group.key, "TOPUP.SETTLED", {**topup, "status": "SETTLED"})
+            timeline.emit(group.key, "TOPUP.SETTLED", {**topup, "status": "SETTLED"})
             return
-        timeline.tell(group.key, "TOPUP.CANCELLED", {**topup, "status": "CANCELLED"})
+        timeline.emit(group.key, "TOPUP.CANCELLED", {**topup, "status": "CANCELLED"})
         cause = [("TOPUP", topup["id"])]
         self._books.book_cash(group, "BALANCE_CORRECTION", negate(amount), group.currency, cause)
         self._books.tell_cash(group, group.currency)
@@ -188,7 +188,7 @@ class Payments:
             "ex_date": date_text(business_day(today, later=1)),
             "options": [{"type": "CASH", "default": True, "cash_movements": [movement]}],
         }
-        timeline.tell(instrument.key, "CORPORATE_ACTION.UPDATED", action)
+        timeline.emit(instrument.key, "CORPORATE_ACTION.UPDATED", action)
         timeline.at(
             timeline.on_day(payment_day, 8), self._pay_dividend, instrument, action, Decimal(rate)
         )
@@ -196,8 +196,12 @@ class Payments:
 
     def _pay_dividend(self, instrument: Instrument, action: Json, rate: Decimal) -> None:
         timeline = self._timeline
-        told = {**action, "announcement_status": "COMPLETE", "function_of_message": "REPLACEMENT"}
-        timeline.tell(instrument.key, "CORPORATE_ACTION.UPDATED", told)
+        reported = {
+            **action,
+            "announcement_status": "COMPLETE",
+            "function_of_message": "REPLACEMENT",
+        }
+        timeline.emit(instrument.key, "CORPORATE_ACTION.UPDATED", reported)
         for group in self._groups:
             for account in group.accounts:
                 position = account.positions.get(instrument.id)

@@ -1,4 +1,4 @@
-"""Writes records to Kafka, and knows of each where it came to stand."""
+"""Writes records to Kafka, and returns the offset of each."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -126,7 +126,7 @@ class Producer:
             except KafkaException as failed:
                 self._client.poll(0)  # callbacks say why nobody answered
                 raise translated(failed.args[0]) from None
-            self._topics = {name: len(one.partitions) for name, one in found.items()}
+            self._topics = {name: len(topic.partitions) for name, topic in found.items()}
         if topic not in self._topics:
             user = self._options.get("sasl.username")
             raise ConfigurationError(
@@ -141,7 +141,7 @@ class Producer:
 
         Args:
             records: Read no faster than they are sent.
-            rate: Records a second; None for as fast as it goes.
+            rate: Records per second; None for as fast as possible.
 
         Returns:
             How many records there were.
@@ -182,7 +182,7 @@ class Producer:
         try:
             return self._client.flush(seconds)
         except (KafkaException, SystemError) as raised:
-            # A fatal error that comes while the client waits leaves its own exception behind, and
+            # A fatal error that comes while the client waits leaves its own exception, and
             # the interpreter wraps that.
             failed = raised if isinstance(raised, KafkaException) else raised.__cause__
             if not isinstance(failed, KafkaException):
@@ -239,7 +239,7 @@ class Producer:
 
     def _check(self) -> None:
         if self._failed is not None:
-            # Given as a fatal error it has another code, and only its text tells.
+            # Given as a fatal error it has another code, and only its text shows it.
             if self._failed.code() in _NOT_ALLOWED or (
                 "authorization failed" in self._failed.str().lower()
             ):

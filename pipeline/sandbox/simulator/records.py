@@ -113,7 +113,7 @@ class Recorder:
         self._partitions = partitions
         self._prices_topic = prices_topic
 
-    def event(self, told: SimulatedEvent) -> Record:
+    def event(self, simulated: SimulatedEvent) -> Record:
         """The record of an event; a quarter of them have headers."""
         dice = self._random.random()
         headers: Headers = ()
@@ -122,27 +122,29 @@ class Recorder:
             headers = (("content-type", b"application/json"), ("trace-id", trace))
             if dice < 0.01:  # names may repeat, values may be missing or no text
                 headers = (*headers, ("trace-id", None), ("binary", b"\x00\xff\xfe"))
-        key = self._key(told)
+        key = self._key(simulated)
         return Record(
             self._topic,
             partition_of(key, self._partitions),
             key,
-            encode(told.event),
+            encode(simulated.event),
             headers,
-            told.occurred_ns // 1_000_000,
+            simulated.occurred_ns // 1_000_000,
         )
 
-    def _key(self, told: SimulatedEvent) -> bytes:
+    def _key(self, simulated: SimulatedEvent) -> bytes:
         match self._keying:
             case Keying.TENANT:
                 return TENANT
             case Keying.USER:
-                return told.key
+                return simulated.key
             case Keying.ENTITY:
                 # Balances and positions have no id of their own, but that of what they belong to.
-                thing = told.event["object"]
+                thing = simulated.event["object"]
                 names = ("id", "account_id", "account_group_id", "user_id")
-                return next((str(thing[one]).encode() for one in names if one in thing), told.key)
+                return next(
+                    (str(thing[name]).encode() for name in names if name in thing), simulated.key
+                )
 
     def price(self, instruments: Sequence[Instrument], timestamp_ms: int) -> Record | None:
         """Now and then a tick of some instrument's price: JSON, but no event.

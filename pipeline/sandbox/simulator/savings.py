@@ -31,7 +31,7 @@ class Savings:
     """Sets up plans and executes them on their days.
 
     Args:
-        timeline: Where events are told and steps are booked.
+        timeline: Where events are emitted and steps are scheduled.
         bookkeeper: Knows how much cash there is.
         desk: Takes the orders.
     """
@@ -66,7 +66,7 @@ class Savings:
             "instrument_id_type": "ISIN",
         }
         account.group.plans += 1
-        timeline.tell(account.group.key, "SAVINGS_PLAN.CREATED", data)
+        timeline.emit(account.group.key, "SAVINGS_PLAN.CREATED", data)
         plan = Plan(data, account, instrument, Decimal(amount), _DAYS[period] * interval)
         timeline.after((1, 20), self._schedule, plan, first_day)
         if timeline.chance(0.2):
@@ -75,8 +75,8 @@ class Savings:
     def _end(self, plan: Plan) -> None:
         plan.cancelled = True
         plan.account.group.plans -= 1
-        told = {**plan.data, "updated_at": self._timeline.stamp()}
-        self._timeline.tell(plan.account.group.key, "SAVINGS_PLAN.CANCELLED", told)
+        reported = {**plan.data, "updated_at": self._timeline.stamp()}
+        self._timeline.emit(plan.account.group.key, "SAVINGS_PLAN.CANCELLED", reported)
 
     def _schedule(self, plan: Plan, day: int) -> None:
         if plan.cancelled:
@@ -97,7 +97,7 @@ class Savings:
             "created_at": created_at,
             "updated_at": created_at,
         }
-        timeline.tell(plan.account.group.key, "SAVINGS_PLAN_EXECUTION.NEW", execution)
+        timeline.emit(plan.account.group.key, "SAVINGS_PLAN_EXECUTION.NEW", execution)
         timeline.at(timeline.on_day(day - 1, 16), self._remind, plan, execution)
         timeline.at(timeline.on_day(day, 9), self._execute, plan, execution, day)
 
@@ -105,7 +105,7 @@ class Savings:
         """A notice that repeats the execution and changes nothing in it, nor its time."""
         if not plan.cancelled:
             key = plan.account.group.key
-            self._timeline.tell(key, "SAVINGS_PLAN_EXECUTION.REMINDER", execution)
+            self._timeline.emit(key, "SAVINGS_PLAN_EXECUTION.REMINDER", execution)
 
     def _execute(self, plan: Plan, execution: Json, day: int) -> None:
         timeline = self._timeline
@@ -132,5 +132,5 @@ class Savings:
         self._tell(plan, ordered, "PROCESSING")
 
     def _tell(self, plan: Plan, execution: Json, status: str, **more: str) -> None:
-        told = {**execution, **more, "updated_at": self._timeline.stamp(), "status": status}
-        self._timeline.tell(plan.account.group.key, f"SAVINGS_PLAN_EXECUTION.{status}", told)
+        reported = {**execution, **more, "updated_at": self._timeline.stamp(), "status": status}
+        self._timeline.emit(plan.account.group.key, f"SAVINGS_PLAN_EXECUTION.{status}", reported)

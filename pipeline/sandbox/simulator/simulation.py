@@ -65,7 +65,7 @@ class Simulation:
         """What every read model must say once all records have arrived.
 
         Raises:
-            ValueError: The simulation was told not to keep them.
+            ValueError: The simulation was created without books.
         """
         if self._books is None:
             raise ValueError("this simulation keeps no books (keep_books=False)")
@@ -76,14 +76,14 @@ class Simulation:
         self._broker.stop()
 
     def _run(self, events: int | None) -> Iterator[Record]:
-        for told in self._broker.events(events):
+        for simulated in self._broker.events(events):
             if self._books is not None:
-                self._books.record(told)
-            record = self._recorder.event(told)
+                self._books.record(simulated)
+            record = self._recorder.event(simulated)
             if self._disturber is None:
                 yield record
             else:
-                yield from self._disturber.disturb(record, told.type)
+                yield from self._disturber.disturb(record, simulated.type)
             price = self._recorder.price(self._broker.market.all, record.timestamp_ms)
             if price is not None:
                 yield price

@@ -124,7 +124,7 @@ class Timeline:
             return f"{self._second_text}Z"
         return f"{self._second_text}.{nanos:09d}"[: 20 + digits] + "Z"
 
-    def tell(self, key: bytes, event_type: str, thing: Json, *, bare_date: bool = False) -> str:
+    def emit(self, key: bytes, event_type: str, thing: Json, *, bare_date: bool = False) -> str:
         """Publish an event; returns its id.
 
         Args:
@@ -153,7 +153,7 @@ class Timeline:
         return event_id
 
     def at(self, moment_ns: int, step: Callable[..., None], *args: object) -> None:
-        """Put a step on the agenda. What it tells is told at once, with nothing in between."""
+        """Put a step on the agenda. What it tells is reported at once, with nothing in between."""
         self._booked += 1
         heapq.heappush(self._agenda, (moment_ns, self._booked, step, args))
 
@@ -181,7 +181,7 @@ class Timeline:
     def run(self, events: int | None, filler: Callable[[], None]) -> Iterator[SimulatedEvent]:
         """Work the agenda off; yield exactly ``events`` events, or for ever if None.
 
-        Ends only between two steps, so whatever a step does is told whole: a booking never
+        Ends only between two steps, so whatever a step does is reported whole: a booking never
         without its balance. ``filler`` tells one event that changes no books; it fills up the end.
         """
         left = events
@@ -191,10 +191,10 @@ class Timeline:
             moment, _, step, args = heapq.heappop(self._agenda)
             self.now_ns = max(self.now_ns, moment)
             step(*args)
-            told, self._told = self._told, []
+            reported, self._told = self._told, []
             if left is not None:
-                left -= len(told)
-            yield from told
+                left -= len(reported)
+            yield from reported
         while left and not self.stopped:
             filler()
             left -= 1

@@ -133,10 +133,10 @@ class Order:
 
 
 class Desk:
-    """Takes orders and leads each through its life, as Upvest's public documentation tells it.
+    """Takes orders and leads each through its life, as Upvest's public documentation describes it.
 
     NEW, PROCESSING, then FILLED or CANCELLED; each execution FILLED, then SETTLED, seldom
-    CANCELLED. ORDER.FILLED may be told before or after the EXECUTION.FILLED that completes it.
+    CANCELLED. ORDER.FILLED may be emitted before or after the EXECUTION.FILLED that completes it.
 
     A finished order is forgotten once its last execution has settled.
     """
@@ -244,7 +244,7 @@ class Desk:
 
     def _place(self, order: Order) -> None:
         timeline = self._timeline
-        timeline.tell(order.account.group.key, "ORDER.NEW", order.object())
+        timeline.emit(order.account.group.key, "ORDER.NEW", order.object())
         self._lock(order, order.locked)
         waits = (60, 14_400) if order.kind != "MARKET" else (1, 60)
         if not order.certain and timeline.chance(0.05 if order.kind == "MARKET" else 0.2):
@@ -267,12 +267,12 @@ class Desk:
     def _tell(self, order: Order, status: str) -> None:
         order.status = status
         order.updated_at = self._timeline.stamp()
-        self._timeline.tell(order.account.group.key, f"ORDER.{status}", order.object())
+        self._timeline.emit(order.account.group.key, f"ORDER.{status}", order.object())
 
     def _tell_execution(self, execution: Execution, status: str) -> None:
         execution.status = status
         key = execution.order.account.group.key
-        self._timeline.tell(key, f"EXECUTION.{status}", execution.object())
+        self._timeline.emit(key, f"EXECUTION.{status}", execution.object())
 
     def _process(self, order: Order) -> None:
         timeline = self._timeline
@@ -291,7 +291,7 @@ class Desk:
         if order.amount is None:
             places = 4 if order.instrument.fractional else 0
         parts = [part(order.size, 1000 // (count + 1), places) for _ in range(count - 1)]
-        parts = [one for one in parts if one > ZERO]
+        parts = [part for part in parts if part > ZERO]
         return [*parts, subtract(order.size, add(*parts))]
 
     def _reject_cancellation(self, order: Order) -> None:
@@ -300,7 +300,7 @@ class Desk:
         reason = self._timeline.pick(_REJECTIONS)
         if reason is not None:
             rejection["reason"] = reason
-        self._timeline.tell(
+        self._timeline.emit(
             order.account.group.key,
             "ORDER_CANCELLATION.REJECTED",
             rejection,

@@ -80,7 +80,7 @@ def verify(
             _Proof.LOG: lambda: verify_log(engine, observe),
             _Proof.KAFKA: lambda: verify_kafka(engine, settings, observe),
             _Proof.READ_MODELS: lambda: (
-                *verify_declared(engine, catalogue.load(settings.read_models)),
+                *(() if names else verify_declared(engine, catalogue.load(settings.read_models))),
                 *verify_read_models(
                     engine, chosen, rejected_max=settings.dead_letter_budget, observe=observe
                 ),

@@ -48,7 +48,7 @@ _COMMANDS = (
         "stopped",
         ("info", "error"),
         "this process has ended; at `error` with the reason and the exit code",
-        "at `error`, see the reason and the [exit code](#exit-codes)",
+        "if at `error`, see the reason and the [exit code](#exit-codes)",
     ),
     LogEvent(
         "crashed",
@@ -146,10 +146,10 @@ _SERVERS = (
         "a line of a library; for `librdkafka`, each text at most once per minute",
         "nothing; it helps to find a cause",
     ),
-    LogEvent("topic_ids_unknown", "debug", "Kafka did not tell the ids of topics"),
-    LogEvent("topic_settings_unknown", "debug", "Kafka did not tell the settings of a topic"),
-    LogEvent("end_unknown", "debug", "Kafka did not tell the end of a partition"),
-    LogEvent("members_unknown", "debug", "Kafka did not tell the members of the group"),
+    LogEvent("topic_ids_unknown", "debug", "Kafka returned no ids of topics"),
+    LogEvent("topic_settings_unknown", "debug", "Kafka returned no settings of a topic"),
+    LogEvent("end_unknown", "debug", "Kafka returned no end of a partition"),
+    LogEvent("members_unknown", "debug", "Kafka returned no members of the group"),
 )
 
 _INGEST = (
@@ -260,7 +260,7 @@ _INGEST = (
         "Kafka did not answer when this process left its group; nothing is lost",
         "nothing; find out why Kafka does not answer",
     ),
-    LogEvent("group_commits_unknown", "debug", "Kafka did not tell the commits of the group"),
+    LogEvent("group_commits_unknown", "debug", "Kafka returned no commits of the group"),
     LogEvent("time_left_unknown", "debug", "how long Kafka keeps the next record is unknown"),
 )
 

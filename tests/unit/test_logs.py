@@ -133,7 +133,7 @@ def test_warnings_of_python_are_log_lines(lines):
     assert "this will change" in line["msg"]
 
 
-def test_configured_twice_it_still_says_everything_once(lines):
+def test_configured_twice_it_still_logs_everything_once(lines):
     log_events.configure("json", "info")
     log_events.configure("json", "info")
 
@@ -313,7 +313,7 @@ def test_what_others_say_of_data_is_not_repeated(error):
         (Failed("x"), "Failed: *** (22P02)"),
     ],
 )
-def test_what_helps_and_holds_no_data_is_told(error, said):
+def test_the_text_of_an_error_without_data_is_logged(error, said):
     assert said in log_events.exception_text(raised(error))
 
 

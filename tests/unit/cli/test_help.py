@@ -38,7 +38,7 @@ def test_no_line_of_the_list_of_commands_is_cut_off(pipeline):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_teaches_with_an_example_and_its_exit_codes(pipeline, name):
+def test_the_help_of_each_command_has_an_example_and_its_exit_codes(pipeline, name):
     result = pipeline(NOTHING, *name.split(), "--help")
 
     assert result.code == 0
@@ -89,7 +89,7 @@ def test_version_names_what_the_program_is_made_of(pipeline):
     ],
     ids=" ".join,
 )
-def test_wrong_usage_ends_with_2_and_words_on_stderr_only(pipeline, wrong):
+def test_wrong_usage_ends_with_2_and_a_message_on_stderr_only(pipeline, wrong):
     result = pipeline(NOTHING, *wrong)
 
     assert (result.code, result.out) == (2, "")
@@ -112,7 +112,7 @@ def test_a_missing_setting_ends_with_78_and_is_named(pipeline, command):
     assert f"PIPELINE_{wanted} is missing" in result.err
 
 
-def test_a_wrong_setting_ends_with_78_and_says_what_is_allowed(pipeline):
+def test_a_wrong_setting_ends_with_78_and_the_error_names_what_is_allowed(pipeline):
     result = pipeline(Commands(batch_rows="0"), "status")
 
     assert result.code == 78

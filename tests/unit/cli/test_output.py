@@ -45,16 +45,16 @@ def test_data_from_outside_can_neither_move_the_cursor_nor_use_markup(capsys):
 @settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_json_is_the_same_value_and_cannot_move_the_cursor_either(document):
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
         emit(document)
 
-    assert json.loads(told.getvalue()) == document
-    assert fooling(told.getvalue()[:-1]) == []
+    assert json.loads(written.getvalue()) == document
+    assert misleading(written.getvalue()[:-1]) == []
 
 
-def fooling(told):
-    return [it for it in told if unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+def misleading(written):
+    return [it for it in written if unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
 
 
 def test_json_is_one_document_on_one_line(capsys):
@@ -68,21 +68,21 @@ def test_json_is_one_document_on_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "shown"),
     [(0, "0.0 s"), (9.94, "9.9 s"), (59, "59 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h")],
 )
-def test_a_length_of_time_is_told_in_the_unit_that_says_enough(seconds, told):
-    assert duration(timedelta(seconds=seconds)) == told
+def test_a_length_of_time_has_a_unit_that_is_precise_enough(seconds, shown):
+    assert duration(timedelta(seconds=seconds)) == shown
 
 
-def test_progress_is_silent_when_work_is_short_and_nobody_looks(capsys):
+def test_short_work_without_a_terminal_prints_no_progress(capsys):
     with Gauge("working", total=3) as gauge:
         gauge.show(3)
 
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_is_told_in_plain_lines_where_no_bar_can_be_drawn(capsys, monkeypatch):
+def test_progress_is_printed_in_plain_lines_if_no_bar_can_be_drawn(capsys, monkeypatch):
     monkeypatch.setattr(output, "PLAIN_LINE_S", 0.0)
 
     with Gauge("working", total=2000, unit="offsets") as gauge:

@@ -169,13 +169,17 @@ def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_r
     database: Database,
     impatient: MutableSequence[Any],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
     monkeypatch.setattr(gathering, "SEEN_S_MAX", 1.0)
     retention_s = 8
     private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()
-    settings = settings_for(database, private_kafka.bootstrap_servers, "kept")
+    # After a silence that is longer than this, the group waits for it once more.
+    soon = {"session.timeout.ms": "4000", "heartbeat.interval.ms": "1000"}
+    settings = settings_for(database, private_kafka.bootstrap_servers, "kept", options=soon)
     engine = open_engine(database.url, application="status")
+    request.addfinalizer(engine.dispose)
 
     def of_status() -> str:
         return " ".join(one.text for one in look(engine, []).troubles)
@@ -195,7 +199,6 @@ def test_while_kafka_is_away_log_and_status_say_how_long_it_keeps_what_was_not_r
     told = seconds_left(impatient, "Kafka")
     assert told == sorted(told, reverse=True), "it shrinks"
     assert retention_s > told[0] > told[-1]
-    engine.dispose()
 
 
 def has_looked(database: Database) -> bool:

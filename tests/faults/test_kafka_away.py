@@ -171,13 +171,17 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     database: Database,
     impatient: MutableSequence[Any],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
     monkeypatch.setattr(states, "SEEN_S_MAX", 1.0)
     retention_s = 8
     private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()
-    settings = settings_for(database, private_kafka.bootstrap_servers, "kept")
+    # After a silence that is longer than this, the group waits for it once more.
+    soon = {"session.timeout.ms": "4000", "heartbeat.interval.ms": "1000"}
+    settings = settings_for(database, private_kafka.bootstrap_servers, "kept", options=soon)
     engine = open_engine(database.url, application="status")
+    request.addfinalizer(engine.dispose)
 
     def of_status() -> str:
         return " ".join(problem.what for problem in read_status(engine, Catalogue(())).problems)
@@ -202,7 +206,6 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     reported = seconds_left(impatient, "Kafka")
     assert reported == sorted(reported, reverse=True), "it shrinks"
     assert retention_s > reported[0] > reported[-1]
-    engine.dispose()
 
 
 def has_recorded_retention(database: Database) -> bool:

@@ -211,7 +211,9 @@ def _keep_current(job: Job, ended: threading.Event) -> None:
             models.rebuild(lambda: database_of(job.settings, "rebuild"), ended)
         except PipelineError as error:
             # The projection uses the same database, and ends the command where it must end.
-            log.warning("rebuild_waits", reason=str(error), effect=f"retried in {RECHECK_S:g} s")
+            log.warning(
+                "rebuild_postponed", reason=str(error), effect=f"retried in {RECHECK_S:g} s"
+            )
         ended.wait(RECHECK_S)
 
 

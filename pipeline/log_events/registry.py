@@ -265,7 +265,7 @@ _INGEST = (
 )
 
 _READ_MODELS = (
-    LogEvent("projected", "debug", "one pass of the projection"),
+    LogEvent("events_projected", "debug", "one pass of the projection"),
     LogEvent("projection_caught_up", "info", "the read models have no lag any more"),
     LogEvent(
         "projection_not_ended",
@@ -292,7 +292,7 @@ _READ_MODELS = (
         "warning",
         "the definition of these read models has changed since their tables were built; they are "
         "left out until they are rebuilt, and readers see them as they were",
-        "nothing: `run` and `project` rebuild them, see `rebuilt` and `not_rebuilt`",
+        "nothing: `run` and `project` rebuild them, see `read_model_rebuilt` and `rebuild_failed`",
     ),
     LogEvent(
         "projectors_current",
@@ -301,19 +301,23 @@ _READ_MODELS = (
         "nothing",
     ),
     LogEvent(
-        "rebuild_waits",
+        "rebuild_postponed",
         "warning",
         "a stale read model cannot be rebuilt now: the database refuses it; retried every 10 s",
         "see the reason",
     ),
     LogEvent(
-        "not_rebuilt",
+        "rebuild_failed",
         "error",
         "a stale read model could not be rebuilt; its live table is unchanged, the others continue",
         "see the reason, then `pipeline rebuild NAME`",
     ),
-    LogEvent("rebuilt", "info", "a read model was rebuilt; how many rows differed"),
-    LogEvent("checked", "info", "a read model was compared with the log; how many rows differ"),
+    LogEvent("read_model_rebuilt", "info", "a read model was rebuilt; how many rows differed"),
+    LogEvent(
+        "read_model_compared",
+        "info",
+        "a read model was compared with the log; how many rows differ",
+    ),
     LogEvent("rebuild_resumed", "info", "an interrupted rebuild continues"),
     LogEvent(
         "rebuild_tables_locked",

@@ -243,7 +243,7 @@ class _Loop:
         if done:
             self._taken += work.offsets.span
         log.debug(
-            "projected",
+            "events_projected",
             topic=work.partition.topic,
             partition=work.partition.number,
             offset_first=work.offsets.first,

@@ -111,7 +111,7 @@ def _fill_and_reconcile(
     retry_lock(shadow.prepare, projector)
     shadow.advance(engine, jobs, stop, observe)
     difference = retry_lock(shadow.reconcile, projector)
-    log.info("rebuilt", **difference._asdict(), differing=difference.differing)
+    log.info("read_model_rebuilt", **difference._asdict(), differing=difference.differing)
     return difference
 
 
@@ -136,7 +136,9 @@ def check(
             difference = shadow.compare()
             shadow.drop()
             if difference is not None:
-                log.info("checked", **difference._asdict(), differing=difference.differing)
+                log.info(
+                    "read_model_compared", **difference._asdict(), differing=difference.differing
+                )
                 return difference
     raise TransientError(
         f"{projector.name} was truncated {TRUNCATIONS_MAX} times during the check. Nothing was "

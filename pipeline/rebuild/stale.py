@@ -117,4 +117,4 @@ class StaleModels:
 
     def _leave(self, model: Projector, code: str | None, reason: str) -> None:
         self._left[model.name] = code
-        log.error("not_rebuilt", projector=model.name, reason=reason)
+        log.error("rebuild_failed", projector=model.name, reason=reason)

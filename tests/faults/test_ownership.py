@@ -142,7 +142,7 @@ def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(b
         goes_on = rebuild(log_level="debug")
         assert goes_on.wait() == 0, goes_on.tail()
         assert goes_on.said("rebuild_resumed"), goes_on.tail()
-        assert goes_on.said("rebuilt")[0]["differing"] == 0, goes_on.tail()
+        assert goes_on.said("read_model_rebuilt")[0]["differing"] == 0, goes_on.tail()
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)

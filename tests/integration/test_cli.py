@@ -239,7 +239,9 @@ def test_stale_read_models_are_rebuilt_first(commands, broker, given, command):
     result = commands.run(*command, "--until-end")
 
     assert result.code == 0, result.err
-    assert [line["projector"] for line in result.log if line["event"] == "rebuilt"] == ["users"]
+    assert [line["projector"] for line in result.log if line["event"] == "read_model_rebuilt"] == [
+        "users"
+    ]
     assert given.scalar("SELECT count(*) FROM upvest.users WHERE status = 'CORRUPTED'") == 0
 
 

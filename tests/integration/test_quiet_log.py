@@ -177,7 +177,7 @@ WEIGHED = {
     # Once per process.
     *("started", "stop_requested", "stopped", "workers_started", "workers_ended"),
     # Once per command on a read model or a topic.
-    *("rebuilt", "checked", "rebuild_resumed", "partition_rewound"),
+    *("read_model_rebuilt", "read_model_compared", "rebuild_resumed", "partition_rewound"),
     # Once per attempt to get a lock, of which there are at most twenty.
     "rebuild_tables_locked",
     # Once per change of what the group has given us, however many partitions.

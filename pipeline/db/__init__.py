@@ -20,8 +20,12 @@ __all__ = [
     "SHADOW_SCHEMA",
     "SessionLimits",
     "descriptor",
+    "locks",
     "metadata",
     "open_engine",
+    "session",
+    "session_settings",
+    "stored_times",
     "transaction",
     "translated",
 ]

@@ -1,1 +1,3 @@
 """What people try first: the simulator, servers that need no installation, the demo."""
+
+__all__ = ["demo", "simulator"]

@@ -1,1 +1,3 @@
 """Schema, rights and views of the database, and what others put on our tables."""
+
+__all__ = ["drift", "migrate", "objects", "roles"]

@@ -3,4 +3,9 @@
 from pipeline.settings.fields import KafkaClientConfig, Settings
 from pipeline.settings.sources import load_settings
 
-__all__ = ["KafkaClientConfig", "Settings", "load_settings"]
+__all__ = [
+    "KafkaClientConfig",
+    "Settings",
+    "fields",
+    "load_settings",
+]

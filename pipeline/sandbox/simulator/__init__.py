@@ -5,4 +5,14 @@ from pipeline.sandbox.simulator.chaos import Chaos, ChaosReport
 from pipeline.sandbox.simulator.records import Keying, Record
 from pipeline.sandbox.simulator.simulation import Simulation
 
-__all__ = ["Books", "Break", "Chaos", "ChaosReport", "Keying", "Record", "Simulation"]
+__all__ = [
+    "Books",
+    "Break",
+    "Chaos",
+    "ChaosReport",
+    "Keying",
+    "Record",
+    "Simulation",
+    "chaos",
+    "producer",
+]

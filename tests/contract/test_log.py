@@ -71,7 +71,7 @@ def test_an_older_epoch_writes_nothing(log):
     assert log.find([A]) == {A: owned_at(held + 1, 0)}
 
 
-def test_an_epoch_that_was_never_given_out_writes_nothing(log):
+def test_an_epoch_that_was_never_issued_writes_nothing(log):
     log.begin(A, 0)
     held = log.claim(A).epoch
 
@@ -94,7 +94,7 @@ def test_another_next_offset_than_expected_writes_nothing(log, expected):
     assert log.find([A]) == {A: owned_at(held, 2)}
 
 
-def test_a_partition_that_never_began_is_fenced(log):
+def test_a_partition_that_was_never_begun_is_fenced(log):
     log.begin(A, 0)
 
     with pytest.raises(FencedError):

@@ -1,4 +1,4 @@
-"""A bench for each test: a topic, a database, workers, and the judge at the end."""
+"""A bench for each test: a topic, a database, workers, and the checks at the end."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,14 +25,14 @@ def bench(
     kafka: Kafka, database: Database, topic: Callable[..., str], tmp_path: Path
 ) -> Iterator[Bench]:
     """Shared servers, but a topic, a database, a group and roles of this test's own."""
-    made = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
-    yield made
-    made.close()
+    bench = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
+    yield bench
+    bench.close()
 
 
 @pytest.fixture(scope="module")
 def private_postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL of the module's own, to crash and stop; leave it running."""
+    """A PostgreSQL of this module, which a test may crash and stop; leave it running."""
     with PostgresServer(settings=FAST_AND_UNSAFE) as server:
         yield server
 
@@ -47,7 +47,7 @@ def shaky_postgres(
     """A bench whose PostgreSQL may be crashed."""
     with fresh_database(private_postgres) as database:
         migrate(database.url)
-        made = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
-        yield made
+        bench = Bench(kafka, database, topic(PARTITIONS), PARTITIONS, tmp_path)
+        yield bench
         private_postgres.start()
-        made.close()
+        bench.close()

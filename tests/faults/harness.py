@@ -1,4 +1,4 @@
-"""Workers as real processes, what is done to them, and the judgement on what they leave behind."""
+"""Workers as real processes, what is done to them, and the checks of what they leave."""
 
 import base64
 import itertools
@@ -32,7 +32,7 @@ from tests.servers import Kafka
 from tests.servers.databases import Database
 
 WAIT_SECONDS_MAX = 60.0
-"""Longest wait for anything that ought to happen within a few seconds; the machine may be busy."""
+"""Longest wait for what should happen within a few seconds; the machine may be busy."""
 PASSWORD = "c4n4ry-of-the-workers"
 LOG_LINES_SHOWN = 40
 DIFFERENCES_SHOWN = 5
@@ -41,7 +41,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 ENTRY = [sys.executable, "-m", "pipeline"]
 
 QUICK_TO_NOTICE = "session.timeout.ms=2000,heartbeat.interval.ms=400,reconnect.backoff.max.ms=500"
-"""A classic member that falls silent loses its partitions after two seconds."""
+"""A classic member that sends nothing loses its partitions after two seconds."""
 
 
 until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
@@ -51,7 +51,7 @@ until = partial(waiting.until, seconds_max=WAIT_SECONDS_MAX)
 
 
 class Worker:
-    """One process of the program, with its log and, beside it, what it answers on stdout.
+    """One process of the program, with its log and its output on stdout.
 
     Args:
         command: What to run, e.g. ``["ingest", "--until-end"]``.
@@ -66,7 +66,7 @@ class Worker:
         self.log = log
         self.output = log.with_suffix(".out")
         self.role = role
-        # The kernel ends it with us, should the tests be killed.
+        # The kernel ends the worker if the tests are killed.
         tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         with log.open("ab") as stderr, self.output.open("ab") as stdout:
             self._process = subprocess.Popen(
@@ -86,12 +86,12 @@ class Worker:
         return self._process.poll()
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, if the worker still runs."""
         if self.exit_code is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """SIGKILL, and wait until the process has ended."""
         self.send(signal.SIGKILL)
         self._process.wait(WAIT_SECONDS_MAX)
 
@@ -101,7 +101,7 @@ class Worker:
         return self.wait(seconds_max=seconds_max)
 
     def wait(self, *, seconds_max: float = WAIT_SECONDS_MAX) -> int:
-        """Wait until it ends by itself; the exit code."""
+        """Wait until the worker ends by itself; the exit code."""
         try:
             return self._process.wait(seconds_max)
         except subprocess.TimeoutExpired:
@@ -110,13 +110,13 @@ class Worker:
             ) from None
 
     def pause(self) -> None:
-        """SIGSTOP, and wait until it stands still."""
+        """SIGSTOP, and wait until the process is stopped."""
         self.send(signal.SIGSTOP)
         self.wait_until_stopped()
 
     def wait_until_stopped(self, **bounds: float) -> None:
-        """Wait until it stands still, by us or by a fail point of its own."""
-        until(self._is_stopped, f"worker {self.pid} stands still", **bounds)
+        """Wait until the process is stopped, by us or by a fail point of its own."""
+        until(self._is_stopped, f"worker {self.pid} is stopped", **bounds)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -124,39 +124,39 @@ class Worker:
 
     @property
     def is_gone(self) -> bool:
-        """Whether neither it nor anything it has started runs any more."""
+        """Whether the process and all that it started have ended."""
         return self.exit_code is not None and not _has_processes(self)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """What it has logged so far."""
+        """The worker's log lines so far."""
         for line in self.log.read_text(errors="replace").splitlines():
             if line.startswith("{"):
                 yield json.loads(line)
 
-    def said(self, *events: str) -> list[dict[str, Any]]:
-        """Its log lines of these events."""
+    def logged(self, *events: str) -> list[dict[str, Any]]:
+        """The worker's log lines of these events."""
         return [line for line in self.lines() if line.get("event") in events]
 
     def reasons(self) -> list[str]:
-        """Why it said that a server did not serve it, in the operator's words."""
-        return [line["reason"] for line in self.said("server_unavailable", "access_refused")]
+        """The reasons in the log lines about a server that did not serve the worker."""
+        return [line["reason"] for line in self.logged("server_unavailable", "access_refused")]
 
-    def wait_until_said(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
+    def wait_for_log(self, *events: str, seconds_max: float = WAIT_SECONDS_MAX) -> None:
         """Wait for the first log line of one of these events."""
 
-        def has_said() -> bool:
+        def has_logged() -> bool:
             has_ended = self.exit_code is not None
-            said = bool(self.said(*events))
-            assert said or not has_ended, "ended without a word of it"
-            return said
+            logged = bool(self.logged(*events))
+            assert logged or not has_ended, "the worker ended without this log line"
+            return logged
 
         try:
-            until(has_said, f"logs {' or '.join(events)}", seconds_max=seconds_max)
-        except AssertionError as late:
-            raise AssertionError(f"{late}\n{self.tail()}") from None
+            until(has_logged, f"logs {' or '.join(events)}", seconds_max=seconds_max)
+        except AssertionError as timeout:
+            raise AssertionError(f"{timeout}\n{self.tail()}") from None
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of the worker's log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         return f"--- worker {self.pid} ({self.role}), exit code {self.exit_code}\n" + "\n".join(
             lines
@@ -167,11 +167,11 @@ class Worker:
         return self._kib("VmHWM")
 
     def address_space_kib(self, *, most: bool = False) -> int:
-        """What it has asked for, used or not; now, or most so far."""
+        """Reserved address space, used or not; now, or the most so far."""
         return self._kib("VmPeak" if most else "VmSize")
 
     def data_kib(self) -> int:
-        """What of that it may write to: an arena that was reserved counts as far as it is used."""
+        """The writable part of it: a reserved arena counts as far as it is used."""
         return self._kib("VmData")
 
     def _kib(self, name: str) -> int:
@@ -179,14 +179,14 @@ class Worker:
         return int(next(line for line in status.splitlines() if name in line).split()[1])
 
     def _is_stopped(self) -> bool:
-        assert self.exit_code is None, f"ended instead of standing still:\n{self.tail()}"
+        assert self.exit_code is None, f"ended instead of stopping:\n{self.tail()}"
         state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state == "T"
 
 
-# ------------------------------------------------------------------------------------ the judgement
+# ------------------------------------------------------------------------------------ the checks
 
-# Who moved which partition, when, from where to where; the service knows nothing of it.
+# Who moved which partition, when, from which offset to which. The service does not use it.
 AUDIT = """
 CREATE SCHEMA audit;
 CREATE TABLE audit.moves (
@@ -208,7 +208,7 @@ CREATE TRIGGER audit AFTER UPDATE ON pipeline.consumer_offsets FOR EACH ROW
     EXECUTE FUNCTION audit.note();
 """
 
-# Elsewhere the workers share one login, and so see and may end their own sessions.
+# Outside these tests the workers share one login, so they see and may end their own sessions.
 SEE_EACH_OTHER = "GRANT pg_signal_backend, pg_read_all_stats TO {role}"
 
 LOGGED = """
@@ -218,13 +218,13 @@ FROM pipeline.events ORDER BY topic, partition, "offset"
 
 
 class Bench:
-    """One topic, one database, one group, the workers that share them, and the judge.
+    """One topic, one database, one group, their workers, and the checks of the result.
 
     Args:
         kafka: The brokers.
         database: A migrated database of this test's own.
         topic: A topic of this test's own.
-        partitions: Of that topic.
+        partitions: The number of partitions of the topic.
         folder: For the workers' logs.
     """
 
@@ -248,7 +248,7 @@ class Bench:
         set_up(database.url, with_roles=True, role_prefix=self._prefix)
 
     def grant(self) -> None:
-        """Have the product put its roles' rights right."""
+        """Let the product grant its roles their rights again."""
         set_up(self.database.url)
 
     def revoke(self, rights: str) -> None:
@@ -293,7 +293,7 @@ class Bench:
             "kafka_options": QUICK_TO_NOTICE,
             "topics": self.topic,
             "group_id": self.group,
-            # Small, so that a process is somewhere in the middle.
+            # Small, so that a process is usually in the middle of its work.
             "batch_rows": "50",
             "log_format": "json",
             "idle_in_transaction_timeout_ms": "2000",
@@ -321,36 +321,36 @@ class Bench:
         return len(self._roles_in_store)
 
     def prepare_role(self) -> str:
-        """Make a coming worker's role now, before the worker starts; its name."""
+        """Create the role of a later worker now; its name."""
         role = self._new_role(next(self._numbers))
         self._roles_in_store.append(role)
         return role
 
     def alter_role(self, role: str, change: str) -> None:
-        """``ALTER ROLE``, e.g. ``CONNECTION LIMIT 0``; sessions that exist go on."""
+        """``ALTER ROLE``, e.g. ``CONNECTION LIMIT 0``; existing sessions continue."""
         self._compose(SQL(f"ALTER ROLE {{}} {change}").format(Identifier(role)))
 
     def url_of(self, role: str) -> str:
-        """The database as a role of a worker sees it."""
+        """The URL with which a worker's role connects."""
         parts = urlsplit(self.database.url)
-        place = parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=f"{quote(role)}:{PASSWORD}@{place}").geturl()
+        address = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=f"{quote(role)}:{PASSWORD}@{address}").geturl()
 
     def as_owner(self, _url: str) -> str:
-        """For ``through``: as whom a rebuild runs, for it makes tables."""
+        """For ``through``: a rebuild runs as the owner, because it creates tables."""
         return self.database.url
 
     @property
     def password(self) -> str:
-        """The workers' password, as they know it."""
+        """The workers' password."""
         return PASSWORD
 
     def set_password(self, role: str, password: str) -> None:
-        """Change a role's password; sessions that exist go on."""
+        """Change a role's password; existing sessions continue."""
         self._compose(SQL("ALTER ROLE {} PASSWORD {}").format(Identifier(role), Literal(password)))
 
     def end_sessions(self, *, of: Worker | None = None) -> int:
-        """Have PostgreSQL end the sessions of the workers; how many there were."""
+        """Have PostgreSQL end the sessions of the workers; the number of sessions."""
         roles = [of.role] if of else self._roles
         return len(
             self.query(
@@ -360,7 +360,7 @@ class Bench:
         )
 
     def cancel_statements(self, worker: Worker) -> None:
-        """As an operator does it, for what a worker's sessions do now."""
+        """Cancel the current statements of a worker's sessions, as an operator does."""
         self.query(
             "SELECT pg_cancel_backend(pid) FROM pg_stat_activity "
             "WHERE usename = %s AND state = 'active'",
@@ -380,16 +380,19 @@ class Bench:
             db.execute(statements.encode())
 
     def next_offsets(self) -> dict[Partition, int]:
-        """Where each partition of the log stands."""
+        """The next offset of each partition of the log."""
         rows = self.query('SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets')
         return {Partition(topic, number): next_offset for topic, number, next_offset in rows}
 
     def checkpoints(self) -> dict[tuple[str, Partition], int]:
-        """Where each projector stands in each partition."""
+        """The checkpoint of each projector in each partition."""
         rows = self.query(
             'SELECT projector, topic, "partition", next_offset FROM pipeline.projection_checkpoints'
         )
-        return {(name, Partition(topic, number)): place for name, topic, number, place in rows}
+        return {
+            (name, Partition(topic, number)): next_offset
+            for name, topic, number, next_offset in rows
+        }
 
     def logged(self) -> int:
         """How many offsets the log has passed, over all partitions."""
@@ -446,7 +449,7 @@ class Bench:
         return bool(waiting)
 
     def wait_until_sent(self, ledger: Ledger, records: int, **bounds: float) -> None:
-        """Wait until so many records are with the brokers."""
+        """Wait until the brokers have this number of records."""
         self._until(lambda: len(ledger) >= records, f"{records} records are sent", **bounds)
 
     def wait_until_owner_of_all(self, worker: Worker, **bounds: float) -> None:
@@ -454,7 +457,7 @@ class Bench:
         self._until(lambda: self.is_owner_of_all(worker), f"{worker.role} owns all", **bounds)
 
     def wait_until_logged(self, records: int, **bounds: float) -> None:
-        """Wait until the log has passed so many offsets."""
+        """Wait until the log has passed this number of offsets."""
         self._until(lambda: self.logged() >= records, f"{records} records are logged", **bounds)
 
     def wait_until_drained(self, ledger: Ledger, **bounds: float) -> None:
@@ -462,7 +465,7 @@ class Bench:
 
         def is_drained() -> bool:
             stored = self.next_offsets()
-            return all(stored.get(place, 0) >= end for place, end in ledger.ends.items())
+            return all(stored.get(partition, 0) >= end for partition, end in ledger.ends.items())
 
         self._until(is_drained, f"all {len(ledger)} records are logged", **bounds)
 
@@ -471,53 +474,54 @@ class Bench:
 
         def is_projected() -> bool:
             seen = {
-                at: next_offset
-                for at, next_offset in self.checkpoints().items()
-                if at[1] in ledger.ends
+                key: next_offset
+                for key, next_offset in self.checkpoints().items()
+                if key[1] in ledger.ends
             }
             return len(seen) == len(catalogue.load().models) * len(ledger.ends) and all(
-                next_offset >= ledger.ends[place] for (_, place), next_offset in seen.items()
+                next_offset >= ledger.ends[partition]
+                for (_, partition), next_offset in seen.items()
             )
 
         self._until(is_projected, f"all {len(ledger)} records are projected", **bounds)
 
-    # ----------------------------------------------------------------------------------- the judge
+    # -------------------------------------------------------------------- the checks of the result
 
     def finish(self, ledger: Ledger, **bounds: float) -> None:
-        """Drain, stop the workers that still run, and judge all that is left."""
+        """Drain, stop the workers that still run, and check what they leave."""
         self.wait_until_drained(ledger, **bounds)
         for worker in self.workers:
             if worker.exit_code is None:
-                # Before it has started, a signal ends it as it ends any process.
-                worker.wait_until_said("started")
+                # Before the worker has started, a signal ends it like any process.
+                worker.wait_for_log("started")
                 assert worker.stop() == 0, worker.tail()
         self.judge(ledger)
 
     def judge(self, ledger: Ledger) -> None:
-        """The log equals the ledger, one writer an ownership, and nothing stays behind."""
+        """The log equals the ledger, each ownership has one writer, and nothing is left over."""
         assert len(ledger), "nothing was sent, so nothing is proven"
         differences = list(itertools.islice(self._differences(ledger), DIFFERENCES_SHOWN))
         assert not differences, "\n".join([*differences, self.tails()])
-        trespasses = self.trespasses()
-        assert not trespasses, "\n".join([*trespasses, self.tails()])
+        violations = self.ownership_violations()
+        assert not violations, "\n".join([*violations, self.tails()])
         self.judge_leftovers()
 
     def judge_leftovers(self) -> None:
-        """No process, session or lock of a worker stays behind."""
+        """No process, session or lock of a worker is left over."""
         leftovers = until(lambda: self._leftovers() or "none", "an answer")
         if leftovers != "none":
             # A session ends a moment after its process.
             until(lambda: not self._leftovers(), f"gone: {leftovers}", seconds_max=5)
 
     def judge_read_models(self, books: Books) -> None:
-        """Every read model says what the simulator's books say, and what its own rebuild says."""
+        """Every read model equals the simulator's books and its own rebuild."""
         for table in books.tables:
             assert not self.differing_from(books, table), f"{table} differs from the books"
         check = self.replay()
         assert check.returncode == 0, check.stdout + check.stderr
 
     def differing_from(self, books: Books, table: str) -> int:
-        """How many rows of a read model the books do not have, or have and it does not."""
+        """The number of rows that only the read model or only the books have."""
         columns = SQL(", ").join(map(Identifier, books.columns(table)))
         with self.database.connect() as db:
             found = Counter(db.execute(SQL(f"SELECT {{}} FROM {full(table)}").format(columns)))
@@ -525,7 +529,7 @@ class Bench:
         return (found - wanted).total() + (wanted - found).total()
 
     def replay(self, *options: str) -> "subprocess.CompletedProcess[str]":
-        """``rebuild --all --check``: every read model against one made anew from the log."""
+        """``rebuild --all --check``: every read model against one computed from the log."""
         return subprocess.run(
             [*ENTRY, "rebuild", "--all", "--check", *options],
             env={**_foreign_environment(), "PIPELINE_DATABASE_URL": self.database.url},
@@ -535,7 +539,7 @@ class Bench:
             cwd=PROJECT,
         )
 
-    def trespasses(self) -> list[str]:
+    def ownership_violations(self) -> list[str]:
         """Moves of partitions by others than the owner, or out of step."""
         found = []
         last: dict[Partition, tuple[int, int]] = {}
@@ -544,21 +548,22 @@ class Bench:
             "SELECT writer, topic, partition, old_epoch, epoch, old_next, next "
             "FROM audit.moves ORDER BY move"
         ):
-            place = Partition(topic, number)
+            partition = Partition(topic, number)
             what = (
-                f"{place}: {writer} moved epoch {old_epoch} to {epoch}, {old_next} to {next_offset}"
+                f"{partition}: {writer} moved epoch {old_epoch} to {epoch}, "
+                f"{old_next} to {next_offset}"
             )
-            if last.setdefault(place, (old_epoch, old_next)) != (old_epoch, old_next):
-                found.append(f"{what}, after {last[place]}")
+            if last.setdefault(partition, (old_epoch, old_next)) != (old_epoch, old_next):
+                found.append(f"{what}, after {last[partition]}")
             if epoch < old_epoch or next_offset < old_next:
                 found.append(f"{what}: backwards")
             if epoch > old_epoch:
-                owner[place] = writer
+                owner[partition] = writer
                 if next_offset != old_next:
                     found.append(f"{what}: a claim moves no offset")
-            elif owner.get(place) != writer:
-                found.append(f"{what}, but epoch {epoch} is {owner.get(place)}'s")
-            last[place] = epoch, next_offset
+            elif owner.get(partition) != writer:
+                found.append(f"{what}, but epoch {epoch} is {owner.get(partition)}'s")
+            last[partition] = epoch, next_offset
         return found
 
     def writers(self) -> set[str]:
@@ -578,26 +583,26 @@ class Bench:
         with self.database.connect(autocommit=False) as db, db.cursor("logged") as cursor:
             cursor.execute(LOGGED)
             for topic, number, offset, digest, payload, raw, key, headers, at in cursor:
-                place = Partition(topic, number)
+                partition = Partition(topic, number)
                 sent = missing.pop((topic, number, offset), None)
                 if sent is None:
-                    yield f"{place}: offset {offset} was never sent, or is there twice"
+                    yield f"{partition}: offset {offset} was never sent, or is in the log twice"
                     continue
-                if at < ingested.setdefault(place, at):
-                    yield f"{place}: offset {offset} was written before the one in front of it"
-                ingested[place] = at
+                if at < ingested.setdefault(partition, at):
+                    yield f"{partition}: offset {offset} was written before the offset before it"
+                ingested[partition] = at
                 if (digest, key) != (sent.digest, sent.key):
-                    yield f"{place}: offset {offset} has another value or key"
+                    yield f"{partition}: offset {offset} has another value or key"
                 if headers != as_stored(sent.headers):
-                    yield f"{place}: offset {offset} has other headers"
+                    yield f"{partition}: offset {offset} has other headers"
                 if ledger.keeps_values and not is_faithful(sent.value, payload, raw):
-                    yield f"{place}: offset {offset} is stored as another JSON value"
+                    yield f"{partition}: offset {offset} is stored as another JSON value"
         for topic, number, offset in missing:
             yield f"{Partition(topic, number)}: offset {offset} is missing"
         stored = self.next_offsets()
-        for place, end in ledger.ends.items():
-            if stored.get(place) != end:
-                yield f"{place}: next offset is {stored.get(place)}, Kafka ends at {end}"
+        for partition, end in ledger.ends.items():
+            if stored.get(partition) != end:
+                yield f"{partition}: next offset is {stored.get(partition)}, Kafka ends at {end}"
 
     def _leftovers(self) -> list[str]:
         found = [f"process {worker.pid}" for worker in self.workers if _has_processes(worker)]
@@ -615,16 +620,16 @@ class Bench:
     # -------------------------------------------------------------------------------------- within
 
     def close(self) -> None:
-        """Kill what still runs, remove the roles, and see that no log says what none may say."""
+        """Kill what still runs, remove the roles, and check that no log holds a secret."""
         for worker in self.workers:
             worker.kill()
         for role in [*self._roles, *(self._prefix + role for role in ROLES)]:
             self._compose(SQL("DROP OWNED BY {}").format(Identifier(role)))
             self._compose(SQL("DROP ROLE {}").format(Identifier(role)))
         for worker in self.workers:
-            said = worker.log.read_text(errors="replace")
-            assert PASSWORD not in said, f"{worker.log} holds the password"
-            assert canaries.simulated(said) == [], f"{worker.log} holds personal data"
+            output = worker.log.read_text(errors="replace")
+            assert PASSWORD not in output, f"{worker.log} holds the password"
+            assert canaries.simulated(output) == [], f"{worker.log} holds personal data"
 
     def _new_role(self, number: int) -> str:
         role = f"{self._prefix}{number}"
@@ -641,19 +646,19 @@ class Bench:
         with self.database.connect() as db:
             db.execute(statement)
 
-    def _somebody_runs(self) -> bool:
+    def _any_worker_runs(self) -> bool:
         return any(worker.exit_code is None for worker in self.workers)
 
     def _until(self, condition: Callable[[], bool], what: str, **bounds: float) -> None:
-        def is_so() -> bool:
+        def is_met() -> bool:
             met = condition()
-            assert met or not self.workers or self._somebody_runs(), "no worker runs any more"
+            assert met or not self.workers or self._any_worker_runs(), "no worker runs any more"
             return met
 
         try:
-            until(is_so, what, **bounds)
-        except AssertionError as late:
-            raise AssertionError(f"{late}; {self.next_offsets()}\n{self.tails()}") from None
+            until(is_met, what, **bounds)
+        except AssertionError as timeout:
+            raise AssertionError(f"{timeout}; {self.next_offsets()}\n{self.tails()}") from None
 
 
 def as_stored(headers: Headers) -> list[list[object]] | None:

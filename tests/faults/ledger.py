@@ -1,4 +1,4 @@
-"""What the producer knows it has sent: the oracle that the log is compared with."""
+"""What the producer has sent, by its delivery reports: the log is compared with it."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ from pipeline.sandbox.simulator.producer import Producer
 Headers = tuple[tuple[str, bytes | None], ...]
 
 SILENT_SECONDS_MAX = 60.0
-"""How long Kafka may take for the next records that it is asked for."""
+"""Maximum time until Kafka returns the next records."""
 
 
 class Sent(NamedTuple):
@@ -34,7 +34,7 @@ class Ledger:
     """Every confirmed record by its coordinates.
 
     Args:
-        keep_values: Without the values it costs little memory, and only digests are compared.
+        keep_values: Without the values, little memory is used and only digests are compared.
     """
 
     def __init__(self, *, keep_values: bool = True) -> None:
@@ -45,7 +45,7 @@ class Ledger:
         """Confirmed without an offset: a retried request that the broker had already served."""
 
     def note(self, topic: str, partition: int, offset: int, record: Record) -> None:
-        """Take a delivery report."""
+        """Add the record of a delivery report."""
         if offset < 0:
             self.unplaced += 1
             return
@@ -74,20 +74,20 @@ class Ledger:
     def read_back(cls, bootstrap_servers: str, topic: str, partitions: int) -> "Ledger":
         """What Kafka itself holds, read by a client that shares nothing with the pipeline.
 
-        For tests that kill the broker: the answer to a request that is sent again may come without
-        an offset, so delivery reports alone tell too little there.
+        For tests that kill the broker: a retried request may be confirmed without an offset, so the
+        delivery reports are not enough there.
         """
         ledger = cls()
         for number in range(partitions):
-            for held in read_partition(bootstrap_servers, Partition(topic, number)):
-                ledger._add(topic, number, held.offset, held.value, held.key, held.headers)
+            for record in read_partition(bootstrap_servers, Partition(topic, number)):
+                ledger._add(topic, number, record.offset, record.value, record.key, record.headers)
         return ledger
 
 
 class LeanLedger(Ledger):
-    """The same in 16 bytes a record, for runs of an hour: what was sent is known by fingerprint.
+    """The same in 16 bytes per record, for runs of an hour: it holds fingerprints.
 
-    Also a record without an offset in its report is known, by its partition.
+    It also holds the records whose report had no offset, by partition.
     """
 
     def __init__(self) -> None:
@@ -100,29 +100,29 @@ class LeanLedger(Ledger):
         return self._size + self.unplaced
 
     def note(self, topic: str, partition: int, offset: int, record: Record) -> None:
-        """Take a delivery report."""
+        """Add the record of a delivery report."""
         if offset < 0:
             seen = self._unplaced.setdefault(Partition(topic, partition), Counter())
             seen[fingerprint(record.value, record.key, tuple(record.headers))] += 1
         super().note(topic, partition, offset, record)
 
-    def claim(self, place: Partition, held: "Held") -> bool:
-        """Whether just this was sent to this place; of reports without an offset each counts once.
+    def claim(self, partition: Partition, record: "Held") -> bool:
+        """Whether this record was sent to this partition and offset.
 
-        To be asked for every record that Kafka holds, each once.
+        A report without an offset matches one record. Call it once for every record in Kafka.
         """
-        known = self._prints.get(place, b"")[held.offset * 16 : held.offset * 16 + 16]
-        print_of_it = fingerprint(held.value, held.key, held.headers)
-        if any(known):
-            return known == print_of_it
-        unplaced = self._unplaced.get(place, Counter())
-        unplaced[print_of_it] -= 1
-        return unplaced[print_of_it] >= 0
+        expected = self._prints.get(partition, b"")[record.offset * 16 : record.offset * 16 + 16]
+        fingerprint_of_record = fingerprint(record.value, record.key, record.headers)
+        if any(expected):
+            return expected == fingerprint_of_record
+        unplaced = self._unplaced.get(partition, Counter())
+        unplaced[fingerprint_of_record] -= 1
+        return unplaced[fingerprint_of_record] >= 0
 
     @property
     def unclaimed(self) -> int:
-        """How many reports without an offset no record of Kafka has answered to."""
-        return sum(max(0, left) for one in self._unplaced.values() for left in one.values())
+        """The number of reports without an offset that match no record of Kafka."""
+        return sum(max(0, left) for counts in self._unplaced.values() for left in counts.values())
 
     def _add(
         self,
@@ -144,7 +144,7 @@ class LeanLedger(Ledger):
 
 
 def fingerprint(value: bytes | None, key: bytes | None, headers: Headers) -> bytes:
-    """16 bytes that tell a record's content from any other."""
+    """16 bytes that differ for records with different content."""
     return blake2b(repr((value, key, headers)).encode(), digest_size=16).digest()
 
 
@@ -157,8 +157,8 @@ class Held(NamedTuple):
     headers: Headers
 
 
-def read_partition(bootstrap_servers: str, place: Partition) -> Iterator[Held]:
-    """What Kafka holds of a partition, in the order of offsets, up to its present end."""
+def read_partition(bootstrap_servers: str, partition: Partition) -> Iterator[Held]:
+    """What Kafka holds of a partition, in the order of offsets, up to its current end."""
     with closing(
         Consumer(
             {
@@ -170,20 +170,20 @@ def read_partition(bootstrap_servers: str, place: Partition) -> Iterator[Held]:
             }
         )
     ) as reader:
-        reader.assign([TopicPartition(place.topic, place.number, 0)])
+        reader.assign([TopicPartition(partition.topic, partition.number, 0)])
         deadline = time.monotonic() + SILENT_SECONDS_MAX
         while True:
             for message in reader.consume(1000, 0.5):
-                trouble = message.error()
-                if trouble is None:
+                error = message.error()
+                if error is None:
                     headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
                     offset = message.offset()
                     assert offset is not None
                     yield Held(offset, message.value(), message.key(), tuple(headers))
                     deadline = time.monotonic() + SILENT_SECONDS_MAX
-                elif trouble.code() == KafkaError._PARTITION_EOF:
+                elif error.code() == KafkaError._PARTITION_EOF:
                     return
-            assert time.monotonic() < deadline, f"Kafka gives no more of {place}"
+            assert time.monotonic() < deadline, f"Kafka returns no more records of {partition}"
 
 
 class Feed:
@@ -193,11 +193,11 @@ class Feed:
     ledger and the books are exact from then on.
 
     Args:
-        events: How many; None goes on until stopped.
-        rate: Records a second; None for as fast as it goes.
-        seed: Printed, for a failure to be repeated.
-        keep_books: They cost 400 bytes an event; like ``keep_values`` if None.
-        into: The ledger to go on with; a new one if None.
+        events: How many; None: until it is stopped.
+        rate: Records per second; None: as fast as possible.
+        seed: Printed, so that a failure can be repeated.
+        keep_books: They take 400 bytes per event; like ``keep_values`` if None.
+        into: The ledger to continue; a new ledger if None.
         keying: By what the records are partitioned.
     """
 
@@ -240,12 +240,12 @@ class Feed:
         self.stop()
 
     def stop(self) -> Ledger:
-        """End soon, and wait for it."""
+        """End the feed at the next consistent point, and wait for its end."""
         self._simulation.stop()
         return self.wait()
 
     def wait(self) -> Ledger:
-        """Wait until everything is with the brokers."""
+        """Wait until the brokers have every record."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -258,7 +258,7 @@ class Feed:
 
     @property
     def failure(self) -> BaseException | None:
-        """What has ended it before its time."""
+        """The error that ended the feed too early."""
         return self._failure
 
     @property

@@ -17,15 +17,15 @@ _NEGOTIATIONS = {80877103, 80877104}
 
 
 class Loss(Enum):
-    """What becomes of a COMMIT."""
+    """How a COMMIT is lost."""
 
-    REQUEST = auto()  # it never reaches the server
-    ANSWER = auto()  # it does, and the answer gets lost
-    CLIENT = auto()  # the client is cut off before there is an answer; the server goes on by itself
+    REQUEST = auto()  # the COMMIT never reaches the server
+    ANSWER = auto()  # the COMMIT reaches the server, and the answer is lost
+    CLIENT = auto()  # the client is cut off before the answer; the server continues
 
 
 class Proxy:
-    """Forwards to one PostgreSQL until told otherwise.
+    """Forwards to one PostgreSQL; each method below changes what it forwards.
 
     Args:
         host, port: The server's.
@@ -61,47 +61,47 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self.restore()
         _cut(self._listener)
-        self._acceptor.join()  # from here on nothing new begins
+        self._acceptor.join()  # from here on no new connection is accepted
         self.cut()
         for thread in list(self._threads):
             thread.join()
         self._listener.close()
 
     def lose(self, loss: Loss) -> None:
-        """Lose the next COMMIT that comes."""
+        """Lose the next COMMIT."""
         with self._lock:
             self._losses.append(loss)
 
     @property
     def is_to_lose(self) -> bool:
-        """Whether a COMMIT that is to be lost has not come yet."""
+        """Whether a COMMIT is still to be lost."""
         return bool(self._losses)
 
     def forgive(self) -> None:
-        """Lose no COMMIT that has not come yet."""
+        """Lose no more COMMIT."""
         with self._lock:
             self._losses.clear()
 
     def cut(self) -> int:
-        """Cut every open connection, on both sides; how many there were."""
+        """Cut every open connection, on both sides; the number of connections."""
         ends = list(self._ends)
         for end in ends:
             _cut(end)
         return len(ends) // 2
 
     def black_hole(self, *, for_newcomers: bool = False) -> None:
-        """From now on nothing that comes on open connections arrives, nor is it acknowledged.
+        """Drop every packet on open connections, without acknowledging it.
 
-        As if a cable were cut: no FIN, no RST. The kernel drops each packet before TCP sees it.
+        Like a cut cable: no FIN, no RST. The kernel drops each packet before TCP handles it.
 
         Args:
-            for_newcomers: Nor does anything that would open a connection.
+            for_newcomers: Also drop the packets that would open a connection.
         """
         for end in [*self._ends, self._listener] if for_newcomers else list(self._ends):
             _drop_all(end)
 
     def restore(self) -> None:
-        """Let packets pass again; connections that both sides still want go on."""
+        """Let packets pass again; connections that neither side has closed continue."""
         for end in [*self._ends, self._listener]:
             _drop_none(end)
 
@@ -124,7 +124,7 @@ class Proxy:
                 return
             try:
                 server = socket.create_connection(self._server)
-            except OSError:  # the server is away, and so are we
+            except OSError:  # the server is unavailable, so the proxy is too
                 client.close()
                 continue
             with self._lock:
@@ -182,7 +182,7 @@ class Proxy:
 
 
 def _size(watched: bytes, *, started: bool) -> int:
-    """Bytes of the message that begins here; 0 if too little is there to tell."""
+    """Bytes of the message that begins here; 0 if its length has not arrived yet."""
     if started:
         return 1 + int(struct.unpack("!i", watched[1:5])[0]) if len(watched) >= 5 else 0
     return int(struct.unpack("!i", watched[:4])[0]) if len(watched) >= 4 else 0
@@ -206,5 +206,5 @@ def _drop_all(end: socket.socket) -> None:
     """A socket filter with one instruction: keep 0 bytes of each packet."""
     instruction = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
     program = struct.pack("HP", 1, ctypes.addressof(instruction))
-    with suppress(OSError):  # it has been closed meanwhile
+    with suppress(OSError):  # the socket has been closed meanwhile
         end.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

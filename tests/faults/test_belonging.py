@@ -1,4 +1,4 @@
-"""A database keeps its group and its cluster: others are refused."""
+"""A database belongs to one group and one cluster: others are refused."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,12 +33,12 @@ def second(
     (tmp_path / "second").mkdir()
     with fresh_database(postgres_server, template=_templates(postgres_server)) as database:
         with database.connect() as db:
-            # A copy of a template has its identity too.
+            # A copy of a template also has the template's identity.
             db.execute("UPDATE pipeline.installation SET installation_id = gen_random_uuid()")
-        made = Bench(kafka, database, bench.topic, bench.partitions, tmp_path / "second")
-        made.group = bench.group
-        yield made
-        made.close()
+        other = Bench(kafka, database, bench.topic, bench.partitions, tmp_path / "second")
+        other.group = bench.group
+        yield other
+        other.close()
 
 
 def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_from_it(
@@ -53,13 +53,13 @@ def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_f
         assert intruder.wait() == 65, intruder.tail()
         bench.wait_until_owner_of_all(first)
 
-    assert "also feeds database" in intruder.said("stopped")[0]["reason"]
+    assert "also feeds database" in intruder.logged("stopped")[0]["reason"]
     assert second.query("SELECT FROM pipeline.events") == []
     bench.finish(feed.ledger)
     assert first.exit_code == 0
 
 
-def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
+def test_another_kafka_with_the_same_names_is_refused_and_begins_no_partition(
     bench: Bench, private_kafka: KafkaServer
 ):
     """A database is connected to staging by mistake; then the setting is corrected."""
@@ -73,14 +73,16 @@ def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
     assert bench.worker("ingest", "--until-end").wait() == 0
     staging: dict[str, Any] = {"kafka_bootstrap_servers": private_kafka.bootstrap_servers}
 
-    once = bench.worker("ingest", "--until-end", **staging)
-    assert once.wait() == 65, once.tail()
-    runs = bench.worker(**staging)
-    runs.wait_until_said("partition_halted")
+    one_shot = bench.worker("ingest", "--until-end", **staging)
+    assert one_shot.wait() == 65, one_shot.tail()
+    worker = bench.worker(**staging)
+    worker.wait_for_log("partition_halted")
     until(lambda: len(problems(bench)) == bench.partitions, "every partition has a reason")
     assert all("PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in text for text in problems(bench))
-    assert runs.stop() == 0, runs.tail()
-    assert len(bench.next_offsets()) == bench.partitions, "what only staging has is not begun"
+    assert worker.stop() == 0, worker.tail()
+    assert len(bench.next_offsets()) == bench.partitions, (
+        "partitions that only staging has are not begun"
+    )
 
     ledger.send(bench.topic, numbered(10), partition=1).flush()
     assert bench.worker("ingest", "--until-end").wait() == 0
@@ -88,14 +90,14 @@ def test_another_kafka_with_the_same_names_is_refused_and_begins_nothing(
     assert logged(bench.database, bench.topic) == ledger.records
 
 
-def test_a_group_that_somebody_deletes_or_resets_changes_nothing(bench: Bench):
+def test_a_deleted_consumer_group_changes_nothing(bench: Bench):
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
     worker = bench.worker(kafka_options=f"{QUICK_TO_NOTICE},fetch.wait.max.ms=50")
     bench.wait_until_logged(10)
     assert worker.stop() == 0, worker.tail()
-    for gone in bench.kafka.admin.delete_consumer_groups([bench.group]).values():
-        gone.result(20)
+    for deletion in bench.kafka.admin.delete_consumer_groups([bench.group]).values():
+        deletion.result(20)
 
     ledger.send(bench.topic, numbered(10), partition=1).flush()
     again = bench.worker()

@@ -41,7 +41,7 @@ def template(bench: Bench, _version: int) -> Iterator[Database]:
     statement = SQL("CREATE DATABASE {} TEMPLATE {}").format(*names)
     with psycopg.connect(server.dsn(), autocommit=True) as db:
 
-        def made() -> bool:
+        def is_copied() -> bool:
             bench.end_sessions()
             try:
                 db.execute(statement)
@@ -49,7 +49,7 @@ def template(bench: Bench, _version: int) -> Iterator[Database]:
                 return False
             return True
 
-        until(made, "a copy from the template")
+        until(is_copied, "a copy from the template")
         try:
             yield copy
         finally:
@@ -75,7 +75,7 @@ def dump(bench: Bench, version: int) -> Iterator[Database]:
 
 @contextmanager
 def base_backup(bench: Bench, version: int) -> Iterator[Database]:
-    """pg_basebackup, as a restore from a backup or a snapshot of the disk gives it."""
+    """pg_basebackup: like a restore from a backup or a snapshot of the disk."""
     original = bench.database.server
     assert isinstance(original, PostgresServer)
     with copied_server(original, version, online=True) as server:
@@ -86,7 +86,7 @@ def base_backup(bench: Bench, version: int) -> Iterator[Database]:
 def copied_server(
     original: PostgresServer, version: int, *, online: bool
 ) -> Iterator[PostgresServer]:
-    """A second server on the files of the first: all of them, its identifier included."""
+    """A second server on a copy of all files of the first, its identifier included."""
     home = Path(tempfile.mkdtemp(prefix="pipeline-copy-"))
     try:
         if online:
@@ -132,13 +132,13 @@ def benches(
 def at(copy: Database) -> Callable[[str], str]:
     """For ``through``: the same login, at a copy."""
 
-    def moved(url: str) -> str:
-        there, mine = urlsplit(copy.url), urlsplit(url)
-        login = mine.netloc.rpartition("@")[0]
-        netloc = f"{login}@{there.netloc.rpartition('@')[2]}"
-        return mine._replace(netloc=netloc, path=there.path, query=there.query).geturl()
+    def at_copy(url: str) -> str:
+        copy_url, own_url = urlsplit(copy.url), urlsplit(url)
+        login = own_url.netloc.rpartition("@")[0]
+        netloc = f"{login}@{copy_url.netloc.rpartition('@')[2]}"
+        return own_url._replace(netloc=netloc, path=copy_url.path, query=copy_url.query).geturl()
 
-    return moved
+    return at_copy
 
 
 def logged_in(copy: Database) -> int:
@@ -148,13 +148,13 @@ def logged_in(copy: Database) -> int:
 
 
 def claimed(worker: Worker) -> int:
-    return sum(len(line["next_offsets"]) for line in worker.said("partitions_claimed"))
+    return sum(len(line["next_offsets"]) for line in worker.logged("partitions_claimed"))
 
 
 def refusal(worker: Worker) -> str:
     """Why a worker was refused; the exit code is 65."""
     assert worker.wait() == 65, worker.tail()
-    return str(worker.said("stopped")[0]["reason"])
+    return str(worker.logged("stopped")[0]["reason"])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def refusal(worker: Worker) -> str:
 def test_every_kind_of_copy_that_joins_a_running_original_is_refused_and_takes_nothing(
     benches: Callable[[int, int], Bench], version: int, group: str, partitions: int
 ):
-    """With new events and without, whichever has most partitions."""
+    """With new events and without, with different numbers of partitions."""
     bench = benches(version, partitions)
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
@@ -179,7 +179,7 @@ def test_every_kind_of_copy_that_joins_a_running_original_is_refused_and_takes_n
     bench.wait_until_owner_of_all(original)
     bench.wait_until_logged(10)
     for _ in COPIES:
-        bench.prepare_role()  # a base backup has the logins of its moment
+        bench.prepare_role()  # a base backup has only the logins that exist when it is made
     with ExitStack() as ended:
         copies = [ended.enter_context(way(bench, version)) for way in COPIES.values()]
         before = [logged_in(copy) for copy in copies]
@@ -194,7 +194,7 @@ def test_every_kind_of_copy_that_joins_a_running_original_is_refused_and_takes_n
             assert "does not write to this database" in refusal(intruder)
         assert [logged_in(copy) for copy in copies] == before
         assert bench.is_owner_of_all(original)
-    assert original.said("partitions_revoked", "member_replaced") == [], original.tail()
+    assert original.logged("partitions_revoked", "member_replaced") == [], original.tail()
     bench.wait_until_logged(20)
     assert original.stop() == 0, original.tail()
     assert logged(bench.database, bench.topic) == ledger.records
@@ -225,12 +225,12 @@ def test_a_copy_is_refused_while_the_database_of_the_original_is_down(
     server.start()
     bench.wait_until_logged(20)
     assert original.stop() == 0, original.tail()
-    assert original.said("partitions_revoked", "database_moved") == []
+    assert original.logged("partitions_revoked", "database_moved") == []
     assert logged(bench.database, bench.topic) == ledger.records
 
 
 def test_several_workers_of_one_database_are_never_refused(bench: Bench):
-    """Started at once, killed, paused, and after their sessions were ended."""
+    """Started at the same time, killed, paused, and after their sessions were ended."""
     first, second, third = (bench.worker() for _ in range(3))
     with bench.feed(rate=200) as feed:
         bench.wait_until_logged(100)
@@ -239,18 +239,18 @@ def test_several_workers_of_one_database_are_never_refused(bench: Bench):
         bench.end_sessions()
         fifth = bench.worker()
         for worker in (fourth, fifth):
-            worker.wait_until_said("partitions_claimed")
+            worker.wait_for_log("partitions_claimed")
         bench.wait_until_logged(bench.logged() + 200)
     bench.finish(feed.ledger)
     assert [w.exit_code for w in (second, third, fourth, fifth)] == [0] * 4
     for worker in (second, third, fourth, fifth):
-        assert worker.said("database_moved") == []
+        assert worker.logged("database_moved") == []
 
 
 def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
     benches: Callable[[int, int], Bench],
 ):
-    """A restore onto other hardware, without its old workers; then one of them is started."""
+    """A restore onto other hardware without the old workers; then an old worker is started."""
     bench = benches(18, 4)
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, numbered(10)).flush()
@@ -259,17 +259,17 @@ def test_a_database_that_was_moved_is_not_refused_and_the_old_one_then_is(
     old.kill()
     with dump(bench, 18) as copy:
         moved = bench.worker(through=at(copy))
-        moved.wait_until_said("partitions_claimed")
+        moved.wait_for_log("partitions_claimed")
         ledger.send(bench.topic, numbered(10), partition=1).flush()
         until(lambda: logged_in(copy) == 20, "the moved database is written")
 
         assert "does not write to this database" in refusal(bench.worker())
 
-        [said] = moved.said("database_moved")
-        assert copy.name in said["now"]
-        assert bench.database.name in said["was"]
+        [moved_line] = moved.logged("database_moved")
+        assert copy.name in moved_line["now"]
+        assert bench.database.name in moved_line["was"]
         assert moved.stop() == 0, moved.tail()
-    # They were never written at the same time: this one resumes at its own offsets.
+    # They were never written at the same time: the original resumes at its own offsets.
     assert bench.worker("ingest", "--until-end").wait() == 0
     assert logged(bench.database, bench.topic) == ledger.records
 
@@ -318,7 +318,7 @@ def upgraded(old: PostgresServer, version: int) -> Iterator[PostgresServer]:
 def test_after_a_pg_upgrade_the_worker_continues_and_is_not_refused(
     benches: Callable[[int, int], Bench],
 ):
-    """Stopped as a DBA does it, and killed: then the old member is still listed for a while."""
+    """Stopped by a DBA, and killed: after a kill the group lists the old member for a while."""
     bench = benches(15, 2)
     old = bench.database.server
     assert isinstance(old, PostgresServer)
@@ -338,7 +338,7 @@ def test_after_a_pg_upgrade_the_worker_continues_and_is_not_refused(
         until(lambda: logged_in(database) == 20, "it continues on the new version")
         assert worker.stop() == 0, worker.tail()
 
-        assert len(worker.said("database_moved")) == 1
+        assert len(worker.logged("database_moved")) == 1
         assert logged(database, bench.topic) == ledger.records
     old.start()  # to be cleaned up
 
@@ -357,10 +357,12 @@ def test_after_a_fail_over_the_worker_continues_on_the_standby_and_is_not_refuse
         ledger = Ledger(kafka.bootstrap_servers)
         ledger.send(bench.topic, numbered(10)).flush()
         with standby_of(primary) as standby:
-            here, there = (f"127.0.0.1:{server.port}" for server in (primary, standby))
+            primary_address, standby_address = (
+                f"127.0.0.1:{server.port}" for server in (primary, standby)
+            )
 
             def both(url: str) -> str:
-                return url.replace(f"@{here}/", f"@{here},{there}/")
+                return url.replace(f"@{primary_address}/", f"@{primary_address},{standby_address}/")
 
             worker = bench.worker(through=both)
             bench.prepare_role()
@@ -377,15 +379,15 @@ def test_after_a_fail_over_the_worker_continues_on_the_standby_and_is_not_refuse
             again = bench.worker("ingest", "--until-end", through=both)
             assert again.wait() == 0, again.tail()
             # A standby has the identity of its primary, so no move is logged.
-            assert again.said("database_moved") == []
+            assert again.logged("database_moved") == []
             assert logged(on_standby, bench.topic) == ledger.records
         primary.start()  # to be cleaned up
 
 
-def test_of_two_that_start_at_once_one_continues(bench: Bench, pg_version: int):
+def test_one_of_two_copies_that_start_together_continues(bench: Bench, pg_version: int):
     with template(bench, pg_version) as copy:
         pair = [bench.worker(), bench.worker(through=at(copy))]
-        until(lambda: any(w.exit_code is not None for w in pair), "one of them ends")
+        until(lambda: any(w.exit_code is not None for w in pair), "one of the two ends")
 
         ended = [worker for worker in pair if worker.exit_code is not None]
         [winner] = set(pair) - set(ended)

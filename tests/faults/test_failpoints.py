@@ -35,10 +35,10 @@ def test_a_crash_at_any_step_neither_loses_nor_repeats_a_record(bench: Bench, st
         assert crashing.wait() == -signal.SIGKILL, crashing.tail()
 
     bench.finish(feed.ledger)
-    assert other.exit_code == 0, "the other one has taken over and ended in order"
+    assert other.exit_code == 0, "the other worker has taken over and ended normally"
 
 
-def test_a_crash_while_partitions_move_on_neither_loses_nor_repeats_a_record(bench: Bench):
+def test_a_crash_when_partitions_are_revoked_neither_loses_nor_repeats_a_record(bench: Bench):
     crashing = bench.worker(fail="in_on_revoke:kill")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -86,10 +86,10 @@ def test_the_same_process_continues_after_an_error_at_any_step(bench: Bench, err
     worker = bench.worker(fail=error)
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
-    assert worker.said("server_unavailable"), "the error came, and was borne"
+    assert worker.logged("server_unavailable"), "the error happened, and the worker waited"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_worker_continues_after_an_operator_terminates_its_session(bench: Benc
     worker = bench.worker(fail=error)
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
 
@@ -141,24 +141,26 @@ def test_a_process_that_was_stopped_outside_a_transaction_is_replaced(bench: Ben
         bench.wait_until_owner_of_all(next_owner)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
         paused.resume()
-        paused.wait_until_said("partitions_fenced", "member_timed_out", "partitions_claimed")
+        paused.wait_for_log("partitions_fenced", "member_timed_out", "partitions_claimed")
 
     bench.finish(feed.ledger)
 
 
 @pytest.mark.parametrize("step", ["in_on_assign", "after_commit@2"])
-def test_an_error_in_the_loop_leads_to_joining_the_group_again(bench: Bench, step: str):
+def test_a_worker_rejoins_the_group_after_an_error_in_the_loop(bench: Bench, step: str):
     """Also within a callback of Kafka's client, which would continue at an offset of its own."""
     worker = bench.worker(fail=f"{step}:raise:57P01")
 
     with bench.feed(rate=PER_SECOND) as feed:
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
 
 
 @pytest.mark.parametrize("step", ["in_on_assign", "in_on_revoke"])
-def test_a_defect_in_a_callback_ends_the_worker_with_70_and_costs_nothing(bench: Bench, step: str):
+def test_a_defect_in_a_callback_ends_the_worker_with_70_and_loses_no_record(
+    bench: Bench, step: str
+):
     defect = bench.worker(fail=f"{step}:raise:XX000")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -166,12 +168,12 @@ def test_a_defect_in_a_callback_ends_the_worker_with_70_and_costs_nothing(bench:
             bench.wait_until_owner_of_all(defect)
         bench.worker()
         assert defect.wait() == ExitCode.INVARIANT, defect.tail()
-        assert "fail point" in defect.said("stopped")[0]["reason"]
+        assert "fail point" in defect.logged("stopped")[0]["reason"]
 
     bench.finish(feed.ledger)
 
 
-def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench):
+def test_a_stuck_loop_loses_its_partitions_and_rejoins(bench: Bench):
     """Longer than max.poll.interval.ms, while its heartbeats continued."""
     options = "session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000"
     stuck = bench.worker(fail="after_commit@2:sleep:6", kafka_options=options)
@@ -180,7 +182,7 @@ def test_a_loop_that_is_stuck_loses_its_partitions_and_joins_again(bench: Bench)
         bench.wait_until_logged(1)
         next_owner = bench.worker(kafka_options=options)
         # Taken by the group, or revoked if the loop still answered.
-        stuck.wait_until_said("member_timed_out", "partitions_revoked")
+        stuck.wait_for_log("member_timed_out", "partitions_revoked")
         until(
             lambda: set(bench.owners().values()) == {stuck.pid, next_owner.pid},
             "both own partitions",
@@ -202,7 +204,7 @@ def test_the_same_projection_continues_after_an_error_before_its_commit(bench: B
                 "its pass was rolled back",
             )
             worker.resume()
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)

@@ -1,4 +1,4 @@
-"""Brokers that are unavailable: a one-shot command does not wait for ever, `run` continues."""
+"""Brokers that are unavailable: a one-shot command does not wait forever, `run` continues."""
 
 import re
 import socketserver
@@ -52,7 +52,7 @@ def test_a_one_shot_ingest_ends_when_its_brokers_stop_answering(
         if progress.written and not written:
             mock_broker.set_down()
         written = progress.written
-        # So that the records fetched ahead are few.
+        # So that few records are fetched ahead.
         time.sleep(0.01)
 
     ingest = Ingest(
@@ -67,7 +67,7 @@ def test_a_one_shot_ingest_ends_when_its_brokers_stop_answering(
 
     engine.dispose()
     assert 0 < written < RECORDS
-    # A client that did not close in time may still log when it does.
+    # A client that did not close in time may log later, when it closes.
     mock_broker.set_up()
     until(lambda: "kafka-close" not in {thread.name for thread in threading.enumerate()}, "closed")
 
@@ -78,7 +78,7 @@ def settings_of(database: Database, broker: MockBroker) -> Settings:
             "database_url": database.url,
             "kafka_bootstrap_servers": broker.bootstrap_servers,
             "kafka_security_protocol": "PLAINTEXT",
-            # How long the client waits for the answer to a commit before it leaves.
+            # Maximum time that the client waits for the answer to a commit before it leaves.
             "kafka_options": "session.timeout.ms=1000,heartbeat.interval.ms=300,"
             "queued.max.messages.kbytes=1,fetch.message.max.bytes=1000",
             "topics": "orders",
@@ -100,16 +100,16 @@ def test_a_batch_is_committed_only_after_kafka_confirms_its_topic(
         worker = bench.worker(kafka_options="reconnect.backoff.max.ms=500")
         until(lambda: bench.waits_for_lock(worker), "its COPY waits")
         private_kafka.pause()
-        # A request from before may still be answered; the next attempt sends another one.
+        # An earlier request may still be answered; the next attempt sends another request.
         until(lambda: not bench.waits_for_lock(worker), "it gives up")
         until(lambda: bench.waits_for_lock(worker), "it tries again")
 
     def has_missed_kafka() -> bool:
         return any(
-            line["reason"].startswith("Kafka at ") for line in worker.said("server_unavailable")
+            line["reason"].startswith("Kafka at ") for line in worker.logged("server_unavailable")
         )
 
-    until(has_missed_kafka, "it logs what it waits for")
+    until(has_missed_kafka, "the worker logs what it waits for")
     assert bench.logged() == 0
     private_kafka.resume()
     bench.wait_until_logged(20)
@@ -125,7 +125,7 @@ def test_a_worker_continues_by_itself_after_its_only_broker_was_killed_under_loa
 ):
     bench = Bench(private_kafka, database, "killed", 2, tmp_path)
     private_kafka.create_topic("killed", 2)
-    # How long a restarted Kafka may wait for members that have died: 5 minutes by default.
+    # Maximum time that a restarted Kafka waits for dead members: 5 minutes by default.
     worker = bench.worker(kafka_options=f"{QUICK_TO_NOTICE},max.poll.interval.ms=20000")
     with bench.feed(rate=200) as feed:
         bench.wait_until_logged(200)
@@ -140,12 +140,12 @@ def test_a_worker_continues_by_itself_after_its_only_broker_was_killed_under_loa
     bench.close()
 
 
-# ------------------------------------------------------------------------- what retention leaves
+# ------------------------------------------------------------- time left before retention deletes
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]:
-    """An outage is logged again every second, and the checks run more often; the log lines."""
+    """Log an outage again every second, and run the checks more often; the log lines."""
     monkeypatch.setattr(outages, "REPORTS_S", (1.0,))
     monkeypatch.setattr(outages, "SERVER", Backoff(0.1, 0.5))
     monkeypatch.setattr(loop, "CHECK_S", 0.2)
@@ -156,7 +156,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
 
 
 def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
-    """The seconds in the lines of an outage, in their order; 0 if the time is over."""
+    """The seconds that each line of an outage names, in order; 0 if the time is over."""
     return [
         int(reported[1] or 0)
         for line in lines
@@ -177,7 +177,7 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
     retention_s = 8
     private_kafka.create_topic("kept", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("kept", [b"1"] * 5).flush()
-    # After a silence that is longer than this, the group waits for it once more.
+    # After a longer silence the group waits for the worker again.
     soon = {"session.timeout.ms": "4000", "heartbeat.interval.ms": "1000"}
     settings = settings_for(database, private_kafka.bootstrap_servers, "kept", options=soon)
     engine = open_engine(database.url, application="status")
@@ -222,7 +222,7 @@ def has_recorded_retention(database: Database) -> bool:
 def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_unread_records(
     private_kafka: KafkaServer, database: Database, impatient: MutableSequence[Any]
 ):
-    """By Kafka's answers while it answers, then by its last answer."""
+    """From Kafka's answers while it answers, then from its last answer."""
     retention_s = 100
     private_kafka.create_topic("unread", config={"retention.ms": str(retention_s * 1000)})
     ledger = Ledger(private_kafka.bootstrap_servers).send("unread", [b"1"] * 5).flush()
@@ -249,7 +249,7 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
             private_kafka.resume()
             private_kafka.delete_records("unread", 0, 10)
             until(lambda: 0 in reported(), "the records are deleted")
-        until(lambda: logged(database, "unread") == ledger.records, "they were in a batch")
+        until(lambda: logged(database, "unread") == ledger.records, "the records were in a batch")
 
     seconds = reported()
     assert seconds == sorted(seconds, reverse=True), "it shrinks"
@@ -260,7 +260,7 @@ WAIT_S_MIN = 0.5
 """Shortest wait of a client between two connections; with librdkafka's own settings, 0.1 s."""
 
 
-def test_a_client_waits_before_it_connects_again_to_a_port_that_closes_each_connection(database):
+def test_a_client_waits_before_it_reconnects_to_a_port_that_closes_each_connection(database):
     seen: list[float] = []
 
     class Closing(socketserver.BaseRequestHandler):

@@ -1,4 +1,4 @@
-"""A Kafka with logins and rights: what it refuses is reported, and continues once corrected."""
+"""A Kafka with logins and rights: a refusal is reported, and work continues once it is fixed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ LOGIN_MODULE = "org.apache.kafka.common.security.plain.PlainLoginModule required
 
 @pytest.fixture(scope="module")
 def guarded_kafka() -> Iterator[tuple[KafkaServer, str]]:
-    """Whoever comes without a login may do all; the worker logs in, and may what it is allowed."""
+    """Clients without a login may do everything; the worker logs in and has only its rights."""
     plain, controller, guarded = (f"127.0.0.1:{free_port()}" for _ in range(3))
     settings = {
         "controller.quorum.voters": f"1@{controller}",
@@ -97,7 +97,7 @@ def test_a_wrong_password_is_reported_and_a_revoked_right_halts_only_its_topic(
 
     barred = bench.worker("run", kafka_password="wrong", **access)
     assert barred.wait() == 78, barred.tail()
-    [last] = barred.said("stopped")
+    [last] = barred.logged("stopped")
     assert f"Kafka at {guarded} for user {USER} refused the login" in last["reason"]
     assert "wrong" not in barred.log.read_text()
 
@@ -105,7 +105,7 @@ def test_a_wrong_password_is_reported_and_a_revoked_right_halts_only_its_topic(
     bench.wait_until_logged(10)
     forbid(kafka, "may-vanish")
     ledger.send("may-vanish", TWOS).send("stays", TWOS).flush()
-    worker.wait_until_said("topic_not_authorized")
+    worker.wait_for_log("topic_not_authorized")
     until(lambda: bench.next_offsets()[Partition("stays", 0)] == 10, "the other topic is read")
     hidden = (
         "SELECT FROM pipeline.consumer_offsets "
@@ -113,7 +113,10 @@ def test_a_wrong_password_is_reported_and_a_revoked_right_halts_only_its_topic(
     )
     until(lambda: len(bench.query(hidden)) == 1, "the reason for the hidden topic")
     allow(kafka, read)
-    until(lambda: bench.next_offsets()[Partition("may-vanish", 0)] == 10, "it continues by itself")
+    until(
+        lambda: bench.next_offsets()[Partition("may-vanish", 0)] == 10,
+        "the topic continues by itself",
+    )
     assert bench.query("SELECT FROM pipeline.consumer_offsets WHERE problem IS NOT NULL") == []
     assert worker.stop() == 0, worker.tail()
 

@@ -15,9 +15,9 @@ LIFE_SECONDS_MAX = 0.7
 
 @pytest.mark.timeout(300)
 def test_thirty_kills_at_random_moments_neither_lose_nor_repeat_a_record(bench: Bench):
-    """Two workers ingest and project while records arrive; one of them is always about to die.
+    """Two workers ingest and project while records arrive; one of them is always killed soon.
 
-    Each has a name in the group, so the next one gets its partitions at once and is killed at work.
+    Each has a name in the group, so the next worker gets its partitions at once.
     """
     seed = random.randrange(10**6)
     print(f"kills with seed={seed}")
@@ -29,7 +29,7 @@ def test_thirty_kills_at_random_moments_neither_lose_nor_repeat_a_record(bench: 
         for _ in range(KILLS):
             name = chance.choice(names)
             victim = workers[name]
-            if chance.random() < 0.8:  # else it may die before it has anything
+            if chance.random() < 0.8:  # else the worker may be killed before it owns a partition
                 until(lambda: victim.pid in bench.owners().values(), "it owns partitions")  # noqa: B023 # called at once
             time.sleep(chance.uniform(0, LIFE_SECONDS_MAX))  # a random moment is the point
             victim.kill()

@@ -12,7 +12,7 @@ PER_SECOND = 400
 LOSSES = 6
 SLOW_COMMIT_SECONDS = 3
 
-# A COMMIT that takes its time on the server, as one that waits for a standby.
+# A COMMIT that takes long on the server, like a COMMIT that waits for a standby.
 SLOW_COMMIT = f"""
 CREATE TABLE audit.slow (commits bool);
 INSERT INTO audit.slow VALUES (false);
@@ -36,8 +36,10 @@ def proxy(bench: Bench) -> Iterator[Proxy]:
 
 
 @pytest.mark.parametrize("loss", [Loss.REQUEST, Loss.ANSWER])
-def test_a_commit_or_its_answer_that_is_lost_costs_nothing(bench: Bench, proxy: Proxy, loss: Loss):
-    """To the worker both look the same; in one the batch is in the log, in the other it is not."""
+def test_a_lost_commit_or_answer_neither_loses_nor_repeats_a_record(
+    bench: Bench, proxy: Proxy, loss: Loss
+):
+    """The worker cannot tell the cases apart; only in some of them the batch is in the log."""
     worker = bench.worker("run", through=proxy.through)
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -50,7 +52,7 @@ def test_a_commit_or_its_answer_that_is_lost_costs_nothing(bench: Bench, proxy: 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_available")
+    assert worker.logged("server_available")
 
 
 def test_an_open_commit_ends_before_its_batch_is_resolved(bench: Bench, proxy: Proxy):
@@ -78,7 +80,7 @@ def test_a_connection_that_is_silently_lost_is_closed_within_a_minute(bench: Ben
         bench.wait_until_logged(PER_SECOND)
         proxy.black_hole()
         began = time.monotonic()
-        worker.wait_until_said("server_available", seconds_max=60)
+        worker.wait_for_log("server_available", seconds_max=60)
         print(f"back after {time.monotonic() - began:.0f} s")
 
     bench.finish(feed.ledger)

@@ -21,15 +21,15 @@ BATCH_ROWS = str(Settings.model_fields["batch_rows"].default)
 
 
 @pytest.mark.timeout(300)
-def test_a_long_backlog_is_worked_off_in_bounded_memory(bench: Bench):
-    """Also while PostgreSQL does not answer, and everything that can pile up does."""
+def test_a_long_backlog_is_read_in_bounded_memory(bench: Bench):
+    """Also while PostgreSQL does not answer, so that all buffers are full."""
     with bench.feed(events=BACKLOG, keep_values=False) as feed:
         sent = feed.wait()
 
     with bench.database.connect(autocommit=False) as blocker:
         blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
         worker = bench.worker(batch_rows=BATCH_ROWS)
-        worker.wait_until_said("server_unavailable")
+        worker.wait_for_log("server_unavailable")
     bench.wait_until_drained(sent, seconds_max=200)
     peak = worker.peak_memory_kib() // 1024
 
@@ -39,16 +39,16 @@ def test_a_long_backlog_is_worked_off_in_bounded_memory(bench: Bench):
 
 
 @pytest.mark.timeout(180)
-def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
+def test_large_records_are_read_in_bounded_memory(bench: Bench):
     sent = send_large_records(bench)
 
     with bench.database.connect(autocommit=False) as blocker:
         blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
         worker = bench.worker(batch_rows=BATCH_ROWS)
-        worker.wait_until_said("partitions_claimed")
+        worker.wait_for_log("partitions_claimed")
         before = worker.address_space_kib() // 1024
         limit_memory(worker, ROOM_MIB)
-        worker.wait_until_said("server_unavailable")
+        worker.wait_for_log("server_unavailable")
     bench.wait_until_drained(sent)
 
     print(f"took {worker.address_space_kib(most=True) // 1024 - before} MiB")
@@ -56,10 +56,10 @@ def test_large_records_are_worked_off_in_bounded_memory(bench: Bench):
 
 
 @pytest.mark.timeout(180)
-def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
+def test_a_worker_that_runs_out_of_memory_ends_and_loses_no_record(bench: Bench):
     worker = bench.worker(batch_rows=BATCH_ROWS)
     bench.wait_until_owner_of_all(worker)
-    # Much of the address space is reserved already, so a limit on it would apply too late.
+    # Much address space is reserved already, so a limit on address space would apply too late.
     limit = (worker.data_kib() + LITTLE_ROOM_KIB) * 1024
     resource.prlimit(worker.pid, resource.RLIMIT_DATA, (limit, limit))
 
@@ -72,7 +72,7 @@ def test_a_worker_that_runs_out_of_memory_ends_and_costs_nothing(bench: Bench):
 
 
 def send_large_records(bench: Bench) -> Ledger:
-    """More of them than any bound of memory allows at once."""
+    """More large records than the bound of memory allows at a time."""
     sent = Ledger(keep_values=False)
     filler = "x" * LARGE_BYTES
     with Producer(
@@ -87,6 +87,6 @@ def send_large_records(bench: Bench) -> Ledger:
 
 
 def limit_memory(worker: Worker, room_mib: int) -> None:
-    """From now on the worker may use so many more bytes."""
+    """Limit the worker to this much more memory than it uses now."""
     limit = worker.address_space_kib() * 1024 + room_mib * 1024 * 1024
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""A migration runs, or dies, while workers write; they go on, and it is done or not begun."""
+"""A migration runs, or is killed, while workers write: they continue, it is complete or undone."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ print(*migrate.migrate(sys.argv[2]))
 
 @pytest.fixture
 def later(bench: Bench, tmp_path: Path) -> Path:
-    """Today's migrations, and one more."""
+    """The current migrations, and one more."""
     folder = shutil.copytree(PROJECT / "migrations", tmp_path / "migrations")
     [(head,)] = bench.query("SELECT version_num FROM pipeline.alembic_version")
     (folder / "versions/9999_later.py").write_text(LATER.format(head=head))
@@ -55,7 +55,7 @@ def later(bench: Bench, tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(180)
-def test_a_migration_under_load_or_its_death_costs_no_record(bench: Bench, later: Path):
+def test_a_migration_under_load_or_killed_loses_no_record(bench: Bench, later: Path):
     [(head,)] = bench.query("SELECT version_num FROM pipeline.alembic_version")
     worker = bench.worker("run")
 
@@ -78,14 +78,12 @@ def test_a_migration_under_load_or_its_death_costs_no_record(bench: Bench, later
     assert worker.exit_code == 0
 
 
-def test_a_migration_whose_locks_cross_those_of_a_worker_is_run_once_more(
-    bench: Bench, later: Path
-):
+def test_a_migration_that_deadlocks_with_a_worker_is_repeated(bench: Bench, later: Path):
     with (
         bench.database.connect(autocommit=False) as worker,
         ThreadPoolExecutor(1) as aside,
     ):
-        # Whoever looks for the deadlock while there is one is ended: the migration shall be.
+        # The session that detects the deadlock is ended: this must be the migration.
         worker.execute("SET deadlock_timeout = '1min'")
         bench.execute(f"ALTER DATABASE {worker.info.dbname} SET deadlock_timeout = '3s'")
         worker.execute("LOCK TABLE pipeline.consumer_offsets IN ROW EXCLUSIVE MODE")
@@ -117,7 +115,7 @@ def migrate(bench: Bench, folder: Path, **environment: str) -> subprocess.Comple
 
 
 def later_columns(bench: Bench) -> int:
-    """Of the tables themselves, not of the log's segments."""
+    """The number of columns `later`, the log's segments left out."""
     [(columns,)] = bench.query(
         "SELECT count(*) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
         "WHERE a.attname = 'later' AND NOT a.attisdropped AND NOT c.relispartition "

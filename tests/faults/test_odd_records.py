@@ -20,7 +20,7 @@ CLIENT_LIMIT = {"message.max.bytes": 26_000_000}
 
 
 def status_of(bench: Bench) -> Mapping[str, Any]:
-    """What `pipeline status --json` says."""
+    """The document of `pipeline status --json`."""
     done = subprocess.run(
         [*ENTRY, "status", "--json"],
         env={"PATH": "/usr/bin:/bin", "PIPELINE_DATABASE_URL": bench.database.url},
@@ -29,8 +29,8 @@ def status_of(bench: Bench) -> Mapping[str, Any]:
         check=False,
         cwd=PROJECT,
     )
-    told: Mapping[str, Any] = json.loads(done.stdout)
-    return told
+    status: Mapping[str, Any] = json.loads(done.stdout)
+    return status
 
 
 def test_records_of_one_byte_and_of_20_megabytes_are_in_the_log_within_bounded_memory(
@@ -54,8 +54,8 @@ def test_records_of_one_byte_and_of_20_megabytes_are_in_the_log_within_bounded_m
     assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
 
 
-def test_a_huge_key_type_or_list_of_headers_costs_nothing(bench: Bench):
-    """What an index could not hold, it is not asked to."""
+def test_a_huge_key_type_or_list_of_headers_is_stored(bench: Bench):
+    """Values that an index cannot hold are not indexed."""
     ledger = Ledger(bench.kafka.bootstrap_servers)
     good = json.dumps(order_event("NEW", at=1)).encode()
     huge = json.dumps({**order_event("NEW", at=2), "type": "COMET." + "N" * 10_000}).encode()
@@ -74,10 +74,10 @@ def test_a_huge_key_type_or_list_of_headers_costs_nothing(bench: Bench):
     assert len(unknown) > 10_000
 
 
-def test_a_transaction_that_stays_open_is_told_as_lag_and_its_abort_lets_the_rest_flow(
+def test_an_open_transaction_is_reported_as_lag_until_it_is_aborted(
     bench: Bench,
 ):
-    """Nothing behind it may be read, and nobody must believe that all is there."""
+    """No record after it may be read, and the lag must show the records that wait."""
     ledger = Ledger(bench.kafka.bootstrap_servers)
     ledger.send(bench.topic, [b"1", b"2"]).flush()
     hangs = Ledger(bench.kafka.bootstrap_servers, {"transactional.id": bench.topic})
@@ -88,7 +88,7 @@ def test_a_transaction_that_stays_open_is_told_as_lag_and_its_abort_lets_the_res
 
     worker = bench.worker()
     bench.wait_until_logged(2)
-    until(lambda: status_of(bench)["lag"] == 7, "status tells the records that wait")
+    until(lambda: status_of(bench)["lag"] == 7, "status reports the records that wait")
     once = bench.worker("ingest", "--until-end", group_id=f"{bench.group}-once")
     assert once.wait() == 0, once.tail()
     hangs.producer.abort_transaction(20)
@@ -99,8 +99,8 @@ def test_a_transaction_that_stays_open_is_told_as_lag_and_its_abort_lets_the_res
     assert logged(bench.database, bench.topic) == ledger.records
 
 
-def test_partitions_added_under_load_with_keys_that_move_leave_the_read_models_right(bench: Bench):
-    """The newer events of an order come over another partition than its older ones, and first."""
+def test_read_models_are_right_when_added_partitions_move_keys(bench: Bench):
+    """The newer events of an order come from another partition than its older events, and first."""
     quick = "session.timeout.ms=6000,heartbeat.interval.ms=200,fetch.wait.max.ms=50"
     worker = bench.worker(
         "run", start="latest", kafka_options=f"{quick},topic.metadata.refresh.interval.ms=500"

@@ -1,4 +1,4 @@
-"""What is started twice, or dies as an owner, costs no record and is logged."""
+"""A worker started twice, or killed as an owner, costs no record and is logged."""
 
 from functools import partial
 
@@ -19,28 +19,28 @@ def test_a_member_id_that_is_used_twice_ends_the_older_worker_with_75(bench: Ben
         bench.wait_until_owner_of_all(older)
         newer = bench.worker(group_instance_id="one")
         assert older.wait() == ExitCode.FENCED, older.tail()
-        assert "PIPELINE_GROUP_INSTANCE_ID" in older.said("stopped")[0]["reason"]
+        assert "PIPELINE_GROUP_INSTANCE_ID" in older.logged("stopped")[0]["reason"]
         bench.wait_until_owner_of_all(newer)
 
     bench.finish(feed.ledger)
     assert newer.exit_code == 0
 
 
-def test_a_member_whose_place_was_taken_for_a_moment_joins_again(bench: Bench):
-    """The other member may be the same client: after a pause of the brokers it requests twice."""
+def test_a_member_that_was_replaced_for_a_moment_joins_again(bench: Bench):
+    """The other member may be the same client: after a pause of the brokers it joins twice."""
     worker = bench.worker(group_instance_id="one")
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_owner_of_all(worker)
-        take_the_place_of("one", bench)
-        worker.wait_until_said("member_replaced")
+        replace_member("one", bench)
+        worker.wait_for_log("member_replaced")
         bench.wait_until_logged(bench.logged() + PER_SECOND)
 
     bench.finish(feed.ledger)
     assert worker.exit_code == 0
 
 
-def take_the_place_of(instance: str, bench: Bench) -> None:
+def replace_member(instance: str, bench: Bench) -> None:
     """Join with a member's instance id, then end without leaving, as static members do."""
     other = Consumer(
         {
@@ -52,24 +52,24 @@ def take_the_place_of(instance: str, bench: Bench) -> None:
     )
     other.subscribe([bench.topic])
 
-    def has_its_place() -> bool:
+    def has_partitions() -> bool:
         other.poll(0.1)
         return bool(other.assignment())
 
-    until(has_its_place, "the group has another member in its place")
+    until(has_partitions, "the group has the other member instead")
     other.close()
 
 
 @pytest.mark.skipif(not CAN_DROP, reason="packets are dropped with a socket filter of Linux")
 @pytest.mark.parametrize("step", ["after_fence@3", "mid_copy@3"])
-def test_a_machine_that_loses_its_power_holds_nobody_up(bench: Bench, step: str):
+def test_a_machine_that_loses_its_power_blocks_no_worker(bench: Bench, step: str):
     """PostgreSQL receives nothing: no FIN, no RST, and the locked rows stay locked."""
     with bench.feed(rate=PER_SECOND) as feed, Proxy.before(bench.database.url) as proxy:
         lost = bench.worker(fail=f"{step}:stop", through=proxy.through)
         lost.wait_until_stopped()
         proxy.black_hole()
         lost.kill()
-        assert bench.sessions_in_transaction(lost), "its transaction is open still"
+        assert bench.sessions_in_transaction(lost), "its transaction is still open"
         next_owner = bench.worker()
         bench.wait_until_owner_of_all(next_owner)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
@@ -77,7 +77,7 @@ def test_a_machine_that_loses_its_power_holds_nobody_up(bench: Bench, step: str)
     bench.finish(feed.ledger)
 
 
-# One partition's commits wait for a lock of the test's, as those of a slow writer do.
+# Commits of one partition wait for a lock of the test, like commits of a slow writer.
 HOLD_BACK = """
 CREATE FUNCTION audit.hold_back() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
@@ -91,8 +91,8 @@ CREATE CONSTRAINT TRIGGER hold_back AFTER UPDATE ON pipeline.consumer_offsets
 """
 
 
-def test_a_projector_skips_nothing_that_is_committed_late(bench: Bench):
-    """Others commit while one writer's transaction, older than theirs, stays open."""
+def test_a_projector_skips_no_event_that_is_committed_late(bench: Bench):
+    """Other writers commit while an older transaction of one writer stays open."""
     bench.execute(HOLD_BACK)
     late, _other = [bench.worker("run", lock_timeout_ms="60000") for _ in range(2)]
 
@@ -106,8 +106,10 @@ def test_a_projector_skips_nothing_that_is_committed_late(bench: Bench):
             bench.wait_until_logged(bench.logged() + PER_SECOND)
             until(lambda: bench.projected() > projected + PER_SECOND // 2, "others are projected")
             assert [
-                place.number for place, end in bench.next_offsets().items() if end == before[place]
-            ], "what is held back has not moved"
+                partition.number
+                for partition, end in bench.next_offsets().items()
+                if end == before[partition]
+            ], "the partition whose commit is held back has not moved"
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -116,8 +118,8 @@ def test_a_projector_skips_nothing_that_is_committed_late(bench: Bench):
 
 
 @pytest.mark.timeout(240)
-def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(bench: Bench):
-    """While two workers project; one that dies has changed nothing that readers see."""
+def test_a_rebuild_that_is_started_twice_or_killed_during_live_traffic_is_resumed(bench: Bench):
+    """While two workers project; a killed rebuild has changed nothing that readers see."""
     bench.worker("run")
     bench.worker("project")
     rebuild = partial(
@@ -139,10 +141,10 @@ def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(b
                 assert "another rebuild" in twin.tail()
             dies.kill()
             assert bench.count("orders") >= before
-        goes_on = rebuild(log_level="debug")
-        assert goes_on.wait() == 0, goes_on.tail()
-        assert goes_on.said("rebuild_resumed"), goes_on.tail()
-        assert goes_on.said("read_model_rebuilt")[0]["differing"] == 0, goes_on.tail()
+        resumed = rebuild(log_level="debug")
+        assert resumed.wait() == 0, resumed.tail()
+        assert resumed.logged("rebuild_resumed"), resumed.tail()
+        assert resumed.logged("read_model_rebuilt")[0]["differing"] == 0, resumed.tail()
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -151,8 +153,8 @@ def test_a_rebuild_that_is_started_twice_or_killed_at_any_step_is_gone_on_with(b
     assert bench.query(left) == [(0,)]
 
 
-def test_an_analysts_long_transaction_holds_nobody_up_and_sees_one_instant(bench: Bench):
-    """During a load and a rebuild; and no temporary tables are needed."""
+def test_an_analysts_long_transaction_blocks_nothing_and_sees_one_snapshot(bench: Bench):
+    """During load and a rebuild; the worker needs no temporary tables."""
     bench.execute(f'REVOKE TEMPORARY ON DATABASE "{bench.database.name}" FROM PUBLIC')
     bench.worker("run")
 

@@ -24,7 +24,7 @@ outages.GRACE_S = monitor.GRACE_S = {LESS_PATIENT_S}
 from pipeline.cli import main
 main()
 """
-"""The program as it is, but for the length of the grace period."""
+"""The program with a shorter grace period."""
 
 
 @pytest.mark.timeout(240)
@@ -42,10 +42,10 @@ def test_the_same_process_continues_after_five_crashes_of_postgresql(
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_available")
+    assert worker.logged("server_available")
 
 
-def test_a_worker_waits_for_a_postgresql_that_is_not_there_yet(
+def test_a_worker_waits_for_a_postgresql_that_has_not_started(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
     bench = shaky_postgres
@@ -55,7 +55,7 @@ def test_a_worker_waits_for_a_postgresql_that_is_not_there_yet(
     private_postgres.stop()
 
     worker = bench.worker()
-    worker.wait_until_said("server_unavailable")
+    worker.wait_for_log("server_unavailable")
     private_postgres.start()
 
     bench.finish(sent)
@@ -68,12 +68,12 @@ def test_a_worker_that_waits_for_postgresql_can_be_stopped(
     private_postgres.stop()
 
     worker = shaky_postgres.worker("run")
-    worker.wait_until_said("server_unavailable")
+    worker.wait_for_log("server_unavailable")
 
     assert worker.stop() == 0
 
 
-def test_sessions_ended_over_and_over_cost_nothing(bench: Bench):
+def test_repeatedly_ended_sessions_lose_no_record(bench: Bench):
     worker = bench.worker("run")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -84,11 +84,11 @@ def test_sessions_ended_over_and_over_cost_nothing(bench: Bench):
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
-    assert worker.said("server_available")
+    assert worker.logged("server_available")
 
 
 @pytest.mark.parametrize("command", ["ingest", "run"])
-def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, command: str):
+def test_a_worker_waits_until_a_rotated_password_is_valid(bench: Bench, command: str):
     worker = bench.worker(command)
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -97,7 +97,7 @@ def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, comman
         bench.end_sessions(of=worker)
         until(
             lambda: any("refused the login" in reason for reason in worker.reasons()),
-            "it logs that the login was refused",
+            "the worker logs that the login was refused",
         )
         bench.set_password(worker.role, bench.password)
 
@@ -112,13 +112,13 @@ def test_a_password_that_is_rotated_under_way_is_waited_for(bench: Bench, comman
         "USAGE ON SCHEMA pipeline",
     ],
 )
-def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, rights: str):
+def test_a_worker_waits_for_rights_that_are_missing_for_a_moment(bench: Bench, rights: str):
     worker = bench.worker()
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
         bench.revoke(rights)
-        worker.wait_until_said("access_refused")
+        worker.wait_for_log("access_refused")
         bench.grant()
 
     bench.finish(feed.ledger)
@@ -128,10 +128,10 @@ def test_rights_that_are_missing_for_a_moment_are_waited_for(bench: Bench, right
     ("taken", "words"),
     [("the password", "refused the login"), ("INSERT", "permission denied for table events")],
 )
-def test_what_is_taken_away_for_good_ends_the_process_with_78(
+def test_a_right_or_password_that_is_removed_permanently_ends_the_process_with_78(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, taken: str, words: str
 ):
-    """Not before the grace period is over, which the first line announces."""
+    """Not before the grace period is over, which the first log line announces."""
     monkeypatch.setattr(harness, "ENTRY", [sys.executable, "-c", LESS_PATIENT])
     worker = bench.worker("run")
 
@@ -142,7 +142,7 @@ def test_what_is_taken_away_for_good_ends_the_process_with_78(
         else:
             bench.set_password(worker.role, "another")
             bench.end_sessions(of=worker)
-        worker.wait_until_said("access_refused")
+        worker.wait_for_log("access_refused")
         refused_at = time.monotonic()
         assert worker.wait() == ExitCode.CONFIGURATION, worker.tail()
         lasted_s = time.monotonic() - refused_at
@@ -151,15 +151,15 @@ def test_what_is_taken_away_for_good_ends_the_process_with_78(
         bench.worker("run")
 
     bench.finish(feed.ledger)
-    first = worker.said("access_refused")[0]
+    first = worker.logged("access_refused")[0]
     assert words in first["reason"]
     assert "exit with 78 in" in first["effect"]
     assert lasted_s > LESS_PATIENT_S - 2
-    assert words in worker.said("stopped")[0]["reason"]
+    assert words in worker.logged("stopped")[0]["reason"]
 
 
-def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench):
-    """A transaction that lasts longer than Kafka bears without a poll."""
+def test_a_slow_postgresql_loses_neither_records_nor_the_membership(bench: Bench):
+    """A transaction that lasts longer than Kafka allows between two polls."""
     worker = bench.worker(
         kafka_options="session.timeout.ms=2000,heartbeat.interval.ms=400,max.poll.interval.ms=2000",
         lock_timeout_ms="60000",
@@ -174,16 +174,16 @@ def test_a_slow_postgresql_costs_neither_records_nor_the_membership(bench: Bench
             bench.wait_until_sent(feed.ledger, len(feed.ledger) + 8 * PER_SECOND)
             assert bench.logged() == standing
         bench.wait_until_logged(standing + PER_SECOND)
-        left = worker.said("member_timed_out", "partitions_revoked", "server_unavailable")
+        left = worker.logged("member_timed_out", "partitions_revoked", "server_unavailable")
 
     bench.finish(feed.ledger)
-    assert not left, "it stayed in the group and did not complain"
+    assert not left, "the worker stayed in the group and logged no outage"
 
 
 def test_a_postgresql_restored_from_an_older_backup_is_filled_again(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
-    """The worker holds the epoch of the backup and nothing has failed; only its offset tells."""
+    """The worker holds the epoch of the backup and nothing has failed; only its offset differs."""
     bench, data = shaky_postgres, private_postgres.directory / "data"
     backup = data.with_name("backup")
     worker = bench.worker()
@@ -200,8 +200,8 @@ def test_a_postgresql_restored_from_an_older_backup_is_filled_again(
     shutil.rmtree(data)
     backup.rename(data)
     private_postgres.start()
-    until(lambda: bench.sessions(worker), "it has noticed by itself")
+    until(lambda: bench.sessions(worker), "the worker has noticed it by itself")
     with bench.feed(events=PER_SECOND, seed=2, into=sent):
-        worker.wait_until_said("partitions_fenced")
+        worker.wait_for_log("partitions_fenced")
 
     bench.finish(sent)

@@ -1,4 +1,4 @@
-"""A PostgreSQL that is stopped holds its connections open, and the kernel acknowledges for it."""
+"""A stopped PostgreSQL: its connections stay open, and the kernel still acknowledges packets."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.faults.harness import Bench, Worker, until
 PER_SECOND = 150
 LONG_SESSION = "session.timeout.ms=45000,heartbeat.interval.ms=500"
 GRACE_S = 30
-"""What Kubernetes grants by default."""
+"""The default grace period of Kubernetes."""
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -25,16 +25,16 @@ pytestmark = [
 
 @contextmanager
 def stopped(pids: Iterable[int]) -> Iterator[None]:
-    """SIGSTOP for the length of the block. The first is stopped before the next is asked for."""
-    told: list[int] = []
+    """SIGSTOP for the length of the block. Each is stopped before the next is computed."""
+    stopped_pids: list[int] = []
     try:
         for pid in pids:
-            told.append(pid)
+            stopped_pids.append(pid)
             with suppress(ProcessLookupError):  # a session may end in between
                 os.kill(pid, signal.SIGSTOP)
         yield
     finally:
-        for pid in told:
+        for pid in stopped_pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
@@ -45,13 +45,13 @@ def processes_of(server: PostgresServer) -> Iterator[int]:
     yield from map(int, Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split())
 
 
-def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period(
+def test_a_postgresql_that_hangs_blocks_nothing_for_longer_than_a_grace_period(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
-    """Who may wait goes on when it wakes; who is stopped, or is to end, ends.
+    """A worker that may wait continues when PostgreSQL resumes; the others end.
 
-    One worker is to stop with a batch in hand, another while it has nothing to do; one command is
-    in the midst of its work, another has not begun.
+    One worker is stopped with an unfinished batch, another while it is idle; one command is in the
+    middle of its work, another has not begun.
     """
     bench = shaky_postgres
     bench.kafka.create_topic(f"{bench.topic}-idle", 1)
@@ -74,19 +74,19 @@ def test_a_postgresql_that_hangs_holds_nothing_up_for_longer_than_a_grace_period
             assert leaves.wait(seconds_max=GRACE_S) == 0, leaves.tail()
             assert status.wait() == ExitCode.UNAVAILABLE, status.tail()
             assert rebuild.wait() == ExitCode.UNAVAILABLE, rebuild.tail()
-            stays.wait_until_said("server_unavailable")
-        stays.wait_until_said("server_available")
+            stays.wait_for_log("server_unavailable")
+        stays.wait_for_log("server_available")
         assert bench.worker("rebuild", "orders", through=bench.as_owner).wait() == 0
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     bench.judge_read_models(feed.books)
     assert any("hangs" in reason for reason in stays.reasons()), stays.tail()
-    assert not stays.said("member_timed_out", "partitions_lost")
+    assert not stays.logged("member_timed_out", "partitions_lost")
 
 
-def test_a_session_that_hangs_alone_is_given_up(bench: Bench):
-    """The server lives and answers others; only the session that we wait for does not."""
+def test_a_single_session_that_hangs_is_given_up(bench: Bench):
+    """The server answers other sessions; only the session of the worker does not answer."""
     worker = bench.worker(answer_timeout_ms="3000")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -94,15 +94,15 @@ def test_a_session_that_hangs_alone_is_given_up(bench: Bench):
         with stopped(until(lambda: sessions_at_work(bench, worker), "a session is at work")):
             until(
                 lambda: any("no answer to a statement" in reason for reason in worker.reasons()),
-                "it has given the session up",
+                "the worker has given the session up",
             )
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
 
 
 def sessions_at_work(bench: Bench, worker: Worker) -> list[int]:
-    """The writer's session; of those that are idle we would not know which is asked next."""
+    """The writer's session. Of idle sessions, we cannot know which is used next."""
     rows = bench.query(
         "SELECT a.pid FROM pg_stat_activity a WHERE a.usename = %s AND a.backend_xid IS NOT NULL",
         worker.role,

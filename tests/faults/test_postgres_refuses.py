@@ -1,4 +1,4 @@
-"""What PostgreSQL refuses for a while is waited for, told by its reason, and then done."""
+"""What PostgreSQL refuses for a while: the worker waits, logs the reason, and then continues."""
 
 import os
 import shutil
@@ -28,30 +28,30 @@ needs_mount = pytest.mark.skipif(
 )
 
 
-def wait_until_told(worker: Worker, what: str) -> None:
-    """Wait until the operator reads why the server is away."""
+def wait_until_reported(worker: Worker, what: str) -> None:
+    """Wait until the log names this reason of the outage."""
     until(lambda: any(what in reason for reason in worker.reasons()), f"it tells: {what}")
 
 
 # ------------------------------------------------------------------------------- the whole server
 
 
-def test_a_postgresql_that_is_made_read_only_is_waited_for(shaky_postgres: Bench):
-    """By its sessions as they are, and by those who want a new one."""
+def test_a_worker_waits_while_postgresql_is_read_only(shaky_postgres: Bench):
+    """By existing sessions, and by new ones."""
     bench = shaky_postgres
     worker = bench.worker("run")
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
         set_read_only(bench, "on")
-        wait_until_told(worker, "ReadOnlySqlTransaction (25006)")
+        wait_until_reported(worker, "ReadOnlySqlTransaction (25006)")
         bench.end_sessions(of=worker)
-        wait_until_told(worker, "it is read-only")
+        wait_until_reported(worker, "it is read-only")
         standing = bench.logged()
         bench.wait_until_sent(feed.ledger, len(feed.ledger) + PER_SECOND)
         assert bench.logged() == standing
         set_read_only(bench, "off")
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -66,16 +66,16 @@ def set_read_only(bench: Bench, value: str) -> None:
 
 
 @needs_mount
-def test_a_disk_that_is_full_is_waited_for_and_costs_no_event(
+def test_a_worker_waits_while_the_disk_is_full_and_loses_no_event(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
-    """Neither log nor read model takes it for the fault of an event; nothing is put aside."""
+    """Neither log nor read model takes it for a bad event; there is no dead letter."""
     bench = shaky_postgres
     with SmallDisk(private_postgres, "small", DISK_MIB) as disk:
         with bench.database.connect() as db:
-            db.execute(f"CREATE TABLESPACE small LOCATION '{disk.place}'")
+            db.execute(f"CREATE TABLESPACE small LOCATION '{disk.folder}'")
             db.execute("GRANT CREATE ON TABLESPACE small TO PUBLIC")
-            # Where the log's segments are made from now on, and one of the read models.
+            # For all later segments of the log, and for one read model.
             db.execute(f'ALTER DATABASE "{bench.database.name}" SET default_tablespace = small')
             db.execute("ALTER TABLE upvest.orders SET TABLESPACE small")
         worker = bench.worker("run")
@@ -83,7 +83,7 @@ def test_a_disk_that_is_full_is_waited_for_and_costs_no_event(
         with bench.feed(rate=PER_SECOND) as feed:
             bench.wait_until_logged(1)
             ballast = disk.fill()
-            wait_until_told(worker, "DiskFull (53100)")
+            wait_until_reported(worker, "DiskFull (53100)")
             standing = bench.logged()
             bench.wait_until_sent(feed.ledger, len(feed.ledger) + PER_SECOND)
             ballast.unlink()
@@ -97,10 +97,10 @@ def test_a_disk_that_is_full_is_waited_for_and_costs_no_event(
 
 
 @needs_mount
-def test_a_disk_without_room_for_the_wal_crashes_postgresql_and_costs_nothing(
+def test_a_full_wal_disk_crashes_postgresql_and_loses_no_record(
     shaky_postgres: Bench, private_postgres: PostgresServer
 ):
-    """PostgreSQL ends itself; somebody makes room and starts it again."""
+    """PostgreSQL ends itself; somebody frees space and starts it again."""
     bench = shaky_postgres
     with SmallDisk(private_postgres, "wal", WAL_DISK_MIB) as disk, wal_on(private_postgres, disk):
         worker = bench.worker("run")
@@ -116,11 +116,11 @@ def test_a_disk_without_room_for_the_wal_crashes_postgresql_and_costs_nothing(
         bench.wait_until_projected(feed.ledger)
         bench.finish(feed.ledger)
         bench.judge_read_models(feed.books)
-        assert worker.said("server_available")
+        assert worker.logged("server_available")
 
 
 def leave_tablespace(bench: Bench, name: str) -> None:
-    """Before its disk goes: nothing of it may be missed at the next start."""
+    """Move everything off the tablespace before its disk is removed."""
     with bench.database.connect() as db:
         db.execute("ALTER TABLE upvest.orders SET TABLESPACE pg_default")
         db.execute(f'ALTER DATABASE "{bench.database.name}" RESET default_tablespace')
@@ -131,7 +131,7 @@ def leave_tablespace(bench: Bench, name: str) -> None:
 
 
 def has_next_wal(bench: Bench) -> bool:
-    """Ask for the next piece of WAL; whoever finds no room for it takes the server down."""
+    """Request the next WAL file; if there is no room for it, the server crashes."""
     try:
         bench.query("SELECT pg_switch_wal()")
     except psycopg.OperationalError:
@@ -143,23 +143,23 @@ class SmallDisk:
     """A disk of a few MiB that a PostgreSQL may write to."""
 
     def __init__(self, server: PostgresServer, name: str, mib: int) -> None:
-        self.place = server.directory / name
+        self.folder = server.directory / name
         self._owner = server.directory.stat()
         self._mib = mib
 
     def __enter__(self) -> Self:
-        self.place.mkdir()
+        self.folder.mkdir()
         size = f"size={self._mib}m,uid={self._owner.st_uid},gid={self._owner.st_gid},mode=700"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", self.place], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", self.folder], check=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Lazily: the server may have a file open still.
-        subprocess.run(["umount", "--lazy", self.place], check=True)
+        # Lazily: the server may still have a file open.
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
 
     def fill(self) -> Path:
-        """Leave no room; the file that takes it."""
-        ballast = self.place / "ballast"
+        """Fill the disk; the file that fills it."""
+        ballast = self.folder / "ballast"
         with ballast.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
@@ -169,24 +169,24 @@ class SmallDisk:
 @contextmanager
 def wal_on(server: PostgresServer, disk: SmallDisk) -> Iterator[None]:
     """The server's WAL on another disk, until the block ends."""
-    wal, there = server.directory / "data/pg_wal", disk.place / "pg_wal"
+    wal, on_disk = server.directory / "data/pg_wal", disk.folder / "pg_wal"
     server.stop()
-    subprocess.run(["cp", "-a", wal, there], check=True)
+    subprocess.run(["cp", "-a", wal, on_disk], check=True)
     shutil.rmtree(wal)
-    wal.symlink_to(there)
+    wal.symlink_to(on_disk)
     server.start()
     yield
     server.stop()
     wal.unlink()
-    subprocess.run(["cp", "-a", there, wal], check=True)
+    subprocess.run(["cp", "-a", on_disk, wal], check=True)
     server.start()
 
 
 # -------------------------------------------------------------------------------- a role, a session
 
 
-def test_a_role_that_may_make_no_more_connections_is_waited_for(bench: Bench):
-    """Its sessions end first, for another reason; the operator reads both."""
+def test_a_worker_waits_while_its_role_may_not_connect(bench: Bench):
+    """Its sessions end first, for another reason; the log names both reasons."""
     bench.worker("ingest")
     worker = bench.worker("project")
 
@@ -195,9 +195,9 @@ def test_a_role_that_may_make_no_more_connections_is_waited_for(bench: Bench):
         until(lambda: bench.sessions(worker), "it has sessions")
         bench.alter_role(worker.role, "CONNECTION LIMIT 0")
         until(lambda: not bench.end_sessions(of=worker), "none of its sessions is left")
-        wait_until_told(worker, "accepts no more connections")
+        wait_until_reported(worker, "accepts no more connections")
         bench.alter_role(worker.role, "CONNECTION LIMIT -1")
-        worker.wait_until_said("server_available")
+        worker.wait_for_log("server_available")
 
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
@@ -212,16 +212,16 @@ def test_a_statement_that_an_operator_cancels_is_repeated(bench: Bench):
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             bench.cancel_statements(worker)
-            wait_until_told(worker, "QueryCanceled (57014)")
-        worker.wait_until_said("server_available")
+            wait_until_reported(worker, "QueryCanceled (57014)")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
 
 
-def test_a_worker_that_is_picked_to_end_a_deadlock_repeats_its_batch(bench: Bench):
-    """Somebody locks the log and then wants the row of a partition, the other way round."""
+def test_a_worker_that_is_the_victim_of_a_deadlock_repeats_its_batch(bench: Bench):
+    """Somebody locks the log and then a partition's row: the opposite order."""
     role = bench.prepare_role()
-    # So that the other one has come to wait before ours looks, and only ours looks.
+    # So that the other session waits before ours checks for a deadlock, and only ours checks.
     bench.alter_role(role, "SET deadlock_timeout = '4s'")
     worker = bench.worker(lock_timeout_ms="60000")
 
@@ -232,14 +232,14 @@ def test_a_worker_that_is_picked_to_end_a_deadlock_repeats_its_batch(bench: Benc
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             blocker.execute("SELECT FROM pipeline.consumer_offsets FOR UPDATE")
-        wait_until_told(worker, "DeadlockDetected (40P01)")
-        worker.wait_until_said("server_available")
+        wait_until_reported(worker, "DeadlockDetected (40P01)")
+        worker.wait_for_log("server_available")
 
     bench.finish(feed.ledger)
 
 
-def test_timeouts_that_are_set_for_the_role_end_nothing_of_ours(bench: Bench):
-    """A batch that is longer than such a timeout would be repeated for ever."""
+def test_timeouts_that_are_set_for_the_role_end_no_statement_of_a_worker(bench: Bench):
+    """A batch that takes longer than such a timeout would be repeated forever."""
     role = bench.prepare_role()
     for timeout in (
         "statement_timeout = '1ms'",
@@ -259,19 +259,19 @@ def test_timeouts_that_are_set_for_the_role_end_nothing_of_ours(bench: Bench):
 
     bench.wait_until_projected(sent)
     bench.finish(sent)
-    assert not worker.said("server_unavailable", "partitions_not_released"), worker.tail()
+    assert not worker.logged("server_unavailable", "partitions_not_released"), worker.tail()
 
 
 # -------------------------------------------------------------------------------------- the schema
 
 
-def test_a_schema_that_becomes_newer_stops_those_who_start_and_not_those_who_run(bench: Bench):
+def test_a_newer_schema_stops_starting_workers_and_not_running_ones(bench: Bench):
     """An upgrade migrates first and restarts the workers afterwards, one by one."""
     worker = bench.worker("run")
 
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(PER_SECOND)
-        # One by one: together, their locks could cross those of the worker.
+        # One at a time: together, their locks could deadlock with those of the worker.
         for change in (
             "ALTER TABLE pipeline.events ADD COLUMN later text",
             "ALTER TABLE pipeline.consumer_offsets ADD COLUMN later text DEFAULT 'x'",
@@ -281,7 +281,7 @@ def test_a_schema_that_becomes_newer_stops_those_who_start_and_not_those_who_run
             bench.execute(change)
         newcomer = bench.worker("run")
         assert newcomer.wait() == ExitCode.CONFIGURATION, newcomer.tail()
-        assert "migrated by a newer one" in newcomer.said("stopped")[0]["reason"]
+        assert "migrated by a newer one" in newcomer.logged("stopped")[0]["reason"]
         bench.end_sessions(of=worker)
         bench.wait_until_logged(bench.logged() + PER_SECOND)
 

@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_workers_may_come_and_go_all_the_time(bench: Bench, way: str):
+def test_workers_may_start_and_stop_continuously(bench: Bench, way: str):
     seed = random.randrange(10**6)
     print(f"moves with seed={seed}")
     chance = random.Random(seed)
@@ -30,24 +30,26 @@ def test_workers_may_come_and_go_all_the_time(bench: Bench, way: str):
     with bench.feed(rate=PER_SECOND) as feed:
         bench.wait_until_logged(1)
         for _ in range(MOVES):
-            time.sleep(MOVE_SECONDS)  # the pace is what is tested
+            time.sleep(MOVE_SECONDS)  # the test is about this pace
             if len(others) < MEMBERS_MAX and chance.random() < 0.6:
                 others.append(bench.worker(**WAYS[way]))
             elif others:
                 leaver = others.pop(chance.randrange(len(others)))
-                leaver.wait_until_said("started")
+                leaver.wait_for_log("started")
                 assert leaver.stop() == 0, leaver.tail()
 
     bench.finish(feed.ledger)
     assert stays.exit_code == 0
-    skipped = [line["error"] for line in stays.said("kafka_commit_skipped")]
-    assert len(skipped) <= 2 * len(set(skipped)), "logged once per minute, however many fail"
+    skipped = [line["error"] for line in stays.logged("kafka_commit_skipped")]
+    assert len(skipped) <= 2 * len(set(skipped)), (
+        "logged once per minute, whatever the number of failures"
+    )
 
 
 def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
     bench: Bench,
 ):
-    """A full batch pauses them; the client remembers that for longer than the assignment."""
+    """A full batch pauses them; the client keeps the pause for longer than the assignment."""
     stays = bench.worker(lock_timeout_ms="60000", revoke_deadline_ms="1000")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -56,7 +58,7 @@ def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(stays), "its COPY waits")
             goes = bench.worker()
-            stays.wait_until_said("partitions_revoked")
+            stays.wait_for_log("partitions_revoked")
         until(lambda: set(bench.owners().values()) == {stays.pid, goes.pid}, "both own partitions")
         assert goes.stop() == 0, goes.tail()
         bench.wait_until_owner_of_all(stays)

@@ -1,4 +1,4 @@
-"""Workers that project share the partitions; one that falls silent is replaced within a bound."""
+"""Workers that project share the partitions; a silent worker is replaced within a bound."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from tests.faults.harness import Bench, Worker, until
 
 PER_SECOND = 300
 TAKEN_OVER_SECONDS_MAX = EXPIRES_AFTER.total_seconds() + HEARTBEAT_S + 8
-"""What operations.md promises, and what a busy machine takes for a pass."""
+"""The bound in operations.md, plus the time of a pass on a busy machine."""
 PASSES = 12
-"""So many over a partition show whose it is."""
+"""This number of passes over a partition shows which worker has it."""
 LOOKS = 300
 
-# Who moved which partition's checkpoints; the service knows nothing of it.
+# Who moved which partition's checkpoints. The service does not use it.
 AUDIT = """
 CREATE TABLE audit.passes (
     pass bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, writer text, "partition" int);
@@ -31,7 +31,7 @@ CREATE TRIGGER audit AFTER UPDATE ON pipeline.projection_checkpoints FOR EACH RO
 
 
 def passes(bench: Bench) -> Mapping[int, Counter[str]]:
-    """How often each role was at each partition."""
+    """The number of passes of each role over each partition."""
     found: dict[int, Counter[str]] = {number: Counter() for number in range(bench.partitions)}
     for number, writer, count in bench.query(
         'SELECT "partition", writer, count(*) FROM audit.passes GROUP BY 1, 2'
@@ -40,9 +40,9 @@ def passes(bench: Bench) -> Mapping[int, Counter[str]]:
     return found
 
 
-def have_seen_each_other(bench: Bench, workers: int) -> bool:
-    """Whether all have checked in twice since the last one came."""
-    [(is_so,)] = bench.query(
+def all_workers_registered(bench: Bench, workers: int) -> bool:
+    """Whether every worker has sent two heartbeats since the last worker started."""
+    [(have_registered,)] = bench.query(
         """
         SELECT count(*) = %s AND min(expires_at) - %s > max(since) + make_interval(secs => %s)
         FROM pipeline.projection_workers WHERE expires_at > now()
@@ -51,12 +51,12 @@ def have_seen_each_other(bench: Bench, workers: int) -> bool:
         EXPIRES_AFTER,
         HEARTBEAT_S,
     )
-    return bool(is_so)
+    return bool(have_registered)
 
 
 def wait_until_shared(bench: Bench, *workers: Worker) -> None:
-    """Wait until they know each other; from then on each is alone at its share."""
-    until(lambda: have_seen_each_other(bench, len(workers)), "they know each other")
+    """Wait until every worker has registered, and each projects only its own share."""
+    until(lambda: all_workers_registered(bench, len(workers)), "all workers have registered")
     bench.execute("TRUNCATE audit.passes")
     until(
         lambda: min(done.total() for done in passes(bench).values()) >= PASSES,
@@ -65,14 +65,14 @@ def wait_until_shared(bench: Bench, *workers: Worker) -> None:
     found = passes(bench)
     owners = [done.most_common(1)[0][0] for done in found.values()]
     share = bench.partitions // len(workers)
-    assert sorted(owners) == sorted(one.role for one in workers for _ in range(share)), found
-    # A round that had begun before is ended by the shares that it began with.
+    assert sorted(owners) == sorted(worker.role for worker in workers for _ in range(share)), found
+    # A round that began earlier ends with its old shares.
     strays = sum(done.total() - max(done.values()) for done in found.values())
     assert strays <= bench.partitions, found
 
 
 def wait_until_taken_over(bench: Bench, heir: Worker) -> None:
-    """Wait until every partition has moved on by the only worker that still can."""
+    """Wait until this worker has advanced every partition."""
     bench.execute("TRUNCATE audit.passes")
     until(
         lambda: all(heir.role in done for done in passes(bench).values()),
@@ -83,7 +83,7 @@ def wait_until_taken_over(bench: Bench, heir: Worker) -> None:
 
 @pytest.fixture
 def pair(bench: Bench) -> tuple[Worker, Worker]:
-    """Two that project, beside one that ingests."""
+    """Two workers that project, beside a worker that ingests."""
     bench.execute(AUDIT)
     bench.worker("ingest")
     return bench.worker("project"), bench.worker("project")
@@ -104,7 +104,7 @@ def test_two_workers_share_the_partitions_and_one_that_is_killed_is_replaced(
     bench.judge_read_models(feed.books)
 
 
-def test_the_worker_that_has_the_one_busy_partition_of_six_is_killed_and_replaced(
+def test_a_killed_worker_that_has_the_only_busy_partition_is_replaced(
     bench: Bench, pair: tuple[Worker, Worker]
 ):
     """Keyed by tenant, one worker does all the work; the other must be able to continue it."""
@@ -113,16 +113,19 @@ def test_the_worker_that_has_the_one_busy_partition_of_six_is_killed_and_replace
         return {number: done for number, done in passes(bench).items() if done}
 
     with bench.feed(rate=PER_SECOND, keying=Keying.TENANT) as feed:
-        until(lambda: have_seen_each_other(bench, len(pair)), "they know each other")
+        until(lambda: all_workers_registered(bench, len(pair)), "all workers have registered")
         bench.execute("TRUNCATE audit.passes")
-        until(lambda: any(it.total() >= PASSES for it in busy().values()), f"{PASSES} passes")
+        until(
+            lambda: any(workers.total() >= PASSES for workers in busy().values()),
+            f"{PASSES} passes",
+        )
         [done] = busy().values()
         [(role, _)] = done.most_common(1)
-        killed, other = sorted(pair, key=lambda one: one.role != role)
+        killed, other = sorted(pair, key=lambda worker: worker.role != role)
         killed.kill()
         bench.execute("TRUNCATE audit.passes")
         until(
-            lambda: any(other.role in it for it in busy().values()),
+            lambda: any(other.role in workers for workers in busy().values()),
             f"taken over by {other.role}",
             seconds_max=TAKEN_OVER_SECONDS_MAX,
         )
@@ -132,7 +135,7 @@ def test_the_worker_that_has_the_one_busy_partition_of_six_is_killed_and_replace
     bench.judge_read_models(feed.books)
 
 
-def test_a_worker_that_stops_hands_over_and_one_that_comes_gets_its_share(
+def test_a_stopping_worker_releases_its_partitions_and_a_new_worker_gets_its_share(
     bench: Bench, pair: tuple[Worker, Worker]
 ):
     stops, other = pair
@@ -150,7 +153,7 @@ def test_a_worker_that_stops_hands_over_and_one_that_comes_gets_its_share(
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("fail", [None, "after_projection@40:stop"])
-def test_a_worker_that_stands_still_is_replaced_and_does_no_harm_when_it_wakes(
+def test_a_stopped_worker_is_replaced_and_changes_nothing_when_it_resumes(
     bench: Bench, fail: str | None
 ):
     """Stopped from outside, or in the middle of a pass with its locks held."""
@@ -173,7 +176,7 @@ def test_a_worker_that_stands_still_is_replaced_and_does_no_harm_when_it_wakes(
     bench.judge_read_models(feed.books)
 
 
-def test_all_read_models_stand_at_one_instant_of_the_log_though_two_workers_project(
+def test_all_read_models_are_at_one_offset_although_two_workers_project(
     bench: Bench, pair: tuple[Worker, Worker]
 ):
     with bench.feed(rate=PER_SECOND) as feed:

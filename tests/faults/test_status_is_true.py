@@ -1,7 +1,7 @@
 """`pipeline status` while events do not get through: it reports this, since when, and ends with 1.
 
-The faults are real and happen at the same time, each to a worker of its own, so that they are
-waited for together.
+The faults are real and happen at the same time, each to a worker of its own, so that the test
+waits for all of them together.
 """
 
 import os
@@ -33,7 +33,7 @@ from tests.servers.databases import Database, fresh_database
 
 PER_SECOND = 50
 UNKNOWN_S_MAX = states.SEEN_S_MAX + 15
-"""So long after a fault nobody may be shown that all is well."""
+"""This long after a fault, status must not be OK any more."""
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -52,7 +52,7 @@ def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 class StatusOf:
-    """What `pipeline status` tells of a database."""
+    """What `pipeline status` reports of a database."""
 
     def __init__(self, pipeline: InProcess) -> None:
         self._pipeline = pipeline
@@ -61,7 +61,7 @@ class StatusOf:
         return self.of(bench, "status", *options, dsn=dsn)
 
     def of(self, bench: Bench, *command: str, dsn: str = "") -> Result:
-        """What any command answers."""
+        """The result of any command."""
         settings = {
             "database_url": dsn or bench.database.dsn,
             "kafka_bootstrap_servers": bench.kafka.bootstrap_servers,
@@ -72,17 +72,17 @@ class StatusOf:
         return self._pipeline(Commands(**settings), *command)
 
     def states(self, bench: Bench) -> set[str]:
-        """Of its partitions; and the exit code and the document agree."""
+        """The states of the partitions; the exit code and the document must agree."""
         shown = self(bench, "--json")
         assert shown.code == (ExitCode.DONE if shown.json["ok"] else ExitCode.FOUND)
-        return {one["state"] for one in shown.json["partitions"]}
+        return {partition["state"] for partition in shown.json["partitions"]}
 
     def has_code(self, bench: Bench, code: int) -> bool:
         """Whether it ends with this exit code."""
         return self(bench).code == code
 
     def is_unknown(self, bench: Bench) -> bool:
-        """Whether it reports that of every partition."""
+        """Whether it reports UNKNOWN for every partition."""
         return self.states(bench) == {"UNKNOWN"}
 
     def is_well(self, bench: Bench) -> bool:
@@ -93,7 +93,7 @@ class StatusOf:
 
 @contextmanager
 def bench_on(kafka: Kafka, template: Database, name: str, folder: Path) -> Iterator[Bench]:
-    """A bench with one partition, and everything of its own but the servers."""
+    """A bench with one partition on shared servers."""
     with fresh_database(template.server, template=template) as database:
         kafka.create_topic(name)
         (folder / name).mkdir()
@@ -129,7 +129,7 @@ def test_no_fault_is_reported_as_ok(
         }
         disk = stack.enter_context(SmallDisk(private_postgres, "status", DISK_MIB))
         with benches["full"].database.connect() as db:
-            db.execute(f"CREATE TABLESPACE status LOCATION '{disk.place}'")
+            db.execute(f"CREATE TABLESPACE status LOCATION '{disk.folder}'")
             db.execute("GRANT CREATE ON TABLESPACE status TO PUBLIC")
             name = benches["full"].database.name
             db.execute(f'ALTER DATABASE "{name}" SET default_tablespace = status')
@@ -166,7 +166,7 @@ def test_no_fault_is_reported_as_ok(
         benches["locked"].end_sessions()
         until(lambda: status.states(benches["ended"]) == {"ERR"}, "the lost records are shown")
         assert_reported(status(benches["ended"]), "halted:", "gaps accept")
-        # STALL while Kafka's end is still recorded, UNKNOWN after that.
+        # STALL while Kafka's end is still recorded, UNKNOWN later.
         stopped = {"STALL"}, {"UNKNOWN"}
         until(lambda: status.states(benches["full"]) in stopped, "the full disk is reported")
         assert_reported(status(benches["full"]), "a full disk")
@@ -187,7 +187,7 @@ def test_no_fault_is_reported_as_ok(
 
         private_kafka.resume()
         workers["paused"].resume()
-        (disk.place / "ballast").unlink()
+        (disk.folder / "ballast").unlink()
         for feed in feeds.values():
             feed.stop()
         for fault in ("silent", "paused", "full"):
@@ -195,14 +195,14 @@ def test_no_fault_is_reported_as_ok(
 
 
 def leave_disk(bench: Bench, disk: SmallDisk) -> None:
-    (disk.place / "ballast").unlink(missing_ok=True)
+    (disk.folder / "ballast").unlink(missing_ok=True)
     for worker in bench.workers:
         worker.kill()
     leave_tablespace(bench, "status")
 
 
 def lose_records(bench: Bench, kafka: Kafka) -> None:
-    """Kafka deletes records while nobody reads them, and somebody reads on."""
+    """Kafka deletes records that nobody has read, then a worker continues to read."""
     Ledger(kafka.bootstrap_servers).send(bench.topic, [b"{}"] * 10).flush()
     kafka.delete_records(bench.topic, 0, bench.logged() + 5)
     bench.worker("run")
@@ -216,7 +216,7 @@ def assert_reported(shown: Result, *words: str) -> None:
 
 # ---------------------------------------------------------------------------------------- a standby
 
-# Commands that only read work there; others report what is missing.
+# Commands that only read work on a standby; the others report what is missing.
 OTHERS = [
     (["events"], 0),
     (["events", "--json", "--limit", "1"], 0),
@@ -230,8 +230,8 @@ OTHERS = [
 @contextmanager
 def standby_of(primary: PostgresServer) -> Iterator[PostgresServer]:
     """A streaming standby, made by ``pg_basebackup``, that accepts sessions that read."""
-    with tempfile.TemporaryDirectory(prefix="standby-", dir=primary.directory.parent) as place:
-        directory = Path(place)
+    with tempfile.TemporaryDirectory(prefix="standby-", dir=primary.directory.parent) as folder:
+        directory = Path(folder)
         shutil.copy(primary.directory / "password", directory)
         owner = primary.directory.stat()
         for path in (directory, directory / "password"):

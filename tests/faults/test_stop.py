@@ -1,4 +1,4 @@
-"""SIGTERM ends a worker in order, wherever it is; a second one at once."""
+"""SIGTERM ends a worker after its batch, at any moment; a second SIGTERM ends it at once."""
 
 import random
 import signal
@@ -16,7 +16,7 @@ STOPS = 5
 LONG_SESSION = "session.timeout.ms=45000,heartbeat.interval.ms=500"
 HAND_OVER_SECONDS_MAX = 15
 GRACE_S = 30
-"""What Kubernetes grants by default."""
+"""The default grace period of Kubernetes."""
 
 
 @pytest.mark.timeout(240)
@@ -29,7 +29,7 @@ def test_a_worker_may_be_stopped_at_any_moment(bench: Bench):
 
     with bench.feed(rate=PER_SECOND) as feed:
         for _ in range(STOPS):
-            worker.wait_until_said("started")
+            worker.wait_for_log("started")
             time.sleep(chance.uniform(0, 1.5))  # a random moment is the point
             assert worker.stop() == 0, worker.tail()
             worker = bench.worker(kafka_options=LONG_SESSION)
@@ -96,7 +96,7 @@ def test_a_second_signal_ends_a_worker_at_once(bench: Bench):
             blocker.execute("LOCK TABLE pipeline.events IN SHARE ROW EXCLUSIVE MODE")
             until(lambda: bench.waits_for_lock(worker), "its COPY waits")
             worker.send(signal.SIGTERM)
-            worker.wait_until_said("stop_requested")
+            worker.wait_for_log("stop_requested")
             worker.send(signal.SIGTERM)
             assert worker.wait(seconds_max=5) == 128 + signal.SIGTERM
         bench.worker()

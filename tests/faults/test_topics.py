@@ -12,8 +12,8 @@ from tests.integration.ingesting import Ledger, logged
 from tests.servers import Kafka, KafkaServer
 from tests.servers.databases import Database
 
-# A Kafka that comes back too late for a session may wait for members that are gone for as long as
-# they may be silent: 5 minutes by default.
+# A Kafka that restarts after a session has expired may wait for dead members for as long as a
+# member may be silent: 5 minutes by default.
 QUICK = (
     "session.timeout.ms=6000,max.poll.interval.ms=10000,heartbeat.interval.ms=200,"
     "fetch.wait.max.ms=50,"
@@ -55,7 +55,7 @@ def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     kafka.delete_topic(name)
     kafka.create_topic(name, bench.partitions)
     Ledger(kafka.bootstrap_servers).send(name, numbered(2000, first=100)).flush()
-    worker.wait_until_said("partition_halted")
+    worker.wait_for_log("partition_halted")
     ledger.send(other, numbered(5, first=5)).flush()
     until(lambda: next_offsets(bench, other) == {0: 10}, "the other topic is read")
 
@@ -65,10 +65,10 @@ def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     assert all("topic id" in (text or "") for text in problem(bench, name)), problem(bench, name)
 
 
-def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
+def test_a_deleted_topic_is_halted_and_the_other_topic_is_read(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):
-    """Also for a worker that starts while it is missing; when recreated, it is refused."""
+    """Also for a worker that starts while the topic is missing; a recreated topic is refused."""
     name, other = bench.topic, topic(1)
     both: dict[str, Any] = {"topics": f"{name},{other}", "linger_ms": "10", "kafka_options": QUICK}
     ledger.send(name, numbered(5)).send(other, numbered(5)).flush()
@@ -76,8 +76,8 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     bench.wait_until_logged(10)
 
     kafka.delete_topic(name)
-    first.wait_until_said("topic_missing")
-    until(lambda: None not in problem(bench, name), "every partition of it has a reason")
+    first.wait_for_log("topic_missing")
+    until(lambda: None not in problem(bench, name), "every partition of the topic has a reason")
     ledger.send(other, numbered(5, first=5)).flush()
     until(lambda: next_offsets(bench, other) == {0: 10}, "the other topic is read")
     assert problem(bench, other) == {None}
@@ -91,10 +91,10 @@ def test_a_topic_that_is_deleted_is_halted_and_the_other_one_is_read(
     until(lambda: next_offsets(bench, other) == {0: 15}, "the other topic is read again")
     kafka.create_topic(name, bench.partitions + 1)
     Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
-    second.wait_until_said("partition_halted")
+    second.wait_for_log("partition_halted")
     until(
-        lambda: all("topic id" in (it or "") for it in problem(bench, name)),
-        "the topic is detected as another one",
+        lambda: all("topic id" in (problem_text or "") for problem_text in problem(bench, name)),
+        "the topic is detected as another topic",
     )
 
     assert second.stop() == 0, second.tail()
@@ -136,7 +136,7 @@ def test_records_that_kafka_loses_and_replaces_halt_their_topic(
 
     again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
     assert again.wait() == 65, again.tail()
-    runs.wait_until_said("partition_halted")
+    runs.wait_for_log("partition_halted")
     until(lambda: next_offsets(bench, "intact") == {0: 15}, "the other topic is read")
     assert runs.stop() == 0, runs.tail()
     for name in names[:2]:
@@ -149,7 +149,7 @@ def test_records_that_kafka_loses_and_replaces_halt_their_topic(
 
 
 def segment_of(kafka: KafkaServer, topic: str) -> Path:
-    """The one file that holds the records of the topic's one partition."""
+    """The only file of records of the topic's only partition."""
     [found] = (kafka.directory / "data" / f"{topic}-0").glob("*.log")
     return found
 
@@ -161,5 +161,5 @@ def lose(kafka: KafkaServer, topic: str, *, keep: int) -> None:
     for kind in ("*.index", "*.timeindex", "*.snapshot"):
         for derived in segment.parent.glob(kind):
             derived.unlink()
-    # Without it the broker checks what it has.
+    # Without this file the broker checks its log.
     (kafka.directory / "data" / ".kafka_cleanshutdown").unlink(missing_ok=True)

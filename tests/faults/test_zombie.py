@@ -1,4 +1,4 @@
-"""A worker that was paused for too long writes nothing, and logs that."""
+"""A worker that was paused for too long writes nothing, and logs it."""
 
 import pytest
 
@@ -9,14 +9,14 @@ PROTOCOLS = ("classic", "consumer")
 
 
 def resume_and_find_fenced(bench: Bench, zombie: Worker, next_owner: Worker) -> None:
-    """Resume it after another worker has taken over, and wait until it logs that."""
+    """Resume the worker after another has taken over, and wait until it logs that it is fenced."""
     bench.wait_until_owner_of_all(next_owner)
     standing = bench.logged()
     bench.wait_until_logged(standing + PER_SECOND)
 
     zombie.resume()
 
-    zombie.wait_until_said("partitions_fenced", "member_timed_out")
+    zombie.wait_for_log("partitions_fenced", "member_timed_out")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -45,7 +45,7 @@ def test_a_worker_stopped_past_its_session_writes_nothing_afterwards(bench: Benc
         ("before_commit@3", "consumer"),
     ],
 )
-def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
+def test_a_worker_stopped_during_a_batch_writes_nothing_afterwards(
     bench: Bench, step: str, protocol: str
 ):
     """Between fence and COMMIT it locks the partition's row until PostgreSQL ends its session."""
@@ -63,7 +63,7 @@ def test_a_worker_stopped_with_a_batch_in_hand_writes_nothing_afterwards(
 def test_a_worker_that_resumes_before_the_next_owner_writes_is_refused_by_its_epoch(
     bench: Bench,
 ):
-    """The next offset is still what it expects; only the epoch shows that it is not the owner."""
+    """The next offset is what it expects; only the epoch shows that it is no longer the owner."""
     zombie = bench.worker(fail="after_poll@9:stop")
 
     with bench.feed(rate=PER_SECOND) as feed:
@@ -73,7 +73,7 @@ def test_a_worker_that_resumes_before_the_next_owner_writes_is_refused_by_its_ep
         bench.wait_until_owner_of_all(next_owner)
         next_owner.wait_until_stopped()
         zombie.resume()
-        zombie.wait_until_said("partitions_fenced", "member_timed_out")
+        zombie.wait_for_log("partitions_fenced", "member_timed_out")
         next_owner.resume()
 
     bench.finish(feed.ledger)

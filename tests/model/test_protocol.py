@@ -192,7 +192,7 @@ class ComparesOnlyTheEpoch(Machine):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
-def test_a_fault_of_the_machine_is_found_although_the_log_has_its_guards(faulty, space, violation):
+def test_a_defect_of_the_machine_is_found_although_the_log_has_its_guards(faulty, space, violation):
     with pytest.raises(Violation, match=violation) as found:
         Model(Protocol(GUARDS, machine=faulty), space).explore()
 

@@ -1,9 +1,9 @@
-"""Somebody who looks all the time, and knows what must be so at every single moment.
+"""Checks continuously what must be true at every moment, as an analyst sees the database.
 
-Each look is one REPEATABLE READ transaction. What it may never see: an offset or an epoch that
-falls, a record that is missing below ``next_offset`` or stands above it, a checkpoint that falls or
-is ahead of the log, a table that gets shorter, an event that a read model has passed and does not
-hold. TRUNCATE is the one excuse, and it is announced beforehand.
+Each check is one REPEATABLE READ transaction. A failure is: an offset or an epoch that falls, a
+record that is missing below ``next_offset`` or exists above it, a checkpoint that falls or is
+ahead of the log, a table that gets shorter, an event that a read model has passed and does not
+hold. Only an announced TRUNCATE is allowed.
 """
 
 import threading
@@ -24,15 +24,15 @@ from tests.soak.journal import Journal
 
 LOOK_SECONDS_MIN = 0.5
 RESTS_PER_LOOK = 4
-"""It rests so many times as long as it looks: it is not what is measured."""
+"""It pauses for this many times the duration of a check, so that it does not slow the rest."""
 LATEST_OFFSETS = 500
-"""How many offsets below each checkpoint are looked for in the read models."""
+"""The number of offsets below each checkpoint that must be in the read models."""
 
-# First of all, before the snapshot: it would not see a TRUNCATE that comes in between.
+# Before the snapshot is taken: it would not show a TRUNCATE in between.
 HOLD_STILL = SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(
     SQL(", ").join(
         Identifier("upvest", table.name)
-        for projector in sorted(catalogue.load().models, key=lambda one: one.name)
+        for projector in sorted(catalogue.load().models, key=lambda projector: projector.name)
         for table in projector.tables
     )
 )
@@ -40,7 +40,7 @@ OFFSETS = """
 SELECT topic, "partition", first_offset, next_offset, epoch, problem
 FROM pipeline.consumer_offsets
 """
-# Everything from where the last look ended, also what must not be there.
+# Everything from the end of the last check, also records that must not exist.
 GROWN = """
 SELECT count(*) AS records, min("offset") AS lowest, max("offset") AS highest
 FROM pipeline.events WHERE topic = %s AND "partition" = %s AND "offset" >= %s
@@ -58,7 +58,7 @@ COUNTS = SQL("SELECT {}").format(
     )
 )
 # Events just below the checkpoint that are neither in the read model nor among the dead letters.
-# Chaos spoils no key of an event that is one.
+# Chaos damages no key of a valid event.
 UNSEEN = """
 SELECT count(*) AS events, min(e."offset") AS lowest FROM pipeline.events e
 WHERE e.topic = %(topic)s AND e."partition" = %(number)s
@@ -72,7 +72,7 @@ WHERE e.topic = %(topic)s AND e."partition" = %(number)s
 
 
 class _Seen(NamedTuple):
-    """What a read model must hold of an event."""
+    """The row that a read model must hold for an event."""
 
     type: str
     key: str
@@ -108,8 +108,8 @@ SEEN = {
     ),
 }
 
-# The sums of the ledgers, and the balances as last told, straight from the log: up to where the
-# read model stands in each partition, whatever is late or astray, both must be the same.
+# The sums of the ledgers, and the newest balances, computed from the log up to the read model's
+# checkpoint in each partition: both must be equal, even if events are late or out of order.
 _BELOW = """
 FROM pipeline.events e JOIN pipeline.projection_checkpoints c
   ON c.projector = '{table}' AND c.topic = e.topic AND c."partition" = e."partition"
@@ -124,67 +124,69 @@ AUDITS = {
     "sums of the cash ledger": """
         WITH entries AS (
             SELECT DISTINCT ON (e.payload #>> '{object,id}', e.payload #>> '{object,type}')
-                   (e.payload #>> '{object,account_group_id}')::uuid AS one,
-                   e.payload #>> '{object,delta,currency}' AS two,
+                   (e.payload #>> '{object,account_group_id}')::uuid AS owner,
+                   e.payload #>> '{object,delta,currency}' AS unit,
                    (e.payload #>> '{object,delta,amount}')::numeric AS amount
         """
     + _BELOW.format(
         amount="delta,amount", table="cash_transactions", type="CASH_TRANSACTION.EXECUTED"
     )
     + """),
-        told AS (SELECT one, two, sum(amount) AS amount FROM entries GROUP BY one, two),
-        held AS (SELECT account_group_id AS one, currency AS two, ledger_sum AS amount
+        logged AS (SELECT owner, unit, sum(amount) AS amount FROM entries GROUP BY owner, unit),
+        projected AS (SELECT account_group_id AS owner, currency AS unit, ledger_sum AS amount
                  FROM upvest.cash_reconciliation WHERE entries > 0)""",
     "sums of the securities ledger": """
         WITH entries AS (
             SELECT DISTINCT ON (e.payload #>> '{object,id}', e.payload #>> '{object,type}')
-                   (e.payload #>> '{object,account_id}')::uuid AS one,
-                   (e.payload #>> '{object,instrument,uuid}')::uuid AS two,
+                   (e.payload #>> '{object,account_id}')::uuid AS owner,
+                   (e.payload #>> '{object,instrument,uuid}')::uuid AS unit,
                    (e.payload #>> '{object,delta,amount}')::numeric AS amount
         """
     + _BELOW.format(
         amount="delta,amount", table="security_transactions", type="SECURITY_TRANSACTION.EXECUTED"
     )
     + """),
-        told AS (SELECT one, two, sum(amount) AS amount FROM entries GROUP BY one, two),
-        held AS (SELECT account_id AS one, instrument_uuid AS two, ledger_sum AS amount
+        logged AS (SELECT owner, unit, sum(amount) AS amount FROM entries GROUP BY owner, unit),
+        projected AS (SELECT account_id AS owner, instrument_uuid AS unit, ledger_sum AS amount
                  FROM upvest.position_reconciliation WHERE entries > 0)""",
     "cash balances": """
-        WITH told AS (
-            SELECT DISTINCT ON (one, two)
-                   (e.payload #>> '{object,account_group_id}')::uuid AS one,
-                   e.payload #>> '{object,currency}' AS two,
+        WITH logged AS (
+            SELECT DISTINCT ON (owner, unit)
+                   (e.payload #>> '{object,account_group_id}')::uuid AS owner,
+                   e.payload #>> '{object,currency}' AS unit,
                    (e.payload #>> '{object,balance}')::numeric AS amount
         """
     + _BELOW.format(amount="balance", table="cash_balances", type="CASH_BALANCE.UPDATED")
     + """
-            ORDER BY one, two, e.created_at DESC, e.topic DESC, e."partition" DESC, e."offset" DESC
+            ORDER BY owner, unit, e.created_at DESC, e.topic DESC, e."partition" DESC,
+                e."offset" DESC
         ),
-        held AS (SELECT account_group_id AS one, currency AS two, balance AS amount
+        projected AS (SELECT account_group_id AS owner, currency AS unit, balance AS amount
                  FROM upvest.cash_balances)""",
     "positions": """
-        WITH told AS (
-            SELECT DISTINCT ON (one, two)
-                   (e.payload #>> '{object,account_id}')::uuid AS one,
-                   (e.payload #>> '{object,instrument,uuid}')::uuid AS two,
+        WITH logged AS (
+            SELECT DISTINCT ON (owner, unit)
+                   (e.payload #>> '{object,account_id}')::uuid AS owner,
+                   (e.payload #>> '{object,instrument,uuid}')::uuid AS unit,
                    (e.payload #>> '{object,quantity}')::numeric AS amount
         """
     + _BELOW.format(amount="quantity", table="positions", type="POSITION.UPDATED")
     + """
-            ORDER BY one, two, e.created_at DESC, e.topic DESC, e."partition" DESC, e."offset" DESC
+            ORDER BY owner, unit, e.created_at DESC, e.topic DESC, e."partition" DESC,
+                e."offset" DESC
         ),
-        held AS (SELECT account_id AS one, instrument_uuid AS two, quantity AS amount
+        projected AS (SELECT account_id AS owner, instrument_uuid AS unit, quantity AS amount
                  FROM upvest.positions)""",
 }
 DIFFERING = """
-SELECT count(*) FILTER (WHERE told.amount IS DISTINCT FROM held.amount) AS differing,
+SELECT count(*) FILTER (WHERE logged.amount IS DISTINCT FROM projected.amount) AS differing,
        count(*) AS compared
-FROM told FULL JOIN held USING (one, two)
+FROM logged FULL JOIN projected USING (owner, unit)
 """
 
 
 class Look(NamedTuple):
-    """What one look has found, for the next one to compare with."""
+    """The result of a check, with which the next check is compared."""
 
     at: float
     offsets: Mapping[Partition, Any]
@@ -193,17 +195,17 @@ class Look(NamedTuple):
 
 
 class Analyst:
-    """Looks all the time, in a thread of its own; what must not be is a failure of the journal.
+    """Checks continuously, in a thread of its own; it adds each failure to the journal.
 
     Args:
-        database: Where it looks.
-        journal: Where it complains.
+        database: The database that it checks.
+        journal: Where it reports failures.
     """
 
     def __init__(self, database: Database, journal: Journal) -> None:
         self.looks = 0
         self.put_off = 0
-        """Looks that somebody's lock or a server that is away has prevented."""
+        """Checks that a lock or an unavailable server has prevented."""
         self.audits = 0
         self.compared = 0
         """Sums and balances that the audits have compared."""
@@ -226,7 +228,7 @@ class Analyst:
 
     @contextmanager
     def announced(self, projector: str) -> Iterator[None]:
-        """While this lasts, the read model may begin anew."""
+        """Within the block, the read model may be emptied."""
         with self._lock:
             self._announced[projector] = self._announced.get(projector, 0) + 1
         try:
@@ -237,7 +239,7 @@ class Analyst:
                 self._ended[projector] = time.monotonic()
 
     def look(self) -> None:
-        """Look once, and complain about what cannot be."""
+        """Check once, and report what must not be."""
         before = self._last
         with self._snapshot() as db:
             looked = self._read(db)
@@ -261,7 +263,7 @@ class Analyst:
         self.audits += 1
 
     def breaks(self) -> int:
-        """How many balances are not the sum of their entries; 0 once everything told has come."""
+        """The number of balances that are not the sum of their entries; 0 at the end."""
         with self._snapshot() as db:
             return sum(
                 db.execute(f"SELECT count(*) FROM upvest.{view} WHERE is_break").fetchone()[0]
@@ -302,50 +304,57 @@ class Analyst:
         return Look(at, offsets, checkpoints, counts)
 
     def _complaints(self, db: Any, before: Look | None, now: Look) -> Iterator[str]:
-        for place, row in now.offsets.items():
-            known = before.offsets.get(place) if before else None
-            yield from self._about_partition(db, place, known, row)
-        for (projector, place), checkpoint in now.checkpoints.items():
-            end = now.offsets[place].next_offset
+        for partition, row in now.offsets.items():
+            known = before.offsets.get(partition) if before else None
+            yield from self._about_partition(db, partition, known, row)
+        for (projector, partition), checkpoint in now.checkpoints.items():
+            end = now.offsets[partition].next_offset
             if checkpoint > end:
-                yield f"{projector} stands at {checkpoint} of {place}, whose log ends at {end}"
+                yield f"{projector} is at {checkpoint} of {partition}, whose log ends at {end}"
             if projector in SEEN:
-                yield from self._unseen(db, projector, place, checkpoint)
+                yield from self._unseen(db, projector, partition, checkpoint)
         if before is None:
             return
-        for (projector, place), checkpoint in before.checkpoints.items():
-            fell = now.checkpoints.get((projector, place), -1) < checkpoint
+        for (projector, partition), checkpoint in before.checkpoints.items():
+            fell = now.checkpoints.get((projector, partition), -1) < checkpoint
             if fell and not self._is_excused(projector, before.at):
-                there = now.checkpoints.get((projector, place))
-                yield f"the checkpoint of {projector} in {place} fell from {checkpoint} to {there}"
+                now_at = now.checkpoints.get((projector, partition))
+                yield (
+                    f"the checkpoint of {projector} in {partition} fell from {checkpoint} "
+                    f"to {now_at}"
+                )
         for projector, count in before.counts.items():
             if now.counts[projector] < count and not self._is_excused(projector, before.at):
                 yield f"{projector} had {count} rows and has {now.counts[projector]}"
 
-    def _about_partition(self, db: Any, place: Partition, known: Any, row: Any) -> Iterator[str]:
+    def _about_partition(
+        self, db: Any, partition: Partition, known: Any, row: Any
+    ) -> Iterator[str]:
         begin = row.first_offset if known is None else known.next_offset
         if row.problem is not None:
-            yield f"{place} stands still: {row.problem}"
+            yield f"{partition} is halted: {row.problem}"
         if known is not None and row.epoch < known.epoch:
-            yield f"the epoch of {place} fell from {known.epoch} to {row.epoch}"
+            yield f"the epoch of {partition} fell from {known.epoch} to {row.epoch}"
         if row.next_offset < begin:
-            yield f"next_offset of {place} fell from {begin} to {row.next_offset}"
+            yield f"next_offset of {partition} fell from {begin} to {row.next_offset}"
             return
-        grown = db.execute(GROWN.encode(), [place.topic, place.number, begin]).fetchone()
+        grown = db.execute(GROWN.encode(), [partition.topic, partition.number, begin]).fetchone()
         expected = row.next_offset - begin
         found = (grown.records, grown.lowest, grown.highest)
         if found != ((expected, begin, row.next_offset - 1) if expected else (0, None, None)):
             yield (
-                f"{place} went from {begin} to {row.next_offset}, and the log holds "
+                f"{partition} went from {begin} to {row.next_offset}, and the log holds "
                 f"{grown.records} records from {grown.lowest} to {grown.highest} there"
             )
 
-    def _unseen(self, db: Any, projector: str, place: Partition, checkpoint: int) -> Iterator[str]:
+    def _unseen(
+        self, db: Any, projector: str, partition: Partition, checkpoint: int
+    ) -> Iterator[str]:
         wanted = SEEN[projector]
         query = UNSEEN.format(projector=projector, table=full(projector), key=wanted.key)
         span = {
-            "topic": place.topic,
-            "number": place.number,
+            "topic": partition.topic,
+            "number": partition.number,
             "first": checkpoint - LATEST_OFFSETS,
             "end": checkpoint,
             "type": wanted.type,
@@ -353,7 +362,7 @@ class Analyst:
         unseen = db.execute(query.encode(), span).fetchone()
         if unseen.events:
             yield (
-                f"{projector} stands at {checkpoint} of {place} without {unseen.events} events "
+                f"{projector} is at {checkpoint} of {partition} without {unseen.events} events "
                 f"below, the first at {unseen.lowest}"
             )
 

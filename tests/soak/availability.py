@@ -1,4 +1,4 @@
-"""How long the log stood still although records were waiting, as PostgreSQL shows it."""
+"""How long the log did not move although records were waiting, as PostgreSQL shows it."""
 
 import threading
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from tests.soak.journal import BACK_SECONDS_MAX, Journal
 
 SAMPLE_SECONDS = 0.2
 STILL_SECONDS_MIN = 1.0
-"""Shorter than this is the pace of batches, not an interruption."""
+"""A shorter time is the pace of batches, not an interruption."""
 SERVERS = ("PostgreSQL", "Kafka", "network")
-"""How the names of those faults begin."""
+"""The prefixes of the names of faults of servers."""
 NEXT_OFFSETS = b'SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets'
 
 
@@ -24,9 +24,9 @@ class Availability:
     answer, while Kafka had confirmed records that were not in the log.
 
     Args:
-        database: Where it looks.
-        ends: Where Kafka's partitions end, by the producer's delivery reports.
-        journal: Where it complains when nothing comes back.
+        database: The database that it samples.
+        ends: The ends of Kafka's partitions, by the producer's delivery reports.
+        journal: Where it reports that the log does not move again.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Availability:
         self.longest = 0.0
         self.longest_at = 0.0
         self.away = 0.0
-        """Of these seconds, those in which a server or the way to it was taken away."""
+        """Of these, the seconds in which a server or its network was made unavailable."""
         self.stretches = 0
         self.lag = 0
         self.logged = 0
@@ -59,14 +59,14 @@ class Availability:
         self._thread.join()
 
     def sample(self, stored: dict[Partition, int] | None) -> None:
-        """Take a look at the next offsets; None where there was no answer."""
+        """Evaluate the next offsets; None if PostgreSQL did not answer."""
         now, before = self._journal.now, self._sampled_at
         self._sampled_at = now
         moved = stored is not None and stored != self._stored
         self._stored = stored or self._stored
         self.logged = sum(self._stored.values())
         self.lag = sum(
-            max(0, end - self._stored.get(place, 0)) for place, end in self._ends().items()
+            max(0, end - self._stored.get(partition, 0)) for partition, end in self._ends().items()
         )
         if not moved and self.lag:
             if any(fault.startswith(SERVERS) for fault in self._journal.running):
@@ -96,7 +96,7 @@ class Availability:
             try:
                 db = db or self._database.connect()
                 rows = db.execute(NEXT_OFFSETS).fetchall()
-                stored = {Partition(topic, number): place for topic, number, place in rows}
+                stored = {Partition(topic, number): offset for topic, number, offset in rows}
             except psycopg.OperationalError:
                 db = None
             self.sample(stored)

@@ -1,8 +1,8 @@
-"""What is done to the world of a soak: lanes side by side, in each one fault after the other.
+"""The faults of a soak: parallel lanes, each with one fault after another.
 
 Everything is drawn from the seed, lane by lane: which faults, when, how long, on what. Faults of
-different lanes overlap as it comes. A storm lets the lanes loose; between storms the world must
-come back by itself.
+different lanes overlap at random. All lanes run during a storm; between storms the system must
+recover by itself.
 """
 
 import json
@@ -30,21 +30,21 @@ from tests.soak.world import Slot, World
 
 LOCK_ATTEMPTS_MAX = 10
 REBUILDS_MAX = 20
-"""How often a rebuild is called again whose server went away, or whose forerunner still dies."""
+"""Maximum attempts of a rebuild whose server was unavailable or whose predecessor still ends."""
 REBUILD_RETRY_SECONDS = 1.0
 STEP_SECONDS_MAX = 40.0
-"""How long a worker may take to come to its fail point; other faults may keep it from it."""
+"""Maximum time until a worker reaches its fail point; other faults may prevent it."""
 STEPS = ("after_poll", "after_begin", "after_fence", "mid_copy", "after_copy", "before_commit")
 MORE_STEPS = (
     *("after_commit_before_ack", "after_commit", "after_kafka_commit", "after_projection"),
     *("in_on_assign", "in_on_revoke"),
 )
 LOSS_SECONDS_MAX = 10.0
-"""How long a COMMIT that is to be lost is waited for; its worker may have nothing to commit."""
+"""Maximum wait for a COMMIT that is to be lost; its worker may have nothing to commit."""
 
 
 class Kind(NamedTuple):
-    """A kind of fault: how often it is drawn beside the others of its lane, and what it does."""
+    """A kind of fault: its weight within its lane, and its function."""
 
     name: str
     weight: int
@@ -52,13 +52,13 @@ class Kind(NamedTuple):
 
 
 class Lane:
-    """One fault after the other, in a thread of its own.
+    """One fault after another, in a thread of its own.
 
     Args:
-        name: What its chance is drawn by, with the seed.
+        name: Seeds the lane's random generator, with the seed.
         kinds: The faults it draws from.
-        rest: Shortest and longest time between two of them, in seconds.
-        slot: The worker that it is about, where it is about one.
+        rest: Minimum and maximum time between two faults, in seconds.
+        slot: The slot of the worker that the faults are for, if any.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Lane:
 
     @property
     def journal(self) -> Journal:
-        """Where everything is noted."""
+        """Where every fault is recorded."""
         return self.world.journal
 
     @property
     def slot(self) -> Slot:
-        """The worker's place."""
+        """The worker's slot."""
         assert self._slot is not None
         return self._slot
 
     def storm(self) -> None:
-        """Begin, or begin again."""
+        """Begin or resume the faults."""
         self._calm.clear()
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
@@ -109,7 +109,7 @@ class Lane:
             self._thread.join()
 
     def last(self, low: float, high: float) -> None:
-        """Let a fault last, for a time drawn between two numbers of seconds."""
+        """Let a fault last for a random time between two numbers of seconds."""
         self.journal.failed.wait(self.chance.uniform(low, high))
 
     def _run(self) -> None:
@@ -143,15 +143,15 @@ def _restart(lane: Lane) -> None:
 
 
 def _doze(lane: Lane) -> None:
-    _stand_still(lane, 0.2, 1.5)
+    _pause(lane, 0.2, 1.5)
 
 
 def _oversleep(lane: Lane) -> None:
-    # Past the session of either protocol; for half of them also past what PostgreSQL bears.
-    _stand_still(lane, 7, 15)
+    # Longer than the session of either protocol; half of them also longer than PostgreSQL allows.
+    _pause(lane, 7, 15)
 
 
-def _stand_still(lane: Lane, low: float, high: float) -> None:
+def _pause(lane: Lane, low: float, high: float) -> None:
     with lane.slot.turn:
         worker = lane.slot.worker
         assert worker is not None
@@ -166,7 +166,7 @@ def _stand_still(lane: Lane, low: float, high: float) -> None:
 
 
 def _freeze(lane: Lane) -> None:
-    """It stands still with a batch in hand, and wakes when somebody else has its partitions."""
+    """It is stopped during a batch, and resumes when another worker has its partitions."""
     with lane.slot.turn:
         worker = _armed(lane, lane.chance.choice(STEPS), "stop")
         try:
@@ -189,7 +189,7 @@ def _die_in_a_batch(lane: Lane) -> None:
 
 
 def _cut_in_a_batch(lane: Lane) -> None:
-    """Its own end of the connection goes in the middle of a batch; it must go on by itself."""
+    """Its own end of the connection is closed during a batch; it must continue by itself."""
     with lane.slot.turn:
         _armed(lane, lane.chance.choice(STEPS[1:]), "disconnect")
 
@@ -201,14 +201,14 @@ def _armed(lane: Lane, step: str, action: str) -> Worker:
 
 
 def _disarm(lane: Lane) -> None:
-    """It did not come there in time; it must not do so unseen."""
+    """The worker did not reach its fail point in time; it must not reach it later."""
     lane.slot.kill()
     lane.slot.start()
     raise MissedError
 
 
 def _visit(lane: Lane) -> None:
-    """A third worker comes and goes: two rebalances."""
+    """A third worker starts and stops: two rebalances."""
     with lane.slot.turn:
         lane.slot.start()
         lane.last(3, 12)
@@ -268,7 +268,7 @@ POSTGRES = [
 
 
 def _some_slot(lane: Lane) -> Slot:
-    slots = [one for one in lane.world.slots.values() if one.worker is not None]
+    slots = [slot for slot in lane.world.slots.values() if slot.worker is not None]
     if not slots:
         raise MissedError
     return lane.chance.choice(slots)
@@ -360,7 +360,7 @@ KAFKA = [
 
 def _truncate(lane: Lane) -> None:
     projector = _any_projector(lane)
-    table = lane.chance.choice([one.name for one in projector.tables])
+    table = lane.chance.choice([table.name for table in projector.tables])
     emptied = SQL(f"TRUNCATE {full(table)}")
     with lane.analyst.announced(projector.name):
 
@@ -369,7 +369,7 @@ def _truncate(lane: Lane) -> None:
                 db.execute("SET lock_timeout = '3s'")
                 db.execute(emptied)
 
-        _insist(truncate)
+        _retry_lock(truncate)
 
 
 def _rebuild(lane: Lane) -> None:
@@ -378,8 +378,8 @@ def _rebuild(lane: Lane) -> None:
 
 def _rebuild_killed(lane: Lane) -> None:
     projector = _any_projector(lane)
-    place = lane.chance.choice(["mid_rebuild", "mid_rebuild@2", "before_swap", "after_swap"])
-    dying = _rebuild_of(lane, projector, fail=f"{place}:kill")
+    failpoint = lane.chance.choice(["mid_rebuild", "mid_rebuild@2", "before_swap", "after_swap"])
+    dying = _rebuild_of(lane, projector, fail=f"{failpoint}:kill")
     code = dying.wait(seconds_max=BACK_SECONDS_MAX)
     lane.world.see_off(dying)
     if code not in (-signal.SIGKILL, 0, ExitCode.UNAVAILABLE):
@@ -390,7 +390,7 @@ def _rebuild_killed(lane: Lane) -> None:
 
 
 def _rebuild_to_the_end(lane: Lane, projector: Projector) -> None:
-    """Call it until it is done; it must find nothing to repair."""
+    """Repeat it until it is complete; it must find no difference."""
     for _ in range(REBUILDS_MAX):
         running = _rebuild_of(lane, projector)
         code = running.wait(seconds_max=BACK_SECONDS_MAX)
@@ -400,7 +400,7 @@ def _rebuild_to_the_end(lane: Lane, projector: Projector) -> None:
             if found["differing"] and not found["behind"]:
                 lane.journal.fail(f"a rebuild has found {found}")
             return
-        # Its server went away, or that of its forerunner works on, which nobody listens to.
+        # Its server was unavailable, or the session of its predecessor still runs.
         if code not in (ExitCode.UNAVAILABLE, ExitCode.FENCED):
             lane.journal.fail(f"a rebuild ended with {code}\n{running.tail()}")
             return
@@ -415,7 +415,7 @@ def _rebuild_of(lane: Lane, projector: Projector, *, fail: str | None = None) ->
 
 
 def _lock(lane: Lane) -> None:
-    table = lane.chance.choice([one.name for one in _any_projector(lane).tables])
+    table = lane.chance.choice([table.name for table in _any_projector(lane).tables])
     mode = lane.chance.choice(["ACCESS EXCLUSIVE", "SHARE ROW EXCLUSIVE", "SHARE"])
     lock = SQL(f"LOCK TABLE {full(table)} IN {mode} MODE")
 
@@ -425,12 +425,12 @@ def _lock(lane: Lane) -> None:
             db.execute(lock)
             lane.last(1, 6)
 
-    _insist(hold)
+    _retry_lock(hold)
 
 
 def _analyse_long(lane: Lane) -> None:
-    """A transaction that keeps its snapshot; what it sees must stay."""
-    table = lane.chance.choice([one.name for one in _any_projector(lane).tables])
+    """A transaction that keeps its snapshot; what it reads must not change."""
+    table = lane.chance.choice([table.name for table in _any_projector(lane).tables])
     count = SQL(
         "SELECT count(*), (SELECT count(*) FROM upvest.orders), "
         f"(SELECT sum(next_offset) FROM pipeline.consumer_offsets) FROM {full(table)}"
@@ -448,11 +448,11 @@ def _analyse_long(lane: Lane) -> None:
 
 
 def _any_projector(lane: Lane) -> Projector:
-    return lane.chance.choice(sorted(catalogue.load().models, key=lambda one: one.name))
+    return lane.chance.choice(sorted(catalogue.load().models, key=lambda model: model.name))
 
 
-def _insist(work: Callable[[], None]) -> None:
-    """Do something that waits for a lock, some times over."""
+def _retry_lock(work: Callable[[], None]) -> None:
+    """Do something that waits for a lock, a few times."""
     for _ in range(LOCK_ATTEMPTS_MAX):
         try:
             patiently(work, "PostgreSQL is there")
@@ -472,7 +472,7 @@ READ_MODELS = [
 
 
 def lanes(world: World, analyst: Analyst) -> list[Lane]:
-    """All of them, standing still."""
+    """All lanes, not yet started."""
     slots = world.slots
     made: list[tuple[str, list[Kind], tuple[float, float], Slot | None]] = [
         ("worker one", WORKER, (2, 14), slots["one"]),

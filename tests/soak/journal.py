@@ -14,21 +14,21 @@ import psycopg
 from tests import waiting
 
 BACK_SECONDS_MAX = 240.0
-"""Longest time that anything may take to come back by itself; the machine may be busy."""
+"""Maximum time until something recovers by itself; the machine may be busy."""
 FAILURES_MAX = 20
 
 T = TypeVar("T")
 
 
 class MissedError(Exception):
-    """A fault found nothing to hit, so it does not count."""
+    """A fault had no target, so it does not count."""
 
 
 class Journal:
     """Faults with their time and length, and every reason why the soak has failed.
 
     Args:
-        folder: Where ``faults.jsonl`` is written, one line a fault.
+        folder: Where ``faults.jsonl`` is written, one line per fault.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +54,7 @@ class Journal:
             return list(self._running.values())
 
     def fail(self, what: str) -> None:
-        """Note why the soak has failed; everything ends soon after the first reason."""
+        """Record why the soak has failed; everything ends soon after the first reason."""
         with self._lock:
             if len(self.failures) < FAILURES_MAX:
                 beside = ", ".join(self._running.values()) or "nothing"
@@ -86,11 +86,11 @@ class Journal:
 
 
 def patiently(work: Callable[[], T], what: str) -> T:
-    """Do something with PostgreSQL, again and again while it is away.
+    """Do something with PostgreSQL, again and again while it is unavailable.
 
     Raises:
-        AssertionError: It was away for too long.
-        LockNotAvailable: It is there, and somebody else holds the lock.
+        AssertionError: It was unavailable for too long.
+        LockNotAvailable: PostgreSQL is available, and another session holds the lock.
     """
     done: list[T] = []
 

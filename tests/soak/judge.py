@@ -1,4 +1,4 @@
-"""The judgement at the end: log against Kafka and the producer's ledger, tables against books."""
+"""The checks at the end: log against Kafka and the producer's ledger, tables against books."""
 
 import json
 from collections.abc import Iterator
@@ -36,14 +36,14 @@ class Judgement:
     Attributes:
         records: In the log and in Kafka alike.
         lost: Records that Kafka holds and the log does not.
-        double: Rows of the log that no record of Kafka stands for.
+        double: Rows of the log without a record of Kafka.
         changed: Rows that are not what Kafka holds, in value, key or headers.
-        never_sent: Records of Kafka that the producer has not sent there, or sent as others.
-        rows: Of all read models, as computed anew from the log.
-        differing: Of these and of the books, rows that the read models do not have, or others.
-        dead_letters: As many as chaos has made.
-        repeats: As many as chaos has made.
-        failures: Each in words; nothing else decides.
+        never_sent: Records of Kafka that the producer has not sent there, or sent differently.
+        rows: Of all read models, as recomputed from the log.
+        differing: Rows in which the read models differ from these and from the books.
+        dead_letters: Must be as many as chaos has made.
+        repeats: Must be as many as chaos has made.
+        failures: Each as text; only these decide the result.
     """
 
     records: int = 0
@@ -77,52 +77,54 @@ def judge(bench: Bench, feed: Feed, ledger: LeanLedger) -> Judgement:
 
 def _judge_log(bench: Bench, ledger: LeanLedger, done: Judgement) -> None:
     for number in range(bench.partitions):
-        place = Partition(bench.topic, number)
-        for difference in compare(bench, ledger, place, done):
+        partition = Partition(bench.topic, number)
+        for difference in compare(bench, ledger, partition, done):
             if len(done.failures) < SHOWN_MAX:
                 done.failures.append(difference)
     done.found("lost", done.lost)
     done.found("double", done.double)
     done.found("changed", done.changed)
-    done.found("in Kafka, and never sent so", done.never_sent)
+    done.found("in Kafka, and never sent like this", done.never_sent)
     done.found("sent, and not in Kafka", ledger.unclaimed)
     known, sent = done.records + done.lost, len(ledger)
     if known != sent:
         done.failures.append(f"{sent} records were sent, and Kafka holds {known}")
 
 
-def compare(bench: Bench, ledger: LeanLedger, place: Partition, done: Judgement) -> Iterator[str]:
-    """Kafka and log side by side, offset by offset; what differs, counted and in words."""
+def compare(
+    bench: Bench, ledger: LeanLedger, partition: Partition, done: Judgement
+) -> Iterator[str]:
+    """Compare Kafka and the log, offset by offset; counts each difference and yields its text."""
     with bench.database.connect(autocommit=False) as db, db.cursor("logged") as cursor:
-        cursor.execute(LOGGED.encode(), [place.topic, place.number])
+        cursor.execute(LOGGED.encode(), [partition.topic, partition.number])
         rows = iter(cursor)
         row = next(rows, None)
         end = 0
-        for held in read_partition(bench.kafka.bootstrap_servers, place):
+        for held in read_partition(bench.kafka.bootstrap_servers, partition):
             end = held.offset + 1
-            if not ledger.claim(place, held):
+            if not ledger.claim(partition, held):
                 done.never_sent += 1
-                yield f"{place}: offset {held.offset} of Kafka is not what was sent there"
+                yield f"{partition}: offset {held.offset} of Kafka is not what was sent there"
             while row is not None and row[0] < held.offset:
                 done.double += 1
-                yield f"{place}: offset {row[0]} is in the log only"
+                yield f"{partition}: offset {row[0]} is in the log only"
                 row = next(rows, None)
             if row is None or row[0] > held.offset:
                 done.lost += 1
-                yield f"{place}: offset {held.offset} is not in the log"
+                yield f"{partition}: offset {held.offset} is not in the log"
                 continue
             done.records += 1
             if wrong := _changed(held, row):
                 done.changed += 1
-                yield f"{place}: offset {held.offset} has {wrong}"
+                yield f"{partition}: offset {held.offset} has {wrong}"
             row = next(rows, None)
         while row is not None:
             done.double += 1
-            yield f"{place}: offset {row[0]} is in the log only"
+            yield f"{partition}: offset {row[0]} is in the log only"
             row = next(rows, None)
-    stored = bench.next_offsets().get(place)
+    stored = bench.next_offsets().get(partition)
     if stored != end:
-        yield f"{place}: next offset is {stored}, Kafka ends at {end}"
+        yield f"{partition}: next offset is {stored}, Kafka ends at {end}"
 
 
 def _changed(held: Held, row: Any) -> str | None:
@@ -144,10 +146,10 @@ def _judge_read_models(bench: Bench, feed: Feed, done: Judgement) -> None:
     if replayed.returncode not in (0, 1):
         done.failures.append(f"rebuild --check ended with {replayed.returncode}: {replayed.stderr}")
         return
-    for one in json.loads(replayed.stdout):
-        done.rows += one["rows"]
-        done.differing += one["differing"]
-        done.found(f"rows of {one['projector']} that its rebuild has not so", one["differing"])
+    for model in json.loads(replayed.stdout):
+        done.rows += model["rows"]
+        done.differing += model["differing"]
+        done.found(f"rows of {model['projector']} that differ from its rebuild", model["differing"])
 
 
 def _judge_oddities(bench: Bench, feed: Feed, done: Judgement) -> None:
@@ -156,18 +158,20 @@ def _judge_oddities(bench: Bench, feed: Feed, done: Judgement) -> None:
         [[done.repeats]] = db.execute(REPEATS)
     spoilt = {UUID(event) for event, _type in feed.report.bad_amounts}
     done.dead_letters = len(dead)
-    done.found("dead letters that chaos has not made, or the other way round", len(dead ^ spoilt))
+    done.found("dead letters that chaos has not made, or that are missing", len(dead ^ spoilt))
     made = feed.report.counts["repeat"]
     done.found(f"repeats that were not recognized, of {made}", abs(made - done.repeats))
 
 
 def _judge_order(bench: Bench, done: Judgement) -> None:
-    """One writer an ownership, and nothing stays behind."""
-    done.failures += islice(bench.trespasses(), SHOWN_MAX)
+    """Each ownership has one writer, and nothing is left over."""
+    done.failures += islice(bench.ownership_violations(), SHOWN_MAX)
     try:
         bench.judge_leftovers()
     except AssertionError as left:
         done.failures.append(str(left))
     with bench.database.connect() as db:
         done.failures += [f"table {name} of a rebuild is left" for (name,) in db.execute(SHADOWS)]
-        done.failures += [f"session {pid} of {who} is {so}" for pid, who, so in db.execute(OPEN)]
+        done.failures += [
+            f"session {pid} of {name} is {state}" for pid, name, state in db.execute(OPEN)
+        ]

@@ -1,4 +1,4 @@
-"""A soak from its beginning to its report: storms of faults, the calm after each, the judgement."""
+"""A soak from its beginning to its report: storms of faults, a calm after each, then the checks."""
 
 import logging
 import resource
@@ -23,16 +23,16 @@ from tests.soak.world import PER_SECOND, World
 STORM_SECONDS = 60.0
 TELL_SECONDS = 10.0
 AUDIT_SHARE_MAX = 0.1
-"""At most this share of the time goes into audits, which read the whole log."""
+"""Maximum share of the time for audits, which read the whole log."""
 
 
 @dataclass
 class Report:
-    """What a soak has come to.
+    """The result of a soak.
 
     Attributes:
-        back: Longest time from the end of a storm until everything was logged and projected.
-        cores: CPU that all processes of the soak have used, over its time.
+        back: Maximum time from the end of a storm until everything was logged and projected.
+        cores: CPU that all processes of the soak have used, divided by its duration.
     """
 
     seed: int
@@ -60,7 +60,7 @@ class Report:
 
     @property
     def has_passed(self) -> bool:
-        """Whether nothing was found at all."""
+        """Whether there is no failure."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Report:
         lines = [
             ("seed", f"{self.seed}, group protocol {self.protocol}, keyed by {self.keying}"),
             ("minutes", f"{self.seconds / 60:.1f}, {self.storms} storms"),
-            ("events", f"{self.events:,} at {PER_SECOND} a second"),
+            ("events", f"{self.events:,} at {PER_SECOND} per second"),
             ("log", f"{done.records:,} records as Kafka holds them and the producer sent them"),
             ("lost", f"{done.lost:,}"),
             ("double", f"{done.double:,}"),
@@ -83,11 +83,11 @@ class Report:
                 "unavailable",
                 f"{self.unavailable:.1f} s in {self.stretches} stretches of 1 s or more",
             ),
-            ("", f"{self.away:.1f} s of it while a server was kept away or came back"),
+            ("", f"{self.away:.1f} s of it while a server was kept unavailable or restarted"),
             ("", f"the longest {self.longest:.1f} s, at {self.longest_at:.0f} s"),
             ("back after storm", f"within {self.back:.1f} s"),
             ("CPU", f"{self.cores:.2f} cores, servers and workers and all"),
-            ("faults", f"{self.faults.total()}, {self.missed} more found nothing to hit"),
+            ("faults", f"{self.faults.total()}, {self.missed} more had no target"),
         ]
         lines += [
             (f"{count:>8}", f"{kind}, {self.fault_seconds[kind]:.0f} s in all")
@@ -99,11 +99,11 @@ class Report:
 
 
 def soak(seed: int, minutes: float, folder: Path, *, keying: Keying | None = None) -> Report:
-    """Run everything at once under faults drawn from the seed, and judge what is left.
+    """Run everything at once under faults drawn from the seed, and check the result.
 
     Args:
         seed: Of the producer's events, the faults, the group's protocol and the topic's keying.
-        minutes: How long records and faults come; start and judgement take another one or two.
+        minutes: Duration of records and faults; start and checks take one or two minutes more.
         folder: For the logs of the workers and the list of faults.
         keying: By what the records are partitioned; drawn from the seed if None.
     """
@@ -113,7 +113,7 @@ def soak(seed: int, minutes: float, folder: Path, *, keying: Keying | None = Non
     with _library_log(folder / "producer.log"), World.made(seed, journal, folder, keying) as world:
         report.protocol, report.keying = world.protocol, world.keying
         journal.began = time.monotonic()
-        _say(
+        _print_progress(
             journal,
             f"seed {seed}, group protocol {world.protocol}, keyed by {world.keying}, "
             f"{minutes:g} minutes",
@@ -128,7 +128,7 @@ def soak(seed: int, minutes: float, folder: Path, *, keying: Keying | None = Non
             except Exception as failure:  # noqa: BLE001 - whatever it is, it is in the report
                 journal.fail(f"{type(failure).__name__}: {failure}")
         _take_down(report, journal, availability, analyst)
-        _say(journal, "judging")
+        _print_progress(journal, "judging")
         _judge(world, report)
     report.failures += [*journal.failures, *report.judgement.failures]
     report.cores = (_cpu_seconds() - used) / journal.now
@@ -140,7 +140,7 @@ def _storms(
 ) -> None:
     journal, all_lanes = world.journal, lanes(world, analyst)
     audited = 0.0
-    with world.feed, _Teller(world, availability):
+    with world.feed, _ProgressPrinter(world, availability):
         while journal.now < seconds and not journal.failed.is_set():
             _storm(all_lanes, min(STORM_SECONDS, seconds - journal.now), journal)
             report.storms += 1
@@ -165,7 +165,7 @@ def _storm(all_lanes: list[Lane], seconds: float, journal: Journal) -> None:
 
 
 def _drain(world: World, analyst: Analyst) -> None:
-    """Everything told has come: now every balance is the sum of its entries."""
+    """All events have arrived: now every balance must be the sum of its entries."""
     try:
         world.wait_until_caught_up()
         analyst.audit()
@@ -175,7 +175,7 @@ def _drain(world: World, analyst: Analyst) -> None:
         for slot in world.slots.values():
             if slot.worker is not None:
                 slot.stop()
-            # The worker is gone: what stands still is the proxy's, on whose side a cut client hung.
+            # The worker has ended: open sessions are those of the proxy, whose client was cut off.
             slot.proxy.cut()
 
 
@@ -196,11 +196,11 @@ def _judge(world: World, report: Report) -> None:
     try:
         report.judgement = judging.judge(world.bench, world.feed, world.ledger)
     except Exception as failure:  # noqa: BLE001 - whatever it is, it is in the report
-        report.failures.append(f"could not judge: {type(failure).__name__}: {failure}")
+        report.failures.append(f"could not check the result: {type(failure).__name__}: {failure}")
 
 
-class _Teller:
-    """Says every ten seconds how it goes, and looks whether somebody has ended unasked."""
+class _ProgressPrinter:
+    """Prints progress every ten seconds, and checks whether a process has ended unexpectedly."""
 
     def __init__(self, world: World, availability: Availability) -> None:
         self._world = world
@@ -208,7 +208,7 @@ class _Teller:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="teller", daemon=True)
 
-    def __enter__(self) -> "_Teller":
+    def __enter__(self) -> "_ProgressPrinter":
         self._thread.start()
         return self
 
@@ -221,7 +221,7 @@ class _Teller:
             self._world.look()
             journal, seen = self._world.journal, self._availability
             now = ", ".join(journal.running) or "calm"
-            _say(
+            _print_progress(
                 journal,
                 f"{seen.logged:,} records, lag {seen.lag:,}, {journal.counts.total()} faults, "
                 f"unavailable {seen.seconds:.1f} s; now: {now}",
@@ -230,7 +230,7 @@ class _Teller:
 
 @contextmanager
 def _library_log(path: Path) -> Iterator[None]:
-    """Have the producer's client write to a file: it tells whenever Kafka is away."""
+    """Let the producer's client log to a file: it logs every outage of Kafka."""
     logger, handler = logging.getLogger("librdkafka"), logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     before = logger.propagate
@@ -244,7 +244,7 @@ def _library_log(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _say(journal: Journal, what: str) -> None:
+def _print_progress(journal: Journal, what: str) -> None:
     print(f"{journal.now:7.0f} s  {what}", file=sys.stderr, flush=True)
 
 

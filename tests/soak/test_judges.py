@@ -1,4 +1,4 @@
-"""Those who judge a soak see the harm: each thing that must not be is done once, and is seen."""
+"""The checks of a soak detect every failure: each is caused once, and must be detected."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def journal(tmp_path: Path) -> Journal:
 
 @pytest.fixture
 def analyst(given: Given, journal: Journal) -> Analyst:
-    """One who has looked before, and found nothing."""
+    """An analyst that has checked before, and found nothing."""
     made = Analyst(given.database, journal)
     made.look()
     made.audit()
@@ -47,7 +47,7 @@ def analyst(given: Given, journal: Journal) -> Analyst:
 HARM = {
     "UPDATE pipeline.consumer_offsets SET next_offset = next_offset - 1": "next_offset of",
     "UPDATE pipeline.consumer_offsets SET epoch = epoch - 1": "the epoch of",
-    "UPDATE pipeline.consumer_offsets SET problem = 'a gap'": "stands still: a gap",
+    "UPDATE pipeline.consumer_offsets SET problem = 'a gap'": "is halted: a gap",
     "UPDATE pipeline.consumer_offsets SET next_offset = next_offset + 1": "holds 0 records",
     'INSERT INTO pipeline.events (topic, "partition", "offset") '
     'SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets': "holds 1 records",
@@ -59,13 +59,13 @@ HARM = {
     ),
     "UPDATE pipeline.projection_checkpoints SET next_offset = 575": "whose log ends at 574",
     "DELETE FROM upvest.instruments WHERE true": "instruments had",
-    "DELETE FROM upvest.orders WHERE " + SPOT.format("upvest.orders"): "orders stands at 574",
-    "DELETE FROM upvest.positions WHERE " + SPOT.format("upvest.positions"): "positions stands at",
+    "DELETE FROM upvest.orders WHERE " + SPOT.format("upvest.orders"): "orders is at 574",
+    "DELETE FROM upvest.positions WHERE " + SPOT.format("upvest.positions"): "positions is at",
 }
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_the_analyst_sees_at_the_next_look(given, journal, analyst, harm: str):
+def test_a_single_damage_is_detected_by_the_next_check(given, journal, analyst, harm: str):
     given.execute(harm)
 
     analyst.look()
@@ -73,17 +73,17 @@ def test_the_analyst_sees_at_the_next_look(given, journal, analyst, harm: str):
     assert any(HARM[harm] in failure for failure in journal.failures), journal.failures
 
 
-def test_the_analyst_sees_a_checkpoint_that_moved_without_its_rows(given, journal, analyst):
+def test_a_checkpoint_that_moved_without_its_rows_is_detected(given, journal, analyst):
     given([order_event("NEW", at="10:00:00", order="another one")])
     given.execute("UPDATE pipeline.projection_checkpoints SET next_offset = 575")
 
     analyst.look()
 
     [failure] = journal.failures
-    assert "orders stands at 575 of Notifications[0] without 1 events below" in failure
+    assert "orders is at 575 of Notifications[0] without 1 events below" in failure
 
 
-def test_an_announced_truncation_is_no_harm_and_an_unannounced_one_is(given, journal, analyst):
+def test_only_an_unannounced_truncation_is_a_failure(given, journal, analyst):
     with analyst.announced("orders"):
         given.execute("TRUNCATE upvest.orders")
     analyst.look()
@@ -109,9 +109,7 @@ MONEY = {
 
 
 @pytest.mark.parametrize("harm", MONEY)
-def test_the_analyst_sees_money_and_units_that_are_not_what_the_log_says(
-    given, journal, analyst, harm: str
-):
+def test_amounts_that_differ_from_the_log_are_detected(given, journal, analyst, harm: str):
     table = next(word for word in harm.split() if word.startswith("upvest"))
     given.execute(harm + SPOT.format(table))
 
@@ -126,25 +124,25 @@ def test_the_analyst_sees_money_and_units_that_are_not_what_the_log_says(
 
 
 def test_time_counts_as_unavailable_while_records_wait_and_nothing_moves(database, journal):
-    place = Partition("Notifications", 0)
-    ends = {place: 10}
+    partition = Partition("Notifications", 0)
+    ends = {partition: 10}
     seen = Availability(database, lambda: ends, journal)
 
     def sample_after(seconds: float, stored: int | None) -> None:
         journal.began -= seconds
-        seen.sample(None if stored is None else {place: stored})
+        seen.sample(None if stored is None else {partition: stored})
 
     sample_after(0, 10)
     sample_after(50, 10)
     assert seen.seconds == 0, "nothing waits"
-    ends[place] = 20
+    ends[partition] = 20
     sample_after(3, 10)
     sample_after(4, None)
     sample_after(1, 15)
     assert seen.seconds == pytest.approx(8, abs=0.5)
     sample_after(0.5, 15)
     sample_after(0.1, 20)
-    assert (seen.stretches, seen.lag) == (1, 0), "shorter than a second is the pace of batches"
+    assert (seen.stretches, seen.lag) == (1, 0), "a time below a second is the pace of batches"
     sample_after(0, 19)
     sample_after(1000, 19)
     sample_after(1, 19)
@@ -186,19 +184,21 @@ DAMAGE = {
 }
 
 
-def test_each_record_that_is_lost_double_or_changed_is_counted(soaked):
+def test_each_lost_doubled_or_changed_record_is_counted(soaked):
     bench, _, ledger = soaked
-    places = [Partition(bench.topic, number) for number in range(PARTITIONS)]
+    partitions = [Partition(bench.topic, number) for number in range(PARTITIONS)]
 
     for damage, expected in DAMAGE.items():
         done = Judgement()
         with bench.database.connect() as db:
-            # Past the triggers that refuse it; and a copy to put all of it right again.
+            # Without the triggers that refuse it; the copy restores everything.
             db.execute("SET session_replication_role = replica")
             db.execute("CREATE TEMP TABLE kept AS SELECT * FROM pipeline.events")
             if damage:
                 db.execute(damage.encode())
-            said = [line for place in places for line in compare(bench, ledger, place, done)]
+            differences = [
+                line for partition in partitions for line in compare(bench, ledger, partition, done)
+            ]
             db.execute("DELETE FROM pipeline.events")
             db.execute("INSERT INTO pipeline.events SELECT * FROM kept")
 
@@ -207,10 +207,10 @@ def test_each_record_that_is_lost_double_or_changed_is_counted(soaked):
             assert done.changed > 10
         else:
             assert found == expected, damage
-        assert bool(said) == bool(damage)
+        assert bool(differences) == bool(damage)
 
 
-def test_the_judge_finds_nothing_where_nothing_is_and_each_kind_of_harm(soaked):
+def test_the_judge_accepts_an_intact_result_and_detects_each_kind_of_damage(soaked):
     bench, feed, ledger = soaked
     whole = judge(bench, feed, ledger)
     assert whole.failures == []
@@ -229,17 +229,17 @@ def test_the_judge_finds_nothing_where_nothing_is_and_each_kind_of_harm(soaked):
 
     assert harmed.differing > 0
     assert harmed.differing_from_books == 1
-    said = "\n".join(harmed.failures)
+    differences = "\n".join(harmed.failures)
     for word in ("rows of orders", "dead letters", "repeats", "left_over", "next offset is"):
-        assert word in said, word
+        assert word in differences, word
 
 
-def test_a_record_of_kafka_that_was_never_sent_so_is_not_taken_for_one_that_was():
-    ledger, place = LeanLedger(), Partition("Notifications", 0)
+def test_a_record_that_was_sent_differently_does_not_match():
+    ledger, partition = LeanLedger(), Partition("Notifications", 0)
     sent = Held(2, b"{}", b"key", (("name", b"value"),))
     ledger._add("Notifications", 0, 2, sent.value, sent.key, sent.headers)
 
-    assert ledger.claim(place, sent)
-    assert not ledger.claim(place, sent._replace(value=b"[]"))
-    assert not ledger.claim(place, sent._replace(headers=()))
-    assert not ledger.claim(place, sent._replace(offset=1)), "nothing was sent there"
+    assert ledger.claim(partition, sent)
+    assert not ledger.claim(partition, sent._replace(value=b"[]"))
+    assert not ledger.claim(partition, sent._replace(headers=()))
+    assert not ledger.claim(partition, sent._replace(offset=1)), "nothing was sent there"

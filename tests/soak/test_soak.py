@@ -15,11 +15,11 @@ SEED = "PIPELINE_SOAK_SEED"
 @pytest.mark.postgres
 @pytest.mark.faults
 @pytest.mark.timeout(MINUTES * 60 + 600)
-def test_everything_at_once_under_random_faults_loses_and_doubles_nothing(tmp_path):
+def test_no_record_is_lost_or_doubled_under_random_faults(tmp_path):
     seed = int(os.environ.get(SEED) or random.randrange(10**6))
 
     report = soak(seed, MINUTES, tmp_path)
 
     print(report)
     assert report.has_passed
-    assert min(report.faults.total(), report.looks) > 3 * MINUTES, "it has proven little"
+    assert min(report.faults.total(), report.looks) > 3 * MINUTES, "the soak has tested too little"

@@ -1,4 +1,4 @@
-"""The world of a soak: servers of its own, workers that come and go, a producer that goes on."""
+"""The system of a soak: its own servers, workers that start and stop, a permanent producer."""
 
 import random
 import signal
@@ -32,10 +32,10 @@ SLOTS = ("one", "two", "guest")
 
 SETTINGS = {
     "batch_rows": "200",
-    # Shorter than a worker may be paused, longer than a busy machine lets one wait for its turn.
+    # Shorter than the pause of a worker, longer than a busy machine delays a worker.
     "idle_in_transaction_timeout_ms": "6000",
 }
-# So long a Kafka that was killed may wait for members that died meanwhile: 5 minutes by default.
+# Maximum time that a restarted Kafka waits for dead members: 5 minutes by default.
 CLASSIC = f"{QUICK_TO_NOTICE},max.poll.interval.ms=120000"
 PROTOCOLS: dict[str, dict[str, str]] = {
     "cooperative": {"kafka_options": CLASSIC},
@@ -45,9 +45,9 @@ PROTOCOLS: dict[str, dict[str, str]] = {
 
 
 class Slot:
-    """A place where one worker at a time runs, with a proxy between it and PostgreSQL.
+    """Runs one worker at a time, with a proxy between it and PostgreSQL.
 
-    Whoever does something to the worker holds ``turn`` meanwhile.
+    A thread that does something to the worker holds ``turn``.
     """
 
     def __init__(self, world: "World", name: str, proxy: Proxy, *, is_static: bool) -> None:
@@ -59,7 +59,7 @@ class Slot:
         self._is_static = is_static
 
     def start(self, *, fail: str | None = None) -> Worker:
-        """Start a worker here; it may find its servers away. ``fail`` arms a fail point."""
+        """Start a worker; its servers may be unavailable. ``fail`` arms a fail point."""
         assert self.worker is None, f"{self.name} has a worker"
         settings = {**SETTINGS, **PROTOCOLS[self._world.protocol]}
         if self._is_static:
@@ -68,7 +68,7 @@ class Slot:
         return self.worker
 
     def kill(self) -> None:
-        """SIGKILL the worker, wherever it stands; a fail point may have done it already."""
+        """SIGKILL the worker at any step; a fail point may have done it already."""
         worker = self.worker
         assert worker is not None
         if worker.exit_code not in (None, -signal.SIGKILL):
@@ -82,7 +82,7 @@ class Slot:
         """SIGTERM the worker as soon as it has started; it must end with 0."""
         worker = self.worker
         assert worker is not None
-        worker.wait_until_said("started", seconds_max=BACK_SECONDS_MAX)
+        worker.wait_for_log("started", seconds_max=BACK_SECONDS_MAX)
         if worker.exit_code is not None:
             self.look()
             return
@@ -93,7 +93,7 @@ class Slot:
         self._world.see_off(worker)
 
     def look(self) -> None:
-        """A worker ends only when it is told to."""
+        """Report a worker that has ended without a signal."""
         worker = self.worker
         if worker is not None and worker.exit_code is not None:
             self.worker = None
@@ -101,7 +101,7 @@ class Slot:
 
 
 class World:
-    """Everything that a soak runs, and what it knows of it.
+    """Everything that a soak runs.
 
     Attributes:
         protocol: How the workers' group divides the partitions, drawn from the seed.
@@ -124,7 +124,7 @@ class World:
         self.postgres = postgres
         self.kafka = kafka
         self.protocol = chance.choice(sorted(PROTOCOLS))
-        # Of its own chance, so that the seeds of before give the same faults.
+        # With a random generator of its own, so that older seeds give the same faults.
         self.keying = keying or random.Random(f"{seed} keying").choice(list(Keying))
         self.bench = Bench(kafka, database, TOPIC, PARTITIONS, folder)
         self.ledger = LeanLedger()
@@ -139,7 +139,7 @@ class World:
         )
         self.slots: dict[str, Slot] = {}
         self._chance = chance
-        # The kernel ends a worker with the thread that has started it, so that one must last.
+        # The kernel ends a worker with the thread that started it, so this thread must stay alive.
         self._starter = ThreadPoolExecutor(1, "starter")
 
     @classmethod
@@ -149,7 +149,7 @@ class World:
     ) -> Iterator["World"]:
         """Servers, topic, database, proxies and two workers, for the length of the block."""
         with ExitStack() as kept:
-            # Everything that makes a commit last is at its default, for it is crashed.
+            # The settings of durability are at their defaults, because the server is crashed.
             postgres = kept.enter_context(PostgresServer())
             kafka = kept.enter_context(KafkaServer())
             kafka.create_topic(TOPIC, PARTITIONS)
@@ -166,13 +166,13 @@ class World:
             yield world
 
     def _end(self) -> None:
-        """Have the servers up, so that the rest can be put away in order."""
+        """Start the servers, so that everything else can be removed."""
         self.postgres.start()
         self.bench.close()
         self._starter.shutdown()
 
     def start(self, *command: str, **options: Any) -> Worker:
-        """Start a process of the program, also while PostgreSQL is away; see ``Bench.worker``."""
+        """Start a process of the program, also during an outage; see ``Bench.worker``."""
 
         def start() -> Worker:
             self._stock_roles()
@@ -190,14 +190,14 @@ class World:
                 return
 
     def see_off(self, worker: Worker) -> None:
-        """Forget a worker that has ended, with all that it had started."""
+        """Remove a worker that has ended, with all that it had started."""
         waiting.until(lambda: worker.is_gone, f"worker {worker.pid} left nothing", seconds_max=10)
         self.bench.workers.remove(worker)
 
     def look(self) -> None:
-        """Nobody has ended unasked."""
+        """Report every process that has ended unexpectedly."""
         for slot in self.slots.values():
-            # Whoever has the turn looks by itself.
+            # The thread that holds the turn checks the worker itself.
             if slot.turn.acquire(blocking=False):
                 try:
                     slot.look()
@@ -207,14 +207,14 @@ class World:
             self.journal.fail(f"the producer ended: {self.feed.failure!r}")
 
     def ends(self) -> dict[Partition, int]:
-        """Where Kafka's partitions end, as far as the producer has been told."""
+        """The ends of Kafka's partitions, by the delivery reports so far."""
         return dict(self.ledger.ends)
 
     def wait_until_caught_up(self) -> None:
-        """Wait until log and read models have all that Kafka has confirmed by now.
+        """Wait until log and read models have all that Kafka has confirmed so far.
 
         Raises:
-            AssertionError: That took too long.
+            AssertionError: It took too long.
         """
         ends = self.ends()
 
@@ -225,10 +225,12 @@ class World:
             with suppress(psycopg.OperationalError):
                 stored = self.bench.next_offsets()
                 seen = self.bench.checkpoints()
-                return all(stored.get(place, 0) >= end for place, end in ends.items()) and all(
-                    seen.get((one.name, place), 0) >= end
-                    for one in catalogue.load().models
-                    for place, end in ends.items()
+                return all(
+                    stored.get(partition, 0) >= end for partition, end in ends.items()
+                ) and all(
+                    seen.get((model.name, partition), 0) >= end
+                    for model in catalogue.load().models
+                    for partition, end in ends.items()
                 )
             return False
 

@@ -26,8 +26,8 @@ from pipeline.ingest import RepeatWindow
 from pipeline.kafka import Brokers, Watermarks
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.copying import encode
-from pipeline.log.offsets import LoggedPartition, logged_partitions
 from pipeline.log.origin import KafkaPartition, last_record, why_other_topic
+from pipeline.log.ranges import LoggedPartition, logged_partitions
 from pipeline.log.search import count, recent
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints

@@ -19,9 +19,9 @@ from pipeline.catalogue import Catalogue
 from pipeline.db import open_engine, transaction, translated
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.log import append as writing
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
+from pipeline.log.claims import Owner
 from pipeline.log.copying import encode
-from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
@@ -179,7 +179,7 @@ class Log:
 
     def _claim(self, db: Any, place: Partition) -> None:
         offsets.begin(db, place, NextOffset(0))
-        claim = offsets.claim(db, place, Owner(group="tests", member="tests"))
+        claim = claims.claim(db, place, Owner(group="tests", member="tests"))
         make_segment(db, place.topic, claim.next_offset, SEGMENT)
         self._held[place] = claim.epoch
         self._next[place] = claim.next_offset

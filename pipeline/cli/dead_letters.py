@@ -92,7 +92,7 @@ def show(
     $ pipeline dead-letters show Notifications:3:1204 --payload
     """
     from pipeline.db import transaction
-    from pipeline.log.search import Wanted, newest
+    from pipeline.log.search import EventFilter, newest
 
     at = parse_coordinates(coordinates)
     if at.offsets is None or at.offsets.span != 1:
@@ -104,7 +104,7 @@ def show(
             raise typer.Exit(ExitCode.FOUND)
         with transaction(engine) as db:
             # The event is missing if its segment was detached.
-            wanted = replace(Wanted(), **at._asdict())
+            wanted = replace(EventFilter(), **at._asdict())
             event = next(iter(newest(db, wanted, limit=1, with_content=payload)), None)
     if as_json:
         document = event and document_of(event, with_content=payload)

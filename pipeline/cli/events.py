@@ -20,7 +20,7 @@ from pipeline.printable import printable
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from pipeline.log.search import Found, Wanted
+    from pipeline.log.search import EventFilter, FoundEvent
     from pipeline.partitions import NextOffset, Partition
 
 FOLLOW_S = 0.5
@@ -104,13 +104,13 @@ def events(
     $ pipeline events --follow --json
     """
     from pipeline.db import transaction
-    from pipeline.log.search import Wanted, newest
+    from pipeline.log.search import EventFilter, newest
 
     settings = settings_of(ctx)
     has_index = identity is not None or (at is not None and at.offsets is not None)
     if since is None and (event_type or bad) and not has_index and not following:
         since = datetime.now(UTC) - LOOK_BACK
-    wanted = Wanted(
+    wanted = EventFilter(
         identity=identity,
         event_type=event_type,
         since=since,
@@ -137,11 +137,11 @@ def events(
 
 
 def _follow(
-    engine: "Engine", wanted: "Wanted", *, with_content: bool, limit: int | None
-) -> "Iterator[Found]":
+    engine: "Engine", wanted: "EventFilter", *, with_content: bool, limit: int | None
+) -> "Iterator[FoundEvent]":
     """New events from now on, or from ``since`` on; at most ``limit``."""
     from pipeline.db import transaction
-    from pipeline.log.offsets import ranges
+    from pipeline.log.ranges import ranges
     from pipeline.log.search import first_since, follow
 
     with transaction(engine) as db:
@@ -167,7 +167,7 @@ def _follow(
 # ---------------------------------------------------------------------------------------- printing
 
 
-def print_event(found: "Found", *, with_content: bool) -> None:
+def print_event(found: "FoundEvent", *, with_content: bool) -> None:
     """One line for people; the content on the next."""
     when = found.created_at or found.kafka_timestamp or found.ingested_at
     notes = []
@@ -186,18 +186,18 @@ def print_event(found: "Found", *, with_content: bool) -> None:
         typer.echo(printable(f"    {_content(found)}"))
 
 
-def _content(found: "Found") -> str:
+def _content(found: "FoundEvent") -> str:
     if found.payload is not None:
         return found.payload
     return "tombstone" if found.raw is None else repr(found.raw)
 
 
-def emit_event(found: "Found", *, with_content: bool) -> None:
+def emit_event(found: "FoundEvent", *, with_content: bool) -> None:
     """One JSON document per line."""
     emit(document_of(found, with_content=with_content))
 
 
-def document_of(found: "Found", *, with_content: bool) -> dict[str, object]:
+def document_of(found: "FoundEvent", *, with_content: bool) -> dict[str, object]:
     """An event for programs; the content, which may contain personal data, only on request."""
     import orjson
 

@@ -75,7 +75,7 @@ def accept(
     """
     from pipeline.db import transaction
     from pipeline.log.gaps import accept_gap
-    from pipeline.log.offsets import ranges
+    from pipeline.log.ranges import ranges
 
     wanted = parse_partitions(partitions)
     with migrated_database_of(settings_of(ctx), "gaps") as engine, transaction(engine) as db:

@@ -104,7 +104,7 @@ def rewind(
 
 def _partitions(engine: "Engine", wanted: Coordinates, text: str) -> Sequence[Partition]:
     from pipeline.db import transaction
-    from pipeline.log.offsets import ranges
+    from pipeline.log.ranges import ranges
 
     with transaction(engine) as db:
         logged = ranges(db)

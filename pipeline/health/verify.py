@@ -24,8 +24,8 @@ from pipeline.kafka import Brokers
 from pipeline.log import integrity
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.intervals import Intervals
-from pipeline.log.offsets import LoggedPartition, logged_partitions, range_arrays, ranges
 from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
+from pipeline.log.ranges import LoggedPartition, logged_partitions, range_arrays, ranges
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import RebuildProgress, check

@@ -24,8 +24,8 @@ from pipeline.errors import (
 )
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.kafka import GroupConsumer, RecordReader, why_not_readable
-from pipeline.log import offsets
-from pipeline.log.offsets import LoggedPartition, Owner
+from pipeline.log import claims, offsets
+from pipeline.log.claims import Owner
 from pipeline.log.origin import (
     KafkaPartition,
     LastRecord,
@@ -34,6 +34,7 @@ from pipeline.log.origin import (
     why_other_origin,
     why_other_topic,
 )
+from pipeline.log.ranges import LoggedPartition
 from pipeline.log.search import recent
 from pipeline.partitions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
@@ -165,7 +166,7 @@ class Claimer:
     ) -> Claimed | RefusedError:
         try:
             with transaction(self._engine) as db:
-                claim = offsets.claim(db, partition, self._owner)
+                claim = claims.claim(db, partition, self._owner)
                 last = last_record(db, partition, claim.next_offset)
         except TransientError as error:
             if error.sqlstate == LOCK_NOT_AVAILABLE:
@@ -195,7 +196,7 @@ class Claimer:
         silent_for = timedelta(milliseconds=self._settings.idle_in_transaction_timeout_ms)
         try:
             with transaction(self._engine) as db:
-                terminated = offsets.end_silent_owner(db, partition, silent_for)
+                terminated = claims.end_silent_owner(db, partition, silent_for)
         except ConfigurationError as error:
             log.warning("former_owner_not_terminated", partition=str(partition), reason=str(error))
             return
@@ -234,7 +235,7 @@ class Claimer:
     def _halt(self, partition: Partition, refusal: RefusedError) -> RefusedError:
         with transaction(self._engine) as db:
             if partition.number in offsets.lock_origins(db, partition.topic):
-                claim = offsets.claim(db, partition, self._owner)
+                claim = claims.claim(db, partition, self._owner)
                 offsets.halt(db, partition, claim.epoch, refusal)
         return refusal
 
@@ -249,7 +250,7 @@ class Claimer:
             ConfigurationError: A login or a right is missing.
         """
         with transaction(self._engine) as db:
-            unassigned = offsets.without_reader(db, topic)
+            unassigned = claims.without_reader(db, topic)
         for partition in unassigned:
             self._halt_missing(partition)
 

@@ -33,7 +33,7 @@ from pipeline.ingest.retention import RetentionDeadline
 from pipeline.ingest.state import Bounds, Contested, Machine, Reclaim, Resolve, Write
 from pipeline.ingest.writer import Committed, Failed, Fatal, Fenced, Resolved, TopicsReplaced
 from pipeline.kafka import GroupConsumer, OutOfRange, Polled, ReachedEnd
-from pipeline.log import offsets
+from pipeline.log import ranges
 from pipeline.log.copying import encode
 from pipeline.log.installation import installation_id
 from pipeline.outages import OutagePolicy
@@ -400,4 +400,4 @@ class Goal:
             }
         others = {partition: end for partition, end in self._ends.items() if partition not in ours}
         with transaction(self._engine) as db:
-            return offsets.has_reached(db, others)
+            return ranges.has_reached(db, others)

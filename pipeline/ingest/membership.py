@@ -21,7 +21,7 @@ from pipeline.ingest.copies import CopyCheck
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Access, GroupConsumer, RebalanceListener
-from pipeline.log import offsets
+from pipeline.log import claims, ranges
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Epoch, NextOffset, Partition, lag
 
@@ -84,7 +84,7 @@ class Membership:
             CopiedDatabaseError: A member of the group writes to a copy of this database.
         """
         with transaction(self._engine) as db:
-            known_topics = offsets.topics(db)
+            known_topics = ranges.topics(db)
         return self._consumer.join(
             RebalanceListener(self._on_assign, self._on_revoke, self._on_lost),
             known_topics,
@@ -258,7 +258,7 @@ class Membership:
             self._unrecorded_releases = {}
             try:
                 with transaction(self._engine) as db:
-                    offsets.release(db, releases.items())
+                    claims.release(db, releases.items())
             except (TransientError, ConfigurationError) as error:
                 log.info(
                     "partitions_not_released",

@@ -26,7 +26,7 @@ from pipeline.ingest.claim import Claimer
 from pipeline.ingest.membership import Membership, log_fenced
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Brokers
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.watermarks import Watermark, kept_until, record_watermarks
 from pipeline.outages import GRACE_S, OutagePolicy
 from pipeline.partitions import Offset, Ownership, Partition
@@ -266,7 +266,7 @@ class PeriodicChecks:
             return
         stored: dict[Partition, Ownership] = {}
         self._best_effort.query(
-            lambda db: stored.update(offsets.ownerships(db, self._machine.owned))
+            lambda db: stored.update(claims.ownerships(db, self._machine.owned))
         )
         log_fenced(self._machine.checked(stored, time.monotonic()))
 

@@ -7,7 +7,7 @@ partition's log alone: every process that reads the same log, in any batches, ma
 from collections.abc import Iterable
 
 from pipeline.events import Row
-from pipeline.log.search import Seen
+from pipeline.log.search import LoggedDigest
 
 SLACK = 1.5
 """A window may grow to this multiple of its size before its oldest offsets are removed."""
@@ -20,7 +20,7 @@ class RepeatWindow:
     repeat of it, is at most ``size`` offsets earlier. About 250 bytes per offset.
     """
 
-    def __init__(self, size: int, seen: Iterable[Seen]) -> None:
+    def __init__(self, size: int, seen: Iterable[LoggedDigest]) -> None:
         self._size = size
         self._entries_max = int(size * SLACK) + 1
         self._last: dict[bytes, int] = {}

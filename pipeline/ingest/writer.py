@@ -19,7 +19,7 @@ from pipeline.errors import (
 )
 from pipeline.foreign_objects import refuse_foreign_objects
 from pipeline.ingest.state import Batch, Resolve, Write
-from pipeline.log import offsets
+from pipeline.log import claims
 from pipeline.log.append import append
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Ownership, Partition
@@ -183,7 +183,7 @@ class Writer:
     def _resolve(self, batch: Batch) -> Outcome:
         try:
             with transaction(self._engine) as db:
-                return Resolved(offsets.lock_ownerships(db, batch.advances))
+                return Resolved(claims.lock_ownerships(db, batch.advances))
         except PipelineError as error:
             return Failed(error) if _may_pass(error) else Fatal(error)
 

@@ -2,6 +2,7 @@
 
 __all__ = [
     "append",
+    "claims",
     "compare",
     "copying",
     "gaps",
@@ -11,6 +12,7 @@ __all__ = [
     "keying",
     "offsets",
     "origin",
+    "ranges",
     "search",
     "segments",
     "watermarks",

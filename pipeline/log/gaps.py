@@ -3,12 +3,49 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Connection,
+    Identity,
+    Index,
+    Integer,
+    Table,
+    Text,
+    select,
+    text,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from pipeline.db import LOG_SCHEMA, metadata
 from pipeline.errors import InvariantError
-from pipeline.log.tables import gaps
+from pipeline.log.tables import Time, TopicName
 from pipeline.partitions import NextOffset, Partition
+
+gaps = Table(
+    "gaps",
+    metadata,
+    Column("gap_id", BigInteger, Identity(always=True), primary_key=True, comment="Number."),
+    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
+    Column("partition", Integer, nullable=False, comment="Partition of the topic."),
+    Column("first_offset", BigInteger, nullable=False, comment="First offset that is lost."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset after the gap."),
+    Column("reason", Text, nullable=False, comment="How the offsets were lost."),
+    Column(
+        "detected_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When the gap was found.",
+    ),
+    Column("accepted_at", Time, comment="When an operator decided to continue after the gap."),
+    Column("accepted_by", Text, comment="Database role of that operator."),
+    CheckConstraint("end_offset > first_offset", name="not_empty"),
+    Index("gaps_place_key", "topic", "partition", "first_offset", unique=True),
+    schema=LOG_SCHEMA,
+    comment="Offsets that Kafka deleted before we read them; nothing else is skipped.",
+)
 
 ALL = select(gaps).order_by(gaps.c.topic, gaps.c.partition, gaps.c.first_offset)
 _insert = upsert(gaps)

@@ -28,7 +28,7 @@ from sqlalchemy import (
     true,
 )
 
-from pipeline.log.offsets import ranges
+from pipeline.log.ranges import ranges
 from pipeline.log.tables import events
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition
 
@@ -37,7 +37,7 @@ FOLLOW_ROWS_MAX = 1000
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EventFilter:
     """Which events to find; what is None does not matter.
 
     Attributes:
@@ -81,7 +81,7 @@ class Wanted:
         return and_(true(), *terms)
 
 
-class Found(NamedTuple):
+class FoundEvent(NamedTuple):
     """An event of the log. What may hold personal data is None unless it was requested.
 
     ``payload`` and ``headers`` are JSON as PostgreSQL writes it.
@@ -105,7 +105,7 @@ class Found(NamedTuple):
     headers: str | None = None
 
 
-class Seen(NamedTuple):
+class LoggedDigest(NamedTuple):
     """An event of the log, to recognise repeats of it; ``first``: where its content came first."""
 
     offset: Offset
@@ -192,16 +192,18 @@ def count(db: Connection, partition: Partition, offsets: OffsetRange) -> int:
     return int(db.execute(COUNT, {**key, "first": offsets.first, "end": offsets.end}).scalar_one())
 
 
-def recent(db: Connection, partition: Partition, below: NextOffset, window: int) -> Sequence[Seen]:
+def recent(
+    db: Connection, partition: Partition, below: NextOffset, window: int
+) -> Sequence[LoggedDigest]:
     """The events of the last ``window`` offsets, in order, to recognise repeats of them."""
     key = {"of_topic": partition.topic, "of_number": partition.number}
     rows = db.execute(RECENT, {**key, "below": below, "at_least": below - window})
-    return [Seen(*row) for row in rows]
+    return [LoggedDigest(*row) for row in rows]
 
 
 def newest(
-    db: Connection, wanted: Wanted, *, limit: int, with_content: bool = False
-) -> Sequence[Found]:
+    db: Connection, wanted: EventFilter, *, limit: int, with_content: bool = False
+) -> Sequence[FoundEvent]:
     """The newest events that match, oldest first.
 
     Those of one entity are ordered by when they happened; others by when they came into the log.
@@ -222,11 +224,11 @@ def newest(
 
 def follow(
     db: Connection,
-    wanted: Wanted,
+    wanted: EventFilter,
     next_offsets: dict[Partition, NextOffset],
     *,
     with_content: bool = False,
-) -> Iterator[Found]:
+) -> Iterator[FoundEvent]:
     """The events after ``next_offsets``, each once; moves ``next_offsets`` forward.
 
     Args:
@@ -252,7 +254,7 @@ def follow(
             next_offsets[partition] = begin = end
 
 
-def _spans(db: Connection, wanted: Wanted) -> dict[Partition, OffsetRange]:
+def _spans(db: Connection, wanted: EventFilter) -> dict[Partition, OffsetRange]:
     """Which offsets of which partitions may hold matching events."""
     moments = {moment for moment in (wanted.since, wanted.until) if moment is not None}
     begins = first_since(db, moments) if moments else {}
@@ -271,14 +273,14 @@ def _spans(db: Connection, wanted: Wanted) -> dict[Partition, OffsetRange]:
 
 def _along(
     db: Connection,
-    wanted: Wanted,
+    wanted: EventFilter,
     partition: Partition,
     offsets: OffsetRange,
     limit: int,
     *,
     backwards: bool,
     with_content: bool,
-) -> Iterator[Found]:
+) -> Iterator[FoundEvent]:
     query = (
         _base(with_content=with_content)
         .where(events.c.topic == partition.topic, events.c.partition == partition.number)
@@ -291,8 +293,8 @@ def _along(
 
 
 def _by_identity(
-    db: Connection, wanted: Wanted, limit: int, *, with_content: bool
-) -> Iterator[Found]:
+    db: Connection, wanted: EventFilter, limit: int, *, with_content: bool
+) -> Iterator[FoundEvent]:
     query = (
         _base(with_content=with_content)
         .where(wanted.condition())
@@ -306,7 +308,7 @@ def _by_identity(
     return _found(db, _in_time(query, wanted))
 
 
-def _in_time(query: Select[tuple[object, ...]], wanted: Wanted) -> Select[tuple[object, ...]]:
+def _in_time(query: Select[tuple[object, ...]], wanted: EventFilter) -> Select[tuple[object, ...]]:
     if wanted.since is not None:
         query = query.where(events.c.ingested_at >= wanted.since)
     if wanted.until is not None:
@@ -318,6 +320,6 @@ def _base(*, with_content: bool) -> Select[tuple[object, ...]]:
     return SEARCH_WITH_CONTENT if with_content else SEARCH
 
 
-def _found(db: Connection, query: Select[tuple[object, ...]]) -> Iterator[Found]:
+def _found(db: Connection, query: Select[tuple[object, ...]]) -> Iterator[FoundEvent]:
     for row in db.execute(query):
-        yield Found(**row._mapping)  # noqa: SLF001 - its public name begins so
+        yield FoundEvent(**row._mapping)  # noqa: SLF001 - its public name begins so

@@ -1,8 +1,35 @@
 """The tables that hold the log's rows: `segments`."""
 
-from sqlalchemy import Connection, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Table,
+    Text,
+    text,
+)
 
+from pipeline.db import LOG_SCHEMA, metadata
+from pipeline.log.tables import Time, TopicName
 from pipeline.partitions import NextOffset
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("segment", Text, primary_key=True, comment="Table in schema pipeline_segments."),
+    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
+    Column("first_offset", BigInteger, nullable=False, comment="First offset that it may hold."),
+    Column("end_offset", BigInteger, nullable=False, comment="First offset of the next segment."),
+    Column(
+        "created_at",
+        Time,
+        nullable=False,
+        server_default=text("now()"),
+        comment="When it was created.",
+    ),
+    schema=LOG_SCHEMA,
+    comment="The tables that hold pipeline.events: one topic and one range of offsets each.",
+)
 
 MAKE_SEGMENT = text(
     "SELECT lower(made) AS first_offset, upper(made) AS end_offset "

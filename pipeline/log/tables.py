@@ -5,7 +5,6 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
-    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -13,11 +12,13 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    bindparam,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
 from pipeline.db import LOG_SCHEMA, metadata
+from pipeline.partitions import Partition
 
 # Topic names break ties between versions, so their order must not depend on the server's locale.
 TopicName = Text(collation="C")
@@ -152,65 +153,13 @@ consumer_offsets = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
-segments = Table(
-    "segments",
-    metadata,
-    Column("segment", Text, primary_key=True, comment="Table in schema pipeline_segments."),
-    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
-    Column("first_offset", BigInteger, nullable=False, comment="First offset that it may hold."),
-    Column("end_offset", BigInteger, nullable=False, comment="First offset of the next segment."),
-    Column(
-        "created_at",
-        Time,
-        nullable=False,
-        server_default=text("now()"),
-        comment="When it was created.",
-    ),
-    schema=LOG_SCHEMA,
-    comment="The tables that hold pipeline.events: one topic and one range of offsets each.",
+THIS_PARTITION = (
+    consumer_offsets.c.topic == bindparam("of_topic"),
+    consumer_offsets.c.partition == bindparam("of_number"),
 )
+"""Condition for the row of one partition; ``key_of`` gives its parameters."""
 
-gaps = Table(
-    "gaps",
-    metadata,
-    Column("gap_id", BigInteger, Identity(always=True), primary_key=True, comment="Number."),
-    Column("topic", TopicName, nullable=False, comment="Kafka topic."),
-    Column("partition", Integer, nullable=False, comment="Partition of the topic."),
-    Column("first_offset", BigInteger, nullable=False, comment="First offset that is lost."),
-    Column("end_offset", BigInteger, nullable=False, comment="First offset after the gap."),
-    Column("reason", Text, nullable=False, comment="How the offsets were lost."),
-    Column(
-        "detected_at",
-        Time,
-        nullable=False,
-        server_default=text("now()"),
-        comment="When the gap was found.",
-    ),
-    Column("accepted_at", Time, comment="When an operator decided to continue after the gap."),
-    Column("accepted_by", Text, comment="Database role of that operator."),
-    CheckConstraint("end_offset > first_offset", name="not_empty"),
-    Index("gaps_place_key", "topic", "partition", "first_offset", unique=True),
-    schema=LOG_SCHEMA,
-    comment="Offsets that Kafka deleted before we read them; nothing else is skipped.",
-)
 
-installation = Table(
-    "installation",
-    metadata,
-    Column(
-        "installation_id",
-        Uuid,
-        primary_key=True,
-        server_default=text("gen_random_uuid()"),
-        comment="Identity of this database.",
-    ),
-    Column(
-        "created_at",
-        Time,
-        nullable=False,
-        server_default=text("now()"),
-        comment="When it was created.",
-    ),
-    schema=LOG_SCHEMA,
-    comment="One row: the identity of this database, so that two cannot share a consumer group.",
-)
+def key_of(partition: Partition) -> dict[str, object]:
+    """The parameters by which the statements of this package find a partition's row."""
+    return {"of_topic": partition.topic, "of_number": partition.number}

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, func, text, update
 
-from pipeline.log.offsets import EPOCH_UNLESS_LOCKED, key_of
-from pipeline.log.tables import consumer_offsets
+from pipeline.log.claims import EPOCH_UNLESS_LOCKED
+from pipeline.log.tables import consumer_offsets, key_of
 from pipeline.partitions import Epoch, Partition
 
 RECORD_WATERMARKS = (

@@ -1,3 +1,3 @@
 """Loop 2: from the log into the read models."""
 
-__all__ = ["apply", "checkpoints", "dead_letters", "loop", "workers"]
+__all__ = ["apply", "checkpoints", "dead_letters", "loop", "registry", "workers"]

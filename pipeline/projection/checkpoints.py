@@ -1,13 +1,11 @@
-"""The bookkeeping of projection: projectors, and the checkpoint of each in each partition."""
+"""The checkpoint of each projector in each partition: `projection_checkpoints`."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
-    CheckConstraint,
     Column,
     Connection,
     DateTime,
@@ -31,35 +29,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from pipeline.db import LOG_SCHEMA, metadata
 from pipeline.errors import InvariantError
-from pipeline.log.offsets import LOG_RANGES
+from pipeline.log.ranges import LOG_RANGES
 from pipeline.partitions import NextOffset, OffsetRange, Partition
-
-projectors = Table(
-    "projectors",
-    metadata,
-    Column("projector", Text, primary_key=True, comment="Name of the projector, its main table's."),
-    Column(
-        "fingerprint",
-        Text,
-        comment="Definition with which the table was last built from the start; NULL while it is "
-        "empty. Another one than the program's means: rebuild.",
-    ),
-    Column(
-        "built_at", DateTime(timezone=True), comment="When that build began, or was swapped in."
-    ),
-    Column(
-        "state",
-        Text,
-        nullable=False,
-        server_default=text("'live'"),
-        comment="live, or broken: halted until it is repaired and rebuilt.",
-    ),
-    Column("problem", Text, comment="Why it is broken; NULL when it is live."),
-    Column("problem_at", DateTime(timezone=True), comment="Since when it is broken."),
-    CheckConstraint("state IN ('live', 'broken')", name="state_is_known"),
-    schema=LOG_SCHEMA,
-    comment="Each projector that has ever run. NAME@rebuild is a rebuild in progress.",
-)
+from pipeline.projection.registry import LIVE
 
 projection_checkpoints = Table(
     "projection_checkpoints",
@@ -92,7 +64,7 @@ REBUILD = "@rebuild"
 """Suffix of a projector's name: the rebuild of it that is in progress."""
 
 
-class Progress(NamedTuple):
+class ProjectorProgress(NamedTuple):
     """How far a projector is in one partition.
 
     Attributes:
@@ -118,7 +90,6 @@ class Progress(NamedTuple):
         return OffsetRange(self.next_offset, NextOffset(min(self.log_end, begin + offsets_max)))
 
 
-REGISTER = insert(projectors).on_conflict_do_nothing()
 BEGIN = (
     insert(projection_checkpoints)
     .from_select(
@@ -133,7 +104,7 @@ BEGIN = (
 )
 PROGRESS = (
     select(
-        projectors.c.projector,
+        LIVE.c.projector,
         LOG_RANGES.c.topic,
         LOG_RANGES.c.partition,
         projection_checkpoints.c.next_offset,
@@ -141,18 +112,17 @@ PROGRESS = (
         LOG_RANGES.c.next_offset.label("log_end"),
     )
     .select_from(
-        projectors.join(LOG_RANGES, true()).outerjoin(
+        LIVE.join(LOG_RANGES, true()).outerjoin(
             projection_checkpoints,
             and_(
-                projection_checkpoints.c.projector == projectors.c.projector,
+                projection_checkpoints.c.projector == LIVE.c.projector,
                 projection_checkpoints.c.topic == LOG_RANGES.c.topic,
                 projection_checkpoints.c.partition == LOG_RANGES.c.partition,
             ),
         )
     )
     .where(
-        projectors.c.projector == any_(cast(bindparam("names"), ARRAY(Text))),
-        projectors.c.state == "live",
+        LIVE.c.projector == any_(cast(bindparam("names"), ARRAY(Text))),
         or_(
             not_(cast(bindparam("only_lagging"), Boolean)),
             projection_checkpoints.c.next_offset.is_(None),
@@ -164,15 +134,10 @@ PROGRESS = (
         LOG_RANGES.c.topic,
         LOG_RANGES.c.partition,
         projection_checkpoints.c.next_offset,
-        projectors.c.projector,
+        LIVE.c.projector,
     )
 )
 
-_this = (
-    projection_checkpoints.c.projector == bindparam("of_projector"),
-    projection_checkpoints.c.topic == bindparam("of_topic"),
-    projection_checkpoints.c.partition == bindparam("of_number"),
-)
 NEXT_OFFSETS = (
     select(
         projection_checkpoints.c.topic,
@@ -187,11 +152,6 @@ _checkpoint = insert(projection_checkpoints)
 SET_NEXT_OFFSET = _checkpoint.on_conflict_do_update(
     index_elements=["projector", "topic", "partition"],
     set_={"next_offset": _checkpoint.excluded.next_offset, "moved_at": func.now()},
-)
-MOVE = (
-    update(projection_checkpoints)
-    .where(*_this, projection_checkpoints.c.next_offset == bindparam("expected"))
-    .values(next_offset=bindparam("to"), moved_at=func.now())
 )
 # SKIP LOCKED: a checkpoint that another worker holds is not waited for.
 LOCK_TOGETHER = (
@@ -237,52 +197,11 @@ MOVE_BACK = (
 FORGET = delete(projection_checkpoints).where(
     projection_checkpoints.c.projector == bindparam("of_projector")
 )
-BUILD_BEGUN = (
-    update(projectors)
-    .where(projectors.c.projector == bindparam("of_projector"), projectors.c.fingerprint.is_(None))
-    .values(fingerprint=bindparam("of_code"), built_at=func.now())
-)
-BUILT = (
-    update(projectors)
-    .where(projectors.c.projector == bindparam("of_projector"))
-    .values(
-        fingerprint=bindparam("of_code"),
-        built_at=func.now(),
-        state="live",
-        problem=None,
-        problem_at=None,
-    )
-    .returning(projectors.c.built_at)
-)
-# Who starts or resumes a build waits for those who share the row; afterwards they find another
-# time in it.
-BUILDING = (
-    select(projectors.c.projector)
-    .where(
-        projectors.c.projector == bindparam("of_projector"),
-        projectors.c.built_at == bindparam("since"),
-    )
-    .with_for_update(read=True)
-)
-BREAK = (
-    update(projectors)
-    .where(projectors.c.projector == bindparam("of_projector"), projectors.c.state != "broken")
-    .values(state="broken", problem=bindparam("why"), problem_at=func.now())
-)
-STATE = select(projectors.c.state).where(projectors.c.projector == bindparam("of_projector"))
-FINGERPRINTS = select(projectors.c.projector, projectors.c.fingerprint)
-DROP = delete(projectors).where(projectors.c.projector == bindparam("of_projector"))
-
-
-def register(db: Connection, names: Iterable[str]) -> None:
-    """Insert projectors that are not in the table yet; the others stay as they are."""
-    for name in names:
-        db.execute(REGISTER, {"projector": name})
 
 
 def progress(
     db: Connection, names: Collection[str], *, only_lagging: bool = False
-) -> Sequence[Progress]:
+) -> Sequence[ProjectorProgress]:
     """The progress of registered projectors in every partition, without broken ones.
 
     Ordered by partition, next offset and name.
@@ -298,7 +217,7 @@ def progress(
         db.execute(BEGIN, {"names": list(names)})
         rows = db.execute(PROGRESS, wanted).all()
     return [
-        Progress(
+        ProjectorProgress(
             row.projector,
             Partition(row.topic, row.partition),
             NextOffset(row.next_offset),
@@ -339,22 +258,6 @@ def set_next_offsets(
         )
 
 
-def move(db: Connection, projector: str, partition: Partition, offsets: OffsetRange) -> None:
-    """Move a locked checkpoint to the end of a range that is now in the read model.
-
-    Raises:
-        InvariantError: The checkpoint is not at the beginning of the range.
-    """
-    moved = db.execute(
-        MOVE,
-        {**_of(projector, partition), "expected": offsets.first, "to": offsets.end},
-    )
-    if moved.rowcount != 1:
-        raise InvariantError(
-            f"{projector}: the checkpoint of {partition} is locked, but not at {offsets.first}"
-        )
-
-
 def lock_together(
     db: Connection, names: Collection[str], partition: Partition, at: NextOffset
 ) -> frozenset[str]:
@@ -387,8 +290,8 @@ def move_together(
     )
     if moved.rowcount != len(names):
         raise InvariantError(
-            f"{partition}: only {moved.rowcount} of {len(names)} locked checkpoints were at "
-            f"{offsets.first}"
+            f"{', '.join(sorted(names))}: {moved.rowcount} of {len(names)} locked checkpoints of "
+            f"{partition} were at {offsets.first}"
         )
 
 
@@ -405,64 +308,5 @@ def move_back(db: Connection, partition: Partition, to: NextOffset) -> None:
 
 
 def forget(db: Connection, projector: str) -> None:
-    """Delete every checkpoint and the registration of a projector."""
+    """Delete every checkpoint of a projector."""
     db.execute(FORGET, {"of_projector": projector})
-    db.execute(DROP, {"of_projector": projector})
-
-
-def fingerprints(db: Connection) -> Mapping[str, str | None]:
-    """The fingerprint with which each table was last built; None while it is empty."""
-    return {row.projector: row.fingerprint for row in db.execute(FINGERPRINTS)}
-
-
-def stale(db: Connection, fingerprints_of: Mapping[str, str]) -> frozenset[str]:
-    """Those of these projectors whose table another definition has built.
-
-    Args:
-        db: An open transaction.
-        fingerprints_of: The fingerprint of each definition, by the projector's name.
-    """
-    built = fingerprints(db)
-    return frozenset(
-        name for name, code in fingerprints_of.items() if built.get(name) not in (None, code)
-    )
-
-
-def is_live(db: Connection, projector: str) -> bool:
-    """Whether the projector is registered and not broken."""
-    return db.execute(STATE, {"of_projector": projector}).scalar_one_or_none() == "live"
-
-
-def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:
-    """Record the definition that fills an empty table; no effect if one is recorded."""
-    db.execute(BUILD_BEGUN, {"of_projector": projector, "of_code": fingerprint})
-
-
-def note_built(db: Connection, projector: str, fingerprint: str) -> datetime:
-    """Record the definition that built the table; a broken projector is live again.
-
-    Returns:
-        The time of this build; no two builds have the same.
-    """
-    built = {"of_projector": projector, "of_code": fingerprint}
-    since: datetime = db.execute(BUILT, built).scalar_one()
-    return since
-
-
-def is_building(db: Connection, projector: str, since: datetime) -> bool:
-    """Whether no other process has started or resumed the build since; locks that until commit."""
-    found = db.execute(BUILDING, {"of_projector": projector, "since": since})
-    return found.one_or_none() is not None
-
-
-def note_broken(db: Connection, projector: str, why: str) -> bool:
-    """Halt the projector until it is rebuilt; whether it was not halted before."""
-    return db.execute(BREAK, {"of_projector": projector, "why": why}).rowcount > 0
-
-
-def _of(projector: str, partition: Partition) -> dict[str, object]:
-    return {
-        "of_projector": projector,
-        "of_topic": partition.topic,
-        "of_number": partition.number,
-    }

@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
-from pipeline.projection import checkpoints
+from pipeline.projection import registry
 from pipeline.projection.apply import RejectedEvent, apply_batch, lock_tables, pin
 from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
@@ -240,7 +240,7 @@ def retry_letter(db: Connection, projector: Projector, letter: DeadLetter) -> bo
     if not lock(db, letter):
         return True
     # A table of another definition is left as it is; its rebuild takes the event again.
-    is_stale = checkpoints.stale(db, {projector.name: fingerprint(projector)})
+    is_stale = registry.stale(db, {projector.name: fingerprint(projector)})
     if is_stale or not has_event(db, letter):
         return False
     offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))

@@ -25,8 +25,8 @@ from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import NextOffset, OffsetRange, Partition
-from pipeline.projection import checkpoints
-from pipeline.projection.checkpoints import Progress
+from pipeline.projection import checkpoints, registry
+from pipeline.projection.checkpoints import ProjectorProgress
 from pipeline.projection.one_pass import Result, break_changed, project
 from pipeline.projection.workers import WorkerRegistry
 from pipeline.readmodel.fingerprint import fingerprint
@@ -159,7 +159,7 @@ class _Loop:
 
     def _register(self) -> None:
         with transaction(self._engine) as db:
-            checkpoints.register(db, sorted(self._projectors))
+            registry.register(db, sorted(self._projectors))
 
     def _follow(self, notifications: "_Notifications") -> None:
         while not self._stop.is_set():
@@ -188,7 +188,7 @@ class _Loop:
 
     def _without_stale(self, db: Connection) -> list[str]:
         """Projectors whose tables this definition built; the others would mix two definitions."""
-        stale = checkpoints.stale(db, self._fingerprints)
+        stale = registry.stale(db, self._fingerprints)
         if stale - self._stale:
             log.warning(
                 "projectors_stale",
@@ -200,11 +200,11 @@ class _Loop:
         self._stale = stale
         return [name for name in self._projectors if name not in stale]
 
-    def _takes_all(self, lagging: Iterable[Progress]) -> bool:
+    def _takes_all(self, lagging: Iterable[ProjectorProgress]) -> bool:
         """Whether one pass per partition reaches the end of the log."""
         return all(progress.lag <= self._limits.batch_offsets_max for progress in lagging)
 
-    def _has_arrived(self, lagging: Iterable[Progress]) -> bool:
+    def _has_arrived(self, lagging: Iterable[ProjectorProgress]) -> bool:
         if self._goal is None:
             self._goal = {progress.partition: progress.log_end for progress in lagging}
         # Below its first offset the log has nothing to take.
@@ -214,7 +214,7 @@ class _Loop:
             for progress in lagging
         )
 
-    def _round(self, lagging: Sequence[Progress]) -> bool:
+    def _round(self, lagging: Sequence[ProjectorProgress]) -> bool:
         """One range per partition and per checkpoint in it."""
         moved = False
         arrived: Work | None = None
@@ -279,7 +279,7 @@ class CaughtUp:
             self._since, self._logged_at = None, now
 
 
-def plan(lagging: Sequence[Progress], offsets_max: int) -> list[Work]:
+def plan(lagging: Sequence[ProjectorProgress], offsets_max: int) -> list[Work]:
     """What to do in one round: a range for each group of projectors with the same checkpoint.
 
     A range ends at the next group's checkpoint at the latest, so a group catches up with the next
@@ -304,7 +304,7 @@ def plan(lagging: Sequence[Progress], offsets_max: int) -> list[Work]:
     return planned
 
 
-def _lag_of_partitions(lagging: Iterable[Progress]) -> int:
+def _lag_of_partitions(lagging: Iterable[ProjectorProgress]) -> int:
     lags: dict[Partition, int] = {}
     for progress in lagging:
         lags[progress.partition] = max(progress.lag, lags.get(progress.partition, 0))

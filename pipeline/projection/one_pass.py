@@ -15,7 +15,7 @@ from pipeline.db import descriptor, transaction, translated
 from pipeline.errors import ConfigurationError, InvariantError, LockHeldError
 from pipeline.foreign_objects import REFUSING, SILENT, Foreign, foreign_objects
 from pipeline.partitions import OffsetRange, Partition
-from pipeline.projection import checkpoints, dead_letters
+from pipeline.projection import checkpoints, dead_letters, registry
 from pipeline.projection.apply import BrokenProjectorError, apply_batch, lock_tables, pin
 from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
@@ -85,11 +85,11 @@ def project(
         pin(db)
         locked = checkpoints.lock_together(db, list(results), partition, offsets.first)
         # A rebuild may have put a table of another definition in place since the range was planned.
-        stale = checkpoints.stale(db, {of.name: fingerprint(of) for of in projectors})
+        stale = registry.stale(db, {of.name: fingerprint(of) for of in projectors})
         ours = [of for of in projectors if of.name in locked and of.name not in stale]
         if offsets.first == 0:
             for projector in ours:
-                checkpoints.note_build_begun(db, projector.name, fingerprint(projector))
+                registry.note_build_begun(db, projector.name, fingerprint(projector))
         idle = _idle(db, ours, partition, offsets)
         for projector in sorted(ours, key=lambda projector: projector.name):
             if projector.name in idle:
@@ -175,5 +175,5 @@ def break_changed(db: Connection, projectors: Collection[Projector]) -> None:
 
 
 def _note_broken(db: Connection, projector: str, reason: str) -> None:
-    if checkpoints.note_broken(db, projector, reason):
+    if registry.note_broken(db, projector, reason):
         log.error("projector_broken", projector=projector, reason=reason)

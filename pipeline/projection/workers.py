@@ -37,9 +37,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from pipeline.db import LOG_SCHEMA, metadata, transaction
-from pipeline.log.offsets import ranges
+from pipeline.log.ranges import ranges
 from pipeline.partitions import Partition
-from pipeline.projection.checkpoints import Progress
+from pipeline.projection.checkpoints import ProjectorProgress
 
 EXPIRES_AFTER = timedelta(seconds=10)
 """How long a worker without a heartbeat counts: killed, stopped, or cut off from the database."""
@@ -99,7 +99,7 @@ LIVING = (
 LEAVE = delete(projection_workers).where(projection_workers.c.worker == bindparam("of_worker"))
 
 
-class Member(NamedTuple):
+class LiveWorker(NamedTuple):
     """A live worker.
 
     Attributes:
@@ -114,13 +114,13 @@ class Member(NamedTuple):
     projectors: Sequence[str]
 
 
-def living(db: Connection) -> list[Member]:
+def living(db: Connection) -> list[LiveWorker]:
     """The live workers, in the order of their start."""
-    return [Member(*row) for row in db.execute(LIVING)]
+    return [LiveWorker(*row) for row in db.execute(LIVING)]
 
 
 def shared_out(
-    members: Sequence[Member], projector: str, partitions: Collection[Partition]
+    members: Sequence[LiveWorker], projector: str, partitions: Collection[Partition]
 ) -> Mapping[Partition, UUID]:
     """The owner of each partition, for one projector; shares differ by one at most.
 
@@ -190,7 +190,7 @@ class WorkerRegistry:
         self._owners = {name: shared_out(members, name, partitions) for name in self._projectors}
         self._heartbeat_at = time.monotonic() + HEARTBEAT_S
 
-    def share(self, lagging: Sequence[Progress]) -> list[Progress]:
+    def share(self, lagging: Sequence[ProjectorProgress]) -> list[ProjectorProgress]:
         """What of the work is ours, as of the last heartbeat.
 
         A partition that is newer belongs to every worker until the next heartbeats.

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import transaction
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.projection import checkpoints
+from pipeline.projection import registry
 from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
@@ -95,7 +95,7 @@ def rebuild_if_stale(
     """As ``rebuild``, unless another process has finished the same rebuild meanwhile."""
     with Shadow.exclusive(engine, projector, rejected_max) as shadow:
         with transaction(engine) as db:
-            is_stale = checkpoints.stale(db, {projector.name: fingerprint(projector)})
+            is_stale = registry.stale(db, {projector.name: fingerprint(projector)})
         if is_stale:
             _fill_and_reconcile(shadow, engine, projector, 1, stop, lambda _: None)
 
@@ -173,7 +173,7 @@ def rebuild_in_place(
 def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -> None:
     """Tables with other columns than declared cannot be filled; they must be replaced."""
     with transaction(engine) as db:
-        if not checkpoints.stale(db, {projector.name: fingerprint(projector)}):
+        if not registry.stale(db, {projector.name: fingerprint(projector)}):
             return
     retry_lock(shadow.prepare, projector)
     is_replaced = shadow.must_replace()
@@ -187,7 +187,7 @@ def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -
 
 def _truncate(engine: Engine, projector: Projector) -> None:
     with transaction(engine) as db:
-        checkpoints.register(db, [projector.name])
+        registry.register(db, [projector.name])
         db.execute(LOCK_WAIT)
         names = ", ".join(sorted(f'"{table.schema}"."{table.name}"' for table in projector.tables))
         db.execute(text(f"TRUNCATE {names}"))

@@ -24,7 +24,7 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
-from pipeline.projection import checkpoints, dead_letters
+from pipeline.projection import checkpoints, dead_letters, registry
 from pipeline.projection.apply import apply_batch, lock_tables, pin
 from pipeline.projection.checkpoints import REBUILD
 from pipeline.readmodel.batch import Batch
@@ -167,16 +167,16 @@ class Shadow:
     def prepare(self) -> None:
         """Resume the interrupted rebuild of this definition, or make empty tables."""
         with translated(), self._transaction():
-            built = checkpoints.fingerprints(self._db).get(self._name)
+            built = registry.fingerprints(self._db).get(self._name)
             if built == fingerprint(self._projector) and self._tables_exist():
                 log.info("rebuild_resumed", projector=self._projector.name)
             else:
                 self._drop()
                 for table in self._projector.tables:
                     self._db.execute(MAKE, {"table": table.name})
-                checkpoints.register(self._db, [self._projector.name, self._name])
+                registry.register(self._db, [self._projector.name, self._name])
             code = fingerprint(self._projector)
-            self._since = checkpoints.note_built(self._db, self._name, code)
+            self._since = registry.note_built(self._db, self._name, code)
 
     def drop(self) -> None:
         """Remove the tables and all bookkeeping of the rebuild."""
@@ -202,6 +202,7 @@ class Shadow:
         dead_letters.forget(self._db, self._name)
         work_list.forget(self._db, self._name)
         checkpoints.forget(self._db, self._name)
+        registry.forget(self._db, self._name)
 
     def _tables_exist(self) -> bool:
         return all(
@@ -265,7 +266,7 @@ class Shadow:
                     new = OffsetRange(begin, progress.log_end)
                     work_list.put(db, name, progress.partition, new, span_max=self._chunk_offsets)
                     planned = OffsetRange(progress.next_offset, progress.log_end)
-                    checkpoints.move(db, name, progress.partition, planned)
+                    checkpoints.move_together(db, [name], progress.partition, planned)
             total = sum(lag(progress.log_first, progress.log_end) for progress in partitions)
             return work_list.left(db, name), total
 
@@ -304,7 +305,7 @@ class Shadow:
                 db.execute(COMMIT_LAZILY)
                 db.execute(WAIT_FOR_OTHERS)
                 pin(db)
-                if not checkpoints.is_building(db, self._name, self._since):
+                if not registry.is_building(db, self._name, self._since):
                     raise RebuildRunsError(self._projector.name)
                 taken = work_list.take(db, self._name)
                 if taken is None:
@@ -348,7 +349,7 @@ class Shadow:
                 checkpoints.set_next_offsets(self._db, name, {partition: begin})
             if begin < end:
                 self._apply(self._db, schema, name, partition, OffsetRange(begin, end))
-                checkpoints.move(self._db, name, partition, OffsetRange(begin, end))
+                checkpoints.move_together(self._db, [name], partition, OffsetRange(begin, end))
 
     # --------------------------------------------------------------------------------- comparing
 
@@ -390,7 +391,7 @@ class Shadow:
                 lag(live.get(partition, NextOffset(0)), end) for partition, end in goal.items()
             )
             is_replaced = self._must_swap()
-            is_followed = behind < self._chunk_offsets and checkpoints.is_live(db, name)
+            is_followed = behind < self._chunk_offsets and registry.is_live(db, name)
             if is_followed and not is_replaced:
                 self._catch_up(None, name, live, goal)
                 behind = 0
@@ -404,7 +405,7 @@ class Shadow:
             dead_letters.forget(db, name)
             dead_letters.hand_over(db, self._name, name)
             checkpoints.set_next_offsets(db, name, goal)
-            checkpoints.note_built(db, name, fingerprint(self._projector))
+            registry.note_built(db, name, fingerprint(self._projector))
             self._drop()
             failpoints.reach("after_swap", connection_fd=descriptor(db))
         return difference

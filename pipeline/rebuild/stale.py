@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
 from pipeline.outages import OutagePolicy
-from pipeline.projection import checkpoints
+from pipeline.projection import registry
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild_if_stale
@@ -82,7 +82,7 @@ class StaleModels:
     def _round(self, database: Database, stop: threading.Event) -> bool:
         """Whether something is stale that was not left as it is."""
         with transaction(self._engine) as db:
-            built, declared = checkpoints.fingerprints(db), self._declared(db)
+            built, declared = registry.fingerprints(db), self._declared(db)
         is_waiting = False
         for model in self._projectors:
             code, known = built.get(model.name), fingerprint(model)

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeEngine
 
 from pipeline.catalogue import Catalogue
-from pipeline.projection.checkpoints import stale
+from pipeline.projection.registry import stale
 from pipeline.schema import objects
 from pipeline.schema.declared import DeclaredTable, tables_of, views_of
 

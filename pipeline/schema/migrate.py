@@ -28,7 +28,7 @@ from pipeline.db import (
 )
 from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
 from pipeline.foreign_objects import OUR_SCHEMAS, dependents, dropped_tables, refuse_foreign_objects
-from pipeline.projection.checkpoints import stale as stale_names
+from pipeline.projection.registry import stale as stale_names
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema import read_models, roles
 from pipeline.schema.plan import Step
@@ -420,10 +420,14 @@ def our_tables(db: Connection, catalogue: Catalogue | None = None) -> list[Table
 
 _DECLARING = (
     "pipeline.db.locks",
+    "pipeline.log.gaps",
+    "pipeline.log.installation",
+    "pipeline.log.segments",
     "pipeline.log.tables",
     "pipeline.log.workers",
     "pipeline.projection.checkpoints",
     "pipeline.projection.dead_letters",
+    "pipeline.projection.registry",
     "pipeline.projection.workers",
     "pipeline.rebuild.work_list",
     "pipeline.schema.objects",

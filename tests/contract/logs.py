@@ -14,10 +14,10 @@ from sqlalchemy import Engine, text
 from pipeline.db import transaction
 from pipeline.errors import FencedError, InvariantError
 from pipeline.events import EncodedRow, Record, read
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.append import append
+from pipeline.log.claims import Owner
 from pipeline.log.copying import encode
-from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Ownership, Partition
 
@@ -120,7 +120,7 @@ class RealLog:
 
     def claim(self, partition: Partition) -> Ownership:
         with transaction(self._engine) as db:
-            claim = offsets.claim(db, partition, Owner("contract", "member"))
+            claim = claims.claim(db, partition, Owner("contract", "member"))
         return Ownership(claim.epoch, claim.next_offset)
 
     def append(self, rows: Sequence[EncodedRow], advances: Mapping[Partition, Advance]) -> None:
@@ -129,7 +129,7 @@ class RealLog:
 
     def find(self, partitions: Collection[Partition]) -> dict[Partition, Ownership]:
         with transaction(self._engine) as db:
-            return offsets.lock_ownerships(db, partitions)
+            return claims.lock_ownerships(db, partitions)
 
     def offsets(self, partition: Partition) -> list[int]:
         with transaction(self._engine) as db:

@@ -25,10 +25,10 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.events import Record, Row, read
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.append import append
+from pipeline.log.claims import Owner
 from pipeline.log.copying import encode
-from pipeline.log.offsets import Owner
 from pipeline.log.origin import KafkaPartition
 from pipeline.log.segments import make_segment
 from pipeline.log.tables import events
@@ -53,7 +53,7 @@ def claimed(engine: Engine, partition: Partition) -> int:
     with transaction(engine) as db:
         offsets.begin(db, partition, NextOffset(0))
         make_segment(db, partition.topic, NextOffset(0), SPAN)
-        return offsets.claim(db, partition, Owner("tests", "member")).epoch
+        return claims.claim(db, partition, Owner("tests", "member")).epoch
 
 
 def rows_of(partition: Partition, records: Sequence[bytes | None], first: int = 0) -> list[Row]:
@@ -66,7 +66,7 @@ def rows_of(partition: Partition, records: Sequence[bytes | None], first: int = 
 def write(engine: Engine, partition: Partition, rows: Sequence[Row], expected: int = 0) -> None:
     """One batch by an owner that claims for it."""
     with transaction(engine) as db:
-        held = offsets.claim(db, partition, Owner("tests", "member")).epoch
+        held = claims.claim(db, partition, Owner("tests", "member")).epoch
     end = rows[-1].offset + 1
     with transaction(engine) as db:
         append(db, [encode(row) for row in rows], {partition: advance(held, expected, end)})
@@ -137,7 +137,7 @@ def test_a_batch_that_fails_leaves_neither_rows_nor_offset(engine):
         )
 
     with transaction(engine) as db:
-        places = offsets.lock_ownerships(db, [first, second])
+        places = claims.lock_ownerships(db, [first, second])
     assert [place.next_offset for place in places.values()] == [0, 0]
     assert stored(engine, "orders") == []
 
@@ -424,7 +424,7 @@ def test_a_missing_segment_is_distinguished_from_a_refused_value(engine):
         write(engine, partition, rows_of(partition, [b"1"], first=SPAN))
 
     with transaction(engine) as db:
-        assert offsets.lock_ownerships(db, [partition])[partition].next_offset == 0
+        assert claims.lock_ownerships(db, [partition])[partition].next_offset == 0
         make_segment(db, "orders", NextOffset(SPAN), SPAN)
     write(engine, partition, rows_of(partition, [b"1"], first=SPAN))
     assert [row["offset"] for row in stored(engine, "orders")] == [SPAN]

@@ -19,11 +19,11 @@ from pipeline.errors import (
     RetentionGapError,
     TransientError,
 )
-from pipeline.log import gaps, offsets, origin, search, watermarks
+from pipeline.log import claims, gaps, offsets, origin, ranges, search, watermarks
 from pipeline.log.append import append
+from pipeline.log.claims import Owner
 from pipeline.log.copying import decode
 from pipeline.log.gaps import Gap
-from pipeline.log.offsets import Owner
 from pipeline.log.origin import KafkaPartition
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
@@ -52,14 +52,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def claim(engine: Engine, partition: Partition) -> offsets.LoggedPartition:
+def claim(engine: Engine, partition: Partition) -> ranges.LoggedPartition:
     with transaction(engine) as db:
-        return offsets.claim(db, partition, ME)
+        return claims.claim(db, partition, ME)
 
 
 def find(engine: Engine, partition: Partition = A) -> Ownership:
     with transaction(engine) as db:
-        return offsets.lock_ownerships(db, [partition])[partition]
+        return claims.lock_ownerships(db, [partition])[partition]
 
 
 def write(engine: Engine, partition: Partition, held: int, expected: int, new: int) -> None:
@@ -134,7 +134,7 @@ def test_a_commit_that_is_still_in_flight_is_waited_for(engine, database, pool, 
 def test_a_writer_that_waits_for_a_claim_is_fenced_by_it(engine, database, pool):
     held = claim(engine, A).epoch
 
-    with held_open(engine, lambda db: offsets.claim(db, A, ME), commit=True):
+    with held_open(engine, lambda db: claims.claim(db, A, ME), commit=True):
         zombie = pool.submit(write, engine, A, held, 0, 3)
         until_somebody_waits(database)
 
@@ -169,7 +169,7 @@ def test_a_lock_that_another_session_has_is_waited_for(engine, database, read):
     )
 
     with (
-        held_open(engine, lambda db: offsets.claim(db, A, ME), commit=False),
+        held_open(engine, lambda db: claims.claim(db, A, ME), commit=False),
         pytest.raises(TransientError) as refused,
     ):
         read(short_waits, A)
@@ -207,7 +207,7 @@ def test_two_writers_of_the_same_partitions_never_deadlock(engine, pool):
             for partition in order:
                 claim(engine, partition)
             with transaction(engine) as db:
-                owned = offsets.lock_ownerships(db, order)
+                owned = claims.lock_ownerships(db, order)
             advances = {
                 partition: advance(row.epoch, row.next_offset, row.next_offset + 1)
                 for partition, row in owned.items()
@@ -239,10 +239,10 @@ def test_a_claim_records_the_owner_and_a_release_removes_it(engine):
     second = claim(engine, A).epoch
 
     with transaction(engine) as db:
-        offsets.release(db, [(A, first)])
+        claims.release(db, [(A, first)])
     still = column(engine, "owner_member")
     with transaction(engine) as db:
-        offsets.release(db, [(A, second)])
+        claims.release(db, [(A, second)])
 
     assert owner == [ME.group, ME.member, ME.host, ME.pid]
     assert still == ME.member

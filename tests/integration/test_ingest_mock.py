@@ -13,10 +13,10 @@ from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
 from pipeline.ingest.claim import Claimed, Claimer
 from pipeline.kafka import Brokers, GroupConsumer, errors, group, metadata
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.append import append
+from pipeline.log.claims import Owner
 from pipeline.log.installation import installation_id
-from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Partition
 from pipeline.sandbox.servers import broker
@@ -227,7 +227,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
         for number in range(2):
             offsets.begin(db, Partition(TOPIC, number), NextOffset(0))
         make_segment(db, TOPIC, NextOffset(0), 1000)
-        held = offsets.claim(db, partition, Owner("group", "former")).epoch
+        held = claims.claim(db, partition, Owner("group", "former")).epoch
     consumer = GroupConsumer(settings())
     with transaction(engine) as db:
         identity = installation_id(db)
@@ -235,7 +235,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
     claimed = []
 
     with engine.connect() as former, database.connect() as watcher:
-        former.execute(offsets.LOCK_OWNERSHIP, {"of_topic": TOPIC, "of_number": 0})
+        former.execute(claims.LOCK_OWNERSHIP, {"of_topic": TOPIC, "of_number": 0})
         claiming = threading.Thread(target=lambda: claimed.append(claimer.claim([partition])))
         claiming.start()
         until(

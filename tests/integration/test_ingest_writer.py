@@ -20,8 +20,8 @@ from pipeline.ingest.writer import (
     TopicsReplaced,
     Writer,
 )
-from pipeline.log import offsets
-from pipeline.log.offsets import Owner
+from pipeline.log import claims, offsets
+from pipeline.log.claims import Owner
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, owned_at, row_at
 
@@ -42,7 +42,7 @@ def engine(database) -> Iterator[Engine]:
 @pytest.fixture
 def held(engine) -> int:
     with transaction(engine) as db:
-        return offsets.claim(db, A, Owner("tests", "member")).epoch
+        return claims.claim(db, A, Owner("tests", "member")).epoch
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from pipeline.db import transaction
 from pipeline.health.check.keying import check_keying, keying_of, result_of
 from pipeline.log.keying import TopicKeys
-from pipeline.log.offsets import ranges
+from pipeline.log.ranges import ranges
 from pipeline.partitions import Partition
-from pipeline.projection.workers import Member, shared_out
+from pipeline.projection.workers import LiveWorker, shared_out
 from pipeline.sandbox.simulator import Chaos, Keying, Simulation
 from pipeline.sandbox.simulator.producer import Producer
 from tests.commands import on_mock
@@ -105,7 +105,7 @@ def test_what_the_log_shows_is_reported_with_what_more_workers_bring(changed, ke
 
 
 def shares(workers_: int, topics: Mapping[str, int]) -> dict[Partition, UUID]:
-    members = [Member(uuid4(), "host", number, NOW, ["orders"]) for number in range(workers_)]
+    members = [LiveWorker(uuid4(), "host", number, NOW, ["orders"]) for number in range(workers_)]
     partitions = [Partition(topic, n) for topic, count in topics.items() for n in range(count)]
     return dict(shared_out(members, "orders", partitions))
 

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, text
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import MissingSegmentError, PoisonRecordError
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.append import append
-from pipeline.log.offsets import Owner
+from pipeline.log.claims import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Partition
 from tests.contract.logs import advance, row_at
@@ -38,7 +38,7 @@ def write(engine: Engine, partition: Partition, *at: int) -> None:
     with transaction(engine) as db:
         if partition.number not in offsets.lock_origins(db, partition.topic):
             offsets.begin(db, partition, NextOffset(0))
-        claim = offsets.claim(db, partition, Owner("tests", "member"))
+        claim = claims.claim(db, partition, Owner("tests", "member"))
     step = advance(claim.epoch, claim.next_offset, max(at) + 1)
     with transaction(engine) as db:
         append(db, [row_at(partition, offset) for offset in at], {partition: step})

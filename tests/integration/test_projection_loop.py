@@ -13,7 +13,7 @@ from pipeline import catalogue, failpoints
 from pipeline.db import open_engine, transaction
 from pipeline.errors import ConfigurationError, InvariantError, TransientError
 from pipeline.partitions import NextOffset, OffsetRange, Partition
-from pipeline.projection import checkpoints
+from pipeline.projection import checkpoints, registry
 from pipeline.projection import loop as looping
 from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.projection.one_pass import Result, project
@@ -136,7 +136,7 @@ def test_who_was_held_up_rejoins_the_others(given: Given, running):
 def test_a_turn_that_is_somebody_elses_is_left_out(given: Given):
     given([order_event("NEW", at=0), event_for_nobody()])
     with transaction(given.engine) as db:
-        checkpoints.register(db, ["orders", "users"])
+        registry.register(db, ["orders", "users"])
         checkpoints.progress(db, ["orders", "users"])
     users = next(projector for projector in ALL if projector.name == "users")
 
@@ -175,7 +175,7 @@ def test_two_workers_at_once_do_everything_once(given: Given, running):
 def test_a_crash_before_the_commit_leaves_neither_rows_nor_checkpoint(given: Given, monkeypatch):
     given([order_event("NEW", at=0)])
     with transaction(given.engine) as db:
-        checkpoints.register(db, ["orders"])
+        registry.register(db, ["orders"])
         checkpoints.progress(db, ["orders"])
     failpoints.arm(
         {"PIPELINE_ENABLE_FAILPOINTS": "1", "PIPELINE_FAILPOINT": "after_projection:raise:57P01"}
@@ -268,9 +268,12 @@ def test_a_stale_projector_is_named_and_left_out_until_it_is_rebuilt(given: Give
 def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
     given([order_event("NEW", at=0)]).project(orders)
 
-    with transaction(given.engine) as db, pytest.raises(InvariantError, match="locked, but not at"):
-        checkpoints.move(
-            db, "orders", Partition(TOPIC, 0), OffsetRange(NextOffset(7), NextOffset(9))
+    with (
+        transaction(given.engine) as db,
+        pytest.raises(InvariantError, match="orders: 0 of 1 locked"),
+    ):
+        checkpoints.move_together(
+            db, ["orders"], Partition(TOPIC, 0), OffsetRange(NextOffset(7), NextOffset(9))
         )
 
 

@@ -19,9 +19,9 @@ from pipeline import events as reading
 from pipeline.db import LOG_SCHEMA, metadata, transaction
 from pipeline.errors import ExitCode
 from pipeline.log import append as writing
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
+from pipeline.log.claims import Owner
 from pipeline.log.copying import encode
-from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, NextOffset, Partition
 from pipeline.sandbox.servers.broker import MockBroker
@@ -270,7 +270,7 @@ def append(given, taken):
     place = Partition("orders", 0)
     with transaction(given.engine) as db:
         offsets.begin(db, place, NextOffset(0))
-        claim = offsets.claim(db, place, Owner(group="tests", member="tests"))
+        claim = claims.claim(db, place, Owner(group="tests", member="tests"))
         make_segment(db, place.topic, claim.next_offset, 1000)
         rows = [
             encode(reading.read(record._replace(offset=offset)))

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import catalogue
 from pipeline.db import transaction
-from pipeline.projection import checkpoints
+from pipeline.projection import registry
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
@@ -75,12 +75,12 @@ def test_a_child_alone_does_not_hide_that_its_parent_is_stale(given: Given):
     given.execute("TRUNCATE upvest.execution_taxes")
     given.project(executions)
     with transaction(given.engine) as db:
-        assert checkpoints.fingerprints(db)["executions"] == "old"
+        assert registry.fingerprints(db)["executions"] == "old"
 
     given.execute("TRUNCATE upvest.executions")
     given.project(executions)
     with transaction(given.engine) as db:
-        assert checkpoints.fingerprints(db)["executions"] == fingerprint(executions)
+        assert registry.fingerprints(db)["executions"] == fingerprint(executions)
 
 
 @pytest.mark.timeout(180)

@@ -28,13 +28,13 @@ from pipeline.db import SessionLimits, open_engine, transaction, translated
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.events import Record, read
 from pipeline.ingest.state import Batch, Machine, Reclaim, Resolve, Write
-from pipeline.log import offsets
+from pipeline.log import claims, offsets
 from pipeline.log.append import append
+from pipeline.log.claims import Owner
 from pipeline.log.copying import encode
-from pipeline.log.offsets import Owner
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, OffsetRange, Partition
-from pipeline.projection import checkpoints
+from pipeline.projection import checkpoints, registry
 from pipeline.projection.one_pass import Result, project
 from pipeline.projectors.orders import orders
 from pipeline.rebuild.rebuild import check, rebuild
@@ -133,7 +133,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         with transaction(bench.engine) as db:
             offsets.begin(db, PARTITION, NextOffset(0))
             make_segment(db, PARTITION.topic, NextOffset(0), 1000)
-            checkpoints.register(db, [orders.name])
+            registry.register(db, [orders.name])
             checkpoints.progress(db, [orders.name])
 
     def _machine(self) -> Machine:
@@ -219,12 +219,12 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         batch, worker.resolving = worker.resolving, None
         own = [commit for commit in self.abandoned if commit[0] == who]
         if not self.bench.waits:
-            read = partial(offsets.ownerships, partitions=batch.advances)
+            read = partial(claims.ownerships, partitions=batch.advances)
         elif own:
             self._resolve_while_open(worker, batch, own[0], commits=commits)
             return
         else:
-            read = partial(offsets.lock_ownerships, partitions=batch.advances)
+            read = partial(claims.lock_ownerships, partitions=batch.advances)
         try:
             with transaction(self.bench.engine) as db:
                 stored = read(db)
@@ -238,7 +238,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
 
         def read():
             with transaction(self.bench.waiting_engine) as db:
-                return offsets.lock_ownerships(db, batch.advances)
+                return claims.lock_ownerships(db, batch.advances)
 
         with ThreadPoolExecutor(1) as thread:
             answer = thread.submit(read)
@@ -258,7 +258,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         worker = self.workers[who]
         if not worker.machine.awaits_outcome:
             with transaction(self.bench.engine) as db:
-                stored = offsets.ownerships(db, worker.machine.owned)
+                stored = claims.ownerships(db, worker.machine.owned)
             worker.machine.checked(stored, NOW)
 
     @rule(who=who)
@@ -280,7 +280,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
         worker.wants_to_claim = True
         try:
             with transaction(self.bench.engine) as db:
-                claim = offsets.claim(db, PARTITION, Owner("model", "worker"))
+                claim = claims.claim(db, PARTITION, Owner("model", "worker"))
         except TransientError:
             return
         worker.wants_to_claim = False
@@ -363,7 +363,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
                 text('SELECT "offset" FROM pipeline.events ORDER BY "offset"')
             ).scalars()
             logged = list(rows)
-            row = offsets.ownerships(db, [PARTITION])[PARTITION]
+            row = claims.ownerships(db, [PARTITION])[PARTITION]
             checkpoint = checkpoints.next_offsets(db, orders.name).get(PARTITION, 0)
         due = [offset for offset in OFFSETS if offset < row.next_offset]
         assert logged == due, f"the log below {row.next_offset}"

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pipeline.events import Record, Row, read
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.log.search import Seen
+from pipeline.log.search import LoggedDigest
 from pipeline.partitions import NextOffset, Offset
 
 EVENT = b'{"id": "00000000-0000-0000-0000-0000000000%02d", "note": %d}'
@@ -18,7 +18,7 @@ def row_at(offset: int, value: bytes | None) -> Row:
 def restarted(marked: list[Row], next_offset: int, size: int) -> RepeatWindow:
     """What a new owner fills its window with: the query of the claim, on the rows in the log."""
     seen = [
-        Seen(
+        LoggedDigest(
             Offset(row.offset),
             row.digest,
             Offset(row.offset if row.repeat_of is None else row.repeat_of),

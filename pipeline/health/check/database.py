@@ -18,7 +18,7 @@ from pipeline.health.check.keying import check_keying
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
 from pipeline.health.check.rights import check_rights
-from pipeline.projection.checkpoints import fingerprints
+from pipeline.projection.registry import fingerprints
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema.drift import drift

@@ -13,8 +13,8 @@ from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
 from pipeline.kafka import Access, Brokers, right_to_request, user_of, why_not_visible
 from pipeline.log.installation import installation_id
-from pipeline.log.offsets import LoggedPartition, logged_partitions
 from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
+from pipeline.log.ranges import LoggedPartition, logged_partitions
 from pipeline.partitions import Partition
 from pipeline.settings import Settings
 

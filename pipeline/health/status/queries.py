@@ -21,12 +21,12 @@ from pipeline.health.status.report import (
     Standby,
     Status,
 )
-from pipeline.log.offsets import range_arrays
+from pipeline.log.ranges import range_arrays
 from pipeline.log.search import first_since
 from pipeline.log.watermarks import partition_rows
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
-from pipeline.projection.workers import EXPIRES_AFTER, Member, living, shared_out
+from pipeline.projection.workers import EXPIRES_AFTER, LiveWorker, living, shared_out
 from pipeline.readmodel import Projector
 from pipeline.schema.drift import drift
 
@@ -175,7 +175,7 @@ def _models(
     db: Connection,
     projectors: Sequence[Projector],
     as_of: datetime,
-    members: Sequence[Member],
+    members: Sequence[LiveWorker],
     standby: Standby | None,
 ) -> list[ProjectorStatus]:
     """The read models, also those that only the database has.
@@ -203,7 +203,9 @@ def _models(
 
 
 def _workers(
-    members: Sequence[Member], partitions: Collection[Partition], projectors: Iterable[Projector]
+    members: Sequence[LiveWorker],
+    partitions: Collection[Partition],
+    projectors: Iterable[Projector],
 ) -> list[ProjectingWorker]:
     shares = [shared_out(members, model.name, partitions) for model in projectors]
     return [

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, Row, select, text
 
 from pipeline import catalogue
 from pipeline.db import transaction
-from pipeline.log.offsets import ranges
+from pipeline.log.ranges import ranges
 from pipeline.log.watermarks import partition_rows
 from pipeline.partitions import NextOffset, Partition, lag
 from pipeline.projection import checkpoints

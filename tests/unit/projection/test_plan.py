@@ -1,14 +1,16 @@
 """Who takes which range next."""
 
 from pipeline.partitions import NextOffset, OffsetRange, Partition
-from pipeline.projection.checkpoints import Progress
+from pipeline.projection.checkpoints import ProjectorProgress
 from pipeline.projection.loop import Work, plan
 
 ONE, TWO = Partition("Notifications", 0), Partition("Notifications", 1)
 
 
-def standing(name: str, at: int, *, partition=ONE, first: int = 0, end: int = 100) -> Progress:
-    return Progress(name, partition, NextOffset(at), NextOffset(first), NextOffset(end))
+def standing(
+    name: str, at: int, *, partition=ONE, first: int = 0, end: int = 100
+) -> ProjectorProgress:
+    return ProjectorProgress(name, partition, NextOffset(at), NextOffset(first), NextOffset(end))
 
 
 def work(partition, first: int, end: int, *names: str) -> Work:

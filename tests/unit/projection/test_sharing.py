@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.partitions import Partition
-from pipeline.projection.workers import Member, shared_out
+from pipeline.projection.workers import LiveWorker, shared_out
 
 PROJECTORS = ("accounts", "orders", "users")
 A_DAY = datetime(2026, 1, 12, tzinfo=UTC)
@@ -18,7 +18,7 @@ partitions = st.sets(
 )
 members = st.lists(
     st.builds(
-        Member,
+        LiveWorker,
         worker=st.uuids(),
         host=st.just("here"),
         pid=st.integers(1, 9),
@@ -52,7 +52,7 @@ def test_projectors_that_the_same_workers_have_stay_together(members, partitions
 
 
 def test_one_worker_alone_has_all():
-    alone = Member(UUID(int=1), "here", 1, A_DAY, PROJECTORS)
+    alone = LiveWorker(UUID(int=1), "here", 1, A_DAY, PROJECTORS)
     all_there_are = {Partition("Notifications", number) for number in range(6)}
 
     assert set(shared_out([alone], "orders", all_there_are)) == all_there_are

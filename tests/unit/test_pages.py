@@ -91,6 +91,23 @@ def test_every_path_that_a_page_names_exists(page):
     assert [path for path in paths if not exists(path)] == []
 
 
+def test_every_module_in_the_table_of_packages_is_in_its_package():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| `(\w+/)`[^|]*\| (.*) \|$", page, re.MULTILINE)
+
+    missing = [
+        (package, word)
+        for package, text in rows
+        if package != "migrations/"
+        for word in re.findall(r"`([a-z_]+)`", text)
+        if not {f"pipeline/{package}{word}.py", f"pipeline/{package}{word}/__init__.py"}
+        & set(FILES)
+    ]
+
+    assert len(rows) > 10
+    assert missing == []
+
+
 def exists(path):
     if path in EXAMPLES:
         return True

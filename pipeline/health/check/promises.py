@@ -11,15 +11,15 @@ class Promise(StrEnum):
     FAITHFUL_LOG = "The log is faithful"
     ONE_EFFECT = "Each record has its effect once"
     ONE_WRITER = "One writer per partition"
-    NO_SILENT_LOSS = "Nothing is skipped in silence"
+    NO_SILENT_LOSS = "Nothing is skipped silently"
     CONVERGENCE = "Read models converge"
     ONE_PROJECTION = "Each event is projected once"
     DISPOSABLE = "Read models are disposable"
-    ONE_BAD_EVENT = "A bad event costs one event"
+    ONE_BAD_EVENT = "A bad event affects no other event"
     EXACT_MONEY = "Money is exact"
-    UNKNOWN_IS_NORMAL = "Unknown is normal"
+    UNKNOWN_IS_NORMAL = "Unknown event types, fields and values are stored"
     BOUNDED_MEMORY = "Memory is bounded"
-    SECRECY = "Secrets and personal data show nowhere"
+    SECRECY = "Logs, errors and help show no secrets and no personal data"
 
 
 NOT_OF_AN_INSTALLATION = frozenset({Promise.EXACT_MONEY, Promise.UNKNOWN_IS_NORMAL})

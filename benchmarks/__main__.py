@@ -26,10 +26,10 @@ PARTS = (
 
 
 def main() -> int:
-    """Run what was asked for.
+    """Run the requested measurements.
 
     Returns:
-        0; what was measured decides nothing.
+        0, whatever the measurements are.
     """
     arguments = _arguments()
     log_events.configure(level="error")
@@ -43,11 +43,11 @@ def main() -> int:
             print(sections[-1], flush=True)
             run = this_run()
     if arguments.write:
-        from benchmarks.drawing import draw  # needs what only `make bench` installs
+        from benchmarks.drawing import draw  # needs packages that only `make bench` installs
 
         before = RESULTS.read_text() if RESULTS.exists() else ""
         RESULTS.write_text(with_new(before, head, sections))
-        draw((plot for one in sections for plot in one.plots), RESULTS.parent / PLOTS)
+        draw((plot for section in sections for plot in section.plots), RESULTS.parent / PLOTS)
     return 0
 
 
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small numbers, and no rivals unless asked: two minutes",
+        help="small numbers, and no rivals unless requested: two minutes",
     )
     parser.add_argument("--pairs", type=int, default=3, help="how often each side runs (3)")
     parser.add_argument("--postgres", type=int, default=18, help="major version: 15, 18 (18)")
@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"also into {RESULTS.name}, with plots, in place of what these parts gave there",
+        help=f"also into {RESULTS.name}, with plots, in place of the older sections of these parts",
     )
     arguments = parser.parse_args()
     # Rivals are installed on first use, one of them by compiling for half an hour.

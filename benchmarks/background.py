@@ -1,4 +1,4 @@
-"""A process that goes on while something is measured."""
+"""A process that runs during a measurement."""
 
 import os
 import signal
@@ -12,18 +12,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Running:
-    """A process that was started, and not ended yet."""
+    """A running process."""
 
     process: subprocess.Popen[str]
 
     def cpu_s(self) -> float:
-        """User and system time that it has used so far."""
+        """User and system time of the process so far."""
         # The second field, the name in parentheses, may hold spaces.
         stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
-        """End it at once, without a chance to finish anything."""
+        """SIGKILL: the process finishes nothing."""
         self.process.kill()
         self.process.wait()
 
@@ -35,16 +35,16 @@ def background(command: Sequence[str], environment: Mapping[str, str]) -> Iterat
     Raises:
         RuntimeError: It ended before the block; the message has its last lines.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=said, stderr=said, text=True
+            command, env={**os.environ, **environment}, stdout=output, stderr=output, text=True
         )
         running = Running(process)
         try:
             yield running
             if process.poll() not in (None, -signal.SIGKILL):
-                said.seek(0)
-                last = "".join(said.readlines()[-20:])
+                output.seek(0)
+                last = "".join(output.readlines()[-20:])
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
         finally:
             process.terminate()

@@ -1,4 +1,4 @@
-"""The report's plots as SVG files; drawn by matplotlib, which nothing else here needs."""
+"""The report's plots as SVG files; drawn by matplotlib, which nothing else needs."""
 
 from collections.abc import Iterable
 from pathlib import Path

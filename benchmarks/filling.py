@@ -1,4 +1,4 @@
-"""How fast a table was filled, told by PostgreSQL."""
+"""How fast a table was filled, measured by PostgreSQL's clock."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +29,8 @@ def fill(
 
     Args:
         stage: The servers.
-        database: Where the table is.
-        rows: How many it must hold afterwards.
+        database: The database of the table.
+        rows: The number of rows that it must hold afterwards.
         work: From reading to the last commit.
         table: Its name.
     """
@@ -48,7 +48,7 @@ def fill(
 
 
 def one_row(database: Database, query: str) -> tuple[Any, ...]:
-    """The first row that a query gives."""
+    """The first row of a query."""
     with database.connect() as connection:
         found = connection.execute(query.encode()).fetchone()
     assert found is not None

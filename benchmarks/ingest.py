@@ -3,7 +3,7 @@
 Ours is the real command with everything on: consumer group, claim, fence, repeats, envelope, proof
 that jsonb holds the same value. The bare side has the rows encoded in memory, as PostgreSQL's own
 COPY TO BINARY gave them, and sends them in the same batches, each committed: the limit. The loop is
-what one would write without the guarantees. All three fill the same table with the same indexes.
+the simplest code without the guarantees. All three fill the same table with the same indexes.
 """
 
 import time
@@ -25,7 +25,7 @@ from tests.servers.databases import Database
 SIZES = (400, 700, 4096)
 """Bytes of a value."""
 LARGE = 1000
-"""Of values from this size on, a third as many are enough."""
+"""For values of this size or more, a third as many are enough."""
 COLUMNS = ", ".join(f'"{column.name}"' for column in events.c if column.name != "ingested_at")
 COPY_IN = f"COPY pipeline.events ({COLUMNS}) FROM STDIN (FORMAT binary)"
 BATCHES = "SELECT ingested_at FROM pipeline.events GROUP BY 1 ORDER BY 1"
@@ -45,24 +45,24 @@ def measure(stage: Stage, rows: int, pairs: int) -> Section:
     Args:
         stage: The servers.
         rows: How many events a topic holds.
-        pairs: How often each way is gone.
+        pairs: How often each way is measured.
     """
     measured = []
     for size in SIZES:
         measured += _of_size(stage, size, rows_of(size, rows), pairs)
     return Section(
         "Ingest",
-        f"{rows:,} simulated events a topic, {rows // 3:,} of those of {SIZES[-1]:,} bytes, in 6 "
-        "partitions. Rate: rows a second from the beginning of the first batch to that of the "
+        f"{rows:,} simulated events per topic, {rows // 3:,} of those of {SIZES[-1]:,} bytes, in 6 "
+        "partitions. Rate: rows per second from the beginning of the first batch to that of the "
         "last, by PostgreSQL's clock; then from the start of the command to its end. CPU is that "
         "of the whole command. Ours and the bare COPY leave the same rows.",
         table(measured),
-        [bars("ingest", "Ingest, rows a second", measured)],
+        [bars("ingest", "Ingest, rows per second", measured)],
     )
 
 
 def rows_of(size: int, rows: int) -> int:
-    """How many events of a size a topic gets, where one of small events gets ``rows``."""
+    """The number of events of a size in a topic, if a topic of small events has ``rows``."""
     return rows if size < LARGE else rows // 3
 
 

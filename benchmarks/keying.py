@@ -11,7 +11,7 @@ from pipeline.sandbox.simulator import Keying
 EVENTS = 200_000
 QUICK_EVENTS = 20_000
 MEASURED = (Keying.USER, 1), (Keying.TENANT, 1), (Keying.USER, 2), (Keying.TENANT, 2)
-"""By what the topic is keyed, and workers; the first is what the others are compared with."""
+"""The key of the topic and the number of workers; the others are compared with the first."""
 
 
 def measure(stage: Stage, pairs: int, *, quick: bool) -> Section:
@@ -19,7 +19,7 @@ def measure(stage: Stage, pairs: int, *, quick: bool) -> Section:
 
     Args:
         stage: The servers.
-        pairs: How often each is measured.
+        pairs: How often each way is measured.
         quick: Few events.
     """
     events = QUICK_EVENTS if quick else EVENTS

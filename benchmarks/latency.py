@@ -1,4 +1,4 @@
-"""How long an event is on its way: produced, committed in ``events``, visible in ``orders``.
+"""The latency of an event: from produced to committed in ``events`` and visible in ``orders``.
 
 All three times are of one machine's clock: the producer's before it hands an event over, and
 PostgreSQL's own of the commits that wrote the rows (``track_commit_timestamp``). The bare side is a
@@ -29,8 +29,8 @@ WARM_UP_S = 3.0
 """Not counted: the first records find no plan, no segment and no page in memory."""
 WARM_UP_RATE = 1_000
 START_S_MAX = 30.0
-BEHIND_S_MAX = 20.0
-"""What is not there so long after the last event was produced is not waited for."""
+LATE_S_MAX = 20.0
+"""Maximum wait for events after the last event was produced."""
 WANTED = 3.0
 
 BARE_LOOP = ("-m", "benchmarks.bare_loop")
@@ -47,12 +47,12 @@ SELECT _event_id, extract(epoch FROM pg_xact_commit_timestamp(xmin)) FROM upvest
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of one way at one rate.
+    """The latencies of one way at one rate.
 
     Attributes:
-        ms: Of each event that came in time, milliseconds.
-        produced: How many were to come.
-        cpu: Of the process, in parts of a core.
+        ms: Milliseconds of each event that arrived in time.
+        produced: The number of produced events.
+        cpu: CPU of the process, in cores.
     """
 
     ms: Sequence[float]
@@ -60,28 +60,28 @@ class Latencies:
     cpu: float
 
     def percentile(self, percent: int) -> float:
-        """Milliseconds that so many of a hundred events stay below; those missing count as late."""
+        """A percentile of the milliseconds; missing events count as late."""
         rank = math.ceil(self.produced * percent / 100)
         return sorted(self.ms)[rank - 1] if rank <= len(self.ms) else float("inf")
 
 
 def measure(stage: Stage, *, quick: bool) -> Section:
-    """Produce at several rates, to ours and to the bare loop in turn."""
+    """Produce at several rates, for ours and for the bare loop in turn."""
     rates, seconds = QUICK if quick else (RATES, SECONDS)
     lines = [
         "| events/s | | p50 | p95 | p99 | cores |",
         "|---|---|---|---|---|---|",
     ]
-    # A broker that has just started is slow, whoever reads from it.
+    # A broker that has just started is slow for every reader.
     _run(stage, WARM_UP_RATE, WARM_UP_S, BARE_LOOP)
     shown: dict[str, list[tuple[float, float]]] = {BARE: [], COMMITTED_BY: [], VISIBLE_BY: []}
     for rate in rates:
         bare, _ = _run(stage, rate, seconds, BARE_LOOP)
         committed, visible = _run(stage, rate, seconds, ["-m", "pipeline", "run"])
         lines += [
-            f"| {rate:,} | {BARE} {_said(bare)}",
-            f"| | {COMMITTED_BY} {_said(committed)}",
-            f"| | {VISIBLE_BY} {_said(visible)}",
+            f"| {rate:,} | {BARE} {_columns(bare)}",
+            f"| | {COMMITTED_BY} {_columns(committed)}",
+            f"| | {VISIBLE_BY} {_columns(visible)}",
             f"| | **p99 committed / bare** (wanted: {WANTED:g} or less) | | | "
             f"**{committed.percentile(99) / bare.percentile(99):.2f}** | |",
         ]
@@ -92,16 +92,16 @@ def measure(stage: Stage, *, quick: bool) -> Section:
         "Latency",
         f"Orders, each a new one, for {seconds} s at each rate; the first {WARM_UP_S:.0f} s are "
         "left out. From the producer's call to PostgreSQL's commit, milliseconds. An event that "
-        f"is not there {BEHIND_S_MAX:.0f} s after the last one was produced counts as late for "
-        "ever. Cores: CPU of the process, without PostgreSQL.",
+        f"is not there {LATE_S_MAX:.0f} s after the last one was produced counts as late "
+        "forever. Cores: CPU of the process, without PostgreSQL.",
         lines,
         [Lines("latency", "Latency, p99", "events/s", "ms", shown, logarithmic=True)],
     )
 
 
-def _said(latencies: Latencies) -> str:
-    told = [latencies.percentile(percent) for percent in (50, 95, 99)]
-    figures = " | ".join("late" if ms == float("inf") else f"{ms:.1f}" for ms in told)
+def _columns(latencies: Latencies) -> str:
+    percentiles = [latencies.percentile(percent) for percent in (50, 95, 99)]
+    figures = " | ".join("late" if ms == float("inf") else f"{ms:.1f}" for ms in percentiles)
     return f"| {figures} | {latencies.cpu:.2f} |"
 
 
@@ -121,7 +121,7 @@ def _run(
             cpu = (child.cpu_s() - cpu_before) / (time.monotonic() - begun)
             counted_from = min(sent.values()) + WARM_UP_S
             counted = {event: at for event, at in sent.items() if at >= counted_from}
-            _wait_for(database, table, len(first) + len(sent), at_most_s=BEHIND_S_MAX)
+            _wait_for(database, table, len(first) + len(sent), at_most_s=LATE_S_MAX)
         committed = _since(database, COMMITTED, counted)
         visible = _since(database, VISIBLE, counted) if is_ours else []
     return Latencies(committed, len(counted), cpu), Latencies(visible, len(counted), cpu)
@@ -137,8 +137,10 @@ def _wait_for(database: Database, table: str, rows: int, *, at_most_s: float) ->
     deadline = time.monotonic() + at_most_s
     with database.connect() as connection:
         while time.monotonic() < deadline:
-            [(there,)] = connection.execute(f"SELECT count(*) FROM {table}".encode()).fetchall()
-            if there >= rows:
+            [(rows_so_far,)] = connection.execute(
+                f"SELECT count(*) FROM {table}".encode()
+            ).fetchall()
+            if rows_so_far >= rows:
                 return
             time.sleep(0.2)
 

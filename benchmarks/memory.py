@@ -17,9 +17,9 @@ QUICK_LARGE = 6
 LARGE_BYTES = 20_000_000
 """Of a value."""
 LARGE_EACH = 25
-"""Of so many events one is large."""
+"""One of this number of events is large."""
 RECORD_BYTES_MAX = 25_000_000
-"""What topic and producer take: the value, its key and its headers."""
+"""The maximum that topic and producer accept: the value, its key and its headers."""
 LARGE_WANTED_BYTES = 400_000_000
 ROWS = "SELECT count(*) FROM pipeline.events"
 LARGE_ROWS = f"{ROWS} WHERE octet_length(payload::text) >= {LARGE_BYTES}"
@@ -27,11 +27,11 @@ DISK = "SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('pipeli
 
 
 def measure(stage: Stage, events: int, *, quick: bool) -> Section:
-    """Ingest two topics, and tell the most memory that was resident.
+    """Ingest two topics, and report the peak of resident memory.
 
     Args:
         stage: The servers.
-        events: How many the backlog holds.
+        events: The number of events of the backlog.
         quick: Few large ones.
     """
     topic = stage.load(events)
@@ -51,7 +51,7 @@ def measure(stage: Stage, events: int, *, quick: bool) -> Section:
             "|---|---|",
             f"| most resident memory (wanted: {WANTED_BYTES / 1e6:.0f} MB at most) "
             f"| **{finished.peak_bytes / 1e6:.0f} MB** |",
-            f"| log on disk, with indexes | {int(bytes_on_disk) / events:.0f} bytes an event |",
+            f"| log on disk, with indexes | {int(bytes_on_disk) / events:.0f} bytes per event |",
             f"| most resident memory with events of {LARGE_BYTES / 1e6:.0f} MB (wanted: "
             f"{LARGE_WANTED_BYTES / 1e6:.0f} MB at most) | **{peak_with_large / 1e6:.0f} MB** |",
         ],
@@ -59,7 +59,7 @@ def measure(stage: Stage, events: int, *, quick: bool) -> Section:
 
 
 def _peak_with_large(stage: Stage, large: int) -> int:
-    """Ingest so many large events among small ones; most bytes that were resident."""
+    """Ingest large events among small ones; the peak of resident bytes."""
     events = large * LARGE_EACH
     topic = f"benchmark-large-{secrets.token_hex(3)}"
     limit = str(RECORD_BYTES_MAX)

@@ -1,4 +1,4 @@
-"""Projection and rebuild of ``orders`` against one hand-written INSERT … SELECT, and of all.
+"""Projection and rebuild: of ``orders`` against a hand-written INSERT … SELECT, and of all models.
 
 Ours has its checkpoints, its checks of every value and its batches. The bare side is one statement
 over the whole log, with plain casts that would stop at the first bad value. Two jobs are measured
@@ -30,7 +30,7 @@ MAKE_TWIN = """
 CREATE SCHEMA benchmark;
 CREATE TABLE benchmark.orders (LIKE upvest.orders INCLUDING ALL);
 """
-# What the projection pins for itself.
+# The settings that the projection pins.
 PIN = "SET timezone = 'UTC'; SET datestyle = 'ISO, YMD'; SET work_mem = '64MB'; SET jit = off"
 # Of an event e and its object o, in the order of the table's columns.
 VALUES = """
@@ -89,7 +89,7 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
     Args:
         stage: The servers.
         events: How many events each log holds, at least: of orders alone, and of everything.
-        pairs: How often each way is gone.
+        pairs: How often each way is measured.
     """
     of_one, rows = _measure_orders(stage, events, pairs)
     of_all, live = _measure_all(stage, events, pairs)
@@ -99,10 +99,10 @@ def measure(stage: Stage, events: int, pairs: int) -> Section:
         f"A log of {events:,} events of orders, which make {rows:,} rows of "
         f"{len(orders.tables[0].columns)} columns, with 3 indexes. All ways leave the same rows, "
         f"to the last column. Another log of {events:,} events of all kinds, for {len(models)} "
-        f"read models with {sum(len(one.tables) for one in models)} tables; `pipeline rebuild "
+        f"read models with {sum(len(model.tables) for model in models)} tables; `pipeline rebuild "
         f"--all` with its start. Live, all of them together take {live}.",
         table([*of_one, of_all]),
-        [bars("projection", "Projection of orders, events a second", of_one, "events/s")],
+        [bars("projection", "Projection of orders, events per second", of_one, "events/s")],
     )
 
 
@@ -139,7 +139,7 @@ def _measure_all(stage: Stage, events: int, pairs: int) -> tuple[Pairs, str]:
         engine.dispose()
     rate = statistics.median(run.rate for run in live)
     costs = [run.server_us for run in live if run.server_us is not None]
-    cost = f" and {statistics.median(costs):.1f} µs of PostgreSQL's CPU an event" if costs else ""
+    cost = f" and {statistics.median(costs):.1f} µs of PostgreSQL's CPU per event" if costs else ""
     return by_two, f"{rate:,.0f} events/s{cost}"
 
 
@@ -159,12 +159,13 @@ def log_of_orders(stage: Stage, events: int) -> Iterator[tuple[Database, Engine]
 
 def empty_all(connection: psycopg.Connection) -> None:
     """Truncate all read models, which are then projected from the log's beginning."""
-    tables = ", ".join(table.fullname for one in catalogue.load().models for table in one.tables)
+    models = catalogue.load().models
+    tables = ", ".join(table.fullname for model in models for table in model.tables)
     connection.execute(f"TRUNCATE {tables}".encode())
 
 
 def timed_rebuild(stage: Stage, engine: Engine, events: int) -> Run:
-    """Our rebuild of ``orders``; it must find the table as it was."""
+    """Our rebuild of ``orders``; it must find no difference."""
     return _timed(stage, events, lambda: _rebuild(engine))
 
 

@@ -1,6 +1,6 @@
-"""How soon events are committed again: after a start, a SIGKILL, and a restart of either server.
+"""The time until events are committed again: after a start, a SIGKILL, a restart of either server.
 
-A producer goes on all the time. Each time is that of PostgreSQL's first commit of events behind the
+A producer runs all the time. Each time is that of PostgreSQL's first commit of events after the
 fault, by its own clock (``track_commit_timestamp``), which is the machine's.
 """
 
@@ -24,7 +24,7 @@ from tests.servers.databases import Database
 WANTED_S = 3.0
 RATE = 200
 COMMIT_S_MAX = 90.0
-"""Longest wait for a commit; Kafka gives a dead member's partitions away after 45 s."""
+"""Longest wait for a commit; Kafka reassigns a dead member's partitions after 45 s."""
 VALUE = b'{"id":"00000000-0000-4000-8000-000000000000","created_at":"2026-01-05T09:00:00Z"}'
 FIRST_COMMIT = """
 SELECT extract(epoch FROM min(at)) FROM (
@@ -33,11 +33,11 @@ SELECT extract(epoch FROM min(at)) FROM (
 """
 
 Fault = Callable[[], float]
-"""Does it; the time, seconds since 1970, at which all servers were up again."""
+"""Causes the fault; the time, seconds since 1970, at which all servers were up again."""
 
 
 def measure(stage: Stage, times: int) -> Section:
-    """Do each fault so many times."""
+    """Cause each fault a number of times."""
     static = {"PIPELINE_GROUP_INSTANCE_ID": "benchmark"}
     rows = [
         ("start of the command, first commit", _starts(stage, times, {})),
@@ -64,13 +64,13 @@ def measure(stage: Stage, times: int) -> Section:
         "Recovery",
         f"`pipeline ingest` of {RATE} events/s, {times} times each. Seconds from the start of the "
         "process, or from the moment when the server answered again, to the first commit of events "
-        f"behind it. Wanted for the start: {WANTED_S:g} s at most.",
+        f"after it. Wanted for the start: {WANTED_S:g} s at most.",
         [
             "| | median | all |",
             "|---|---|---|",
             *(
                 f"| {name} | **{statistics.median(taken):.1f} s** "
-                f"| {', '.join(f'{one:.1f}' for one in sorted(taken))} |"
+                f"| {', '.join(f'{seconds:.1f}' for seconds in sorted(taken))} |"
                 for name, taken in rows
             ),
         ],
@@ -133,7 +133,7 @@ def _flowing(stage: Stage) -> Iterator[tuple[Database, dict[str, str]]]:
 
 
 def _produce(stage: Stage, topic: str, stop: threading.Event) -> None:
-    quiet = logging.getLogger("librdkafka")  # a broker that is away is what is measured
+    quiet = logging.getLogger("librdkafka")  # the outage of a broker is what is measured
     producer = Producer(
         {"bootstrap.servers": stage.kafka.bootstrap_servers, "linger.ms": 0, "logger": quiet}
     )

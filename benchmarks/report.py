@@ -1,4 +1,4 @@
-"""What a benchmark says: pairs of measurements, and one report in Markdown."""
+"""The results of a benchmark: pairs of measurements, and one report in Markdown."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ import confluent_kafka
 
 CPUINFO = Path("/proc/cpuinfo")
 PLOTS = "plots"
-"""The folder of the pictures, beside the report."""
+"""The folder of the plots, beside the report."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Run:
     """One side of a pair.
 
     Attributes:
-        rate: Rows or events a second.
-        client_us: CPU of the client's process, microseconds a row, if it was taken.
-        server_us: CPU of PostgreSQL's processes, microseconds a row, if it can be told.
-        whole_rate: Rows a second from the start of the command to its end, if it is one.
+        rate: Rows or events per second.
+        client_us: CPU of the client's process, microseconds per row, if measured.
+        server_us: CPU of PostgreSQL's processes, microseconds per row, if it can be measured.
+        whole_rate: Rows per second from the start of the command to its end, if there is a command.
     """
 
     rate: float
@@ -41,8 +41,8 @@ class Pairs:
 
     Attributes:
         name: What is compared, ours first, e.g. ``pipeline ingest / bare COPY``.
-        target: The least ratio wanted.
-        ours: May be the list of another pair too, where several are compared with the same runs.
+        target: The minimum ratio that is wanted.
+        ours: May be shared with another pair, if several are compared with the same runs.
     """
 
     name: str
@@ -59,26 +59,27 @@ class Pairs:
 
     def lines(self, *, with_ours: bool = True) -> list[str]:
         """A table row for each side and one for the ratio."""
-        one, other = self.name.split(" / ")
-        sides = [(one, self.ours)] if with_ours else []
+        ours, theirs = self.name.split(" / ")
+        sides = [(ours, self.ours)] if with_ours else []
         return [
             *(
                 f"| {name} | {_rates(runs)} | {_cpu(runs)} |"
-                for name, runs in [*sides, (other, self.theirs)]
+                for name, runs in [*sides, (theirs, self.theirs)]
             ),
-            f"| **{one} / {other}** (wanted: {self.target:g} or more) | {_told(self.ratios)} | |",
+            f"| **{ours} / {theirs}** (wanted: {self.target:g} or more) "
+            f"| {_ratio_text(self.ratios)} | |",
         ]
 
 
-def _told(ratios: Sequence[float]) -> str:
+def _ratio_text(ratios: Sequence[float]) -> str:
     all_of_them = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return f"**{statistics.median(ratios):.2f}** of {all_of_them}"
 
 
 def _rates(runs: Sequence[Run]) -> str:
-    said = _spread([run.rate for run in runs])
+    figures = _spread([run.rate for run in runs])
     whole = [run.whole_rate for run in runs if run.whole_rate is not None]
-    return f"{said}; with start and end {_spread(whole)}" if whole else said
+    return f"{figures}; with start and end {_spread(whole)}" if whole else figures
 
 
 def _spread(rates: Sequence[float]) -> str:
@@ -86,25 +87,25 @@ def _spread(rates: Sequence[float]) -> str:
 
 
 def _cpu(runs: Sequence[Run]) -> str:
-    said = []
+    figures = []
     for name, taken in (
         ("client", [run.client_us for run in runs if run.client_us is not None]),
         ("PostgreSQL", [run.server_us for run in runs if run.server_us is not None]),
     ):
         if taken:
-            said.append(f"{name} {statistics.median(taken):.1f} µs")
-    return ", ".join(said)
+            figures.append(f"{name} {statistics.median(taken):.1f} µs")
+    return ", ".join(figures)
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A plot of how much each of several ways does.
+    """A plot of the rates of several ways.
 
     Attributes:
-        name: Of its file.
-        title: What is shown.
-        unit: Of the values.
-        values: By label, from top to bottom; what is ours begins with ``pipeline``.
+        name: The name of its file.
+        title: The title of the plot.
+        unit: The unit of the values.
+        values: By label, from top to bottom; our own labels begin with ``pipeline``.
     """
 
     name: str
@@ -120,14 +121,14 @@ class Bars:
 
 @dataclass(frozen=True)
 class Lines:
-    """A plot of how something goes with something else.
+    """A plot of one quantity by another.
 
     Attributes:
-        name: Of its file.
-        title: What is shown.
-        across: What goes from left to right.
-        up: What goes upwards.
-        series: By label, points from left to right; what is ours begins with ``pipeline``.
+        name: The name of its file.
+        title: The title of the plot.
+        across: The label of the x axis.
+        up: The label of the y axis.
+        series: By label, points from left to right; our own labels begin with ``pipeline``.
         logarithmic: Both axes by powers of ten; else upwards from zero.
     """
 
@@ -153,10 +154,10 @@ class Section:
 
     Attributes:
         title: Its heading.
-        text: What was done, and how.
+        text: The method.
         lines: The figures, as Markdown.
-        plots: Some of them as pictures.
-        run: When it was measured and by which command, see ``this_run``.
+        plots: Some figures as plots.
+        run: The time and the command of the measurement, see ``this_run``.
     """
 
     title: str
@@ -173,18 +174,18 @@ class Section:
 
 
 def bars(name: str, title: str, pairs: Sequence[Pairs], unit: str = "rows/s") -> Bars:
-    """The median rates of both sides of pairs; runs that several share are there once."""
+    """The median rates of both sides of pairs; shared runs appear once."""
     values = {}
     for pair in pairs:
-        one, other = pair.name.split(" / ")
-        values[one] = statistics.median(run.rate for run in pair.ours)
-        values[other] = statistics.median(run.rate for run in pair.theirs)
-    return Bars(name, title, unit, dict(sorted(values.items(), key=lambda it: -it[1])))
+        ours, theirs = pair.name.split(" / ")
+        values[ours] = statistics.median(run.rate for run in pair.ours)
+        values[theirs] = statistics.median(run.rate for run in pair.theirs)
+    return Bars(name, title, unit, dict(sorted(values.items(), key=lambda value: -value[1])))
 
 
 def table(pairs: Sequence[Pairs]) -> list[str]:
-    """Pairs as one Markdown table; runs of ours that several share stand there once."""
-    lines = ["| | median (spread) | CPU a row |", "|---|---|---|"]
+    """Pairs as one Markdown table; shared runs of ours appear once."""
+    lines = ["| | median (spread) | CPU per row |", "|---|---|---|"]
     shown: list[int] = []
     for pair in pairs:
         lines += pair.lines(with_ours=id(pair.ours) not in shown)
@@ -193,16 +194,16 @@ def table(pairs: Sequence[Pairs]) -> list[str]:
 
 
 Ways = Mapping[str, Sequence[Run]]
-"""Several ways of doing the same, by name, each measured as often as the first, by turns."""
+"""Several ways of doing the same, by name, measured equally often, in turn."""
 
 
 def ways_table(ways: Ways) -> list[str]:
-    """Ways as one Markdown table, each with its ratio to the first, turn by turn."""
+    """Ways as one Markdown table, each with its ratio to the first, run by run."""
     first, *_ = ways
-    lines = [f"| | median (spread) | CPU a row | / {first} |", "|---|---|---|---|"]
+    lines = [f"| | median (spread) | CPU per row | / {first} |", "|---|---|---|---|"]
     for name, runs in ways.items():
         ratios = [run.rate / base.rate for run, base in zip(runs, ways[first], strict=True)]
-        ratio = "" if name == first else _told(ratios)
+        ratio = "" if name == first else _ratio_text(ratios)
         lines.append(f"| {name} | {_rates(runs)} | {_cpu(runs)} | {ratio} |")
     return lines
 
@@ -234,14 +235,15 @@ def this_run() -> str:
 
 
 def with_new(report: str, heading: str, sections: Iterable[Section]) -> str:
-    """A report with sections in place of those with their titles, or behind the others.
+    """A report with new sections instead of those with the same titles, or after the others.
 
-    What stands below another heading, so of another machine or other versions, is left out.
+    Sections below another heading, of another machine or other versions, are left out.
     """
-    stands_below, *old = re.split("^(?=## )", report, flags=re.MULTILINE)
-    by_title = {one.splitlines()[0]: one for one in old if stands_below.strip() == heading.strip()}
-    by_title |= {f"## {one.title}": str(one) for one in sections}
-    return "\n".join([heading, *(one.rstrip() + "\n" for one in by_title.values())])
+    old_heading, *old = re.split("^(?=## )", report, flags=re.MULTILINE)
+    is_same_heading = old_heading.strip() == heading.strip()
+    by_title = {section.splitlines()[0]: section for section in old if is_same_heading}
+    by_title |= {f"## {section.title}": str(section) for section in sections}
+    return "\n".join([heading, *(section.rstrip() + "\n" for section in by_title.values())])
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """Whether a row costs the same at tens of millions of rows as at the first million.
 
-One topic grows. At each size two steps of real events are ingested and measured: one right behind a
-checkpoint, when the first change of each page of an index writes the page whole to the WAL, and one
-behind that. In between the log is filled inside PostgreSQL, with rows like those of the first step
+One topic grows. At each size two steps of real events are ingested and measured: one right after a
+checkpoint, when the first change of each page of an index writes the whole page to the WAL, and one
+later. In between the log is filled inside PostgreSQL, with rows like those of the first step
 but ids of their own, at offsets that as many small records take up in Kafka.
 """
 
@@ -32,7 +32,7 @@ WANTED = 1.2
 LOOKS = 5
 FILLER = b"-"
 FILLER_DIGEST = blake2b(FILLER, digest_size=16).digest()
-"""Of the filled rows: what is in Kafka at the log's end must be what the log holds there."""
+"""Of the filled rows: the records at the log's end must be equal in Kafka and in the log."""
 FILLERS_IN_FLIGHT = 100_000
 SPAN: int = Settings.model_fields["segment_offsets"].default
 
@@ -86,34 +86,34 @@ QUERIES: Mapping[str, LiteralString] = {
 
 @dataclass(frozen=True)
 class Step:
-    """What one ingest into a log of some size has cost.
+    """The cost of one ingest into a log of some size.
 
     Attributes:
-        before: Rows that the log held.
-        is_behind_checkpoint: Whether one had just been made.
-        rate: Events a second.
-        server_us: CPU of PostgreSQL, microseconds an event; None where it cannot be told.
-        client_us: CPU of the whole command, microseconds an event.
-        bytes_a_row: The log on disk, with its indexes.
-        looks_ms: Milliseconds of each of ``QUERIES``, and of what `pipeline status` reads.
+        before: The number of rows before the step.
+        is_after_checkpoint: Whether a checkpoint had just been made.
+        rate: Events per second.
+        server_us: CPU of PostgreSQL, microseconds per event; None if it cannot be measured.
+        client_us: CPU of the whole command, microseconds per event.
+        bytes_per_row: The log on disk, with its indexes.
+        query_ms: Milliseconds of each of ``QUERIES``, and of the queries of `pipeline status`.
     """
 
     before: int
-    is_behind_checkpoint: bool
+    is_after_checkpoint: bool
     rate: float
     server_us: float | None
     client_us: float
-    bytes_a_row: float
-    looks_ms: Sequence[float]
+    bytes_per_row: float
+    query_ms: Sequence[float]
 
     def line(self) -> str:
-        """As a row of the table."""
+        """The step as a row of the table."""
         server = "" if self.server_us is None else f"{self.server_us:.1f} µs"
-        looks = " | ".join(f"{ms:.1f} ms" for ms in self.looks_ms)
+        looks = " | ".join(f"{ms:.1f} ms" for ms in self.query_ms)
         return (
-            f"| {self.before:,}{', checkpoint' if self.is_behind_checkpoint else ''} "
+            f"| {self.before:,}{', checkpoint' if self.is_after_checkpoint else ''} "
             f"| {self.rate:,.0f} | {server} | {self.client_us:.1f} µs "
-            f"| {self.bytes_a_row:,.0f} | {looks} |"
+            f"| {self.bytes_per_row:,.0f} | {looks} |"
         )
 
 
@@ -122,7 +122,7 @@ def measure(stage: Stage, *, quick: bool) -> Section:
     sizes, step = (QUICK_SIZES, QUICK_STEP) if quick else (SIZES, STEP)
     topic = stage.load(step)
     with stage.database() as database:
-        _ingested(stage, database, topic, step, before=0, behind_checkpoint=True)
+        _ingested(stage, database, topic, step, before=0, after_checkpoint=True)
         model = _ends(database, topic)
         steps = []
         rows = step
@@ -130,7 +130,7 @@ def measure(stage: Stage, *, quick: bool) -> Section:
             for _ in range((size - rows) // step):
                 _fill(stage, database, topic, model)
                 rows += step
-            for behind_checkpoint in (True, False):
+            for after_checkpoint in (True, False):
                 stage.load(step, topic=topic)
                 steps.append(
                     _ingested(
@@ -139,36 +139,36 @@ def measure(stage: Stage, *, quick: bool) -> Section:
                         topic,
                         step,
                         before=rows,
-                        behind_checkpoint=behind_checkpoint,
+                        after_checkpoint=after_checkpoint,
                     )
                 )
                 rows += step
-    behind_checkpoints, others = steps[::2], steps[1::2]
+    after_checkpoints, others = steps[::2], steps[1::2]
     return Section(
         "Scale",
         f"One topic of {PARTITIONS} partitions. At each size twice {step:,} events more were "
-        "ingested by `pipeline ingest --until-end`: right behind a checkpoint, when the first "
+        "ingested by `pipeline ingest --until-end`: right after a checkpoint, when the first "
         "change of each page of an index writes the whole page to the WAL, and once more. Rate by "
         f"PostgreSQL's clock, CPU with start and end. The queries: median of {LOOKS}, warm.",
         [
-            "| rows before | events/s | CPU of PostgreSQL a row | of the client | bytes a row "
+            "| rows before | events/s | CPU of PostgreSQL per row | of the client | bytes per row "
             f"| {' | '.join(QUERIES)} | `pipeline status` |",
             "|" + "---|" * (6 + len(QUERIES)),
-            *(one.line() for one in steps),
+            *(step.line() for step in steps),
             "",
             f"{others[-1].before:,} rows against {others[0].before:,} (wanted: {WANTED:g} at "
-            f"most): {_compared(others[0], others[-1])}; right behind a checkpoint: "
-            f"{_compared(behind_checkpoints[0], behind_checkpoints[-1])}.",
+            f"most): {_compared(others[0], others[-1])}; right after a checkpoint: "
+            f"{_compared(after_checkpoints[0], after_checkpoints[-1])}.",
         ],
         [
             Lines(
                 "scale",
-                "Time a row, by how many the log holds already",
+                "Time per row, by how many the log holds already",
                 "million rows",
                 "µs",
                 {
                     "pipeline ingest": _by_size(others),
-                    "pipeline ingest, right behind a checkpoint": _by_size(behind_checkpoints),
+                    "pipeline ingest, right after a checkpoint": _by_size(after_checkpoints),
                 },
             )
         ],
@@ -176,17 +176,17 @@ def measure(stage: Stage, *, quick: bool) -> Section:
 
 
 def _by_size(steps: Sequence[Step]) -> Sequence[tuple[float, float]]:
-    return [(one.before / 1e6, 1e6 / one.rate) for one in steps]
+    return [(step.before / 1e6, 1e6 / step.rate) for step in steps]
 
 
 def _compared(first: Step, last: Step) -> str:
-    return f"time a row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}"
+    return f"time per row **{first.rate / last.rate:.2f}**{_cpu_ratio(first, last)}"
 
 
 def _cpu_ratio(first: Step, last: Step) -> str:
     if first.server_us is None or last.server_us is None:
         return ""
-    return f", PostgreSQL's CPU a row **{last.server_us / first.server_us:.2f}**"
+    return f", PostgreSQL's CPU per row **{last.server_us / first.server_us:.2f}**"
 
 
 def _ingested(
@@ -196,9 +196,9 @@ def _ingested(
     step: int,
     *,
     before: int,
-    behind_checkpoint: bool,
+    after_checkpoint: bool,
 ) -> Step:
-    if behind_checkpoint:
+    if after_checkpoint:
         with database.connect() as connection:
             connection.execute("VACUUM (ANALYZE) pipeline.events")
         stage.settle()
@@ -213,12 +213,12 @@ def _ingested(
     assert rows == before + step
     return Step(
         before=before,
-        is_behind_checkpoint=behind_checkpoint,
+        is_after_checkpoint=after_checkpoint,
         rate=float(steady) / float(seconds),
         server_us=server_us,
         client_us=finished.cpu_s / step * 1e6,
-        bytes_a_row=float(on_disk) / rows,
-        looks_ms=_looked(database, topic),
+        bytes_per_row=float(on_disk) / rows,
+        query_ms=_looked(database, topic),
     )
 
 
@@ -228,18 +228,18 @@ def _ends(database: Database, topic: str) -> dict[int, int]:
 
 
 def _fill(stage: Stage, database: Database, topic: str, model: Mapping[int, int]) -> None:
-    """As many rows again as the first step had, partition by partition."""
+    """Add as many rows as the first step had, partition by partition."""
     producer = Producer({"bootstrap.servers": stage.kafka.bootstrap_servers, "linger.ms": 50})
     for partition, rows in model.items():
         further = _ends(database, topic)[partition]
-        place = {"topic": topic, "partition": partition}
+        partition_key = {"topic": topic, "partition": partition}
         covered = {"topic": topic, "first": further, "end": further + rows, "span": SPAN}
         with database.connect() as connection, connection.transaction():
             connection.execute(MAKE_SEGMENTS, covered)
             connection.execute(
-                FILL, {**place, "further": further, "model": rows, "digest": FILLER_DIGEST}
+                FILL, {**partition_key, "further": further, "model": rows, "digest": FILLER_DIGEST}
             )
-            connection.execute(MOVE, {**place, "rows": rows})
+            connection.execute(MOVE, {**partition_key, "rows": rows})
         for _ in range(rows):
             producer.produce(topic, FILLER, partition=partition)
             if len(producer) > FILLERS_IN_FLIGHT:
@@ -248,7 +248,7 @@ def _fill(stage: Stage, database: Database, topic: str, model: Mapping[int, int]
 
 
 def _looked(database: Database, topic: str) -> list[float]:
-    """Milliseconds of each query, and of what `pipeline status` reads."""
+    """Milliseconds of each query, and of the queries of `pipeline status`."""
     engine = open_engine(database.url, application="benchmark")
     with database.connect() as connection:
         [(event, entity)] = connection.execute(SOME).fetchall()

@@ -30,14 +30,14 @@ from tests.servers.kafka import class_path
 
 SEED = 7
 PARTITIONS = 6
-"""Of a topic, where nothing else is said."""
+"""The default number of partitions of a topic."""
 SAMPLE_S = 0.05
-"""How often a process's memory is looked at."""
+"""How often a process's memory is measured."""
 PATIENCE_S = 900.0
-"""A process that takes longer stands still, and is killed."""
+"""A process that takes longer is killed."""
 SERVER_SETTINGS = {
     # A checkpoint in the middle would hit one side of a pair and not the other; there is one
-    # before each measurement instead. Everything that makes a commit last is at its default: on.
+    # before each measurement instead. The settings of durability are at their default: on.
     "max_wal_size": "16GB",
     "checkpoint_timeout": "1h",
     "shared_buffers": "512MB",
@@ -48,13 +48,12 @@ _PIPELINE = (sys.executable, "-m", "pipeline")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a process has cost.
+    """The cost of a process.
 
     Attributes:
-        seconds: From its start to its end, or until it had done what was to be measured.
-        cpu_s: User and system time, of the processes that it has started and waited for too.
-        peak_bytes: Most memory that was resident at a time, of the process alone, where it was
-            looked at.
+        seconds: From its start to its end, or until the measured work was done.
+        cpu_s: User and system time, with the child processes that it has waited for.
+        peak_bytes: Peak of resident memory of the process alone, if measured.
     """
 
     seconds: float
@@ -78,7 +77,7 @@ class Stage:
             yield database
 
     def settle(self) -> None:
-        """Write back what is dirty, so that each measurement begins at the same place."""
+        """Write back dirty pages, so that each measurement starts in the same state."""
         with psycopg.connect(self.postgres.dsn(), autocommit=True) as connection:
             connection.execute("CHECKPOINT")
 
@@ -92,15 +91,15 @@ class Stage:
         partitions: int = PARTITIONS,
         keying: Keying = Keying.USER,
     ) -> str:
-        """A topic with so many simulated events; its name.
+        """Make a topic with simulated events; its name.
 
         Args:
             events: How many.
-            about: Only those that hold this text, e.g. a part of their type.
-            size: Bytes of each value, see ``sized``; None for the sizes that they have.
-            topic: Put them behind what this one has; None for a new one.
+            about: Only events that contain this text, e.g. a part of their type.
+            size: Bytes of each value, see ``sized``; None for their own sizes.
+            topic: Append the events to this topic; None for a new topic.
             partitions: How many the topic has.
-            keying: By what its records are partitioned; by tenant, one partition has them all.
+            keying: By what its records are partitioned; by tenant, one partition has every record.
         """
         if topic is None:
             topic = f"benchmark-{events}-{secrets.token_hex(3)}"
@@ -121,7 +120,7 @@ class Stage:
         return topic
 
     def ends(self, topic: str) -> Mapping[int, int]:
-        """Of each partition of a topic that holds something, the offset behind its last record."""
+        """The end of each partition of a topic that is not empty."""
         asking = Consumer(
             {"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "benchmark"}
         )
@@ -136,14 +135,14 @@ class Stage:
     def ingest(
         self, topic: str, database: Database, *, workers: int = 1, kafka_options: str = ""
     ) -> Finished:
-        """``pipeline ingest --until-end`` of a topic, all else with default settings."""
+        """``pipeline ingest --until-end`` of a topic, with default settings otherwise."""
         return run_process(
             [*_PIPELINE, "ingest", "--until-end", "--workers", str(workers)],
             {**self.environment(topic, database), "PIPELINE_KAFKA_OPTIONS": kafka_options},
         )
 
     def warm_up(self, topic: str) -> None:
-        """Read a topic once: a broker that has just started is slow, whoever comes first."""
+        """Read a topic once: a broker that has just started is slow for its first reader."""
         with self.database() as database:
             self.ingest(topic, database)
 
@@ -155,7 +154,7 @@ class Stage:
         )
 
     def environment(self, topic: str, database: Database) -> dict[str, str]:
-        """What tells the pipeline to read a topic into a database, as a group of its own."""
+        """The environment to read a topic into a database, with a new group."""
         return {
             "PIPELINE_DATABASE_URL": database.dsn,
             "PIPELINE_KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap_servers,
@@ -165,18 +164,18 @@ class Stage:
         }
 
     def server_cpu_s(self) -> float | None:
-        """CPU that PostgreSQL's processes have used so far; None where they are not ours to see."""
+        """CPU that PostgreSQL's processes have used so far; None if they cannot be seen."""
         if not isinstance(self.postgres, PostgresServer) or sys.platform != "linux":
             return None
         return _cpu_with_children(self.postgres.pid)
 
     def server_us(self, since: float | None, rows: int) -> float | None:
-        """CPU of PostgreSQL since a reading of ``server_cpu_s``, microseconds a row."""
+        """CPU of PostgreSQL since an earlier ``server_cpu_s``, microseconds per row."""
         now = self.server_cpu_s()
         return None if since is None or now is None else (now - since) / rows * 1e6
 
     def kafka_version(self) -> str:
-        """The version of the broker, where it is one of our own."""
+        """The version of the broker, if the benchmark started it."""
         if not isinstance(self.kafka, KafkaServer):
             return "an endpoint or a container"
         found = re.search(r"kafka_[\d.]+-([\d.]+)\.jar", class_path())
@@ -208,7 +207,7 @@ def set_up(postgres_version: int) -> Iterator[Stage]:
 
 
 def sized(records: Iterable[Record], size: int) -> Iterator[Record]:
-    """Those records whose value can be of exactly this size, made so.
+    """The records whose value can have exactly this size, changed to this size.
 
     A shorter one gets a longer ``client_reference``; one that is too long by its ``webhook_id``,
     which not all events have, goes without it; the others are left out.
@@ -228,7 +227,7 @@ def sized(records: Iterable[Record], size: int) -> Iterator[Record]:
 
 
 def _words(choose: random.Random, length: int) -> str:
-    """Text of this length that is neither noise nor one letter repeated."""
+    """Text of this length made of words."""
     four_digits_each = choose.randbytes(-(-length // 5) * 2).hex(" ", 2)
     return four_digits_each[:length].ljust(length, "-")
 
@@ -239,24 +238,24 @@ def run_process(
     *,
     until: Callable[[], bool] = lambda: False,
 ) -> Finished:
-    """Run a command to its end, or until something is so.
+    """Run a command to its end, or until a condition is true.
 
     Args:
         command: What to run.
-        environment: Beside our own.
-        until: Asked again and again; once it says True the process has done what is measured, and
-            is ended. It has ``PATIENCE_S`` for that.
+        environment: Added to our own.
+        until: Called repeatedly; once it returns True, the measured work is done and the process is
+            ended. The maximum is ``PATIENCE_S``.
 
     Raises:
         RuntimeError: It failed; the message ends with its last lines.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         begun = time.monotonic()
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=said, stderr=said
+            command, env={**os.environ, **environment}, stdout=output, stderr=output
         )
         peak, done_after = 0, None
-        # The kernel's ru_maxrss of a child begins with that of its parent, so we look ourselves.
+        # The kernel's ru_maxrss of a child begins with that of its parent, so we measure ourselves.
         while True:
             pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -271,8 +270,8 @@ def run_process(
         seconds = done_after or time.monotonic() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode and done_after is None:
-            said.seek(0)
-            last = "".join(said.readlines()[-20:])
+            output.seek(0)
+            last = "".join(output.readlines()[-20:])
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{last}")
     return Finished(seconds, used.ru_utime + used.ru_stime, peak or used.ru_maxrss * 1024)
 
@@ -290,7 +289,7 @@ def _peak_bytes(pid: int) -> int:
 
 
 def _cpu_with_children(pid: int) -> float:
-    """CPU of a process, of its children that live, and of those that have ended."""
+    """CPU of a process, of its living children, and of those that have ended."""
     ticks = sum(_ticks(pid))
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():

@@ -1,4 +1,4 @@
-"""What more workers give, and how many partitions cost: ``ingest`` and ``project``, by turns.
+"""The gain of more workers and the cost of many partitions: ``ingest`` and ``project``, in turn.
 
 Workers are processes of one command. Each reads, and projects, partitions of its own.
 """
@@ -14,9 +14,9 @@ from pipeline import catalogue
 from tests.servers.databases import Database
 
 INGESTING = ((6, 1), (6, 2), (6, 4), (1, 1), (50, 1), (50, 4))
-"""Partitions of the topic, and workers; the first is what the others are compared with."""
+"""Partitions of the topic, and workers; the others are compared with the first."""
 PROJECTING = (1, 2, 4)
-"""Workers, over a log of ``PARTITIONS``."""
+"""Numbers of workers, for a log of ``PARTITIONS``."""
 EVENTS = 400_000
 PROJECTED = 200_000
 QUICK_INGESTING = ((6, 1), (6, 2), (50, 1))
@@ -27,19 +27,19 @@ QUICK_EVENTS = 20_000
 KAFKA_OPTIONS = "heartbeat.interval.ms=200"
 CONTENT = "SELECT " + ", ".join(
     f"(SELECT (count(*), bit_xor(hashtextextended(CAST(t AS text), 0))) FROM {table.fullname} t)"
-    for one in catalogue.load().models
-    for table in one.tables
+    for model in catalogue.load().models
+    for table in model.tables
 )
-"""How many rows each table of a read model has, and a digest of them."""
+"""The number of rows of each table of a read model, and their digest."""
 
 
 def measure(stage: Stage, pairs: int, *, quick: bool) -> Section:
-    """Work off the same backlog with several numbers of workers and partitions, by turns.
+    """Work off the same backlog with several numbers of workers and partitions, in turn.
 
     Args:
         stage: The servers.
-        pairs: How often each is measured, if not quick.
-        quick: Few events, and each once.
+        pairs: How often each way is measured, if not quick.
+        quick: Few events, and each way once.
     """
     if quick:
         events = projected = QUICK_EVENTS
@@ -51,10 +51,10 @@ def measure(stage: Stage, pairs: int, *, quick: bool) -> Section:
         projecting = _projecting(stage, projected, pairs, PROJECTING)
     return Section(
         "Workers and partitions",
-        f"{events:,} simulated events a topic, `pipeline ingest --until-end --workers N` with "
+        f"{events:,} simulated events per topic, `pipeline ingest --until-end --workers N` with "
         f"`{KAFKA_OPTIONS}`; by default, 3,000, the workers share the partitions some seconds "
-        "later. Rate: rows a second from the beginning of the first batch to that of the last, by "
-        "PostgreSQL's clock; then from the start of the command to its end. `pipeline project "
+        "later. Rate: rows per second from the beginning of the first batch to that of the last, "
+        "by PostgreSQL's clock; then from the start of the command to its end. `pipeline project "
         f"--until-end --workers N`, by default settings: all read models of a log of {projected:,} "
         f"events in {PARTITIONS} partitions; rate from the start of the command to its end. CPU is "
         "that of the whole command, all its processes.",

@@ -1,7 +1,7 @@
-"""Values that must show nowhere: each secret there is, and what is personal in an event.
+"""Values that must be shown nowhere: every secret, and the personal data of an event.
 
-They are given to whatever is under test, and looked for in all that it leaves: also in the forms
-that a URL, an authentication or a dump would give them.
+Tests pass them to the code under test and search all its output for them, also in the forms
+that a URL, an authentication or a dump gives them.
 """
 
 import base64
@@ -41,7 +41,7 @@ def _forms(value: str) -> Iterator[str]:
     yield value
     yield quote(value, safe="")
     yield value.encode().hex()
-    # In base64 it looks otherwise behind none, one or two bytes; the ends hang on the neighbours.
+    # Base64 differs after zero, one or two bytes; its first and last characters depend on others.
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + value.encode()).decode()
         yield encoded[4 if before else 0 : -4]

@@ -1,4 +1,4 @@
-"""The command line as tests use it: in this process, which is quick, or as people run it."""
+"""The command line for tests: in this process, which is fast, or as a process of its own."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ WAIT_SECONDS_MAX = 60.0
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: its exit code, data on stdout, words and logs on stderr."""
+    """The result of a command: exit code, data on stdout, messages and logs on stderr."""
 
     code: int
     out: str
@@ -42,12 +42,12 @@ class Result:
 
     @property
     def lines(self) -> list[Any]:
-        """stdout as one JSON document a line."""
+        """stdout with one JSON document per line."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """The lines of stderr that are logs."""
+        """The log lines of stderr."""
         return [json.loads(line) for line in self.err.splitlines() if line.startswith("{")]
 
 
@@ -55,7 +55,7 @@ class Commands:
     """``pipeline …`` with the settings of a test.
 
     Args:
-        **settings: As in the environment, ``database_url=…``.
+        **settings: As in the environment, e.g. ``database_url=…``.
     """
 
     def __init__(self, **settings: str) -> None:
@@ -69,12 +69,12 @@ class Commands:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the process sees: no settings but these."""
+        """The environment of the process, with only these settings."""
         rest = {name: value for name, value in os.environ.items() if name[:9] != "PIPELINE_"}
         return {**rest, **self._settings}
 
     def run(self, *arguments: str, **popen: Any) -> Result:
-        """Run it as people do, to its end."""
+        """Run it as a process, to its end."""
         done = subprocess.run(
             [SCRIPT, *arguments],
             env=self.environment,
@@ -97,8 +97,8 @@ class Commands:
                 stderr=subprocess.PIPE,
                 text=True,
                 bufsize=1,
-                # A shell starts its background jobs deaf to Ctrl-C, and so this whole run, perhaps.
-                preexec_fn=_hear_ctrl_c,
+                # A shell starts background jobs with Ctrl-C ignored, perhaps this whole run too.
+                preexec_fn=_enable_ctrl_c,
             )
         )
         try:
@@ -107,12 +107,12 @@ class Commands:
             process.end()
 
 
-def _hear_ctrl_c() -> None:
+def _enable_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Process:
-    """A command that runs; what it writes is read as it comes."""
+    """A running command; its output is read as it arrives."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -128,26 +128,26 @@ class Process:
     @staticmethod
     def _read(stream: Any, lines: list[str]) -> None:
         for line in stream:
-            lines += [line]  # at once, for those who wait for it
+            lines += [line]  # at once, for ``until``
 
-    def until(self, said: str) -> None:
-        """Wait until it has written a text, on either side."""
-        wait(lambda: said in "".join([*self.out, *self.err]) or self._process.poll() is not None)
-        assert said in "".join([*self.out, *self.err]), "".join(self.err)
+    def until(self, text: str) -> None:
+        """Wait until the command has written a text, on stdout or stderr."""
+        wait(lambda: text in "".join([*self.out, *self.err]) or self._process.poll() is not None)
+        assert text in "".join([*self.out, *self.err]), "".join(self.err)
 
-    def tell(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal."""
         self._process.send_signal(number)
 
     def wait(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for the end of the process; its exit code."""
         code = self._process.wait(WAIT_SECONDS_MAX)
         for reader in self._readers:
             reader.join()
         return code
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """End the process and its readers."""
         if self._process.poll() is None:
             self._process.kill()
         self.wait()
@@ -172,7 +172,7 @@ def on_mock(database: Database, broker: MockBroker, topic: str = "Notifications"
 
 
 class InProcess:
-    """Runs commands in this process, and puts back what they change in it."""
+    """Runs commands in this process, and restores what they change in it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch
@@ -214,7 +214,7 @@ def _as_before() -> Iterator[None]:
 
 
 def command_names() -> list[str]:
-    """Every command there is; those of a family with both words."""
+    """The names of all commands; those of a group with both words."""
     found = []
     for name in COMMANDS:
         command = declared(name)

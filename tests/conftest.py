@@ -1,7 +1,7 @@
-"""Servers for the tests, and an honest word on the tests that had none.
+"""Servers for the tests, and a report of the tests that had none.
 
 ``database`` is a migrated database of its own, ``topic()`` a topic of its own on a real Kafka.
-A test marked ``both_postgres`` runs on PostgreSQL 18 and on 15; every other one on 18.
+A test marked ``both_postgres`` runs on PostgreSQL 18 and on 15; every other test on 18.
 """
 
 import os
@@ -44,12 +44,12 @@ from tests.servers.secured import (
 
 NEWEST, OLDEST = 18, 15
 
-# Who logs in by this mechanism does so again, so that a changed password ends connections.
+# Clients of this mechanism must log in again, so that a changed password ends connections.
 ENDS_SESSIONS = {"listener.name.good.scram-sha-256.connections.max.reauth.ms": "4000"}
 SERVERS_15 = {"postgres_server_15", "secured_postgres"}
 
 NOT_RUN = pytest.StashKey[dict[str, list[str]]]()
-"""Tests that were left out, by the reason."""
+"""The tests that were left out, by reason."""
 
 
 # --------------------------------------------------------------------------------------- PostgreSQL
@@ -57,7 +57,7 @@ NOT_RUN = pytest.StashKey[dict[str, list[str]]]()
 
 @pytest.fixture(scope="session")
 def _servers() -> Iterator[ExitStack]:
-    """What was started in this run, stopped at its end."""
+    """The servers that this run starts; they are stopped at its end."""
     with ExitStack() as started:
         yield started
 
@@ -89,7 +89,7 @@ def postgres_server(pg_version: int, request: pytest.FixtureRequest) -> Postgres
 
 @pytest.fixture(scope="session")
 def _templates(_servers: ExitStack) -> Callable[[Postgres], Database]:
-    """One migrated database a server, made when it is first wanted."""
+    """One migrated database per server, made at its first use."""
     made: dict[int, Database] = {}
 
     def template(server: Postgres) -> Database:
@@ -141,7 +141,7 @@ def kafka(_servers: ExitStack) -> Kafka:
 
 @pytest.fixture(scope="module")
 def private_kafka() -> Iterator[KafkaServer]:
-    """A Kafka of the module's own, to stop, kill and pause; leave it running."""
+    """A Kafka of this module, which a test may stop, kill and pause; leave it running."""
     with KafkaServer() as server:
         yield server
 
@@ -150,7 +150,7 @@ def private_kafka() -> Iterator[KafkaServer]:
 def topic(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
     """Makes topics of this test's own: ``topic(partitions=3, name="orders", config={…})``.
 
-    The name that comes back ends in something random.
+    The returned name has a random end.
     """
     made = []
 
@@ -161,7 +161,7 @@ def topic(kafka: Kafka, request: pytest.FixtureRequest) -> Iterator[Callable[...
         return unique
 
     yield make
-    # Not waited for: the test may have deleted it itself, and ours goes with the server.
+    # Do not wait: the test may have deleted it already, and our server is removed anyway.
     if made:
         kafka.admin.delete_topics(made)
 
@@ -183,15 +183,15 @@ def secured_postgres(_servers: ExitStack) -> SecuredPostgres:
 
 @pytest.fixture
 def mock_broker() -> Iterator[MockBroker]:
-    """librdkafka's mock cluster, this test's own, to take down and trim at will."""
+    """librdkafka's mock cluster of this test, which it may stop and trim."""
     with MockBroker() as broker:
         yield broker
 
 
 # ------------------------------------------------------------------------- what could not be run
 
-# A server that is missing costs its tests, and the last lines of the run say so. Where one of
-# these is set, as in CI, its absence is a failure.
+# If a server is missing, its tests do not run, and the last lines of the run report it. If one of
+# these variables is set, as in CI, a missing server is a failure.
 KAFKA_REQUIRED = "PIPELINE_REQUIRE_KAFKA"
 OLDEST_POSTGRES_REQUIRED = "PIPELINE_REQUIRE_POSTGRES_15"
 PGBOUNCER_REQUIRED = "PIPELINE_REQUIRE_PGBOUNCER"
@@ -202,8 +202,8 @@ def pytest_configure(config: pytest.Config) -> None:
     not_run: dict[str, list[str]] = {}
     config.stash[NOT_RUN] = not_run
     config.pluginmanager.register(PromisedTests(config, not_run), "promised")
-    # Under nohup, or in the background of a script, signals are ignored, and what is ignored here
-    # would be ignored by every command that a test starts. A handler is not inherited.
+    # Under nohup, or in the background of a script, signals are ignored, and every command that a
+    # test starts would ignore them too. A handler is not inherited.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
@@ -221,7 +221,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that only wanted tests are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The longest first, beside all others.
+    # The longest first, in parallel with all others.
     items.sort(key=lambda item: "soak" not in item.nodeid)
     missing = [(item, _missing(item)) for item in items]
     items[:] = [item for item, why in missing if why is None]
@@ -238,9 +238,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist tells its controller what it left out; all leave out the same."""
-    if (told := getattr(session.config, "workeroutput", None)) is not None:
-        told["not_run"] = session.config.stash[NOT_RUN]
+    """A worker of pytest-xdist reports to its controller what it left out; all workers agree."""
+    if (worker_output := getattr(session.config, "workeroutput", None)) is not None:
+        worker_output["not_run"] = session.config.stash[NOT_RUN]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -249,7 +249,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Below everything else, where it is read."""
+    """Print it last, where people read it."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:
         return
@@ -259,7 +259,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _missing(item: pytest.Item) -> str | None:
-    """The server that a test wants and may do without, and why there is none."""
+    """The missing server that a test needs, with the reason; None if no server is missing."""
     why = _no_kafka_for(item)
     if why and os.environ.get(KAFKA_REQUIRED) != "1":
         return f"a real Apache Kafka: {why}. Three ways to have one:\n{THREE_WAYS}"

@@ -1,4 +1,4 @@
-"""What the tests of read models start from: events in the log, written as the ingester writes them.
+"""The start of tests of read models: events in the log, written as the ingester writes them.
 
 ``given(events).project(orders)`` delivers through the real projection loop, so checkpoints, locks
 and dead letters do their work, and gives the rows of the projector's table.
@@ -51,7 +51,7 @@ def some_id(name: str) -> str:
 
 
 def moment(at: str | float) -> str:
-    """``10:00:05`` on the tests' day, or so many seconds after its midnight, in RFC 3339."""
+    """``10:00:05`` on the tests' day, or a number of seconds after midnight, in RFC 3339."""
     if isinstance(at, str):
         return f"2026-01-12T{at}Z"
     return (datetime(2026, 1, 12, tzinfo=UTC) + timedelta(seconds=at)).isoformat()
@@ -102,7 +102,7 @@ def order_event(
 
 
 def execution(status: str, *, execution: str = "an execution", **changes: Any) -> dict[str, Any]:
-    """An execution as it stands in its own event and inside its order."""
+    """An execution as in its own event and inside its order."""
     body = {
         "id": some_id(execution),
         "order_id": some_id("an order"),
@@ -157,11 +157,11 @@ class Log:
         Returns:
             Their offsets.
         """
-        place = Partition(topic, partition)
+        target = Partition(topic, partition)
         with transaction(self._engine) as db:
-            if place not in self._held:
-                self._claim(db, place)
-            expected = self._next[place]
+            if target not in self._held:
+                self._claim(db, target)
+            expected = self._next[target]
             rows = []
             end = expected
             for record in records:
@@ -170,20 +170,20 @@ class Log:
                 row = reading.read(
                     reading.Record(topic, partition, offset, value, None, None, None, 0)
                 )
-                rows.append(encode(self._windows[place].mark(row)))
+                rows.append(encode(self._windows[target].mark(row)))
                 end = after(offset)
-            advance = Advance(self._held[place], expected, end, None)
-            writing.append(db, rows, {place: advance})
-        self._next[place] = end
+            advance = Advance(self._held[target], expected, end, None)
+            writing.append(db, rows, {target: advance})
+        self._next[target] = end
         return [Offset(row.offset) for row in rows]
 
-    def _claim(self, db: Any, place: Partition) -> None:
-        offsets.begin(db, place, NextOffset(0))
-        claim = claims.claim(db, place, Owner(group="tests", member="tests"))
-        make_segment(db, place.topic, claim.next_offset, SEGMENT)
-        self._held[place] = claim.epoch
-        self._next[place] = claim.next_offset
-        self._windows[place] = RepeatWindow(REPEAT_WINDOW, [])
+    def _claim(self, db: Any, partition: Partition) -> None:
+        offsets.begin(db, partition, NextOffset(0))
+        claim = claims.claim(db, partition, Owner(group="tests", member="tests"))
+        make_segment(db, partition.topic, claim.next_offset, SEGMENT)
+        self._held[partition] = claim.epoch
+        self._next[partition] = claim.next_offset
+        self._windows[partition] = RepeatWindow(REPEAT_WINDOW, [])
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -217,12 +217,12 @@ PRIMARY_KEY = text("""
 
 
 def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool = True) -> Any:
-    """The tables of projectors as data to compare, to the last digit.
+    """The tables of projectors as data that can be compared to the last digit.
 
     Args:
         engine: The database.
-        projectors: Whose tables.
-        machinery: With the underscore columns, which tell where a row comes from.
+        projectors: The owners of the tables.
+        machinery: Include the underscore columns, which name the event of a row.
     """
     found = {}
     for projector in projectors:
@@ -242,7 +242,7 @@ def contents(engine: Engine, projectors: Iterable[Projector], *, machinery: bool
 
 
 def create_tables(engine: Engine, *projectors: Projector) -> None:
-    """What `pipeline migrate` does for new read models."""
+    """Create the tables of read models, as `pipeline migrate` does."""
     declared = catalogue.load()
     models = sorted((*declared.models, *projectors), key=lambda model: model.name)
     with translated(), engine.connect() as db:
@@ -269,7 +269,7 @@ class Given:
         return self
 
     def project(self, *projectors: Projector, limits: Limits | None = None) -> Sequence[Row[Any]]:
-        """Bring the read models to the end of the log; the rows of the first one's table."""
+        """Bring the read models to the end of the log; the rows of the first model's table."""
         run_projection(self.engine, projectors, limits, until_end=True)
         return self.rows(projectors[0].name)
 
@@ -283,12 +283,12 @@ class Given:
             db.execute(text(statement), parameters)
 
     def query(self, statement: str, **parameters: Any) -> Sequence[Row[Any]]:
-        """The rows that a query gives."""
+        """The rows of a query."""
         with transaction(self.engine) as db:
             return db.execute(text(statement), parameters).all()
 
     def scalar(self, statement: str, **parameters: Any) -> Any:
-        """The one value that a query gives."""
+        """The only value of a query."""
         with transaction(self.engine) as db:
             return db.execute(text(statement), parameters).scalar_one()
 

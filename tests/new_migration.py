@@ -1,7 +1,7 @@
-"""A migration for what the log and the bookkeeping declare and no migration makes yet.
+"""A migration for declared tables of the log and bookkeeping that no migration creates yet.
 
 ``make migration name="add fees"`` writes the next numbered file: the difference to a database
-of its own that all present migrations have made.
+of its own that all existing migrations have made.
 """
 
 import argparse

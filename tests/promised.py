@@ -1,8 +1,8 @@
-"""In a whole run every test that the guarantee page names has run and passed; or the run fails.
+"""A whole run fails unless every test that the guarantee page names has run and passed.
 
-A page that names a test which is skipped, deselected or gone from collection would promise what
-nobody has looked at. A run of a part says nothing of the rest, so it is not judged; nor is a test
-whose server is missing, which the last lines of the run tell.
+A page that names a test which is skipped, deselected or no longer collected would promise what no
+test proves. A run of some tests is not examined; nor is a test whose server is missing, which the
+last lines of the run report.
 """
 
 import re
@@ -13,7 +13,7 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "guarantees.md"
 
-# Chosen on the command line, each of these leaves tests out on purpose.
+# On the command line, each of these options leaves tests out on purpose.
 _PARTS = ("keyword", "lf", "deselect", "ignore", "ignore_glob", "collectonly", "stepwise")
 
 
@@ -21,7 +21,7 @@ class PromisedTests:
     """Watches a run for the tests that the page names.
 
     Args:
-        config: The run's.
+        config: The configuration of the run.
         not_run: Tests left out because a server is missing, by the reason.
         page: The page.
     """
@@ -48,7 +48,7 @@ class PromisedTests:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Turn a green run red when a promise was not looked at."""
+        """Fail the run when a promised test did not run."""
         if hasattr(self._config, "workerinput") or not self._is_whole(session):
             return
         named = dict.fromkeys(re.findall(r"`(test_\w+)`", self._page.read_text()))
@@ -62,7 +62,7 @@ class PromisedTests:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Name them above the closing line."""
+        """List the promised tests that did not pass."""
         if not self._unkept:
             return
         terminalreporter.section(f"promised in {self._page.name}, and not seen to hold", red=True)

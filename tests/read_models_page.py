@@ -1,4 +1,4 @@
-"""The page `docs/read-models.md`: its reference is written from the database's own comments.
+"""The page `docs/read-models.md`: its reference is generated from the database's comments.
 
 ``python -m tests.read_models_page`` writes it again, after a table or a view has changed.
 """
@@ -63,7 +63,7 @@ def questions() -> Iterator[tuple[str, str]]:
 
 
 def with_reference(page: str, written: str) -> str:
-    """The page with this reference in its place."""
+    """The page with its reference replaced."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{written}\n{END}{after}"

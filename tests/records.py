@@ -1,4 +1,4 @@
-"""Records of every kind, the hostile ones above all, for tests of what becomes of them."""
+"""Records of every kind, hostile ones above all, for tests of their processing."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.events import Record, Row, read
 
-# Hypothesis counts the time of garbage collections, in a function that has no stack left to run on
-# where a nesting has just used it up.
+# Hypothesis measures garbage collections in a function that has no stack left if deep nesting has
+# just used it.
 deep_nesting = pytest.mark.filterwarnings(
     "ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning"
 )
@@ -41,8 +41,8 @@ def nested(depth: int, kind: str = "array") -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-# What jsonb refuses or changes, and its neighbours: value, whether there is a payload, whether the
-# bytes stay, and what the problem says. None where the record is good.
+# Values that jsonb refuses or changes, and similar ones: value, whether there is a payload, whether
+# the bytes are kept, and the text of the problem. None if the record is good.
 HOSTILE = {
     "tombstone": (None, False, False, "tombstone"),
     "empty": (b"", False, True, "empty value"),
@@ -151,7 +151,7 @@ json_texts = st.recursive(
     _containers,
     max_leaves=12,
 )
-"""JSON texts in every spelling that the grammar allows, what jsonb refuses or changes included."""
+"""JSON texts in every spelling of the grammar, with those that jsonb refuses or changes."""
 
 values = st.one_of(
     st.none(),
@@ -176,7 +176,7 @@ header_lists = st.none() | st.lists(
 
 @st.composite
 def rfc3339_times(draw: st.DrawFn) -> str:
-    """A text that is a time of RFC 3339, or nearly one: each part may be at or beyond its limit."""
+    """A time of RFC 3339, or nearly: each part may be at or beyond its limit."""
     two = "{:02}".format
     date = "-".join(
         [

@@ -1,4 +1,4 @@
-"""A Kafka broker that knows no user: it takes any login, and refuses it."""
+"""A Kafka broker without users: it refuses every login."""
 
 import socketserver
 import struct
@@ -8,8 +8,8 @@ from typing import Self
 
 _API_VERSIONS, _SASL_HANDSHAKE, _SASL_AUTHENTICATE = 18, 17, 36
 _UNSUPPORTED_VERSION, _SASL_AUTHENTICATION_FAILED = 35, 58
-# Key, oldest and newest version of what it answers, with Metadata and FindCoordinator, which a
-# client does not begin without.
+# Key, oldest and newest version of each request, with Metadata and FindCoordinator, which every
+# client requires.
 _ANSWERS = [(3, 0, 4), (10, 0, 0), (17, 0, 1), (18, 0, 0), (36, 0, 0)]
 _WHY = b"Authentication failed during authentication due to invalid credentials"
 
@@ -18,7 +18,7 @@ class RefusingBroker:
     """Listens on the loopback until the block ends.
 
     Attributes:
-        logins: What clients have sent to log in with, as it came.
+        logins: The bytes that clients have sent to log in.
     """
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ class RefusingBroker:
 def _answer(key: int, version: int) -> bytes:
     if key == _API_VERSIONS:
         error = _UNSUPPORTED_VERSION if version > 0 else 0
-        listed = b"".join(struct.pack(">hhh", *one) for one in _ANSWERS)
+        listed = b"".join(struct.pack(">hhh", *versions) for versions in _ANSWERS)
         return struct.pack(">hi", error, len(_ANSWERS)) + listed
     if key == _SASL_HANDSHAKE:
         return struct.pack(">hi", 0, 1) + struct.pack(">h", 5) + b"PLAIN"
-    assert key == _SASL_AUTHENTICATE, f"asked for {key} before the login"
+    assert key == _SASL_AUTHENTICATE, f"request {key} before the login"
     return struct.pack(">hh", _SASL_AUTHENTICATION_FAILED, len(_WHY)) + _WHY + struct.pack(">i", 0)

@@ -1,4 +1,4 @@
-"""Waiting for what must come true, within a bound."""
+"""Waiting for a condition, within a bound."""
 
 import time
 from collections.abc import Callable
@@ -8,10 +8,10 @@ POLL_S = 0.02
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds_max: float) -> Any:
-    """Wait for a condition; what it returned.
+    """Wait for a condition; its result.
 
     Raises:
-        AssertionError: It did not come true in time; the message says ``what`` did not.
+        AssertionError: It did not become true in time; the message contains ``what``.
     """
     deadline = time.monotonic() + seconds_max
     while not (found := condition()):

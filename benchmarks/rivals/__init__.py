@@ -1,7 +1,7 @@
-"""What users would pick instead of ours, each in an environment of its own.
+"""The alternatives that users would choose, each in an environment of its own.
 
 A package here is one rival: it declares ``rival``, and holds what the rival runs and the pins that
-install it. All get the same records on the same servers, ours included, in turn; each in its best
+install it. All get the same records on the same servers, ours included, in turn; each with the best
 settings that we found, and with a table that asks less of PostgreSQL than ours.
 """
 
@@ -29,7 +29,7 @@ def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READ
         stage: The servers.
         rows: How many events a topic holds.
         pairs: How often each runs.
-        rivals: Whom to compare with.
+        rivals: The rivals to measure.
     """
     missing = absent(rivals)
     present = [rival for rival in rivals if rival not in missing]
@@ -39,12 +39,12 @@ def measure(stage: Stage, rows: int, pairs: int, rivals: Sequence[Reader] = READ
     large = ingest.SIZES[-1]
     return Section(
         "Ingest: what users would pick instead",
-        f"{rows:,} simulated events a topic, {ingest.rows_of(large, rows):,} of those of "
-        f"{large:,} bytes, in 6 partitions. Rate: rows a second from the "
+        f"{rows:,} simulated events per topic, {ingest.rows_of(large, rows):,} of those of "
+        f"{large:,} bytes, in 6 partitions. Rate: rows per second from the "
         "beginning of the first transaction to that of the last, by PostgreSQL's clock; then from "
         "the start of the command until all rows are there. CPU is that of the whole command.",
-        [*table(measured), "", *_what_they_are(rivals, missing)],
-        [bars("rivals-ingest", "Ingest, rows a second", measured)],
+        [*table(measured), "", *_described(rivals, missing)],
+        [bars("rivals-ingest", "Ingest, rows per second", measured)],
     )
 
 
@@ -56,7 +56,7 @@ def _of_size(
     rivals: Iterable[Reader],
     missing: dict[Reader, str],
 ) -> list[Pairs]:
-    """Those that failed get into ``missing``, with the reason."""
+    """Adds the rivals that failed to ``missing``, with the reason."""
     topic = stage.load(rows, size=size)
     stage.warm_up(topic)
     ours: list[Run] = []
@@ -108,12 +108,12 @@ def measure_rebuild(stage: Stage, events: int, pairs: int) -> Section:
         f"A log of {events:,} events of orders. Rate of a rival: from the first event that "
         "PostgreSQL shows as handled to the last one; then from the start of the command. All "
         "leave the same rows, to the last column.",
-        [*table(list(measured.values())), "", *_what_they_are(PROJECTING, missing)],
+        [*table(list(measured.values())), "", *_described(PROJECTING, missing)],
     )
 
 
 def absent(rivals: Iterable[_Rival]) -> dict[_Rival, str]:
-    """Install the rivals; of those that cannot be had here, why."""
+    """Install the rivals; the reason for each rival that cannot be installed."""
     why = {}
     for rival in rivals:
         try:
@@ -123,7 +123,7 @@ def absent(rivals: Iterable[_Rival]) -> dict[_Rival, str]:
     return why
 
 
-def _what_they_are(rivals: Iterable[_Rival], missing: Mapping[_Rival, str]) -> list[str]:
+def _described(rivals: Iterable[_Rival], missing: Mapping[_Rival, str]) -> list[str]:
     lines = ["| | version | settings | does not promise |", "|---|---|---|---|"]
     for rival in rivals:
         how = f"**not measured**: {missing[rival]}" if rival in missing else rival.settings

@@ -1,10 +1,10 @@
-"""What rivals of rebuild start from: the events of orders, and the statement for one of them."""
+"""The input of rivals of rebuild: the events of orders, and the statement for one event."""
 
 from benchmarks.projection import COLUMNS, OBJECT, VALUES
 
 VERSION = "_version_time, _version_rank, _version_created, _topic, _partition, _offset"
 FIELDS = ("payload", "event_id", "created_at", "topic", "partition", "offset")
-"""What the statement takes of an event."""
+"""The values of an event that the statement uses."""
 _PAIRS = [f"'{name}', e.\"{name}\"" for name in FIELDS]
 EVENT = f"jsonb_build_object({', '.join(_PAIRS)})"
 EVENTS = "pipeline.events AS e WHERE e.event_type LIKE 'ORDER.%' AND e.repeat_of IS NULL"
@@ -20,4 +20,4 @@ ON CONFLICT (order_id) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for 
 WHERE ({", ".join(f"excluded.{name}" for name in VERSION.split(", "))})
     > ({", ".join(f"orders.{name}" for name in VERSION.split(", "))})
 """
-"""Writes the order as of one event, unless a newer one has; to be formatted with placeholders."""
+"""Writes the order as of one event, unless a newer event has; a format for placeholders."""

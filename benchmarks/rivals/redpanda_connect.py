@@ -1,4 +1,4 @@
-"""Redpanda Connect (Go). Not measured; here so that the report says why."""
+"""Redpanda Connect (Go). Not measured; the report gives the reason."""
 
 from benchmarks.rivals.rival import CannotRunError, Command, Job, Reader
 

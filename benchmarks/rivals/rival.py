@@ -1,4 +1,4 @@
-"""The shape that all rivals have, and how each of them is run."""
+"""The common interface of all rivals, and how each is run."""
 
 import hashlib
 import secrets
@@ -19,24 +19,24 @@ from benchmarks.stage import Finished, Stage, run_process
 from tests.servers.databases import Database
 
 ENVIRONMENTS = Path(__file__).resolve().parents[2] / ".bench"
-"""Each rival is installed below, by itself, on first use."""
+"""The folder in which each rival is installed on first use."""
 
 
 class CannotRunError(RuntimeError):
-    """A rival cannot run here; the message says why, as the report will."""
+    """A rival cannot run here; the message has the reason, for the report."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a rival has to do: every record of a topic into its table.
+    """The work of a rival: write every record of a topic to its table.
 
     Attributes:
         bootstrap_servers: Of Kafka.
         topic: Its values are events in JSON.
-        group: A consumer group that nobody had before.
+        group: A new consumer group.
         rows: How many records the topic holds.
-        database: Where the rival's table is, empty.
-        folder: For files of this run alone.
+        database: The database with the rival's empty table.
+        folder: A folder for the files of this run.
     """
 
     bootstrap_servers: str
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Command:
-    """A process to run, and what it finds in its environment beside ours."""
+    """A process to run, and the variables added to its environment."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
@@ -57,14 +57,14 @@ class Command:
 
 @dataclass(frozen=True)
 class Rival:
-    """Something that a user could pick instead.
+    """An alternative that a user could choose.
 
     Attributes:
-        name: As people call it.
-        version: As it is pinned.
-        settings: How it is set, where that is not its default, and why its table is as it is.
-        lacks: What it does not promise, and we do.
-        wanted: How many times as fast we want to be.
+        name: Its usual name.
+        version: The pinned version.
+        settings: Its settings that are not defaults, and the reason for its table.
+        lacks: The guarantees that it lacks and we have.
+        wanted: The ratio of our rate to its rate that we want.
         install: Makes it ready below ``ENVIRONMENTS``, or raises ``CannotRunError``.
     """
 
@@ -82,7 +82,7 @@ class Reader(Rival):
 
     Attributes:
         command: The process that does a job.
-        table: That the rows go to.
+        table: The table to which it writes the rows.
         prepare: Statements that make it, with ``ingested_at DEFAULT now()``; they may say
             ``%(topic)s``.
     """
@@ -114,10 +114,12 @@ class Reader(Rival):
                     folder=Path(folder),
                 )
             )
-            last_ones = ", ".join(f"({part}, {end - 1})" for part, end in stage.ends(topic).items())
+            last_records = ", ".join(
+                f"({part}, {end - 1})" for part, end in stage.ends(topic).items()
+            )
             still_missing = (
                 f"SELECT {len(stage.ends(topic))} - count(*) FROM {self.table} "
-                f'WHERE (partition, "offset") IN ({last_ones})'
+                f'WHERE (partition, "offset") IN ({last_records})'
             )
 
             def work() -> Finished:

@@ -1,8 +1,8 @@
 """Two logs with one interface: the real one in PostgreSQL, and a fake one in memory.
 
 The fake is what the random histories of ``tests/unit/test_state.py`` and the model check in
-``tests/model/`` write to. That it behaves as the real one does is what ``test_log.py`` proves, on
-both.
+``tests/model/`` write to. ``test_log.py`` runs on both and proves that the fake behaves like the
+real log.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,9 +25,9 @@ SPAN = 1000
 
 
 class Guards(NamedTuple):
-    """What an append compares; all of it, unless a test wants to see what happens without.
+    """What an append compares; everything, unless a test needs a violation.
 
-    The primary key would hide most of what the first two let through; without it the harm shows.
+    The primary key would hide most violations of the first two guards; without it they are visible.
     """
 
     epoch: bool = True
@@ -42,7 +42,7 @@ class Log(Protocol):
     """What the ingest loop needs from the log."""
 
     def begin(self, partition: Partition, first: int) -> None:
-        """Note where a partition that has never been read is read from."""
+        """Store the first offset of a partition that has never been read."""
 
     def claim(self, partition: Partition) -> Ownership:
         """Raise the epoch; the new epoch and the next offset."""
@@ -79,7 +79,7 @@ class FakeLog:
             if not self._passes(partition, advance):
                 raise FencedError(partition, held=advance.held)
         if self.guards.primary_key:
-            self._refuse_what_is_there(rows)
+            self._refuse_existing_rows(rows)
         for row in rows:
             self.rows[Partition(row.topic, row.partition)].append(row.offset)
         for partition, advance in advances.items():
@@ -95,7 +95,7 @@ class FakeLog:
             and (not self.guards.expected or ownership.next_offset == advance.expected)
         )
 
-    def _refuse_what_is_there(self, rows: Sequence[EncodedRow]) -> None:
+    def _refuse_existing_rows(self, rows: Sequence[EncodedRow]) -> None:
         for row in rows:
             if row.offset in self.rows[Partition(row.topic, row.partition)]:
                 raise InvariantError("a row is in the log already")

@@ -168,7 +168,7 @@ def _filled(house: House, commands: Commands) -> House:
             sessions = repr(
                 db.execute("SELECT application_name, query FROM pg_stat_activity").fetchall()
             )
-            process.tell(signal.SIGABRT)
+            process.send(signal.SIGABRT)
             code = process.wait()
         result = Result(code, "".join(process.out), "".join(process.err))
     return replace(house, commands=commands, first_run=result, argv=argv, sessions=sessions)

@@ -109,7 +109,7 @@ def test_a_signal_ends_run_with_0_after_the_batch_in_hand(commands, broker, data
 
     with commands.started("run") as run:
         run.until("partitions_claimed")
-        run.tell(stopping)
+        run.send(stopping)
         code = run.wait()
 
     assert code == 0, "".join(run.err)
@@ -133,9 +133,9 @@ def test_the_second_signal_ends_at_once(commands, broker, database):
 
     with hanging.started("ingest") as ingest:
         wait(lambda: count(database, _IN_HAND))
-        ingest.tell(signal.SIGTERM)
+        ingest.send(signal.SIGTERM)
         ingest.until("stop_requested")
-        ingest.tell(signal.SIGTERM)
+        ingest.send(signal.SIGTERM)
         code = ingest.wait()
 
     assert code == 128 + signal.SIGTERM, "".join(ingest.err)
@@ -167,7 +167,7 @@ def test_a_stop_may_be_slow_and_still_ends_with_0(commands, broker):
 
     with slow.started("run") as run:
         run.until("partitions_claimed")
-        run.tell(signal.SIGTERM)
+        run.send(signal.SIGTERM)
 
         assert run.wait() == 0
 
@@ -327,7 +327,7 @@ def test_a_rebuild_that_is_stopped_ends_with_0_and_leaves_the_rest(commands, giv
 
     with slow.started("rebuild", "orders", "users", "--jobs", "1", "--json") as rebuild:
         wait(lambda: count(given.database, _SWAPPING))
-        rebuild.tell(signal.SIGTERM)
+        rebuild.send(signal.SIGTERM)
         code = rebuild.wait()
 
     assert code == 0, "".join(rebuild.err)
@@ -488,7 +488,7 @@ def test_ctrl_c_ends_a_one_shot_command_with_130(empty_database, broker):
 
     with slow.started("migrate") as migrate:
         wait(lambda: count(empty_database, _MIGRATING))
-        migrate.tell(signal.SIGINT)
+        migrate.send(signal.SIGINT)
         code = migrate.wait()
 
     assert code == 130
@@ -513,7 +513,7 @@ def test_the_main_job_waits_for_a_database_that_is_away_and_can_be_stopped(broke
 
     with away.started(command) as waiting:
         waiting.until("server_unavailable")
-        waiting.tell(signal.SIGTERM)
+        waiting.send(signal.SIGTERM)
         code = waiting.wait()
 
     assert code == 0, "".join(waiting.err)
@@ -550,9 +550,9 @@ def test_simulate_produces_what_it_says(commands, broker, database, pipeline):
 
 def test_simulate_stops_on_a_signal_with_0(commands):
     with commands.started("simulate", "--rate", "50", "--json") as simulate:
-        simulate.tell(signal.SIGCONT)  # harmless; it is started
+        simulate.send(signal.SIGCONT)  # harmless; it is started
         _wait_for_records(commands)
-        simulate.tell(signal.SIGTERM)
+        simulate.send(signal.SIGTERM)
         code = simulate.wait()
 
     assert code == 0, "".join(simulate.err)

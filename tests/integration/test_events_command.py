@@ -180,7 +180,7 @@ def test_following_from_a_moment_begins_there_and_ends_with_ctrl_c(given):
 
     with commands.started("events", "--follow", "--since", "1h") as follow:
         follow.until("ORDER.NEW")
-        follow.tell(signal.SIGINT)
+        follow.send(signal.SIGINT)
         code = follow.wait()
 
     assert code == 0

@@ -150,7 +150,7 @@ def test_access_given_by_other_ways_is_closed_too(given, cast, to):
     )
 
 
-def test_a_column_is_closed_although_migrate_is_killed(given, cast):
+def test_a_personal_column_is_hidden_although_migrate_is_killed(given, cast):
     script = (
         "import os, sys; from pipeline import failpoints; from pipeline.schema import migrate; "
         "from tests.integration.test_foreign_objects import ORDERS; "

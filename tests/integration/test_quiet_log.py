@@ -102,7 +102,7 @@ class Quiet:
         self._process.end()
 
     def end_in_order(self):
-        self._process.tell(signal.SIGTERM)
+        self._process.send(signal.SIGTERM)
         assert self._process.wait() == 0, self._process.err
         self.lines = [json.loads(line) for line in self._process.err]
 

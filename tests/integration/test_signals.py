@@ -71,7 +71,7 @@ def test_a_command_that_an_interruption_ends_says_so_and_is_a_failure_to_a_super
         running = start_all(commands, kept)
         sent = dict(zip(running, cycle(numbers)))
         for name, process in running.items():
-            process.tell(sent[name])
+            process.send(sent[name])
         codes = {name: process.wait() for name, process in running.items()}
 
     said = {name: "".join(process.err) for name, process in running.items()}
@@ -93,8 +93,8 @@ def test_sighup_is_ignored_under_nohup(commands):
         process
     ):
         process.until('"started"')
-        process.tell(signal.SIGHUP)
-        process.tell(signal.SIGTERM)
+        process.send(signal.SIGHUP)
+        process.send(signal.SIGTERM)
         code = process.wait()
 
     assert code == 0, process.err
@@ -107,9 +107,9 @@ def test_systemd_may_send_sighup_after_sigterm(commands):
 
     with slow.started("run") as run:
         run.until('"started"')
-        run.tell(signal.SIGTERM)
+        run.send(signal.SIGTERM)
         run.until('"stop_requested"')
-        run.tell(signal.SIGHUP)
+        run.send(signal.SIGHUP)
 
         assert run.wait() == 0, run.err
 
@@ -140,7 +140,7 @@ def test_a_command_that_is_ended_before_it_is_done_says_so_and_never_exits_with_
     ):
         wait(lambda: given.scalar(SESSIONS_THAT_WAIT) == 3)
         for process in (verify, check, status):
-            process.tell(number)
+            process.send(number)
         codes = [verify.wait(), status.wait()]
         release()
         codes.append(check.wait())
@@ -173,7 +173,7 @@ def test_what_watches_until_ctrl_c_ends_with_0_and_by_sighup_with_129(
         watch.until("Notifications[0]")
         follow.until("Following")
         for process in (watch, follow):
-            process.tell(number)
+            process.send(number)
         codes = [watch.wait(), follow.wait()]
 
     assert codes == [code, code], [watch.err, follow.err]

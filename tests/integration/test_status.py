@@ -494,7 +494,7 @@ def test_watching_repeats_until_it_is_stopped(log):
         wait(lambda: len(watching.out) >= 2)
         log([order_event("NEW", at=1, order="one more")])
         watching.until('"offsets":11')
-        watching.tell(signal.SIGINT)
+        watching.send(signal.SIGINT)
         code = watching.wait()
 
     assert code == 0

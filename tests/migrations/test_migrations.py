@@ -96,7 +96,7 @@ def revisions() -> list[str]:
 # ---------------------------------------------------------------------------------------- scripts
 
 
-def test_there_is_one_head_and_the_files_are_numbered_without_a_hole():
+def test_migrations_have_one_head_and_consecutive_numbers():
     scripts = ScriptDirectory(str(FOLDER))
 
     assert len(scripts.get_heads()) == 1
@@ -105,7 +105,7 @@ def test_there_is_one_head_and_the_files_are_numbered_without_a_hole():
         assert Path(script.path).name.startswith(f"{script.revision}_")
 
 
-def test_a_migration_knows_nothing_of_the_program_and_tells_its_lock():
+def test_a_migration_imports_nothing_of_the_program_and_documents_its_lock():
     """It must do in a year what it does today, and an operator reads what it stops."""
     for file in sorted((FOLDER / "versions").glob("*.py")):
         source = file.read_text()
@@ -143,7 +143,7 @@ def test_each_step_down_and_up_again_leaves_the_same_schema(connection):
 
 
 @pytest.mark.both_postgres
-def test_the_declared_tables_and_the_migrations_agree_comments_and_all(migrated):
+def test_the_declared_tables_and_the_migrations_agree_with_all_comments(migrated):
     declare_tables()
     context = MigrationContext.configure(
         migrated,
@@ -199,7 +199,7 @@ def test_every_module_that_declares_a_table_is_imported_by_declare_tables():
 
 
 @pytest.mark.both_postgres
-def test_every_table_view_and_column_says_what_it_is(migrated):
+def test_every_table_view_and_column_has_a_comment(migrated):
     silent = text("""
         SELECT c.oid::regclass::text || coalesce('.' || a.attname, '')
         FROM pg_class c
@@ -227,7 +227,7 @@ def test_migrating_twice_does_nothing_the_second_time(empty_database):
     assert migrate(empty_database.url) == []
 
 
-def test_two_that_migrate_at_once_do_it_once(empty_database):
+def test_two_concurrent_migrations_change_the_schema_once(empty_database):
     with ThreadPoolExecutor(2) as pool:
         applied = list(pool.map(migrate, [empty_database.url] * 2))
 
@@ -256,7 +256,7 @@ def migrate_in_a_process(url: str, failpoint: str) -> int:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("step", [1, len(revisions())])
-def test_a_migration_that_was_killed_half_way_is_repeated_to_its_end(
+def test_a_migration_that_was_killed_half_way_is_completed_by_the_next(
     empty_database, connection, migrated, step
 ):
     whole = catalogue(migrated)
@@ -268,7 +268,7 @@ def test_a_migration_that_was_killed_half_way_is_repeated_to_its_end(
     assert catalogue(connection) == whole
 
 
-def test_a_migration_that_fails_half_way_leaves_the_step_before(empty_database):
+def test_a_migration_that_fails_half_way_leaves_the_previous_revision(empty_database):
     status = migrate_in_a_process(empty_database.url, "mid_migration@2:raise:40001")
 
     assert status == 1
@@ -311,7 +311,7 @@ def test_an_older_schema_is_refused_with_what_to_do(connection, empty_database, 
     engine.dispose()
 
 
-def test_a_role_that_may_not_create_schemas_is_told_so(empty_database):
+def test_a_role_that_may_not_create_schemas_gets_an_error_that_names_it(empty_database):
     with empty_database.connect() as db:
         db.execute("DROP ROLE IF EXISTS newcomer")
         db.execute("CREATE ROLE newcomer LOGIN PASSWORD 'newcomer'")

@@ -166,7 +166,7 @@ def reading(given: Given, query: str) -> Iterator[list[str]]:
 # --------------------------------------------------------------------------------- what is declared
 
 
-def test_a_file_each_adds_a_read_model_and_a_view(given, tmp_path):
+def test_one_file_adds_a_read_model_and_one_file_a_view(given, tmp_path):
     (tmp_path / "letters.py").write_text(
         "from pipeline.readmodel import EntityTable, text, uuid\n"
         "letters = EntityTable(table='letters', comment='Letters.', events='LETTER.*',\n"
@@ -209,7 +209,7 @@ def test_views_that_read_each_other_are_made_in_any_order(given):
 
 
 @pytest.mark.parametrize("table", ["letters", "letter_pages"])
-def test_what_was_dropped_by_hand_comes_back_and_is_filled(letters, table):
+def test_a_table_that_was_dropped_by_hand_is_recreated_and_filled(letters, table):
     before = state(letters)[0], letters.rows(table), letters.query("TABLE upvest.holdings")
     letters.execute(f"DROP TABLE upvest.{table} CASCADE")
     letters.execute("DROP VIEW upvest.holdings CASCADE")
@@ -225,7 +225,7 @@ def test_what_was_dropped_by_hand_comes_back_and_is_filled(letters, table):
     assert set_up(letters.database.url, V1).is_empty
 
 
-def test_a_view_that_was_changed_by_hand_is_put_back(letters):
+def test_a_view_that_was_changed_by_hand_is_restored(letters):
     before = state(letters)
     letters.execute(
         "CREATE OR REPLACE VIEW upvest.letters_per_stamp AS "
@@ -300,7 +300,7 @@ def test_an_additive_change_is_made_in_place_under_an_analysts_view(letters, ann
 INDEXES = "SELECT indexname FROM pg_indexes WHERE tablename = 'letters' ORDER BY 1"
 
 
-def test_an_index_that_a_kill_left_invalid_is_made_again(letters):
+def test_an_index_that_a_kill_left_invalid_is_recreated(letters):
     letters.execute(
         "UPDATE pg_index SET indisvalid = false "
         "WHERE indexrelid = 'upvest.letters_weight_idx'::regclass"
@@ -321,7 +321,7 @@ def test_an_index_that_a_kill_left_invalid_is_made_again(letters):
 # ------------------------------------------------------------------------------------- by a rebuild
 
 
-def test_other_types_are_built_beside_and_swapped_in_while_readers_read(letters):
+def test_a_table_with_changed_types_is_built_separately_and_swapped_in_under_readers(letters):
     release = with_models(NUMBERS, letters_per_stamp=PER_STAMP)
     letters.execute("GRANT SELECT ON upvest.letters_per_stamp, upvest.letters TO pg_monitor")
     with reading(letters, "SELECT 1 / sign(sum(letters)) FROM upvest.letters_per_stamp") as errors:
@@ -344,7 +344,7 @@ def test_other_types_are_built_beside_and_swapped_in_while_readers_read(letters)
 
 
 @pytest.mark.parametrize("changed", [ANOTHER_KEY, without_field(LETTERS, "weight")])
-def test_another_key_or_a_column_less_is_swapped_in(letters, changed):
+def test_a_table_with_another_key_or_a_removed_column_is_swapped_in(letters, changed):
     release = with_models(changed, letters_per_stamp=PER_STAMP)
 
     migrate(letters.database.url, release)
@@ -359,7 +359,7 @@ def test_another_key_or_a_column_less_is_swapped_in(letters, changed):
     assert set_up(letters.database.url, release).is_empty
 
 
-def test_a_view_that_reads_what_a_rebuild_will_make_waits_for_it(letters):
+def test_a_view_that_needs_a_rebuilt_table_is_created_after_the_rebuild(letters):
     query = "SELECT stamp, count(*) AS letters FROM"
     declared = PER_STAMP.replace(query, "SELECT stamp, sum(weight)::bigint AS letters FROM")
     per_word = declared.replace("letters_per_stamp", "weighed").replace("sum(weight)", "sum(grams)")
@@ -398,7 +398,7 @@ OF_OTHERS = {
 }
 
 
-def test_what_others_made_on_a_table_that_must_be_replaced_is_named_and_nothing_changes(
+def test_a_foreign_object_on_a_table_that_must_be_replaced_is_named_and_nothing_changes(
     letters, anna
 ):
     release = with_models(NUMBERS, letters_per_stamp=PER_STAMP)
@@ -457,7 +457,7 @@ def test_a_view_with_other_columns_on_which_others_depend_is_named_and_nothing_c
 # ------------------------------------------------------------------------------------ personal data
 
 
-def test_a_table_with_a_column_that_becomes_personal_moves_and_comes_back(letters, anna):
+def test_a_table_moves_schema_when_a_column_becomes_personal_and_back(letters, anna):
     secret = with_models(with_field(LETTERS, "weight", personal=True), letters_per_stamp=PER_STAMP)
     anna.execute("CREATE VIEW bi.mine AS SELECT weight FROM upvest.letters")
     before = state(letters)
@@ -485,7 +485,7 @@ def test_a_table_with_a_column_that_becomes_personal_moves_and_comes_back(letter
 
 
 @pytest.mark.parametrize("failpoint", ["after_closing", "mid_read_models"])
-def test_a_column_is_closed_although_migrate_is_killed(given, anna, failpoint):
+def test_a_personal_column_is_hidden_although_migrate_is_killed(given, anna, failpoint):
     """Of a table that has personal columns already: its plain view shows NULL from then on."""
     given([event("USER.CREATED", {"id": some_id("u"), "status": "ACTIVE"})]).project(users)
     anna.execute("CREATE VIEW bi.mine AS SELECT status FROM upvest.users")
@@ -552,9 +552,7 @@ for _ in range(kills):
 """
 
 
-def test_migrate_killed_at_random_moments_ends_where_an_undisturbed_one_does(
-    letters, empty_database
-):
+def test_migrate_killed_at_random_moments_ends_like_an_undisturbed_migrate(letters, empty_database):
     print(f"SEED={SEED}")
     undisturbed = Given(empty_database)
     migrate(empty_database.url, V1)
@@ -583,7 +581,7 @@ def comparable(given: Given) -> object:
     return [(row.name, row.kind, row.definition) for row in given.query(RECORD)]
 
 
-def test_two_that_migrate_at_once_do_it_once_while_workers_run(letters):
+def test_two_concurrent_migrations_change_read_models_once_while_workers_run(letters):
     stop = threading.Event()
 
     def project() -> None:

@@ -1,4 +1,4 @@
-"""The protocol of claim, fence and unknown outcome as a model of which every state is explored.
+"""A model of the protocol of claim, fence and unknown outcome; every state is explored.
 
 Two workers, one log, and everything that may happen to them in any order: Kafka assigns a partition
 to either or to both, a commit travels, arrives late or never, its answer is lost, a worker releases
@@ -59,7 +59,7 @@ class BlindRetry(Machine):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The guards that are active; all of them, unless a test needs a violation.
+    """The active guards; all of them, unless a test needs a violation.
 
     Attributes:
         guards: What the log compares at an append.
@@ -185,7 +185,7 @@ class Model:
         """Visit every state and check its invariants.
 
         Raises:
-            Violation: One does not hold.
+            Violation: An invariant does not hold.
         """
         log = FakeLog(self._protocol.guards)
         for partition in self._space.partitions:
@@ -246,7 +246,9 @@ class Model:
         state = State(log, (worker, worker))
         for _ in range(STEPS_ALONE_MAX):
             machine: Machine = self._machines[state.workers[0].machine]
-            ends = [place.next_offset for place in self._logs[state.log].ownerships.values()]
+            ends = [
+                ownership.next_offset for ownership in self._logs[state.log].ownerships.values()
+            ]
             if set(ends) == {self._space.end} and machine.is_caught_up and not machine.lag:
                 return
             state = self._alone(state)

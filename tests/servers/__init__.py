@@ -42,26 +42,26 @@ __all__ = [
 ]
 
 FAST_AND_UNSAFE: Mapping[str, str] = {"fsync": "off", "full_page_writes": "off"}
-"""For tests that do not pull the plug; never for benchmarks."""
+"""For tests that never crash the server; not for benchmarks."""
 
 
 class Postgres(Protocol):
-    """A PostgreSQL that tests may use, as its superuser."""
+    """A PostgreSQL that tests use as its superuser."""
 
     @property
     def version(self) -> int:
         """Major version."""
 
     def dsn(self, database: str = "postgres") -> str:
-        """As libpq, psql and psycopg take it: ``postgresql://…``."""
+        """The URL for libpq, psql and psycopg: ``postgresql://…``."""
 
     def url(self, database: str = "postgres") -> str:
-        """As SQLAlchemy and the settings take it: ``postgresql+psycopg://…``."""
+        """The URL for SQLAlchemy and the settings: ``postgresql+psycopg://…``."""
 
 
 @dataclass(frozen=True)
 class PostgresEndpoint:
-    """A PostgreSQL that somebody else runs."""
+    """A PostgreSQL that the tests did not start."""
 
     address: str
 
@@ -83,11 +83,11 @@ def find_postgres(version: int, settings: Mapping[str, str] | None = None) -> It
     """A PostgreSQL for the length of the block.
 
     Args:
-        version: Major version; an endpoint from the environment has the one it has.
-        settings: For ``postgresql.conf``, where the server is ours.
+        version: Major version; ignored for an endpoint from the environment.
+        settings: For ``postgresql.conf``, if the tests start the server.
 
     Raises:
-        BinariesMissingError: There is none; the message names the ways out.
+        BinariesMissingError: No PostgreSQL is available; the message says how to install it.
     """
     if address := os.environ.get("PIPELINE_TEST_DATABASE_URL"):
         yield PostgresEndpoint(address)
@@ -104,7 +104,7 @@ def find_kafka() -> Iterator[Kafka]:
     """An Apache Kafka for the length of the block.
 
     Raises:
-        BrokerMissingError: There is none; the message names the three ways to have one.
+        BrokerMissingError: No Kafka is available; the message names the three ways to get one.
     """
     if servers := os.environ.get("PIPELINE_TEST_KAFKA"):
         yield Kafka(servers)
@@ -117,7 +117,7 @@ def find_kafka() -> Iterator[Kafka]:
 
 
 def why_no_kafka() -> str | None:
-    """Why no Kafka can be had, without starting one; None if it can."""
+    """Why no Kafka is available, without starting one; None if it is."""
     if os.environ.get("PIPELINE_TEST_KAFKA") or engine_answers():
         return None
     return why_no_kafka_of_our_own()
@@ -125,17 +125,17 @@ def why_no_kafka() -> str | None:
 
 @cache
 def why_no_kafka_of_our_own() -> str | None:
-    """Why no ``KafkaServer`` can be had, which tests may stop, kill and pause; None if it can."""
+    """Why no ``KafkaServer``, which tests may stop, is available; None if it is."""
     try:
         find_java()
     except BrokerMissingError as error:
         return error.reason
-    return None if jars_obtainable() else "there is Java, but no Maven"
+    return None if jars_obtainable() else "Java is installed, but Maven is not"
 
 
 @cache
 def why_no_postgres(version: int) -> str | None:
-    """Why no PostgreSQL of a version can be had; None if it can."""
+    """Why no PostgreSQL of a version is available; None if it is."""
     if os.environ.get("PIPELINE_TEST_DATABASE_URL") or engine_answers():
         return None
     try:

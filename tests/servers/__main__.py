@@ -27,7 +27,7 @@ def main() -> int:
     """Run the servers in the foreground.
 
     Returns:
-        0 after Ctrl-C or SIGTERM, 69 when a server cannot be had.
+        0 after Ctrl-C or SIGTERM, 69 when a server is not available.
     """
     arguments = _arguments()
     stopped = threading.Event()
@@ -42,7 +42,7 @@ def main() -> int:
         except (BinariesMissingError, BrokerMissingError) as error:
             print(error, file=sys.stderr)
             return 69
-        print("The servers run until Ctrl-C, and are removed then.", file=sys.stderr, flush=True)
+        print("The servers run until Ctrl-C, and are then removed.", file=sys.stderr, flush=True)
         stopped.wait()
     return 0
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 Kind = Literal["good", "expired", "other_host", "unknown_ca"]
 """``other_host`` names a host that is not ours; ``unknown_ca`` is signed by an authority that no
-client is given."""
+client trusts."""
 KINDS: tuple[Kind, ...] = ("good", "expired", "other_host", "unknown_ca")
 
 NAMES = "DNS:localhost,IP:127.0.0.1"
@@ -26,15 +26,15 @@ class Certificate:
 
     @property
     def both(self) -> str:
-        """Key and certificate in one text, as Kafka takes them."""
+        """Key and certificate in one text, as Kafka requires."""
         return self.key.read_text() + self.certificate.read_text()
 
 
 class Certificates:
-    """Makes what servers present, one of each kind.
+    """Makes the certificates of servers, one of each kind.
 
     Args:
-        directory: Exists; everything is written there, readable for us alone.
+        directory: An existing folder; all files in it are readable only by the tests' account.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,7 +44,7 @@ class Certificates:
         self._made: dict[Kind, Certificate] = {}
 
     def of(self, kind: Kind) -> Certificate:
-        """The certificate of a kind; the same one at every call."""
+        """The certificate of a kind; the same certificate at every call."""
         if kind not in self._made:
             self._made[kind] = self._issue(kind)
         return self._made[kind]
@@ -77,7 +77,7 @@ class Certificates:
 
 
 def why_no_certificates() -> str | None:
-    """Why none can be made; None if they can."""
+    """Why no certificate can be made; None if it can."""
     return None if shutil.which("openssl") else "the command openssl: install it"
 
 

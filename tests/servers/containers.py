@@ -1,4 +1,4 @@
-"""The same servers as containers, where a Docker engine answers."""
+"""The same servers as containers, if a Docker engine answers."""
 
 import gc
 import re
@@ -24,9 +24,9 @@ POLL_SECONDS = 0.1
 
 @cache
 def engine_answers() -> bool:
-    """Whether there is a Docker engine that does something; asked once a process."""
+    """Whether a working Docker engine is available; examined once per process."""
     with warnings.catch_warnings():
-        # Its client leaves a socket open when nobody answers, which must not fail a later test.
+        # Its client leaves a socket open if there is no answer, which must not fail a later test.
         warnings.simplefilter("ignore", ResourceWarning)
         answered = _ping()
         gc.collect()
@@ -43,7 +43,7 @@ def _ping() -> bool:
 
 @contextmanager
 def postgres_container(version: int, settings: Mapping[str, str]) -> Iterator[str]:
-    """A PostgreSQL; gives the superuser's URL, as libpq takes it."""
+    """A PostgreSQL; the superuser's URL, for libpq."""
     password = secrets.token_urlsafe(16)
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     container = (
@@ -53,8 +53,8 @@ def postgres_container(version: int, settings: Mapping[str, str]) -> Iterator[st
         .with_command(["postgres", *options])
     )
     with container:
-        place = f"{container.get_container_host_ip()}:{container.get_exposed_port(5432)}"
-        address = f"postgresql://postgres:{password}@{place}/postgres"
+        server = f"{container.get_container_host_ip()}:{container.get_exposed_port(5432)}"
+        address = f"postgresql://postgres:{password}@{server}/postgres"
         _wait_for_postgres(address)
         yield address
 
@@ -75,22 +75,22 @@ def _wait_for_postgres(address: str) -> None:
 @contextmanager
 def kafka_container() -> Iterator[Kafka]:
     """An Apache Kafka of the version that ``pom.xml`` names."""
-    # A broker tells its clients where it is, so the port must be known before it starts.
+    # A broker sends clients its own address, so the port must be known before it starts.
     port = free_port()
     container = DockerContainer(f"apache/kafka:{_kafka_version()}").with_bind_ports(port, port)
-    here = container.get_docker_client().host()
+    host = container.get_docker_client().host()
     settings = {
         **SETTINGS,
         "controller.quorum.voters": "1@localhost:9093",
         "listeners": f"PLAINTEXT://:{port},CONTROLLER://:9093",
-        "advertised.listeners": f"PLAINTEXT://{here}:{port}",
+        "advertised.listeners": f"PLAINTEXT://{host}:{port}",
     }
     for name, value in settings.items():
         container.with_env(f"KAFKA_{name.upper().replace('.', '_')}", value)
     with container:
-        cluster = Kafka(f"{here}:{port}")
+        cluster = Kafka(f"{host}:{port}")
         if not cluster.wait_until_it_answers(START_SECONDS_MAX):
-            raise RuntimeError(f"the container's Kafka does not answer at {here}:{port}")
+            raise RuntimeError(f"the container's Kafka does not answer at {host}:{port}")
         yield cluster
 
 

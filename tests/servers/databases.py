@@ -20,12 +20,12 @@ class Database:
 
     @property
     def url(self) -> str:
-        """As SQLAlchemy and the settings take it: ``postgresql+psycopg://…``."""
+        """The URL for SQLAlchemy and the settings: ``postgresql+psycopg://…``."""
         return self.server.url(self.name)
 
     @property
     def dsn(self) -> str:
-        """As libpq, psql and psycopg take it: ``postgresql://…``."""
+        """The URL for libpq, psql and psycopg: ``postgresql://…``."""
         return self.server.dsn(self.name)
 
     def connect(self, *, autocommit: bool = True) -> psycopg.Connection:
@@ -35,9 +35,9 @@ class Database:
 
 @contextmanager
 def fresh_database(server: Postgres, *, template: Database | None = None) -> Iterator[Database]:
-    """A new database for the length of the block, empty or a copy of another one.
+    """A new database for the length of the block, empty or a copy of another database.
 
-    At the end it goes, and whoever is still connected is thrown out. Nobody may be connected to
+    At the end it is dropped, and open sessions are ended. No session may be connected to
     ``template`` while it is copied.
     """
     database = Database(server, f"test_{secrets.token_hex(6)}")

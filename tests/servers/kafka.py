@@ -36,14 +36,14 @@ _POM = _HERE / "pom.xml"
 _CACHE = _HERE.parents[1] / ".cache" / "kafka"
 
 THREE_WAYS = (
-    "  1. Java 17 or newer and Maven: the jars come by themselves, once\n"
+    "  1. Java 17 or newer and Maven: the jars are downloaded once\n"
     "  2. Docker: an engine that answers\n"
     "  3. PIPELINE_TEST_KAFKA=host:port of a broker that tests may use"
 )
 
 
 class BrokerMissingError(RuntimeError):
-    """There is no Apache Kafka, and none can be started; says why, and the three ways to one."""
+    """No Apache Kafka is available or can be started; the message has the reason and three ways."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
@@ -56,7 +56,7 @@ class BrokerMissingError(RuntimeError):
 
 
 class Kafka:
-    """A cluster that tests may use. Each call returns when the cluster shows its effect."""
+    """A cluster that tests use. Each call returns when its effect is visible."""
 
     def __init__(self, bootstrap_servers: str) -> None:
         self._bootstrap_servers = bootstrap_servers
@@ -68,11 +68,11 @@ class Kafka:
 
     @cached_property
     def admin(self) -> AdminClient:
-        """For what is not offered here; goes on by itself after a restart of the broker."""
+        """For other requests; it continues by itself after a restart of the broker."""
         return AdminClient(
             {
                 "bootstrap.servers": self.bootstrap_servers,
-                "log_level": 0,  # a broker that is away is what some tests are about
+                "log_level": 0,  # some tests stop the broker on purpose
                 "reconnect.backoff.max.ms": 200,
             }
         )
@@ -109,7 +109,7 @@ class Kafka:
     def wait_until_it_answers(
         self, seconds_max: float, *, has_ended: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Wait for the first answer; False if the server ends or the time is over before it."""
+        """Wait for the first answer; False if the server ends or the time is over first."""
         deadline = time.monotonic() + seconds_max
         while not self.answers():
             if has_ended() or time.monotonic() > deadline:
@@ -142,7 +142,7 @@ class Kafka:
 class KafkaServer(Kafka):
     """One KRaft node, broker and controller, on the loopback; it ends with this process.
 
-    As a context manager it starts on entry; on exit it ends and its folder goes.
+    As a context manager it starts on entry; on exit it ends and its folder is removed.
 
     Args:
         settings: Anything for ``server.properties``, above ``SETTINGS``.
@@ -169,7 +169,7 @@ class KafkaServer(Kafka):
 
     @property
     def pid(self) -> int:
-        """Of the Java process."""
+        """The process id of Java."""
         return self._running.pid
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ class KafkaServer(Kafka):
         self.close()
 
     def start(self) -> None:
-        """Start the node, on what it held before, and return when it answers."""
+        """Start the node with its earlier data, and return when it answers."""
         configuration = self.directory / "server.properties"
         configuration.write_text("".join(f"{k}={v}\n" for k, v in self._settings.items()))
         if not (self.directory / "data" / "meta.properties").exists():
@@ -199,7 +199,7 @@ class KafkaServer(Kafka):
             raise RuntimeError(f"Kafka in {self.directory} did not start:\n{last}")
 
     def stop(self) -> None:
-        """A controlled shutdown; what it holds stays."""
+        """A controlled shutdown; its data is kept."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -212,12 +212,12 @@ class KafkaServer(Kafka):
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
+        """SIGSTOP: connections stay open and the broker does not answer."""
         self._running.send(signal.SIGSTOP)
         self._until(self._is_stopped, "Kafka is paused")
 
     def resume(self) -> None:
-        """Go on after a pause."""
+        """Continue after a pause."""
         self._running.send(signal.SIGCONT)
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ class KafkaServer(Kafka):
 
     def _format(self, configuration: Path) -> None:
         cluster_id = base64.urlsafe_b64encode(secrets.token_bytes(16)).decode().rstrip("=")
-        # Kafka's tools take an id that begins with a dash for an option.
+        # Kafka's tools read an id that begins with a dash as an option.
         cluster_id = cluster_id.replace("-", "x")
         formatted = subprocess.run(
             [
@@ -257,7 +257,7 @@ class KafkaServer(Kafka):
             raise RuntimeError(f"Kafka could not format its storage:\n{formatted.stderr.strip()}")
 
 
-# One node, quick to start and quick to notice: no topic by itself, no wait before a rebalance,
+# One node that starts and reacts quickly: no automatic topics, no wait before a rebalance,
 # groups may ask for short timeouts, retention and compaction act within a second.
 SETTINGS: Mapping[str, str] = {
     "process.roles": "broker,controller",
@@ -304,24 +304,26 @@ def find_java() -> str:
     """The path of a Java that is new enough.
 
     Raises:
-        BrokerMissingError: There is none.
+        BrokerMissingError: Java is missing.
     """
     home = os.environ.get("JAVA_HOME")
     java = shutil.which("java", path=f"{home}/bin" if home else None) or shutil.which("java")
     if java is None:
-        raise BrokerMissingError("there is no Java")
-    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version "(\d+)', said)
+        raise BrokerMissingError("Java is not installed")
+    java_output = subprocess.run(
+        [java, "-version"], capture_output=True, text=True, check=False
+    ).stderr
+    version = re.search(r'version "(\d+)', java_output)
     if version is None or int(version[1]) < OLDEST_JAVA:
         raise BrokerMissingError(f"{java} is not Java {OLDEST_JAVA} or newer")
     return java
 
 
 def class_path() -> str:
-    """Kafka's jars, as Java takes them; fetched by Maven once, offline from then on.
+    """Kafka's jars as a class path; downloaded by Maven once, then used offline.
 
     Raises:
-        BrokerMissingError: They are not here, and Maven is not or could not fetch them.
+        BrokerMissingError: They are missing, and Maven is missing or could not download them.
     """
     _CACHE.mkdir(parents=True, exist_ok=True)
     (_CACHE.parent / ".gitignore").write_text("*\n")
@@ -334,7 +336,7 @@ def class_path() -> str:
 
 
 def jars_obtainable() -> bool:
-    """Whether the jars are here, or Maven is, which can fetch them."""
+    """Whether the jars are present, or Maven can download them."""
     return _is_whole(_cached_class_path()) or shutil.which("mvn") is not None
 
 
@@ -351,7 +353,7 @@ def _is_whole(cached: Path) -> bool:
 def _resolve(cached: Path) -> None:
     maven = shutil.which("mvn")
     if maven is None:
-        raise BrokerMissingError("Maven is missing, which fetches Kafka's jars")
+        raise BrokerMissingError("Maven is missing, which downloads Kafka's jars")
     partial = cached.with_suffix(".partial")
     resolved = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""PgBouncer between us and a PostgreSQL, as its package comes except for where and as whom."""
+"""PgBouncer before a PostgreSQL, with its defaults except for addresses and login."""
 
 import shutil
 import signal
@@ -29,11 +29,11 @@ def find_pgbouncer() -> Path | None:
 
 
 class PgBouncer:
-    """A pooler before one PostgreSQL, for whoever logs in as its superuser.
+    """A pooler before one PostgreSQL, for logins as its superuser.
 
     Args:
         server: The PostgreSQL.
-        mode: When a session goes back to the pool.
+        mode: When a session returns to the pool.
         settings: Anything for the section ``[pgbouncer]``.
     """
 
@@ -53,7 +53,7 @@ class PgBouncer:
         self.port = free_port()
 
     def dsn(self, database: str = "postgres") -> str:
-        """The way through it, as libpq takes it."""
+        """The URL through the pooler, for libpq."""
         user, password = (quote(str(self._login[key]), safe="") for key in ("user", "password"))
         return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{quote(database, safe='')}"
 

@@ -1,6 +1,6 @@
-"""The test servers as a bank runs them: Kafka with SASL_SSL, SCRAM and ACLs, PostgreSQL with TLS.
+"""Test servers with a bank's settings: Kafka with SASL_SSL, SCRAM and ACLs, PostgreSQL with TLS.
 
-``secured_kafka()`` and ``secured_postgres()`` start one each. Whatever is changed (a password, an
+``secured_kafka()`` and ``secured_postgres()`` start one each. Every change (of a password, an
 ACL, a certificate, a rule of pg_hba.conf) is in force when the call returns. Both trust the same
 kind of private authority: ``ca_file`` is for clients.
 """
@@ -40,9 +40,9 @@ from tests.servers.certificates import KINDS, Certificates, Kind
 from tests.servers.kafka import ADMIN_SECONDS_MAX, KafkaServer
 
 HOST = "localhost"
-"""What certificates are made for, as ``127.0.0.1``."""
+"""The host names of the certificates, beside ``127.0.0.1``."""
 POSTGRES_WITH_TLS = 15
-"""The wheel's PostgreSQL is built without OpenSSL; this one comes from the system."""
+"""The wheel's PostgreSQL is built without OpenSSL; this server comes from the system."""
 
 Mechanism = Literal["SCRAM-SHA-512", "SCRAM-SHA-256"]
 _MECHANISMS: Mapping[Mechanism, ScramMechanism] = {
@@ -50,7 +50,7 @@ _MECHANISMS: Mapping[Mechanism, ScramMechanism] = {
     "SCRAM-SHA-256": ScramMechanism.SCRAM_SHA_256,
 }
 NETWORK_THREADS = 3
-"""Of each listener; Kafka's own default."""
+"""Threads of each listener; Kafka's own default."""
 CLUSTER = "kafka-cluster"
 RELOAD_SECONDS_MAX = 15.0
 
@@ -59,17 +59,17 @@ RELOAD_SECONDS_MAX = 15.0
 
 
 class SecuredKafka(KafkaServer):
-    """One Kafka node where nothing is allowed that no ACL allows.
+    """One Kafka node that allows only what an ACL allows.
 
     ``bootstrap_servers`` and ``admin`` are the superuser's: a listener without TLS or login, for
-    the test itself. ``servers()`` is where the product connects: a listener for each kind of
+    the test itself. The product connects to ``servers()``: a listener for each kind of
     certificate, with TLS and a login by SCRAM.
 
     Args:
         settings: Anything for ``server.properties``, above our own.
 
     Attributes:
-        ca_file: The authority that clients must be given.
+        ca_file: The authority that clients must trust.
     """
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
@@ -78,7 +78,7 @@ class SecuredKafka(KafkaServer):
         self.ca_file = self._certificates.ca_file
         self._ports = {kind: free_port() for kind in KINDS}
         self._passwords: dict[str, tuple[str, Mechanism]] = {}
-        # More iterations each time, so that the broker's answer shows which password it knows.
+        # More iterations each time, so that the broker's answer shows which password it has.
         self._iterations = count(4096)
         self._settings |= self._security() | dict(settings or {})
 
@@ -87,11 +87,11 @@ class SecuredKafka(KafkaServer):
         return f"{HOST}:{self._ports[certificate]}"
 
     def password(self, user: str) -> str:
-        """The password of a user, as last set here."""
+        """The current password of a user."""
         return self._passwords[user][0]
 
     def environment(self, user: str, certificate: Kind = "good") -> dict[str, str]:
-        """What ``pipeline`` needs in its environment to log in as a user."""
+        """The environment with which ``pipeline`` logs in as a user."""
         password, mechanism = self._passwords[user]
         return {
             "PIPELINE_KAFKA_BOOTSTRAP_SERVERS": self.servers(certificate),
@@ -120,7 +120,7 @@ class SecuredKafka(KafkaServer):
     def add_user(
         self, user: str, password: str | None = None, *, mechanism: Mechanism = "SCRAM-SHA-512"
     ) -> str:
-        """Make a user without any right, with this password or one that is made up; returns it."""
+        """Make a user without any right, with this or a random password; returns the password."""
         password = password or secrets.token_urlsafe(16)
         self._passwords[user] = password, mechanism
         iterations = next(self._iterations)
@@ -131,11 +131,11 @@ class SecuredKafka(KafkaServer):
         return password
 
     def set_password(self, user: str, password: str | None = None) -> str:
-        """Change a user's password; connections that are open stay so. Returns it."""
+        """Change a user's password; open connections continue. Returns it."""
         return self.add_user(user, password, mechanism=self._passwords[user][1])
 
     def remove_user(self, user: str) -> None:
-        """Take a user's login away; connections that are open stay so."""
+        """Remove a user's login; open connections continue."""
         _, mechanism = self._passwords.pop(user)
         gone = UserScramCredentialDeletion(user, _MECHANISMS[mechanism])
         self._done(self.admin.alter_user_scram_credentials([gone]))
@@ -159,7 +159,7 @@ class SecuredKafka(KafkaServer):
             topic: The topic's name, or ``*``. One of topic, group and cluster is named.
             group: The group's name, or ``*``.
             cluster: The whole cluster.
-            prefixed: The name is only how names begin.
+            prefixed: The name is a prefix of names.
             deny: Forbid it instead.
         """
         for acl in _acls(user, operations, topic, group, cluster, prefixed, deny, AclBinding):
@@ -176,13 +176,13 @@ class SecuredKafka(KafkaServer):
         prefixed: bool = False,
         deny: bool = False,
     ) -> None:
-        """Take back what ``add_acl`` gave with the same arguments."""
+        """Remove the right that ``add_acl`` gave with the same arguments."""
         for acl in _acls(user, operations, topic, group, cluster, prefixed, deny, AclBindingFilter):
             self._done(self.admin.delete_acls([acl]))
             self._until(lambda acl=acl: not self._found(acl), f"gone: {acl}")  # type: ignore[misc]
 
     def remove_acls_of(self, user: str) -> None:
-        """Take every right of a user back."""
+        """Remove every right of a user."""
         everything = _filter_of(user)
         self._done(self.admin.delete_acls([everything]))
         self._until(lambda: not self._found(everything), f"{user} has no right")
@@ -192,7 +192,7 @@ class SecuredKafka(KafkaServer):
         try:
             described = answers[user].result(ADMIN_SECONDS_MAX)
         except KafkaException:
-            return []  # Kafka's answer for a user that it does not know
+            return []  # Kafka's answer for an unknown user
         return [info.iterations for info in described.scram_credential_infos]
 
     def _holds(self, acl: AclBinding) -> bool:
@@ -211,7 +211,7 @@ class SecuredKafka(KafkaServer):
     # ------------------------------------------------------------------------ certificates
 
     def present(self, certificate: Kind) -> None:
-        """Have the good listener present another certificate to those who connect from now on.
+        """Let the good listener present another certificate to new connections.
 
         A restart of the node presents the good one again, until this is called.
         """
@@ -231,7 +231,7 @@ class SecuredKafka(KafkaServer):
         wanted = ssl.PEM_cert_to_DER_cert(
             self._certificates.of(certificate).certificate.read_text()
         )
-        # Each network thread of the broker learns it by itself, and connections take turns.
+        # Each network thread of the broker loads it separately, and connections are distributed.
         turns = range(2 * NETWORK_THREADS)
         self._until(
             lambda: all(self._presented() == wanted for _ in turns),
@@ -265,9 +265,9 @@ class SecuredKafka(KafkaServer):
             ),
             "listener.security.protocol.map": ",".join(protocols),
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:ANONYMOUS",  # whoever uses the listeners without login
+            "super.users": "User:ANONYMOUS",  # clients of the listeners without login
             "sasl.enabled.mechanisms": ",".join(_MECHANISMS),
-            # So that ``present`` may change what the certificate says.
+            # So that ``present`` may change the names in the certificate.
             "ssl.allow.dn.changes": "true",
             "ssl.allow.san.changes": "true",
         }
@@ -344,14 +344,14 @@ _TLS_ONLY = "hostssl all all 127.0.0.1/32 scram-sha-256"
 
 
 class SecuredPostgres:
-    """A PostgreSQL that takes nobody without TLS and a password, but for the superuser.
+    """A PostgreSQL that requires TLS and a password, except for the superuser.
 
     ``server`` is the superuser's, for the test itself: ``server.dsn()``, ``server.url()``. The
     product connects with ``url(user, …)``.
 
     Attributes:
         server: The server; it may be stopped, killed and started.
-        ca_file: The authority that clients must be given.
+        ca_file: The authority that clients must trust.
     """
 
     def __init__(self, server: PostgresServer) -> None:
@@ -368,53 +368,53 @@ class SecuredPostgres:
         self.set_rules()
 
     def dsn(self, user: str, database: str = "postgres", **options: str) -> str:
-        """How a user connects, as libpq, psql and ``PIPELINE_DATABASE_URL`` take it.
+        """The URL of a user, for libpq, psql and ``PIPELINE_DATABASE_URL``.
 
         Args:
-            user: One that ``add_user`` made.
-            database: Which.
+            user: A user that ``add_user`` made.
+            database: The database's name.
             options: libpq's, above the verification of the certificate: ``sslmode="require"``.
         """
-        # libpq takes a host without a slash for TCP; the certificate has this name.
+        # libpq uses TCP for a host without a slash; the certificate has this name.
         verified = {"sslmode": "verify-full", "sslrootcert": str(self.ca_file), **options}
         query = "&".join(f"{name}={value}" for name, value in verified.items())
         login = f"{user}:{self._passwords[user]}"
         return f"postgresql://{login}@{HOST}:{self.server.port}/{database}?{query}"
 
     def password(self, user: str) -> str:
-        """The password of a user, as last set here."""
+        """The current password of a user."""
         return self._passwords[user]
 
     def add_user(self, user: str, password: str | None = None) -> str:
-        """Make a login without any right, with this password or one made up; returns it."""
+        """Make a login without any right, with this or a random password; returns the password."""
         self.execute("CREATE ROLE {} LOGIN", sql.Identifier(user))
         return self.set_password(user, password)
 
     def set_password(self, user: str, password: str | None = None) -> str:
-        """Change a user's password; connections that are open stay so. Returns it."""
+        """Change a user's password; open connections continue. Returns it."""
         password = password or secrets.token_urlsafe(16)
         self._passwords[user] = password
         self.execute("ALTER ROLE {} PASSWORD {}", sql.Identifier(user), sql.Literal(password))
         return password
 
     def end_connections(self, user: str) -> None:
-        """Throw out whoever is connected as a user."""
+        """End every session of a user."""
         self.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = {}",
             sql.Literal(user),
         )
 
     def set_rules(self, *rules: str) -> None:
-        """Make these the rules of pg_hba.conf, behind the superuser's; without any, TLS for all.
+        """Set the rules of pg_hba.conf after the superuser's rule; without arguments, TLS for all.
 
-        For example ``"hostssl all app 127.0.0.1/32 reject"``. Connections that are open stay so.
+        For example ``"hostssl all app 127.0.0.1/32 reject"``. Open connections continue.
         """
         lines = [_SUPERUSER, *(rules or [_TLS_ONLY])]
         (self._data / "pg_hba.conf").write_text("\n".join(lines) + "\n")
         self._reload()
 
     def present(self, certificate: Kind) -> None:
-        """Present another certificate to those who connect from now on."""
+        """Present another certificate to new connections."""
         self._write_certificate(certificate)
         self._reload()
 
@@ -426,7 +426,7 @@ class SecuredPostgres:
             path.touch(mode=0o600)
             path.write_text(source.read_text())
             if path.stat().st_uid != owner.st_uid:
-                # PostgreSQL takes no key that belongs to somebody else.
+                # PostgreSQL refuses a key file of another owner.
                 os.chown(path, owner.st_uid, owner.st_gid)
 
     def _reload(self) -> None:
@@ -439,7 +439,7 @@ class SecuredPostgres:
         )
 
     def _loaded_at(self) -> Any:
-        # A new connection each time: it has what the postmaster has.
+        # A new connection each time: it has the configuration of the postmaster.
         with psycopg.connect(self.server.dsn()) as connection:
             row = connection.execute("SELECT pg_conf_load_time()").fetchone()
         return row and row[0]

@@ -22,7 +22,7 @@ HERE = Path(rivals.__file__).parent
 @pytest.mark.parametrize(
     "rival", [*rivals.READERS, *rivals.PROJECTING], ids=lambda rival: rival.name
 )
-def test_the_report_says_of_each_rival_what_it_is_and_what_it_does_not_promise(rival):
+def test_the_report_describes_each_rival_and_its_missing_guarantees(rival):
     assert rival.name
     assert rival.version
     assert rival.lacks
@@ -30,7 +30,7 @@ def test_the_report_says_of_each_rival_what_it_is_and_what_it_does_not_promise(r
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("*/requirements.txt")), ids=str)
-def test_what_a_rival_in_python_needs_is_pinned_by_hashes(path):
+def test_requirements_of_a_python_rival_are_pinned_by_hashes(path):
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE)
 
     pinned = re.findall(
@@ -41,7 +41,7 @@ def test_what_a_rival_in_python_needs_is_pinned_by_hashes(path):
     assert "".join(pinned) == text
 
 
-def test_what_a_rival_in_java_needs_is_pinned():
+def test_requirements_of_a_java_rival_are_pinned():
     pom = ElementTree.parse(HERE / "debezium" / "pom.xml").getroot()  # noqa: S314 - our own file
     space = {"": "http://maven.apache.org/POM/4.0.0"}
     versions = [version.text or "" for version in pom.iterfind(".//dependency/version", space)]
@@ -50,16 +50,16 @@ def test_what_a_rival_in_java_needs_is_pinned():
     assert all(re.fullmatch(r"\d[\w.]*|\$\{\w+\.version\}", version) for version in versions)
 
 
-def test_what_a_rival_in_javascript_needs_is_pinned_by_hashes_and_names_no_address():
+def test_requirements_of_a_javascript_rival_are_pinned_by_hashes_without_urls():
     locked = orjson.loads((HERE / "emmett" / "package-lock.json").read_bytes())["packages"]
-    packages = [package for place, package in locked.items() if place]
+    packages = [package for path, package in locked.items() if path]
 
     assert packages
     assert all(package["integrity"].startswith("sha512-") for package in packages)
     assert not any("resolved" in package for package in packages)
 
 
-def test_a_rival_that_cannot_be_had_is_told_by_its_reason(monkeypatch):
+def test_a_rival_that_cannot_be_installed_is_reported_with_the_reason(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(faucet, "ENVIRONMENT", Path("/nowhere"))
 
@@ -69,7 +69,7 @@ def test_a_rival_that_cannot_be_had_is_told_by_its_reason(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [400, 700, 4096])
-def test_events_of_a_size_are_real_ones_with_a_longer_text(size):
+def test_events_of_a_given_size_are_real_events_with_a_longer_text(size):
     simulated = Simulation(seed=1, events=4000, topic="t", partitions=6, keep_books=False)
 
     values = [record.value or b"" for record in islice(sized(simulated, size), 200)]
@@ -80,7 +80,7 @@ def test_events_of_a_size_are_real_ones_with_a_longer_text(size):
     assert all({"id", "created_at", "type", "object"} <= event.keys() for event in events)
 
 
-def test_runs_that_are_compared_with_several_stand_in_the_table_once():
+def test_runs_that_are_compared_several_times_are_in_the_table_once():
     one = Pairs("ours / one", 0.9, ours=[Run(100), Run(300)], theirs=[Run(100), Run(100)])
     other = Pairs("ours / other", 4, ours=one.ours, theirs=[Run(25), Run(50)])
 
@@ -92,7 +92,7 @@ def test_runs_that_are_compared_with_several_stand_in_the_table_once():
     assert "(wanted: 4 or more) | **5.00** of 4.00, 6.00" in lines[-1]
 
 
-def test_ways_are_compared_with_the_first_of_them_turn_by_turn():
+def test_ways_are_compared_with_the_first_way_run_by_run():
     lines = ways_table({"one": [Run(100), Run(200)], "two": [Run(150), Run(200, 1.5, 2.5)]})
 
     assert lines[2:] == [
@@ -101,7 +101,7 @@ def test_ways_are_compared_with_the_first_of_them_turn_by_turn():
     ]
 
 
-def test_a_part_that_is_measured_again_takes_its_place_in_the_report():
+def test_a_section_that_is_measured_again_replaces_the_old_one():
     one, two, new = (
         Section("One", "a", ["1"]),
         Section("Two", "b", ["2"]),
@@ -121,9 +121,9 @@ def test_a_part_that_is_measured_again_takes_its_place_in_the_report():
     assert with_new(again, "# Here\n", []) == again
 
 
-def test_the_command_tells_its_options():
-    said = subprocess.run(
+def test_the_command_documents_its_options():
+    output = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], capture_output=True, text=True, check=True
     ).stdout
 
-    assert all(part in said for part in ("--quick", "--pairs", "rivals"))
+    assert all(part in output for part in ("--quick", "--pairs", "rivals"))

@@ -24,10 +24,10 @@ AWAY = found(Problem("error", "log", "unavailable", "start it"), LOG, code=ExitC
 REFUSED = found(Problem("error", "log", "no topic", "name it"), LOG, code=ExitCode.CONFIGURATION)
 
 
-def test_the_promises_are_those_of_the_page_in_its_order_and_words():
+def test_the_promises_are_those_of_the_page_in_order_and_wording():
     titles = re.findall(r"^\*\*(\d+)\. (.+?)\.?\*\*", PAGE.read_text(), re.MULTILINE)
 
-    assert titles == [(str(n), one.value) for n, one in enumerate(Promise, start=1)]
+    assert titles == [(str(n), result.value) for n, result in enumerate(Promise, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_worst_result_decides_and_every_reason_is_reported(results, state, r
     assert log.reasons == (["nothing was examined"] if reasons is None else reasons)
 
 
-def test_what_depends_on_no_installation_is_not_judged():
+def test_promises_that_depend_on_no_installation_are_not_examined():
     judged = {status.promise for status in promise_statuses([])}
 
     assert judged == set(Promise) - NOT_OF_AN_INSTALLATION
@@ -93,9 +93,11 @@ def test_kafka_must_keep_records_for_longer_than_the_longest_outage(
 ):
     results = list(retention("Notifications", reported, outage))
 
-    assert [one.level for one in results] == levels
+    assert [result.level for result in results] == levels
     assert any(expected in str(result) for result in results)
-    assert {promise for one in results for promise in one.promises} == {Promise.NO_SILENT_LOSS}
+    assert {promise for result in results for promise in result.promises} == {
+        Promise.NO_SILENT_LOSS
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_topic_must_outlive_a_broker(unclean, in_sync, replicas, levels):
 
     results = replication("Notifications", reported, replicas)
 
-    assert [one.level for one in results] == levels
+    assert [result.level for result in results] == levels
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ ORDERS = Partition("orders", 3)
         ("XX001", InvariantError),  # data_corrupted
     ],
 )
-def test_each_code_leads_to_what_the_caller_does_next(sqlstate, branch):
+def test_each_code_leads_to_the_right_class_of_error(sqlstate, branch):
     error = from_sqlstate(sqlstate, "a text", column="payload")
 
     assert type(error) is branch

@@ -47,7 +47,7 @@ def test_a_good_event_is_its_payload_and_its_envelope():
     assert row.created_at == calendar.timegm(moment.timetuple()) * 1_000_000 + 123456
 
 
-def test_the_bytes_are_kept_of_every_record_where_that_is_asked_for():
+def test_the_bytes_of_every_record_are_kept_if_configured():
     record = Record("orders", 3, 42, envelope(), None, None, None, 0)
 
     assert read(record, keep_raw=True).raw == envelope()
@@ -68,7 +68,7 @@ def test_a_hostile_record_still_gets_its_row(name):
 
 @pytest.mark.parametrize("depth", range(250, 1100, 17))
 @pytest.mark.parametrize("kind", ["array", "object"])
-def test_no_depth_of_nesting_stops_the_flow(depth, kind):
+def test_no_depth_of_nesting_stops_decoding(depth, kind):
     value = nested(depth, kind)
 
     row = row_of(value)
@@ -104,7 +104,7 @@ def jsonb_members(pairs):
 @example(b"[-0.0]", None, None, None)
 @example(b'[",  "]', None, None, None)
 @example(b'{"a":1, "a":1}', None, None, None)
-def test_any_record_becomes_a_row_that_loses_nothing(value, key, headers, milliseconds):
+def test_any_record_becomes_a_complete_row(value, key, headers, milliseconds):
     row = row_of(value, key=key, headers=headers, timestamp_ms=milliseconds, timestamp_type=1)
 
     assert (row.topic, row.partition, row.offset) == ("orders", 3, 42)
@@ -238,14 +238,14 @@ def test_only_the_usual_spelling_is_a_uuid(text, at, removed, inserted):
 
 
 @pytest.mark.parametrize("other", [None, 7, b"1b4e28ba-2fa1-11d2-883f-0016d3cca427", [], {}])
-def test_what_is_no_text_is_no_uuid(other):
+def test_a_value_that_is_not_text_is_no_uuid(other):
     assert uuid_bytes(other) is None
 
 
 # ------------------------------------------------------------------------------- refused by jsonb
 
 
-def test_a_refused_payload_leaves_the_bytes_and_the_reason():
+def test_a_row_of_a_refused_payload_has_the_bytes_and_the_reason():
     row = row_of(envelope(amount="x").replace(b'"x"', b"1e200000"))
 
     refused = row.refused(row.payload or b"", "22003")

@@ -51,7 +51,7 @@ def test_a_fail_point_is_refused_unless_fail_points_are_enabled(enabling):
     failpoints.reach("after_poll")
 
 
-def test_enabling_alone_arms_nothing():
+def test_enabling_fail_points_arms_none():
     failpoints.arm(ENABLED)
 
     failpoints.reach("after_poll")
@@ -65,20 +65,20 @@ def test_enabling_alone_arms_nothing():
         "after_poll:raise", "after_poll:raise:1", "after_poll:kill:9",
     ],
 )  # fmt: skip
-def test_what_is_no_fail_point_is_refused_at_start(spec):
+def test_an_unknown_fail_point_is_refused_at_start(spec):
     with pytest.raises(ConfigurationError, match="PIPELINE_FAILPOINT"):
         arm(spec)
 
 
-@pytest.mark.parametrize("place", get_args(failpoints.Place))
-def test_every_place_can_be_armed_and_no_other_feels_it(place):
-    arm(f"{place}:raise:40001")
+@pytest.mark.parametrize("failpoint", get_args(failpoints.Place))
+def test_every_fail_point_can_be_armed_alone(failpoint):
+    arm(f"{failpoint}:raise:40001")
 
     for other in get_args(failpoints.Place):
-        if other != place:
+        if other != failpoint:
             failpoints.reach(other)
     with pytest.raises(TransientError):
-        failpoints.reach(place)
+        failpoints.reach(failpoint)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_raise_is_postgresqls_error_of_that_code(sqlstate, branch):
         failpoints.reach("before_commit")
 
 
-def test_only_the_chosen_passing_fails():
+def test_only_the_chosen_pass_fails():
     arm("after_copy@3:raise:40001")
 
     failpoints.reach("after_copy")
@@ -102,7 +102,7 @@ def test_only_the_chosen_passing_fails():
     failpoints.reach("after_copy")
 
 
-def test_sleep_holds_the_place_up():
+def test_sleep_delays_the_step():
     arm("after_begin:sleep:0.05")
     began = time.monotonic()
 
@@ -111,7 +111,7 @@ def test_sleep_holds_the_place_up():
     assert time.monotonic() - began >= 0.05
 
 
-def test_disconnect_cuts_the_connection_that_the_place_hands_over():
+def test_disconnect_closes_the_connection_of_the_step():
     arm("mid_copy:disconnect")
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -129,26 +129,26 @@ def test_disconnect_where_there_is_no_connection_is_refused():
 
 def test_kill_is_sigkill():
     process = run("after_poll:kill", **ENABLED)
-    said, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
 
-    assert (process.returncode, said) == (-signal.SIGKILL, "")
+    assert (process.returncode, output) == (-signal.SIGKILL, "")
 
 
-def test_stop_holds_the_process_until_it_is_continued():
+def test_stop_stops_the_process_until_it_is_continued():
     process = run("after_poll:stop", **ENABLED)
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
 
     process.send_signal(signal.SIGCONT)
 
-    said, _ = process.communicate(timeout=30)
-    assert (process.returncode, said) == (0, "passed\n")
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "passed\n")
 
 
 def test_a_process_that_is_not_enabled_ends_at_once():
     process = run("after_poll:kill", PIPELINE_ENABLE_FAILPOINTS="")
-    said, complaint = process.communicate(timeout=30)
+    output, complaint = process.communicate(timeout=30)
 
     assert process.returncode == 1
-    assert said == ""
+    assert output == ""
     assert "for tests only" in complaint

@@ -91,7 +91,7 @@ def test_the_registry_has_every_event_that_is_logged_and_no_other(logged):
     assert sorted(logged.keys() - EVENTS.keys()) == []
 
 
-def test_every_event_is_logged_at_the_levels_that_the_registry_says(logged):
+def test_every_event_is_logged_at_the_levels_in_the_registry(logged):
     wrong = {
         name: (sorted(levels), EVENTS[name].levels)
         for name, levels in logged.items()
@@ -119,7 +119,7 @@ def test_the_table_of_operations_is_written_from_the_registry():
     assert page == with_table(page), "run: python -m tests.log_events_page"
 
 
-def test_two_events_have_two_names():
+def test_no_two_events_have_the_same_name():
     source = (PACKAGE / "log_events" / "registry.py").read_text()
 
     assert len(EVENTS) == source.count('    LogEvent(\n        "') + source.count('    LogEvent("')

@@ -73,7 +73,7 @@ def test_a_line_is_json_with_time_level_event_and_logger_first(lines):
     assert line["logger"] == "pipeline.ingest"
 
 
-def test_what_is_bound_to_the_context_is_on_every_line(lines):
+def test_a_value_bound_to_the_context_is_on_every_line(lines):
     log_events.configure("json", "info")
 
     with structlog.contextvars.bound_contextvars(instance="worker-1"):
@@ -94,13 +94,13 @@ def test_what_is_bound_to_the_context_is_on_every_line(lines):
 def test_less_than_the_level_is_not_logged(lines, level, expected):
     log_events.configure("json", level)
 
-    for said in ("debug", "info", "warning", "error"):
-        getattr(structlog.get_logger("pipeline.kafka"), said)("said")
+    for level_name in ("debug", "info", "warning", "error"):
+        getattr(structlog.get_logger("pipeline.kafka"), level_name)("said")
 
     assert [line["level"] for line in lines()] == expected
 
 
-def test_libraries_come_out_the_same_way(lines):
+def test_log_lines_of_libraries_have_the_same_format(lines):
     log_events.configure("json", "info")
 
     logging.getLogger("alembic.runtime.migration").info("Running upgrade %s -> %s", "", "0001")
@@ -111,7 +111,7 @@ def test_libraries_come_out_the_same_way(lines):
     assert line["msg"] == "Running upgrade  -> 0001"
 
 
-def test_a_library_that_logs_statements_is_not_heard_even_at_debug(lines):
+def test_statements_that_a_library_logs_are_not_logged_even_at_debug(lines):
     log_events.configure("json", "debug")
 
     logging.getLogger("sqlalchemy.engine.Engine").info("[raw sql] ('%s',)", CANARY)
@@ -133,7 +133,7 @@ def test_warnings_of_python_are_log_lines(lines):
     assert "this will change" in line["msg"]
 
 
-def test_configured_twice_it_still_logs_everything_once(lines):
+def test_logging_configured_twice_logs_everything_once(lines):
     log_events.configure("json", "info")
     log_events.configure("json", "info")
 
@@ -185,7 +185,7 @@ def test_auto_is_console_on_a_terminal(capsys, monkeypatch, terminal, is_json):
     ],
 )
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_neither_secrets_nor_payloads_show(capsys, form, fields):
+def test_neither_secrets_nor_payloads_are_logged(capsys, form, fields):
     log_events.configure(form, "debug")
 
     structlog.get_logger("pipeline").info("happened", **fields)
@@ -195,7 +195,7 @@ def test_neither_secrets_nor_payloads_show(capsys, form, fields):
     assert CANARY not in err
 
 
-def test_what_is_harmless_stays_readable(lines):
+def test_harmless_values_stay_readable(lines):
     log_events.configure("json", "info")
 
     structlog.get_logger("pipeline").info(
@@ -262,7 +262,7 @@ def raised(error, cause=None):
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_an_exception_shows_its_way_and_none_of_its_values(capsys, form):
+def test_an_exception_shows_its_stack_and_no_values(capsys, form):
     log_events.configure(form, "info")
     cause = raised(
         psycopg.errors.UniqueViolation(
@@ -296,7 +296,7 @@ def test_an_exception_shows_its_way_and_none_of_its_values(capsys, form):
     ],
     ids=["statement", "line", "German", "int", "key", "bytes"],
 )
-def test_what_others_say_of_data_is_not_repeated(error):
+def test_messages_of_other_programs_about_data_are_not_repeated(error):
     text = log_events.exception_text(raised(error))
 
     assert CANARY not in text
@@ -304,7 +304,7 @@ def test_what_others_say_of_data_is_not_repeated(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (InvariantError("epoch 3 fell"), "InvariantError: epoch 3 fell"),
         (AttributeError("no attribute 'x'"), "AttributeError: no attribute 'x'"),
@@ -313,8 +313,8 @@ def test_what_others_say_of_data_is_not_repeated(error):
         (Failed("x"), "Failed: *** (22P02)"),
     ],
 )
-def test_the_text_of_an_error_without_data_is_logged(error, said):
-    assert said in log_events.exception_text(raised(error))
+def test_the_text_of_an_error_without_data_is_logged(error, expected):
+    assert expected in log_events.exception_text(raised(error))
 
 
 def test_a_group_shows_each_of_its_exceptions():
@@ -327,10 +327,10 @@ def test_a_group_shows_each_of_its_exceptions():
 
 
 def test_exceptions_that_cause_each_other_end():
-    one, two = ValueError("one"), ValueError("two")
-    one.__cause__, two.__cause__ = two, one
+    first, second = ValueError("one"), ValueError("two")
+    first.__cause__, second.__cause__ = second, first
 
-    assert log_events.exception_text(one).count("ValueError") == 2
+    assert log_events.exception_text(first).count("ValueError") == 2
 
 
 def test_the_current_exception_is_shown(lines):

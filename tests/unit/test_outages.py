@@ -136,7 +136,7 @@ def test_the_end_of_an_outage_is_logged_with_its_length_and_the_next_one_is_new(
     ],
     ids=str,
 )
-def test_a_long_outage_says_what_retention_leaves_of_the_time(clock, left, words):
+def test_a_long_outage_reports_the_time_left_before_retention(clock, left, words):
     requested_at = []
 
     def time_left():
@@ -179,7 +179,7 @@ def test_a_refused_login_is_tried_four_times_a_minute_at_most(clock):
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
-def test_what_is_refused_from_the_start_ends_at_once(clock, refusal):
+def test_a_refusal_at_the_start_ends_the_process_at_once(clock, refusal):
     with pytest.raises(ConfigurationError) as raised, capture_logs() as logged:
         policy(has_run=False).on_error(refusal)
 
@@ -189,7 +189,7 @@ def test_what_is_refused_from_the_start_ends_at_once(clock, refusal):
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
 @pytest.mark.parametrize("between", [None, SLOW], ids=["alone", "and time-outs in between"])
-def test_what_is_refused_while_we_run_ends_after_the_grace_period(clock, refusal, between):
+def test_a_refusal_while_running_ends_the_process_after_the_grace_period(clock, refusal, between):
     waiting, lines = policy(), []
     errors = [refusal, between or refusal]
 
@@ -249,7 +249,7 @@ ATTEMPTS = st.lists(
 
 
 @given(attempts=ATTEMPTS, waits_forever=st.booleans())
-def test_every_outage_is_logged_seldom_and_ends_in_time(attempts, waits_forever):
+def test_every_outage_is_logged_rarely_and_ends_in_time(attempts, waits_forever):
     """Some errors or successes (None), each with the seconds until the next."""
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()

@@ -87,7 +87,11 @@ def anchors(page):
 @each_page_of_today
 def test_every_path_that_a_page_names_exists(page):
     spans, _ = code_in(page)
-    paths = [it for it in spans if re.fullmatch(r"[\w./-]+(\.(py|sql|md|toml|xml|txt)|/)", it)]
+    paths = [
+        promise
+        for promise in spans
+        if re.fullmatch(r"[\w./-]+(\.(py|sql|md|toml|xml|txt)|/)", promise)
+    ]
 
     assert [path for path in paths if not exists(path)] == []
 
@@ -150,7 +154,9 @@ def what_is_wrong(call):
 
 
 def known_options(command):
-    options = {opt for it in command.params for opt in [*it.opts, *it.secondary_opts]}
+    options = {
+        opt for promise in command.params for opt in [*promise.opts, *promise.secondary_opts]
+    }
     return options | {"--help", "-h"}
 
 
@@ -188,7 +194,7 @@ def test_every_table_and_view_that_a_page_names_exists(page):
     own = set(re.findall(r"`pipeline\.([a-z_]+)", page.read_text())) - {"read_models", "toml"}
 
     assert named - readable - {"co", "py"} == set()
-    assert {it for it in own if it not in migrations} == set()
+    assert {promise for promise in own if promise not in migrations} == set()
 
 
 def test_the_page_of_commands_and_settings_is_written_from_their_declarations():
@@ -249,7 +255,7 @@ def test_measured_figures_are_on_the_page_of_performance_only():
 
 def test_every_share_on_the_page_of_performance_is_in_the_report():
     report = (ROOT / "benchmarks/results.md").read_text()
-    numbers = [float(it.replace(",", "")) for it in re.findall(r"\d[\d,]*\.?\d*", report)]
+    numbers = [float(promise.replace(",", "")) for promise in re.findall(r"\d[\d,]*\.?\d*", report)]
     page = (ROOT / "docs/performance.md").read_text()
 
     shares = re.findall(r"\*\*(\d+\.\d+)", page)
@@ -257,14 +263,16 @@ def test_every_share_on_the_page_of_performance_is_in_the_report():
     assert len(shares) > 5
     assert [
         share for share in shares
-        if float(share) not in {round(it, len(share.partition(".")[2])) for it in numbers}
+        if float(share) not in {round(promise, len(share.partition(".")[2])) for promise in numbers}
     ] == []  # fmt: skip
 
 
 def test_the_promises_are_those_of_check_and_each_names_a_test():
     page = (ROOT / "docs/guarantees.md").read_text()
 
-    promises = [it for it in re.split(r"^(?=\*\*|## )", page, flags=re.M) if it[:2] == "**"]
+    promises = [
+        promise for promise in re.split(r"^(?=\*\*|## )", page, flags=re.M) if promise[:2] == "**"
+    ]
 
     headings = re.findall(r"^\*\*\d+\. (.*?)\.?\*\*", page, re.MULTILINE)
     assert headings == [promise.value for promise in Promise], "check uses the same words"

@@ -19,13 +19,13 @@ def test_the_next_offset_is_after_the_record(offset):
 
 @given(OFFSETS, OFFSETS)
 def test_lag_is_never_negative(next_offset, end):
-    behind = lag(NextOffset(next_offset), NextOffset(end))
+    records = lag(NextOffset(next_offset), NextOffset(end))
 
-    assert behind == max(0, end - next_offset)
+    assert records == max(0, end - next_offset)
 
 
 @given(OFFSETS, st.integers(2, 10**9))
-def test_halves_join_without_gap_and_none_is_empty(first, span):
+def test_halves_of_a_range_join_without_gap_and_are_not_empty(first, span):
     whole = OffsetRange(NextOffset(first), NextOffset(first + span))
 
     left, right = whole.halves()

@@ -48,7 +48,7 @@ def test_every_kind_of_problem_is_reported_with_exactly_its_facts():
     assert reported.keys() | indirect == KINDS.keys()
 
 
-def test_every_kind_of_problem_says_what_to_do():
+def test_every_kind_of_problem_has_a_fix():
     assert all(kind.what and kind.fix for kind in KINDS.values())
     assert {kind.severity for kind in KINDS.values()} == {"error", "warning", "unknown"}
 

@@ -47,7 +47,7 @@ UNSEEN = ["test_is_skipped was skipped", "test_is_half_skipped was skipped", "te
 with_and_without_workers = pytest.mark.parametrize(
     "workers",
     [[], ["-n", "2"]] if importlib.util.find_spec("xdist") else [[]],
-    ids=lambda it: " ".join(it) or "one process",
+    ids=lambda arguments: " ".join(arguments) or "one process",
 )
 
 
@@ -76,22 +76,22 @@ def run(tmp_path):
 
 @with_and_without_workers
 def test_a_whole_run_fails_with_the_promised_tests_that_did_not_run(run, workers):
-    status, told = run(RED, *workers)
+    status, output = run(RED, *workers)
 
     assert status == pytest.ExitCode.TESTS_FAILED
     for line in UNSEEN:
-        assert line in told
-    assert "test_holds " not in told
-    assert "test_wants_a_broker" not in told, "its server is missing; that is told elsewhere"
-    assert " passed" in told.splitlines()[-1], "the closing line stays the last"
+        assert line in output
+    assert "test_holds " not in output
+    assert "test_wants_a_broker" not in output, "its server is missing; that is reported elsewhere"
+    assert " passed" in output.splitlines()[-1], "the closing line stays the last"
 
 
 @with_and_without_workers
-def test_a_whole_run_that_saw_every_promise_hold_is_green(run, workers):
-    status, told = run(GREEN, *workers)
+def test_a_whole_run_with_every_promised_test_passed_is_green(run, workers):
+    status, output = run(GREEN, *workers)
 
     assert status == pytest.ExitCode.OK
-    assert "promised" not in told
+    assert "promised" not in output
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_a_whole_run_that_saw_every_promise_hold_is_green(run, workers):
         ["--deselect", "tests/test_some.py::test_holds"],
         ["--collect-only"],
     ],
-    ids=lambda it: it[0],
+    ids=lambda arguments: arguments[0],
 )
-def test_a_run_of_a_part_is_not_judged(run, part):
-    status, told = run(RED, *part)
+def test_a_run_of_some_tests_is_not_judged(run, part):
+    status, output = run(RED, *part)
 
     assert status == pytest.ExitCode.OK
-    assert "promised in" not in told
+    assert "promised in" not in output

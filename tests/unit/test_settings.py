@@ -45,7 +45,7 @@ def complaints(config=None, **overrides):
 # ------------------------------------------------------------------------------------------- places
 
 
-def test_without_anything_set_the_defaults_hold():
+def test_without_settings_the_defaults_apply():
     settings = load_settings()
 
     assert settings.topics == ("Notifications", "Prices")
@@ -176,7 +176,7 @@ def test_the_error_for_broken_toml_has_the_position_and_not_the_text(tmp_path):
 # ----------------------------------------------------------------------------------- unknown names
 
 
-def test_an_unknown_variable_is_refused_and_the_likely_one_is_named(environment):
+def test_an_unknown_variable_is_refused_and_the_likely_name_is_suggested(environment):
     environment(PIPELINE_KAFKA_PASWORD=CANARY, PIPELINE_NOTHING_LIKE_IT="x")
 
     assert complaints() == [
@@ -193,7 +193,7 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path):
     assert complaints(toml) == [f"batch_row ({toml}) is not a setting; did you mean batch_rows?"]
 
 
-def test_variables_of_others_are_left_alone(environment):
+def test_variables_of_other_programs_are_ignored(environment):
     """Those of the tests, and those that Kubernetes sets beside a service called pipeline."""
     environment(
         PIPELINE_TEST_KAFKA="localhost:9092",
@@ -213,7 +213,7 @@ def test_variables_of_others_are_left_alone(environment):
 # ------------------------------------------------------------------------------------ wrong values
 
 
-def test_every_wrong_setting_gets_its_line(environment):
+def test_every_wrong_setting_has_its_line_in_the_error(environment):
     environment(
         PIPELINE_BATCH_ROWS="0",
         PIPELINE_LINGER_MS="soon",
@@ -370,7 +370,7 @@ def test_a_wrong_url_is_refused_without_repeating_any_of_it(environment, url):
 
 
 @pytest.mark.parametrize("variable", ["PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE"])
-def test_without_a_url_libpq_decides_if_it_knows_any_database(environment, variable):
+def test_without_a_url_libpqs_environment_names_the_database(environment, variable):
     environment(**{variable: "x"})
 
     assert load_settings().database() == "postgresql://"

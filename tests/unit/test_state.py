@@ -423,7 +423,7 @@ def test_a_batch_expects_what_was_stored_and_never_the_first_record():
     assert batch.advances == {A: advance(1, 0, 10)}
 
 
-def test_the_next_batch_fills_while_one_is_with_the_database():
+def test_the_next_batch_fills_while_the_database_writes_the_last():
     machine = owning(A, B)
     receive(machine, A, 0)
     first = write(machine)
@@ -438,7 +438,7 @@ def test_the_next_batch_fills_while_one_is_with_the_database():
     assert second.advances == {A: advance(1, 1, 2), B: advance(1, 0, 1)}
 
 
-def test_there_is_room_up_to_the_bounds_of_rows_and_of_bytes():
+def test_the_buffer_accepts_records_up_to_the_bounds_of_rows_and_bytes():
     by_rows = owning(A, bounds=Bounds(batch_rows_max=3))
     receive(by_rows, A, 0, 1)
     by_bytes = owning(A, bounds=Bounds(batch_rows_max=100, batch_bytes_max=10_000))
@@ -461,7 +461,7 @@ def test_the_end_of_a_partition_is_stored_although_no_record_precedes_it():
     assert write(machine) == Batch([], {A: advance(1, 0, 7)})
 
 
-def test_a_failing_database_is_tried_again_after_growing_waits():
+def test_a_failed_write_is_retried_after_growing_waits():
     machine = owning(A, bounds=Bounds(backoff=Backoff(1.0, 5.0)))
     receive(machine, A, 0)
     batch, now, waits = write(machine), 0.0, []
@@ -501,7 +501,7 @@ def test_a_failure_is_forgotten_with_its_batch(end):
     assert not machine.is_failing, "this batch was not tried yet"
 
 
-def test_an_unknown_outcome_is_seen_by_where_the_partition_stands():
+def test_an_unknown_outcome_is_resolved_by_the_stored_next_offset():
     found = {}
     for next_offset in (0, 1, 5):
         machine = owning(A)
@@ -532,7 +532,7 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
     assert not machine.is_caught_up
 
 
-def test_a_partition_that_was_taken_is_claimed_later_and_one_that_was_moved_at_once():
+def test_a_fenced_partition_is_claimed_later_and_a_moved_partition_at_once():
     reclaims = {}
     for name, stored in (("taken", owned_at(2, 0)), ("moved", owned_at(1, 9))):
         machine = owning(A, bounds=Bounds(reclaim_s_min=5.0))
@@ -565,7 +565,7 @@ def test_a_partition_that_is_taken_again_and_again_is_contested():
     assert steps == [Reclaim(A), Reclaim(A), Contested(A)]
 
 
-def test_takeovers_long_ago_are_forgotten():
+def test_old_takeovers_are_forgotten():
     machine = Machine(Bounds(takeovers_max=2, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
@@ -581,7 +581,7 @@ def test_takeovers_long_ago_are_forgotten():
     assert steps == [Reclaim(A)] * 3
 
 
-def test_rows_of_a_released_partition_are_dropped_wherever_they_wait():
+def test_rows_of_a_released_partition_are_dropped_from_every_buffer():
     machine = owning(A, B)
     receive(machine, A, 0)
     receive(machine, B, 0)
@@ -599,7 +599,7 @@ def test_rows_of_a_released_partition_are_dropped_wherever_they_wait():
     assert machine.is_drained([A])
 
 
-def test_a_claim_of_the_same_epoch_is_seen_from_the_one_before_it():
+def test_a_reclaim_is_detected_by_the_previous_epoch():
     """A database that was restored from a backup gives an epoch out again."""
     machine = owning(A)
     receive(machine, A, 0)
@@ -640,7 +640,7 @@ def test_an_idle_worker_reclaims_what_another_process_claimed_and_released():
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
 
 
-def test_a_check_ignores_partitions_while_a_batch_is_in_hand():
+def test_a_check_ignores_partitions_during_a_batch():
     machine = owning(A)
     receive(machine, A, 0)
     write(machine)
@@ -675,7 +675,7 @@ def test_an_abandoned_machine_owns_nothing_and_has_no_step():
     assert not machine.awaits_outcome
 
 
-def test_caught_up_means_everything_that_kafka_had_at_the_claim():
+def test_caught_up_means_the_end_of_kafka_at_the_claim():
     machine = owning(A, B, end=2)
     seen = [(machine.is_caught_up, machine.lag)]
     for partition in (A, B):

@@ -56,7 +56,7 @@ def _install() -> None:
 
 
 def _command(job: Job) -> Command:
-    place = conninfo_to_dict(job.database.dsn)
+    server = conninfo_to_dict(job.database.dsn)
     worker = job.folder / "worker.properties"
     _write(
         worker,
@@ -77,10 +77,10 @@ def _command(job: Job) -> Command:
             "topics": job.topic,
             "consumer.override.group.id": job.group,
             "consumer.override.auto.offset.reset": "earliest",
-            "connection.url": f"jdbc:postgresql://{place['host']}:{place.get('port', 5432)}/"
+            "connection.url": f"jdbc:postgresql://{server['host']}:{server.get('port', 5432)}/"
             f"{job.database.name}",
-            "connection.username": str(place.get("user", "")),
-            "connection.password": str(place.get("password", "")),
+            "connection.username": str(server.get("user", "")),
+            "connection.password": str(server.get("password", "")),
         },
     )
     standalone = "org.apache.kafka.connect.cli.ConnectStandalone"
@@ -112,7 +112,7 @@ rival = Reader(
     "primary key, UNNEST on, batches and polls of 10,000, values handed on as text; a table made "
     "beforehand, of coordinates and payload alone, with the primary key alone.",
     lacks="Offsets are Kafka's: rows come at least once, and the upsert takes the repeats away; no "
-    "fence; a topic made anew overwrites what is stored; a header that comes twice or without "
+    "fence; a recreated topic overwrites what is stored; a header that comes twice or without "
     "a value stops it.",
     wanted=5,
     install=_install,

@@ -66,7 +66,7 @@ rival = Projecting(
     name="Emmett, rebuildPostgreSQLProjections",
     version="0.42.0",
     settings=f"Batches of {BATCH:,} events, each in one transaction with the position; one upsert "
-    "an event, which leaves the same rows as ours.",
+    "per event, which leaves the same rows as ours.",
     lacks="Readers see an empty or half a table until it is done; one bad event stops it.",
     wanted=1,
     install=_install,

@@ -42,16 +42,16 @@ def _prepare(database: Database) -> None:
 
 
 def _command(database: Database) -> Command:
-    place = conninfo_to_dict(database.dsn)
+    server = conninfo_to_dict(database.dsn)
     return Command(
         [str(virtual_environment(REQUIREMENTS)), str(HERE / "app.py")],
         {
             "PERSISTENCE_MODULE": "eventsourcing.postgres",
             "POSTGRES_DBNAME": database.name,
-            "POSTGRES_HOST": str(place.get("host", "")),
-            "POSTGRES_PORT": str(place.get("port", 5432)),
-            "POSTGRES_USER": str(place.get("user", "")),
-            "POSTGRES_PASSWORD": str(place.get("password", "")),
+            "POSTGRES_HOST": str(server.get("host", "")),
+            "POSTGRES_PORT": str(server.get("port", 5432)),
+            "POSTGRES_USER": str(server.get("user", "")),
+            "POSTGRES_PASSWORD": str(server.get("password", "")),
             "UPSERT": UPSERT.format(**PLACEHOLDERS),
         },
     )
@@ -60,7 +60,7 @@ def _command(database: Database) -> Command:
 rival = Projecting(
     name="eventsourcing, ProjectionRunner",
     version="9.5.6",
-    settings="Its default, an event a transaction, with the position; one prepared upsert an "
+    settings="Its default, one event per transaction, with the position; one prepared upsert per "
     "event, which leaves the same rows as ours.",
     lacks="Readers see an empty table until it is done, unless one writes the exchange oneself; "
     "one bad event stops it.",

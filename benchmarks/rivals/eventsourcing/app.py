@@ -14,7 +14,7 @@ UPSERT = os.environ["UPSERT"].encode()
 
 
 class OrderEvent:
-    """An event of an order, as Upvest published it, and where it stood in Kafka."""
+    """An event of an order, as Upvest published it, with its coordinates in Kafka."""
 
     originator_id: UUID
     originator_version: int
@@ -27,10 +27,10 @@ class OrderEvent:
 
 
 class Orders(PostgresTrackingRecorder):
-    """The read model: one statement an event, in one transaction with the position."""
+    """The read model: one statement per event, in one transaction with the position."""
 
     def put(self, event: OrderEvent, tracking: Tracking) -> None:
-        """Write the order as of this event, unless a newer one has written it."""
+        """Write the order as of this event, unless a newer event has written it."""
         values = {**vars(event), "payload": Jsonb(event.payload)}
         with self.datastore.transaction(commit=True) as cursor:
             self._insert_tracking(cursor, tracking)
@@ -38,7 +38,7 @@ class Orders(PostgresTrackingRecorder):
 
 
 class OrdersProjection(Projection[Orders]):
-    """Hands each event on."""
+    """Passes each event to the read model."""
 
     def process_event(self, domain_event: OrderEvent, tracking: Tracking) -> None:
         """Project one event."""
@@ -46,7 +46,7 @@ class OrdersProjection(Projection[Orders]):
 
 
 def main() -> None:
-    """Project all events, and those to come."""
+    """Project all events, and later ones."""
     with ProjectionRunner(
         application_class=Application, projection_class=OrdersProjection, view_class=Orders
     ) as runner:

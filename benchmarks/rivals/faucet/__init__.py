@@ -60,12 +60,12 @@ def _cargo() -> list[str]:
     """
     for cargo in (["cargo"], ["cargo", "+stable"], ["cargo", "+nightly"]):
         try:
-            asked = subprocess.run(
+            answer = subprocess.run(
                 [*cargo, "--version"], capture_output=True, text=True, check=False
             )
         except FileNotFoundError:
             raise CannotRunError("cargo is not installed") from None
-        found = re.match(r"cargo (\d+)\.(\d+)", asked.stdout)
+        found = re.match(r"cargo (\d+)\.(\d+)", answer.stdout)
         if found and (int(found[1]), int(found[2])) >= OLDEST_RUST:
             return cargo
     raise CannotRunError(f"it needs Rust {OLDEST_RUST[0]}.{OLDEST_RUST[1]} or newer")

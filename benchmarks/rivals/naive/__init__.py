@@ -1,4 +1,4 @@
-"""The loop that anybody would write first, well made: consume, COPY, commit."""
+"""The loop that most people would write first, done well: consume, COPY, commit."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ LOOP = Path(__file__).parent / "loop.py"
 
 
 def _install() -> None:
-    """Nothing: it uses the clients that we use."""
+    """Nothing: it uses our own clients."""
 
 
 def _command(job: Job) -> Command:
@@ -30,7 +30,7 @@ rival = Reader(
     version="our clients",
     settings="10,000 records a batch, text COPY into our table with its indexes, 30 lines",
     lacks="A crash between the two commits repeats a batch; two processes get in each other's way; "
-    "one bad record stops it; deleted records and a topic made anew go unnoticed.",
+    "one bad record stops it; deleted records and a recreated topic go unnoticed.",
     wanted=0.9,
     install=_install,
     command=_command,

@@ -13,7 +13,7 @@ COPY = (
 
 
 def main() -> None:
-    """Read so many records."""
+    """Read a number of records."""
     consumer = Consumer(
         {
             "bootstrap.servers": os.environ["BOOTSTRAP_SERVERS"],

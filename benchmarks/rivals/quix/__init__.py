@@ -15,7 +15,7 @@ def _install() -> None:
 
 
 def _command(job: Job) -> Command:
-    place = conninfo_to_dict(job.database.dsn)
+    server = conninfo_to_dict(job.database.dsn)
     return Command(
         [str(virtual_environment(REQUIREMENTS)), str(HERE / "app.py")],
         {
@@ -24,11 +24,11 @@ def _command(job: Job) -> Command:
             "GROUP": job.group,
             "ROWS": str(job.rows),
             "STATE": str(job.folder),
-            "DB_HOST": str(place.get("host", "")),
-            "DB_PORT": str(place.get("port", 5432)),
+            "DB_HOST": str(server.get("host", "")),
+            "DB_PORT": str(server.get("port", 5432)),
             "DB_NAME": job.database.name,
-            "DB_USER": str(place.get("user", "")),
-            "DB_PASSWORD": str(place.get("password", "")),
+            "DB_USER": str(server.get("user", "")),
+            "DB_PASSWORD": str(server.get("password", "")),
         },
     )
 
@@ -38,7 +38,7 @@ rival = Reader(
     version="3.28.1",
     settings="A checkpoint every 10,000 records; values handed on as text, so that no dict is "
     "written back as JSON; a table made beforehand, with the primary key alone, ON CONFLICT DO "
-    "NOTHING. The sink sends 100 rows a statement, which no setting changes.",
+    "NOTHING. The sink sends 100 rows per statement, which no setting changes.",
     lacks="Offsets are Kafka's: rows come at least once, and the key has to take the repeats away; "
     "no fence against a second process; one bad record stops it.",
     wanted=4,

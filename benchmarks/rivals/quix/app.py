@@ -9,12 +9,12 @@ from quixstreams.sinks.community.postgresql import PostgreSQLSink
 
 
 def row(value: bytes, key: bytes, _timestamp: int, _headers: object) -> dict[str, Any]:
-    """What the table holds of a record."""
-    event, place = orjson.loads(value), message_context()
+    """The table's row of a record."""
+    event, message = orjson.loads(value), message_context()
     return {
-        "topic": place.topic,
-        "partition": place.partition,
-        "offset": place.offset,
+        "topic": message.topic,
+        "partition": message.partition,
+        "offset": message.offset,
         "key": key,
         "event_id": event["id"],
         "event_type": event["type"],
@@ -24,7 +24,7 @@ def row(value: bytes, key: bytes, _timestamp: int, _headers: object) -> dict[str
 
 
 def main() -> None:
-    """Read so many records."""
+    """Read a number of records."""
     app = Application(
         broker_address=os.environ["BOOTSTRAP_SERVERS"],
         consumer_group=os.environ["GROUP"],

@@ -23,7 +23,7 @@ def pipeline(monkeypatch, capsys):
 NOTHING = Commands()
 
 
-def test_help_lists_every_command_in_the_order_in_which_a_newcomer_meets_them(pipeline):
+def test_help_lists_every_command_in_the_order_of_first_use(pipeline):
     result = pipeline(NOTHING, "--help")
 
     listed = re.findall(r"^  ([a-z-]+) {2,}\S", result.out.partition("Commands:")[2], re.MULTILINE)
@@ -31,7 +31,7 @@ def test_help_lists_every_command_in_the_order_in_which_a_newcomer_meets_them(pi
     assert listed == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
-def test_no_line_of_the_list_of_commands_is_cut_off(pipeline):
+def test_no_line_of_the_list_of_commands_is_truncated(pipeline):
     result = pipeline(NOTHING, "--help")
 
     assert "..." not in result.out.partition("Commands:")[2]
@@ -59,7 +59,7 @@ def test_no_help_shows_a_secret_that_is_set(pipeline, name):
     assert CANARY not in result.out + result.err
 
 
-def test_version_names_what_the_program_is_made_of(pipeline):
+def test_version_names_the_program_and_its_libraries(pipeline):
     result = pipeline(NOTHING, "--version")
 
     assert result.code == 0

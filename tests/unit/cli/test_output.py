@@ -15,7 +15,7 @@ from pipeline.cli import output
 from pipeline.cli.output import Gauge, Mark, duration, emit, say, table
 
 
-def test_a_table_puts_numbers_to_the_right_and_cuts_nothing_off(capsys):
+def test_a_table_aligns_numbers_right_and_truncates_nothing(capsys):
     long = "x" * 500
 
     table(["name", "count"], [("a", 1), (long, 12_345), ("b", None)])
@@ -54,7 +54,11 @@ def test_json_is_the_same_value_and_cannot_move_the_cursor_either(document):
 
 
 def misleading(written):
-    return [it for it in written if unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    return [
+        character
+        for character in written
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    ]
 
 
 def test_json_is_one_document_on_one_line(capsys):

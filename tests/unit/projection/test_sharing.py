@@ -51,7 +51,7 @@ def test_projectors_that_the_same_workers_have_stay_together(members, partitions
     assert owners[0] == owners[1] == owners[2]
 
 
-def test_one_worker_alone_has_all():
+def test_a_single_worker_has_every_partition():
     alone = LiveWorker(UUID(int=1), "here", 1, A_DAY, PROJECTORS)
     all_there_are = {Partition("Notifications", number) for number in range(6)}
 

@@ -139,12 +139,12 @@ def test_a_pattern_matches_whole_categories_and_actions(pattern, matching):
     ],
     ids=range(20),
 )
-def test_what_makes_no_sense_is_refused_at_once(wrong, why):
+def test_a_contradictory_declaration_is_refused_at_once(wrong, why):
     with pytest.raises(ValueError, match=why):
         wrong()
 
 
-def test_left_out_are_types_and_whole_categories():
+def test_types_and_whole_categories_can_be_left_out():
     model = kites(events="*", except_events=["KITE.TORN", "KITE_CHECK.*"])
 
     types = ["KITE.UP", "KITE.TORN", "KITE_CHECK.PASSED", "ORDER.NEW"]
@@ -155,7 +155,7 @@ def test_left_out_are_types_and_whole_categories():
     )
 
 
-def test_a_category_is_not_another_one_that_begins_alike():
+def test_a_category_does_not_match_another_with_the_same_prefix():
     types = ["ORDER.NEW", "ORDER_CANCELLATION.REJECTED", "ORDER", "EXECUTION.FILLED"]
     assert [name for name in types if orders.takes(name)] == ["ORDER.NEW"]
     assert [name for name in types if executions.takes(name)] == ["ORDER.NEW", "EXECUTION.FILLED"]
@@ -183,7 +183,7 @@ def test_the_key_of_a_ledger_is_the_entrys_id_and_its_type():
     assert entries.tables[0].primary_key.columns.keys() == ["entry_id", "entry_type"]
 
 
-def test_every_row_leads_to_its_event_and_loads_of_increments_find_it():
+def test_every_row_has_the_coordinates_of_its_event_and_an_index_on_its_time():
     parent, child = kites(children=[tails()]).tables
 
     assert {"_event_id", "_event_type", "_ingested_at", "_offset"} <= set(parent.columns.keys())
@@ -218,7 +218,7 @@ def test_another_definition_has_another_fingerprint(changes):
     assert fingerprint(kites(**changes)) != fingerprint(kites())
 
 
-def test_a_compiler_that_says_the_same_otherwise_changes_no_fingerprint(monkeypatch):
+def test_equivalent_sql_of_the_compiler_changes_no_fingerprint(monkeypatch):
     """Else every installation would have to rebuild; what means something else is counted."""
     before = fingerprint(kites())
 
@@ -345,11 +345,11 @@ def test_a_column_that_looks_personal_must_say_whether_it_is(column, path):
 @pytest.mark.parametrize(
     "column", ["order_id", "username_taken", "taxonomy", "cityscape", "status"]
 )
-def test_other_columns_need_say_nothing(column):
+def test_other_columns_need_no_declaration_of_privacy(column):
     assert text(column, "A comment.").description == "A comment."
 
 
-def test_what_is_personal_changes_no_fingerprint():
+def test_declaring_a_column_personal_changes_no_fingerprint():
     """Else every installation would have to rebuild for a change of rights."""
     changed_at = time("changed_at", "When it changed.", path="updated_at")
 

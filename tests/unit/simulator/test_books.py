@@ -14,9 +14,9 @@ GROUP = "43bec846-f0dd-40ea-896d-17705c577af4"
 ORDER = "67d4baf7-3944-4fd9-b133-0fef6c59b99c"
 
 
-def event(event_type, **thing):
+def event(event_type, **entity):
     envelope = {"id": str(UUID(int=1)), "created_at": "2026-01-05T07:00:00Z", "type": event_type}
-    return SimulatedEvent(b"", event_type, {**envelope, "object": thing}, 0)
+    return SimulatedEvent(b"", event_type, {**envelope, "object": entity}, 0)
 
 
 def execution(number, status, quantity, **more):
@@ -48,7 +48,7 @@ def test_keys_are_unique_and_rows_have_the_columns_that_are_named(books):
     assert isinstance(books.rows("orders")[0][0], UUID)
 
 
-def test_an_order_knows_its_newest_state_and_what_was_filled_of_it():
+def test_an_order_has_its_newest_state_and_filled_quantity():
     books = Books()
     books.record(event("ORDER.NEW", id=ORDER, status="NEW", cash_amount="", executions=[]))
     books.record(event("EXECUTION.FILLED", **execution(7, "FILLED", "2.5")))
@@ -61,7 +61,7 @@ def test_an_order_knows_its_newest_state_and_what_was_filled_of_it():
     assert books.count("executions") == books.count("execution_taxes") == 2
 
 
-def test_empty_text_is_nothing_and_amounts_keep_all_their_digits():
+def test_empty_text_is_null_and_amounts_keep_all_their_digits():
     digits = "0.123456789012345678901234567"
     books = Books()
     books.record(event("ORDER.NEW", id=ORDER, cash_amount="", quantity=digits, executions=[]))
@@ -81,29 +81,29 @@ def test_a_balance_that_is_not_the_sum_of_its_entries_is_a_break():
             event("CASH_TRANSACTION.EXECUTED", id=str(number), type="TOPUP", delta=delta, **entry)
         )
 
-    def told(balance):
-        thing = {"account_group_id": GROUP, "currency": "EUR", "balance": balance}
-        books.record(event("CASH_BALANCE.UPDATED", **thing))
+    def update_balance(balance):
+        entity = {"account_group_id": GROUP, "currency": "EUR", "balance": balance}
+        books.record(event("CASH_BALANCE.UPDATED", **entity))
 
     assert books.breaks() == [Break("cash_balances", (GROUP, "EUR"), None, Decimal("7.50"))]
-    told("7.49")
+    update_balance("7.49")
     assert books.breaks() == [
         Break("cash_balances", (GROUP, "EUR"), Decimal("7.49"), Decimal("7.50"))
     ]
-    told("7.5")
+    update_balance("7.5")
     assert books.breaks() == []
     assert books.cash_balance(GROUP, "EUR") == Decimal("7.5")
     assert books.cash_balance(GROUP, "GBP") == 0
 
 
-def test_the_members_of_a_thing_are_those_of_its_newest_state():
+def test_the_members_of_a_group_are_those_of_its_newest_state():
     books = Books()
-    one, two = str(UUID(int=1)), str(UUID(int=2))
-    for members in ([one], [one, two], [two]):
+    first_user, second_user = str(UUID(int=1)), str(UUID(int=2))
+    for members in ([first_user], [first_user, second_user], [second_user]):
         users = [{"id": member, "type": "OWNER"} for member in members]
         books.record(event("ACCOUNT.UPDATED", id=ACCOUNT, users=users))
 
-    assert books.rows("account_users") == [(UUID(ACCOUNT), UUID(two), "OWNER")]
+    assert books.rows("account_users") == [(UUID(ACCOUNT), UUID(second_user), "OWNER")]
 
 
 def test_positions_are_found_by_account_and_instrument(books):
@@ -119,15 +119,16 @@ def test_filled_quantities_are_those_of_the_executions(books):
     columns = books.columns("executions")
     filled: defaultdict[object, Decimal] = defaultdict(Decimal)
     for row in books.rows("executions"):
-        one = dict(zip(columns, row, strict=True))
-        if one["status"] != "CANCELLED":
-            filled[one["order_id"]] = add(filled[one["order_id"]], one["share_quantity"])
+        execution = dict(zip(columns, row, strict=True))
+        if execution["status"] != "CANCELLED":
+            order_id = execution["order_id"]
+            filled[order_id] = add(filled[order_id], execution["share_quantity"])
 
     for order_id, quantity in filled.items():
         assert books.filled_quantity(order_id) == quantity
 
 
-def test_a_simulation_without_books_says_so():
+def test_a_simulation_without_books_raises_an_error():
     simulation = Simulation(1, events=10, keep_books=False)
 
     with pytest.raises(ValueError, match="keep_books"):

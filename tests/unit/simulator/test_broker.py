@@ -111,23 +111,23 @@ def at(text):
 
 
 def digest(seed, **options):
-    told = sha256()
+    digest_of_records = sha256()
     for record in Simulation(seed, **options):
-        told.update(repr(record).encode())
-    return told.hexdigest()
+        digest_of_records.update(repr(record).encode())
+    return digest_of_records.hexdigest()
 
 
-def test_the_same_seed_tells_the_same_bytes_and_another_seed_other_ones():
+def test_the_same_seed_makes_the_same_bytes_and_another_seed_others():
     assert digest(1, events=2_000) == digest(1, events=2_000)
     assert digest(1, events=2_000) != digest(2, events=2_000)
 
 
-def test_another_process_with_other_hashes_tells_the_same_bytes():
+def test_another_process_with_other_hashes_makes_the_same_bytes():
     program = (
         "from tests.unit.simulator.test_broker import digest; print(digest('x', events=1_000))"
     )
 
-    told = [
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", program],
             env={"PYTHONHASHSEED": hashes, "PYTHONPATH": "."},
@@ -138,55 +138,55 @@ def test_another_process_with_other_hashes_tells_the_same_bytes():
         for hashes in ("1", "2")
     ]
 
-    assert told == [digest("x", events=1_000)] * 2
+    assert outputs == [digest("x", events=1_000)] * 2
 
 
 @FEW
 @given(seed=st.integers(), events=st.integers(0, 6_000))
-def test_wherever_it_ends_there_are_so_many_events_and_the_books_add_up(seed, events):
+def test_a_simulation_of_any_length_has_that_many_events_and_balanced_books(seed, events):
     simulation = Simulation(seed, events=events)
 
-    told = sum(1 for _ in simulation)
+    count = sum(1 for _ in simulation)
 
-    assert told == simulation.books.events == events
+    assert count == simulation.books.events == events
     assert simulation.books.breaks() == []
 
 
 @FEW
 @given(seed=st.integers(), after=st.integers(0, 3_000))
-def test_when_stopped_the_books_add_up(seed, after):
+def test_the_books_balance_when_the_simulation_is_stopped(seed, after):
     simulation = Simulation(seed, events=None)
 
-    for told, _ in enumerate(simulation):
-        if told == after:
+    for count, _ in enumerate(simulation):
+        if count == after:
             simulation.stop()
 
     assert simulation.books.breaks() == []
 
 
 def test_every_event_has_the_envelope(day):
-    for told in day:
-        assert set(told.event) - {"webhook_id"} == {"id", "created_at", "type", "object"}
-        assert told.event["type"] == told.type
-        assert re.fullmatch(r"[A-Z_]+\.[A-Z_]+", told.type)
-    assert len({told.event["id"] for told in day}) == len(day)
-    assert 0.05 < sum("webhook_id" not in told.event for told in day) / len(day) < 0.15
+    for record in day:
+        assert set(record.event) - {"webhook_id"} == {"id", "created_at", "type", "object"}
+        assert record.event["type"] == record.type
+        assert re.fullmatch(r"[A-Z_]+\.[A-Z_]+", record.type)
+    assert len({record.event["id"] for record in day}) == len(day)
+    assert 0.05 < sum("webhook_id" not in record.event for record in day) / len(day) < 0.15
 
 
-def test_every_object_has_what_is_required_of_it(day):
-    for told in day:
-        category, _, action = told.type.partition(".")
+def test_every_object_has_its_required_fields(day):
+    for record in day:
+        category, _, action = record.type.partition(".")
         if action == "DATA_CHANGE_FAILED":
-            assert set(told.event["object"]) == {"user_id", "reason"}
+            assert set(record.event["object"]) == {"user_id", "reason"}
         else:
-            missing = set(REQUIRED[category].split()) - set(told.event["object"])
-            assert not missing, (told.type, missing)
+            missing = set(REQUIRED[category].split()) - set(record.event["object"])
+            assert not missing, (record.type, missing)
 
 
-def test_everything_happens(day):
-    types = Counter(told.type for told in day)
+def test_every_type_of_event_happens(day):
+    types = Counter(record.type for record in day)
     entries = Counter(
-        told.event["object"]["type"] for told in day if "TRANSACTION.EXECUTED" in told.type
+        record.event["object"]["type"] for record in day if "TRANSACTION.EXECUTED" in record.type
     )
 
     assert set(types) >= {
@@ -211,51 +211,51 @@ def test_everything_happens(day):
     }
 
 
-def test_nothing_takes_a_step_that_its_life_cycle_forbids(day):
+def test_no_entity_takes_a_step_that_its_life_cycle_forbids(day):
     states: dict[str, str] = {}
-    for told in day:
-        category, thing = told.type.partition(".")[0], told.event["object"]
-        if category not in LEGAL or "id" not in thing:
+    for record in day:
+        category, entity = record.type.partition(".")[0], record.event["object"]
+        if category not in LEGAL or "id" not in entity:
             continue
-        before, now = states.get(thing["id"]), thing["status"]
-        assert before == now or before in LEGAL[category][now], (told.type, before, now)
-        states[thing["id"]] = now
+        before, now = states.get(entity["id"]), entity["status"]
+        assert before == now or before in LEGAL[category][now], (record.type, before, now)
+        states[entity["id"]] = now
 
 
-def test_an_order_carries_its_executions_and_no_other(day):
+def test_an_order_contains_exactly_its_executions(day):
     executions = defaultdict(set)
     ended = {}
-    for told in day:
-        thing = told.event["object"]
-        if told.type == "EXECUTION.FILLED":
-            executions[thing["order_id"]].add(thing["id"])
-        elif told.type in ("ORDER.FILLED", "ORDER.CANCELLED"):
-            ended[thing["id"]] = thing
+    for record in day:
+        entity = record.event["object"]
+        if record.type == "EXECUTION.FILLED":
+            executions[entity["order_id"]].add(entity["id"])
+        elif record.type in ("ORDER.FILLED", "ORDER.CANCELLED"):
+            ended[entity["id"]] = entity
 
     for order_id, order in ended.items():
-        assert {one["id"] for one in order["executions"]} == executions[order_id]
+        assert {execution["id"] for execution in order["executions"]} == executions[order_id]
     assert any(order["status"] == "CANCELLED" and order["executions"] for order in ended.values())
 
 
 def test_a_filled_order_was_executed_in_full(day):
-    for told in day:
-        order = told.event["object"]
-        if told.type == "ORDER.FILLED":
+    for record in day:
+        order = record.event["object"]
+        if record.type == "ORDER.FILLED":
             wanted, part = ("cash_amount", "cash_amount")
             if order["quantity"]:
                 wanted, part = ("quantity", "share_quantity")
-            traded = add(*(Decimal(one[part]) for one in order["executions"]))
+            traded = add(*(Decimal(execution[part]) for execution in order["executions"]))
             assert traded == Decimal(order[wanted])
 
 
-def test_an_order_is_told_as_filled_before_and_after_its_last_execution(day):
-    told_of = set()
+def test_the_filled_order_arrives_before_or_after_its_last_execution(day):
+    filled_executions = set()
     before = after = 0
-    for told in day:
-        if told.type == "EXECUTION.FILLED":
-            told_of.add(told.event["object"]["id"])
-        elif told.type == "ORDER.FILLED":
-            executed = told.event["object"]["executions"][-1]["id"] in told_of
+    for record in day:
+        if record.type == "EXECUTION.FILLED":
+            filled_executions.add(record.event["object"]["id"])
+        elif record.type == "ORDER.FILLED":
+            executed = record.event["object"]["executions"][-1]["id"] in filled_executions
             before, after = before + (not executed), after + executed
 
     assert before > 100
@@ -263,35 +263,41 @@ def test_an_order_is_told_as_filled_before_and_after_its_last_execution(day):
 
 
 def test_no_two_times_are_the_same_to_the_microsecond(day):
-    times = [at(told.event["created_at"]) for told in day if len(told.event["created_at"]) > 10]
+    times = [
+        at(record.event["created_at"]) for record in day if len(record.event["created_at"]) > 10
+    ]
     updated = defaultdict(list)
-    for told in day:
-        thing = told.event["object"]
-        if "updated_at" in thing and not told.type.endswith(".REMINDER"):
-            updated[thing["id"], thing.get("type")].append(at(thing["updated_at"]))
+    for record in day:
+        entity = record.event["object"]
+        if "updated_at" in entity and not record.type.endswith(".REMINDER"):
+            updated[entity["id"], entity.get("type")].append(at(entity["updated_at"]))
 
     for versions in (times, *updated.values()):
         assert all(later - sooner >= 1_000 for sooner, later in pairwise(versions))
 
 
-def test_an_objects_time_lies_between_the_event_before_and_its_own(day):
+def test_an_objects_time_is_between_the_previous_event_and_its_own(day):
     last = 0
-    for told in day:
-        now = told.occurred_ns // 1_000
-        updated_at = told.event["object"].get("updated_at")
-        if updated_at and not told.type.endswith(".REMINDER"):
+    for record in day:
+        now = record.occurred_ns // 1_000
+        updated_at = record.event["object"].get("updated_at")
+        if updated_at and not record.type.endswith(".REMINDER"):
             assert last < at(updated_at) < now
-        if len(told.event["created_at"]) > 10:
+        if len(record.event["created_at"]) > 10:
             # Nanoseconds are rounded to microseconds.
-            assert at(told.event["created_at"]) - now in (0, 1)
+            assert at(record.event["created_at"]) - now in (0, 1)
         last = now
 
 
 def test_times_have_none_to_nine_digits_and_sometimes_are_bare_dates(day):
-    digits = Counter(len(told.event["created_at"].partition(".")[2].rstrip("Z")) for told in day)
-    bare = [told.type for told in day if len(told.event["created_at"]) == 10]
+    digits = Counter(
+        len(record.event["created_at"].partition(".")[2].rstrip("Z")) for record in day
+    )
+    bare = [record.type for record in day if len(record.event["created_at"]) == 10]
     value_dates = [
-        told.event["object"]["value_date"] for told in day if told.type.startswith("CASH_TRANS")
+        record.event["object"]["value_date"]
+        for record in day
+        if record.type.startswith("CASH_TRANS")
     ]
 
     assert set(digits) == set(range(10))
@@ -302,9 +308,9 @@ def test_times_have_none_to_nine_digits_and_sometimes_are_bare_dates(day):
 def test_amounts_are_decimal_strings_with_up_to_27_digits_and_unset_ones_are_empty(day):
     amounts = [
         value
-        for told in day
-        if told.type.startswith(("ORDER.", "EXECUTION.", "POSITION.", "CASH_BALANCE."))
-        for name, value in told.event["object"].items()
+        for record in day
+        if record.type.startswith(("ORDER.", "EXECUTION.", "POSITION.", "CASH_BALANCE."))
+        for name, value in record.event["object"].items()
         if name.endswith(("amount", "quantity", "price", "balance", "fee")) or "_for_" in name
     ]
 
@@ -315,20 +321,20 @@ def test_amounts_are_decimal_strings_with_up_to_27_digits_and_unset_ones_are_emp
 
 
 def test_the_parts_of_a_position_and_of_a_balance_add_up(day):
-    for told in day:
-        thing = told.event["object"]
-        if told.type == "POSITION.UPDATED":
-            locked = Decimal(thing["locked_for_trading"])
-            assert add(locked, Decimal(thing["available_for_trading"])) == Decimal(
-                thing["quantity"]
+    for record in day:
+        entity = record.event["object"]
+        if record.type == "POSITION.UPDATED":
+            locked = Decimal(entity["locked_for_trading"])
+            assert add(locked, Decimal(entity["available_for_trading"])) == Decimal(
+                entity["quantity"]
             )
             assert locked >= 0
-        elif told.type == "CASH_BALANCE.UPDATED":
-            assert Decimal(thing["locked_for_trading"]) >= 0
-            assert Decimal(thing["available_for_withdrawal"]) <= Decimal(thing["balance"])
+        elif record.type == "CASH_BALANCE.UPDATED":
+            assert Decimal(entity["locked_for_trading"]) >= 0
+            assert Decimal(entity["available_for_withdrawal"]) <= Decimal(entity["balance"])
 
 
-def test_nothing_stays_locked_or_pending_without_a_reason():
+def test_no_amount_stays_locked_or_pending_without_a_reason():
     simulation = Simulation(3, events=None, customers=15)
     orders = {}
     for record in simulation:
@@ -351,11 +357,11 @@ def test_nothing_stays_locked_or_pending_without_a_reason():
             assert position["locked_for_trading"] == 0
 
 
-def test_instruments_have_valid_invented_isins_that_change_at_times(day):
+def test_instruments_have_valid_fictitious_isins_that_sometimes_change(day):
     isins = defaultdict(set)
-    for told in day:
-        if told.type.startswith("INSTRUMENT."):
-            isins[told.event["object"]["id"]].add(told.event["object"]["isin"])
+    for record in day:
+        if record.type.startswith("INSTRUMENT."):
+            isins[record.event["object"]["id"]].add(record.event["object"]["isin"])
 
     assert check_digit("US037833100") == "5"
     assert check_digit("DE000716460") == "0"
@@ -365,10 +371,10 @@ def test_instruments_have_valid_invented_isins_that_change_at_times(day):
     assert any(len(known) > 1 for known in isins.values())
 
 
-def test_companies_hold_without_users_and_children_have_a_guardian(day):
-    groups = [told.event["object"] for told in day if told.type == "ACCOUNT_GROUP.CREATED"]
+def test_companies_have_no_users_and_children_have_a_guardian(day):
+    groups = [record.event["object"] for record in day if record.type == "ACCOUNT_GROUP.CREATED"]
     roles = Counter(user["type"] for group in groups for user in group.get("users", ()))
-    orders = [told.event["object"] for told in day if told.type == "ORDER.NEW"]
+    orders = [record.event["object"] for record in day if record.type == "ORDER.NEW"]
 
     assert roles["CHILD"] == roles["GUARDIAN"] > 0
     assert any("users" not in group and "business_id" in group for group in groups)
@@ -376,17 +382,17 @@ def test_companies_hold_without_users_and_children_have_a_guardian(day):
     assert {group["type"] for group in groups} == {"PERSONAL", "CHILD", "LEGAL_ENTITY"}
 
 
-def test_a_reversal_now_and_then_shares_the_id_of_its_entry(day):
+def test_a_reversal_sometimes_has_the_id_of_its_entry(day):
     kinds = defaultdict(set)
-    for told in day:
-        if told.type == "CASH_TRANSACTION.EXECUTED":
-            kinds[told.event["object"]["id"]].add(told.event["object"]["type"])
+    for record in day:
+        if record.type == "CASH_TRANSACTION.EXECUTED":
+            kinds[record.event["object"]["id"]].add(record.event["object"]["type"])
 
     assert {"ORDER_EXECUTION", "ORDER_EXECUTION_CANCELLATION"} in kinds.values()
     assert {"ORDER_EXECUTION_CANCELLATION"} in kinds.values()
 
 
-def test_what_is_finished_is_forgotten():
+def test_finished_entities_are_removed_from_memory():
     broker = Broker(5, customers=15)
     agenda = [
         len(broker._timeline._agenda)
@@ -398,8 +404,8 @@ def test_what_is_finished_is_forgotten():
 
 
 def test_the_market_is_closed_at_weekends(day):
-    placed = [told for told in day if told.type == "ORDER.NEW"]
+    placed = [record for record in day if record.type == "ORDER.NEW"]
 
-    for told in placed:
-        moment = datetime.fromtimestamp(told.occurred_ns // 10**9, UTC)
+    for record in placed:
+        moment = datetime.fromtimestamp(record.occurred_ns // 10**9, UTC)
         assert moment.weekday() < 5

@@ -60,7 +60,7 @@ def test_the_same_seed_makes_the_same_chaos(wild):
     assert list(Simulation(21, events=4_000, chaos=HEAVY)) == wild[0]
 
 
-def test_chaos_leaves_the_books_alone(calm, wild):
+def test_chaos_does_not_change_the_books(calm, wild):
     for table in calm[1].books.tables:
         assert calm[1].books.rows(table) == wild[1].books.rows(table)
 
@@ -75,7 +75,7 @@ def test_nothing_is_lost_and_the_report_counts_what_was_added(seed, events):
     assert len(records) == events + simulation.report.added
 
 
-def test_every_event_of_the_broker_still_comes_and_what_is_new_is_in_the_report(calm, wild):
+def test_chaos_keeps_every_event_and_reports_every_addition(calm, wild):
     ids = {json.loads(record.value)["id"] for record in calm[0]}
     rows = [read(record) for record in wild[0]]
     good = [row for row in rows if row.problem is None]
@@ -83,19 +83,19 @@ def test_every_event_of_the_broker_still_comes_and_what_is_new_is_in_the_report(
     report = wild[1].report
 
     assert ids <= came.keys()
-    assert sum(came[one] - 1 for one in ids) == report.repeats
+    assert sum(came[arrivals] - 1 for arrivals in ids) == report.repeats
     bad = {event_id for event_id, _ in report.bad_amounts}
     strangers = [row for row in good if str(json.loads(row.payload)["id"]) not in ids | bad]
     assert all(not row.event_type.startswith(KNOWN) for row in strangers)
     assert len(bad) == report.counts["bad_amount"] > 0
 
 
-def test_every_kind_of_malformed_record_comes(wild):
+def test_chaos_makes_every_kind_of_malformed_record(wild):
     assert all(wild[1].report.counts[kind] > 0 for kind in MALFORMED)
 
 
 @pytest.mark.parametrize("kind", sorted(MALFORMED))
-def test_no_malformed_record_is_an_event_that_a_read_model_would_take(calm, kind):
+def test_no_malformed_record_is_an_event_of_a_read_model(calm, kind):
     near = calm[0][0]
     order = {"type": "ORDER.NEW", "object": {"id": "1", "client_reference": ""}}
     stranger = {"type": "FOO.BAR", "object": {"n": "@"}}
@@ -108,26 +108,35 @@ def test_no_malformed_record_is_an_event_that_a_read_model_would_take(calm, kind
 
 def test_repeats_are_the_same_bytes_in_their_own_or_another_partition():
     simulation = Simulation(5, events=3_000, chaos=Chaos(**(CALM | {"repeats": 0.1})))
-    places = defaultdict(list)
+    occurrences = defaultdict(list)
     for record in simulation:
-        places[record.value].append(record.partition)
+        occurrences[record.value].append(record.partition)
     counts = simulation.report.counts
 
-    assert len(places) == 3_000
-    assert sum(len(copies) - 1 for copies in places.values()) == simulation.report.repeats > 200
-    assert sum(len(set(copies)) > 1 for copies in places.values()) == counts["repeat_elsewhere"] > 0
+    assert len(occurrences) == 3_000
+    assert (
+        sum(len(copies) - 1 for copies in occurrences.values()) == simulation.report.repeats > 200
+    )
+    assert (
+        sum(len(set(copies)) > 1 for copies in occurrences.values())
+        == counts["repeat_elsewhere"]
+        > 0
+    )
 
 
-def test_events_of_one_entity_come_in_several_partitions_and_out_of_order(wild):
-    places = defaultdict(list)
+def test_events_of_an_entity_arrive_in_several_partitions_and_out_of_order(wild):
+    occurrences = defaultdict(list)
     for record in wild[0]:
         row = read(record)
         if row.problem is None and row.entity_id is not None:
-            places[row.entity_id].append((record.partition, row.created_at))
+            occurrences[row.entity_id].append((record.partition, row.created_at))
 
-    assert sum(len({partition for partition, _ in one}) > 1 for one in places.values()) > 100
-    times = [[created_at for _, created_at in one] for one in places.values()]
-    assert sum(one != sorted(one) for one in times) > 100
+    assert (
+        sum(len({partition for partition, _ in arrivals}) > 1 for arrivals in occurrences.values())
+        > 100
+    )
+    times = [[created_at for _, created_at in arrivals] for arrivals in occurrences.values()]
+    assert sum(arrivals != sorted(arrivals) for arrivals in times) > 100
 
 
 RANKS = {
@@ -142,27 +151,27 @@ RANKS = {
 }
 
 
-def version(category, event, thing):
+def version(category, event, entity):
     """What decides which of two events about one thing is newer."""
-    told = micros(event["created_at"])
-    rank = RANKS.get(thing.get("status", ""), 0)
+    created_at = micros(event["created_at"])
+    rank = RANKS.get(entity.get("status", ""), 0)
     if category in ("EXECUTION", "USER_CHECK"):
-        return rank, told
-    return micros(thing.get("updated_at")) or told, rank, told
+        return rank, created_at
+    return micros(entity.get("updated_at")) or created_at, rank, created_at
 
 
-def key_of(category, event, thing):
+def key_of(category, event, entity):
     if category == "POSITION":
-        return thing["account_id"], thing["instrument"]["uuid"]
+        return entity["account_id"], entity["instrument"]["uuid"]
     if category == "CASH_BALANCE":
-        return thing["account_group_id"], thing["currency"]
-    if "id" not in thing:
+        return entity["account_group_id"], entity["currency"]
+    if "id" not in entity:
         return (event["id"],)
-    return thing["id"], thing["type"] if category.endswith("TRANSACTION") else ""
+    return entity["id"], entity["type"] if category.endswith("TRANSACTION") else ""
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_reader_that_takes_the_newest_of_each_thing_ends_with_the_books(seed):
+def test_a_reader_that_keeps_the_newest_state_of_each_entity_equals_the_books(seed):
     simulation = Simulation(seed, events=5_000, chaos=HEAVY)
     records = list(simulation)
     Random(seed).shuffle(records)
@@ -174,27 +183,27 @@ def test_a_reader_that_takes_the_newest_of_each_thing_ends_with_the_books(seed):
         event = json.loads(row.payload) if row.problem is None and row.payload else {}
         if not event or event["id"] in strangers or not event["type"].startswith(KNOWN):
             continue
-        thing = event["object"]
-        heard = [(event["type"], thing)]
+        entity = event["object"]
+        states = [(event["type"], entity)]
         if event["type"].startswith("ORDER."):
-            heard += [("EXECUTION.TOLD", execution) for execution in thing.pop("executions")]
-            thing["executions"] = []
-        for event_type, one in heard:
+            states += [("EXECUTION.TOLD", execution) for execution in entity.pop("executions")]
+            entity["executions"] = []
+        for event_type, state in states:
             category = event_type.partition(".")[0]
-            place = category, event_type.endswith("_FAILED"), key_of(category, event, one)
-            won = version(category, event, one)
-            told = SimulatedEvent(b"", event_type, {**event, "object": one}, 0)
-            if place not in newest or won > newest[place][0]:
-                newest[place] = won, told
+            key = category, event_type.endswith("_FAILED"), key_of(category, event, state)
+            won = version(category, event, state)
+            winner = SimulatedEvent(b"", event_type, {**event, "object": state}, 0)
+            if key not in newest or won > newest[key][0]:
+                newest[key] = won, winner
     books = Books()
-    for _, told in newest.values():
-        books.record(told)
+    for _, winner in newest.values():
+        books.record(winner)
 
     for table in set(books.tables) - {"instrument_isins"}:
         assert Counter(books.rows(table)) == Counter(simulation.books.rows(table)), table
 
 
-def test_surprises_inside_an_event_leave_the_rest_of_it_as_it_was(calm, wild):
+def test_a_surprise_in_an_event_changes_nothing_else_in_it(calm, wild):
     before = {json.loads(record.value)["id"]: json.loads(record.value) for record in calm[0]}
     surprising = {"trace", "sustainability", "updated_at", "salutation", "method"}
     surprising.add("initiation_flow")
@@ -209,14 +218,14 @@ def test_surprises_inside_an_event_leave_the_rest_of_it_as_it_was(calm, wild):
             continue
         changed += 1
         fields = {name for name in now if name != "object" and now[name] != was.get(name)}
-        thing, old = now["object"], was["object"]
-        fields |= {name for name in thing.keys() | old.keys() if thing.get(name) != old.get(name)}
+        entity, old = now["object"], was["object"]
+        fields |= {name for name in entity.keys() | old.keys() if entity.get(name) != old.get(name)}
         assert fields <= surprising
 
     assert changed > 100
 
 
-def test_what_is_switched_off_does_not_come(calm):
+def test_a_kind_of_chaos_that_is_switched_off_does_not_happen(calm):
     simulation = Simulation(21, events=4_000, chaos=Chaos(**CALM))
 
     assert list(simulation) == calm[0]

@@ -28,13 +28,13 @@ def consumed(broker, ends):
         message = consumer.poll(10)
         assert message is not None, "the broker has fewer records than the ledger"
         assert message.error() is None
-        place = message.topic(), message.partition(), message.offset()
-        found[place] = message.key(), message.value(), tuple(message.headers() or ())
+        coordinates = message.topic(), message.partition(), message.offset()
+        found[coordinates] = message.key(), message.value(), tuple(message.headers() or ())
     consumer.close()
     return found
 
 
-def test_the_ledger_is_what_the_broker_has(broker):
+def test_the_ledger_equals_the_records_of_the_broker(broker):
     ledger = {}
 
     def delivered(topic, partition, offset, record):
@@ -55,19 +55,21 @@ def test_the_ledger_is_what_the_broker_has(broker):
     assert consumed(broker, ends) == ledger
 
 
-def test_records_of_one_partition_stand_in_the_order_in_which_they_were_sent(broker):
-    places = {}
+def test_records_of_a_partition_are_in_the_order_in_which_they_were_sent(broker):
+    delivered_records = {}
     records = list(Simulation(2, events=500, partitions=3))
 
     def delivered(topic, partition, offset, record):
-        places[partition, offset] = record
+        delivered_records[partition, offset] = record
 
     with Producer({"bootstrap.servers": broker.bootstrap_servers}, on_delivery=delivered) as kafka:
         kafka.produce(records)
 
     for partition in range(3):
-        stood = [record for place, record in sorted(places.items()) if place[0] == partition]
-        assert stood == [record for record in records if record.partition == partition]
+        in_order = [
+            delivered_records[key] for key in sorted(delivered_records) if key[0] == partition
+        ]
+        assert in_order == [record for record in records if record.partition == partition]
 
 
 def test_the_rate_is_kept(broker):
@@ -91,7 +93,7 @@ def test_a_wrong_option_is_refused():
         Producer({"bootstrap.servers": "127.0.0.1:1", "no.such.option": 1})
 
 
-def test_a_record_that_no_broker_takes_is_an_error():
+def test_a_record_that_no_broker_accepts_is_an_error():
     options = {"message.timeout.ms": 300}
     with MockBroker() as broker:
         broker.create_topic("Notifications", 1)
@@ -103,7 +105,7 @@ def test_a_record_that_no_broker_takes_is_an_error():
             kafka.produce(Simulation(1, events=5, partitions=1))
 
 
-def test_records_that_the_client_keeps_for_ever_are_given_up(monkeypatch):
+def test_records_that_the_client_never_delivers_are_given_up(monkeypatch):
     monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 1.0)
     for_ever = {"message.timeout.ms": 0}
     with MockBroker() as broker:

@@ -40,7 +40,7 @@ def test_some_records_have_headers():
     assert any(value is None for record in with_headers for _, value in record.headers)
 
 
-def test_price_ticks_come_only_when_asked_for_and_change_no_event():
+def test_price_ticks_are_optional_and_change_no_event():
     without = list(Simulation(2, events=3_000))
     both = list(Simulation(2, events=3_000, prices_topic="Prices"))
     ticks = [record for record in both if record.topic == "Prices"]

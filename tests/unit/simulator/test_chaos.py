@@ -83,7 +83,7 @@ def test_chaos_keeps_every_event_and_reports_every_addition(calm, wild):
     report = wild[1].report
 
     assert ids <= came.keys()
-    assert sum(came[arrivals] - 1 for arrivals in ids) == report.repeats
+    assert sum(came[event_id] - 1 for event_id in ids) == report.repeats
     bad = {event_id for event_id, _ in report.bad_amounts}
     strangers = [row for row in good if str(json.loads(row.payload)["id"]) not in ids | bad]
     assert all(not row.event_type.startswith(KNOWN) for row in strangers)

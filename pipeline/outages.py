@@ -8,6 +8,7 @@ from datetime import timedelta
 import structlog
 
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
+from pipeline.durations import duration
 from pipeline.errors import ConfigurationError, PipelineError
 
 log = structlog.get_logger(__name__)
@@ -119,20 +120,8 @@ class OutagePolicy:
             )
         return (
             "waiting, and retrying; Kafka may delete the oldest event that was not read in "
-            f"{in_words(left.total_seconds())}"
+            f"about {duration(left.total_seconds())}"
         )
-
-
-def in_words(seconds: float) -> str:
-    """A length of time for people, for example ``about 51.5 h``."""
-    if seconds < 2 * _MINUTE_S:
-        return f"about {max(0.0, seconds):.0f} s"
-    if seconds < 2 * _HOUR_S:
-        return f"about {seconds / _MINUTE_S:.0f} min"
-    return f"about {seconds / _HOUR_S:,.1f} h"
-
-
-_MINUTE_S, _HOUR_S = 60.0, 3600.0
 
 
 def without_numbers(message: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import typer
 
+from pipeline.durations import duration
 from pipeline.printable import printable, printable_json
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _text(cell: Cell) -> "Text":
         case datetime():
             return Text(moment(cell))
         case timedelta():
-            return Text(duration(cell))
+            return Text(duration(cell.total_seconds()))
         case float():
             return Text(f"{cell:,.1f}")
         case int():
@@ -156,17 +157,8 @@ def age(of: datetime | None, now: datetime) -> str:
     if length == timedelta.max or length == timedelta.min:
         return str(of)
     if length < -timedelta(seconds=1):
-        return f"in {duration(-length)}"
-    return f"{duration(max(length, timedelta(0)))} ago"
-
-
-def duration(length: timedelta) -> str:
-    """A length of time, in the largest unit that is precise enough."""
-    seconds = length.total_seconds()
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"in {duration(-length.total_seconds())}"
+    return f"{duration(max(0.0, length.total_seconds()))} ago"
 
 
 class Gauge:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,8 @@ import typer
 
 from pipeline.cli.app import migrated_database_of, settings_of
 from pipeline.cli.command import AsJson, Servers, command
-from pipeline.cli.output import NOTHING, Cell, Mark, age, duration, emit, moment, out, say, table
+from pipeline.cli.output import NOTHING, Cell, Mark, age, emit, moment, out, say, table
+from pipeline.durations import duration
 from pipeline.errors import ExitCode, TransientError
 from pipeline.partitions import Partition
 from pipeline.printable import printable
@@ -186,14 +187,8 @@ def _brief(partitions: Iterable[Partition]) -> str:
     )
 
 
-_AGE_S_MAX = -timedelta.min // timedelta(seconds=1)
-"""Times of PostgreSQL, infinity among them, may be further apart than a timedelta can be."""
-
-
 def _age(seconds: float | None) -> Cell:
-    if seconds is None:
-        return None
-    return duration(timedelta(seconds=max(-_AGE_S_MAX, min(seconds, _AGE_S_MAX))))
+    return None if seconds is None else duration(seconds)
 
 
 def _show_recent(recent: "Recent") -> None:

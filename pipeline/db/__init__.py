@@ -11,6 +11,7 @@ from pipeline.db.engine import (
     open_engine,
     transaction,
     translated,
+    use_one_snapshot,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "stored_times",
     "transaction",
     "translated",
+    "use_one_snapshot",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 
 from pipeline.db import session, stored_times
@@ -157,9 +157,17 @@ def _milliseconds(duration: timedelta) -> int:
 # ------------------------------------------------------------------------------------- transactions
 
 
+ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+READ_ONLY = text("SET TRANSACTION READ ONLY")
+
+
 @contextmanager
-def transaction(engine: Engine) -> Iterator[Connection]:
+def transaction(engine: Engine, *, one_snapshot: bool = False) -> Iterator[Connection]:
     """All or nothing: commits at the end of the block, rolls back when it raises.
+
+    Args:
+        engine: The database.
+        one_snapshot: Every statement of the block sees what the first one sees, and may only read.
 
     Raises:
         TransientError: The server became unavailable, or ended the transaction to resolve a
@@ -170,7 +178,15 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         InvariantError: Anything else, a unique violation among them.
     """
     with translated(), engine.begin() as db:
+        if one_snapshot:
+            use_one_snapshot(db)
+            db.execute(READ_ONLY)
         yield db
+
+
+def use_one_snapshot(db: Connection) -> None:
+    """Have every statement of the transaction see what the first one sees; call it before that."""
+    db.execute(ONE_SNAPSHOT)
 
 
 def descriptor(db: Connection) -> int:

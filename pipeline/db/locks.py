@@ -57,6 +57,7 @@ locks = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
+HAS_TABLE = text("SELECT to_regclass('pipeline.locks') IS NOT NULL")
 LOCK = text("""
 INSERT INTO pipeline.locks (name) VALUES (:name)
 ON CONFLICT (name) DO UPDATE SET name = excluded.name
@@ -147,6 +148,11 @@ class Held:
         """
         if db.execute(CONFIRM, vars(self)).one_or_none() is None:
             raise LockTakenError(self.name, _holder(db, self.name))
+
+
+def has_table(db: Connection) -> bool:
+    """Whether the table of locks exists."""
+    return bool(db.execute(HAS_TABLE).scalar_one())
 
 
 def make_table(db: Connection) -> None:

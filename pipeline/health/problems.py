@@ -53,12 +53,12 @@ INGEST_STALLED = Kind(
 )
 INGEST_LAGS = Kind(
     "warning",
-    "{lag:,} records and {lag_s:,.0f} s behind",
+    "{lag:,} records and {length} behind",
     "wait, or start another `pipeline ingest`",
 )
 RETENTION_ENDS = Kind(
     "warning",
-    "Kafka may delete the oldest event that was not read in {left}",
+    "Kafka may delete the oldest event that was not read in about {left}",
     "resolve the other problems before that",
 )
 RETENTION_ENDED = Kind(
@@ -135,7 +135,7 @@ NOT_AS_DECLARED = Kind("error", "{what}", "`pipeline migrate`")
 REBUILDING = Kind(
     "warning", "a rebuild is running, or was interrupted", f"wait, or resume it with {_REBUILD}"
 )
-CATCHING_UP = Kind("warning", "{lag:,} records behind; the oldest came {lag_s:,.0f} s ago", "wait")
+CATCHING_UP = Kind("warning", "{lag:,} records behind; the oldest came {length} ago", "wait")
 PROJECTION_STALLED = Kind(
     "error",
     "{lag:,} records behind; one of its partitions has not moved since {since}",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from pipeline.catalogue import Catalogue
 from pipeline.db import transaction
@@ -27,6 +27,7 @@ from pipeline.log.intervals import Intervals
 from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
 from pipeline.log.ranges import LoggedPartition, logged_partitions, range_arrays, ranges
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
+from pipeline.projection import integrity as bookkeeping
 from pipeline.readmodel import Projector
 from pipeline.rebuild.rebuild import RebuildProgress, check
 from pipeline.rewind import compare
@@ -72,38 +73,16 @@ class Evidence:
 
 # -------------------------------------------------------------------------------------------- log
 
-# They return the same columns as the statements in pipeline.log.integrity.
-_CHECKPOINTS = text("""
-SELECT c.projector AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE o.topic IS NULL OR c.next_offset > o.next_offset) AS wrong,
-       NULL AS first, NULL AS last
-FROM pipeline.projection_checkpoints c
-LEFT JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
-                 CAST(:ends AS bigint[])) AS o(topic, "partition", first_offset, next_offset)
-       ON o.topic = c.topic AND o."partition" = c."partition"
-GROUP BY c.projector ORDER BY c.projector
-""")
-_DEAD_LETTERS = text("""
-SELECT d.projector AS subject, count(*) AS examined,
-       count(*) FILTER (WHERE e.topic IS NULL) AS wrong,
-       min(d."offset") FILTER (WHERE e.topic IS NULL) AS first,
-       max(d."offset") FILTER (WHERE e.topic IS NULL) AS last
-FROM pipeline.dead_letters d
-LEFT JOIN pipeline.events e
-       ON e.topic = d.topic AND e."partition" = d."partition" AND e."offset" = d."offset"
-GROUP BY d.projector ORDER BY d.projector
-""")
 _CLAIMS = (
     ("every row lies between its partition's first and next offset", integrity.BOUNDS),
     ("a row's type and id are those of its payload", integrity.ENVELOPES),
     ("a repeat has an earlier row with the same bytes", integrity.REPEATS),
     ("every segment is attached, and registered", integrity.SEGMENTS),
-    ("no checkpoint is after the log's end", _CHECKPOINTS),
-    ("every dead letter has its event", _DEAD_LETTERS),
+    ("no checkpoint is after the log's end", bookkeeping.CHECKPOINTS),
+    ("every dead letter has its event", bookkeeping.DEAD_LETTERS),
 )
 
 _DIGESTED = "the bytes that are kept have their digest"
-_AT_ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
 
 def verify_log(engine: Engine, observe: Observe = lambda *_: None) -> Iterator[Evidence]:
@@ -112,8 +91,7 @@ def verify_log(engine: Engine, observe: Observe = lambda *_: None) -> Iterator[E
     Raises:
         TransientError: The server became unavailable.
     """
-    with transaction(engine) as db:
-        db.execute(_AT_ONE_MOMENT)
+    with transaction(engine, one_snapshot=True) as db:
         arrays = range_arrays(db)
         for done, (claim, statement) in enumerate(_CLAIMS):
             observe(claim, done, len(_CLAIMS))

@@ -36,6 +36,7 @@ from pipeline.kafka import GroupConsumer, OutOfRange, Polled, ReachedEnd
 from pipeline.log import ranges
 from pipeline.log.copying import encode
 from pipeline.log.installation import installation_id
+from pipeline.log.origin import replaced_topics
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Partition
 from pipeline.settings import Settings
@@ -309,7 +310,8 @@ class IngestLoop:
 
         def replaced() -> Collection[str]:
             ids = wait_for_ids()
-            return [topic for topic, topic_id in expected.items() if ids.get(topic) != topic_id]
+            # A topic whose id is no longer reported counts as replaced: its records decide then.
+            return replaced_topics(expected, {topic: ids.get(topic) for topic in expected})
 
         return replaced
 

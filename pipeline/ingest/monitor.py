@@ -27,6 +27,7 @@ from pipeline.ingest.membership import Membership, log_fenced
 from pipeline.ingest.state import Machine
 from pipeline.kafka import Brokers
 from pipeline.log import claims, offsets
+from pipeline.log.origin import replaced_topics
 from pipeline.log.watermarks import Watermark, kept_until, record_watermarks
 from pipeline.outages import GRACE_S, OutagePolicy
 from pipeline.partitions import Offset, Ownership, Partition
@@ -233,10 +234,7 @@ class PeriodicChecks:
     def _check_topic_ids(self) -> None:
         """Each batch detects a recreated topic; this is for a topic without records."""
         ids = self._brokers.topic_ids({partition.topic for partition in self._machine.owned})
-        claimed = self._membership.topic_ids
-        self._membership.reclaim_topics(
-            [topic for topic, topic_id in ids.items() if topic_id != claimed.get(topic, topic_id)]
-        )
+        self._membership.reclaim_topics(replaced_topics(self._membership.topic_ids, ids))
 
     def _check_group(self) -> None:
         """Another database in our group is detected only once it has committed there."""

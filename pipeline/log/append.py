@@ -13,7 +13,9 @@ from pipeline.log import offsets
 from pipeline.log.copying import COLUMNS, HEADER, TRAILER, decode, encode
 from pipeline.partitions import Advance, Partition
 
-NOTIFY = text("NOTIFY pipeline_events")
+CHANNEL = "pipeline_events"
+"""Where a session that listens learns that the log has grown."""
+NOTIFY = text(f"NOTIFY {CHANNEL}")
 
 COPY = f"COPY pipeline.events ({COLUMNS}) FROM STDIN (FORMAT binary)"
 # As bytes, because a text cannot hold the NUL that is refused here. The answer is small.

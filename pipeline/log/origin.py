@@ -4,7 +4,7 @@ The log records Kafka's ids of cluster and topic. Where a broker reports no topi
 record decides: Kafka must still have the same one at its offset.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from sqlalchemy import Connection, bindparam, select
@@ -82,6 +82,20 @@ def last_record(db: Connection, partition: Partition, below: NextOffset) -> Last
         {"of_topic": partition.topic, "of_number": partition.number, "below": below},
     ).one_or_none()
     return LastRecord(*row) if row else None
+
+
+def replaced_topics(expected: Mapping[str, str], found: Mapping[str, str | None]) -> Sequence[str]:
+    """The topics that are not the ones that were read: Kafka has another id, or no such topic.
+
+    Args:
+        expected: The ids of the topics that were read, where they are known.
+        found: What Kafka reports now; None for a topic that it does not have.
+    """
+    return [
+        topic
+        for topic, topic_id in found.items()
+        if topic in expected and topic_id != expected[topic]
+    ]
 
 
 def why_other_origin(

@@ -138,6 +138,17 @@ COUNT = text("""
 SELECT count(*) FROM pipeline.events
 WHERE topic = :topic AND "partition" = :number AND "offset" >= :first AND "offset" < :end
 """)
+COUNT_BY_TYPE = text("""
+SELECT e.event_type, count(*) AS events FROM pipeline.events e
+WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
+  AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint)
+  AND e.repeat_of IS NULL AND e.event_type IS NOT NULL
+GROUP BY e.event_type
+""")
+EXISTS = text("""
+SELECT EXISTS (SELECT FROM pipeline.events
+               WHERE topic = :topic AND "partition" = :number AND "offset" = :at_offset)
+""")
 RECENT = (
     select(events.c.offset, events.c.digest, func.coalesce(events.c.repeat_of, events.c.offset))
     .where(events.c.topic == bindparam("of_topic"))
@@ -190,6 +201,19 @@ def count(db: Connection, partition: Partition, offsets: OffsetRange) -> int:
     """How many records the log has of a range of offsets."""
     key = {"topic": partition.topic, "number": partition.number}
     return int(db.execute(COUNT, {**key, "first": offsets.first, "end": offsets.end}).scalar_one())
+
+
+def count_by_type(db: Connection, partition: Partition, offsets: OffsetRange) -> Mapping[str, int]:
+    """How many events of each type the log has in a range of offsets, without repeats."""
+    key = {"topic": partition.topic, "number": partition.number}
+    rows = db.execute(COUNT_BY_TYPE, {**key, "first": offsets.first, "end": offsets.end})
+    return {row.event_type: row.events for row in rows}
+
+
+def exists(db: Connection, partition: Partition, offset: Offset) -> bool:
+    """Whether the log has a record at this offset: it has not those of a detached segment."""
+    key = {"topic": partition.topic, "number": partition.number}
+    return bool(db.execute(EXISTS, {**key, "at_offset": offset}).scalar_one())
 
 
 def recent(

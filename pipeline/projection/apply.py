@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 
 from pipeline.db import translated
 from pipeline.errors import ExitCode, PipelineError, PoisonRecordError
+from pipeline.log.search import count_by_type
 from pipeline.partitions import Offset
 from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.compiler import compile_declared, rows_of, screening_of, table_name
@@ -84,7 +85,8 @@ def apply_batch(
     if _try(db, projector, schema, batch) is None:
         return []
     rejected = _screen(db, projector, batch)
-    budget = _Budget(db, batch, rejected_max)
+    matching = 0 if rejected_max is None else _matching(db, projector, batch)
+    budget = _Budget(rejected_max, matching)
     budget.spend(len(rejected))
     others = batch.without([event.offset for event in rejected])
     rejected += _bisect(db, projector, schema, others, budget)
@@ -92,15 +94,17 @@ def apply_batch(
 
 
 class _Budget:
-    """How many events may be rejected before the projector itself is taken for broken."""
+    """How many events may be rejected before the projector itself is taken for broken.
 
-    def __init__(self, db: Connection, batch: Batch, rejected_max: int | None) -> None:
+    Args:
+        rejected_max: Most of them; None for any number.
+        matching: How many events the projector takes in this pass.
+    """
+
+    def __init__(self, rejected_max: int | None, matching: int) -> None:
         self._rejected_max = rejected_max
+        self._matching = matching
         self._rejected = 0
-        if rejected_max is not None:
-            # The condition is the compiler's own constant.
-            count = text(f"SELECT count(*) FROM pipeline.events e WHERE {batch.where}")  # noqa: S608
-            self._matching: int = db.execute(count, batch.parameters).scalar_one()
 
     def spend(self, count: int) -> None:
         self._rejected += count
@@ -111,6 +115,12 @@ class _Budget:
             raise BrokenProjectorError(
                 f"at least {self._rejected} of {self._matching} events in one pass were rejected"
             )
+
+
+def _matching(db: Connection, projector: Projector, batch: Batch) -> int:
+    """How many events of the range the projector takes."""
+    types = count_by_type(db, batch.partition, batch.offsets)
+    return sum(count for event_type, count in types.items() if projector.takes(event_type))
 
 
 def _try(

@@ -4,8 +4,10 @@ The table has the event's coordinates, the column and the SQLSTATE, never a valu
 is in the log.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
+from enum import Enum
 from typing import NamedTuple
 
 from sqlalchemy import (
@@ -25,6 +27,7 @@ from sqlalchemy import (
 )
 
 from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.log import search
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.projection import registry
 from pipeline.projection.apply import RejectedEvent, apply_batch, lock_tables, pin
@@ -94,6 +97,16 @@ class DeadLetter(NamedTuple):
     last_attempt_at: datetime
 
 
+class RetryOutcome(Enum):
+    """What a retry of one dead letter did."""
+
+    APPLIED = "applied"
+    REJECTED = "rejected"
+    """It is a dead letter still."""
+    GONE = "gone"
+    """Somebody has deleted it, or its table was truncated: there is nothing to apply."""
+
+
 _this = (
     dead_letters.c.projector == bindparam("of_projector"),
     dead_letters.c.topic == bindparam("of_topic"),
@@ -131,10 +144,6 @@ LIST = select(
     dead_letters.c.offset,
 )
 LOCK = select(dead_letters.c.offset).where(*_this).with_for_update()
-EVENT = text("""
-SELECT 1 FROM pipeline.events
-WHERE topic = :of_topic AND "partition" = :of_number AND "offset" = :at_offset
-""")
 REMOVE = delete(dead_letters).where(*_this)
 FORGET = delete(dead_letters).where(dead_letters.c.projector == bindparam("of_projector"))
 HAND_OVER = (
@@ -186,11 +195,6 @@ def lock(db: Connection, letter: DeadLetter) -> bool:
     return db.execute(LOCK, _of(letter)).one_or_none() is not None
 
 
-def has_event(db: Connection, letter: DeadLetter) -> bool:
-    """Whether the event is in the log: a detached segment's events are not."""
-    return db.execute(EVENT, _of(letter)).one_or_none() is not None
-
-
 def remove(db: Connection, letter: DeadLetter) -> None:
     """Delete the dead letter of an event that was applied."""
     db.execute(REMOVE, _of(letter))
@@ -219,38 +223,39 @@ def retry(
         names: Of which projectors; None for all.
 
     Returns:
-        How many were applied, and how many are still rejected.
+        How many were applied, and how many are still rejected. One that no longer exists is
+        neither.
     """
     by_name = {projector.name: projector for projector in projectors}
     wanted = set(by_name) if names is None else set(names)
     with transaction(engine) as db:
         letters = listed(db, wanted & set(by_name))
-    applied = 0
+    outcomes = Counter[RetryOutcome]()
     for letter in letters:
         with transaction(engine) as db:
-            applied += retry_letter(db, by_name[letter.projector], letter)
-    return applied, len(letters) - applied
+            outcomes[retry_letter(db, by_name[letter.projector], letter)] += 1
+    return outcomes[RetryOutcome.APPLIED], outcomes[RetryOutcome.REJECTED]
 
 
-def retry_letter(db: Connection, projector: Projector, letter: DeadLetter) -> bool:
-    """Apply one dead letter again; whether it is none any more."""
+def retry_letter(db: Connection, projector: Projector, letter: DeadLetter) -> RetryOutcome:
+    """Apply one dead letter again."""
     pin(db)
     # Tables first, as TRUNCATE does. A TRUNCATE before us has deleted the dead letter.
     lock_tables(db, projector, "ROW EXCLUSIVE MODE")
     if not lock(db, letter):
-        return True
+        return RetryOutcome.GONE
     # A table of another definition is left as it is; its rebuild takes the event again.
     is_stale = registry.stale(db, {projector.name: fingerprint(projector)})
-    if is_stale or not has_event(db, letter):
-        return False
+    if is_stale or not search.exists(db, letter.partition, letter.offset):
+        return RetryOutcome.REJECTED
     offsets = OffsetRange(NextOffset(letter.offset), after(letter.offset))
-    batch = Batch(letter.partition, offsets, projector.condition())
+    batch = Batch(letter.partition, offsets)
     rejected = apply_batch(db, projector, None, batch)
     if rejected:
         put_aside(db, projector.name, letter.partition, rejected)
-    else:
-        remove(db, letter)
-    return not rejected
+        return RetryOutcome.REJECTED
+    remove(db, letter)
+    return RetryOutcome.APPLIED
 
 
 def _of(letter: DeadLetter) -> dict[str, object]:

@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine, text
 
 from pipeline.db import transaction, translated
 from pipeline.errors import ConfigurationError, TransientError
+from pipeline.log.append import CHANNEL
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints, registry
@@ -34,7 +35,7 @@ from pipeline.readmodel.model import Projector
 
 log = structlog.get_logger(__name__)
 
-CHANNEL = "pipeline_events"
+LISTEN = text(f"LISTEN {CHANNEL}")
 GATHER_S_MAX = 0.1
 """Longest pause between rounds while events trickle; it is as long as the last round took."""
 CAUGHT_UP_S_MIN = 60.0
@@ -326,7 +327,7 @@ class _Notifications:
         try:
             with translated():
                 connection.execution_options(isolation_level="AUTOCOMMIT")
-                connection.execute(text(f"LISTEN {CHANNEL}"))
+                connection.execute(LISTEN)
             yield cls(cast(psycopg.Connection, connection.connection.driver_connection))
         finally:
             # Not returned to the pool, where it would still listen.

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from enum import Enum
 
 import structlog
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from pipeline import failpoints
 from pipeline.db import descriptor, transaction, translated
 from pipeline.errors import ConfigurationError, InvariantError, LockHeldError
 from pipeline.foreign_objects import REFUSING, SILENT, Foreign, foreign_objects
+from pipeline.log.search import count_by_type
 from pipeline.partitions import OffsetRange, Partition
 from pipeline.projection import checkpoints, dead_letters, registry
 from pipeline.projection.apply import BrokenProjectorError, apply_batch, lock_tables, pin
@@ -22,13 +23,6 @@ from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 
 log = structlog.get_logger(__name__)
-
-TYPES = text("""
-SELECT DISTINCT e.event_type FROM pipeline.events e
-WHERE e.topic = :topic AND e."partition" = CAST(:number AS integer)
-  AND e."offset" >= CAST(:first AS bigint) AND e."offset" < CAST(:end AS bigint)
-  AND e.repeat_of IS NULL AND e.event_type IS NOT NULL
-""")
 
 
 class Result(Enum):
@@ -50,8 +44,7 @@ def _idle(
     """
     if sum(len(projector.tables) for projector in projectors) == 1:
         return []
-    key = {"topic": partition.topic, "number": partition.number}
-    types = db.execute(TYPES, {**key, "first": offsets.first, "end": offsets.end}).scalars().all()
+    types = count_by_type(db, partition, offsets)
     return [projector.name for projector in projectors if not any(map(projector.takes, types))]
 
 
@@ -95,7 +88,7 @@ def project(
             if projector.name in idle:
                 results[projector.name] = Result.DONE
             else:
-                batch = Batch(partition, offsets, projector.condition())
+                batch = Batch(partition, offsets)
                 results[projector.name] = _apply_to_live_tables(db, projector, batch, rejected_max)
         done = [name for name, result in results.items() if result is Result.DONE]
         if done:

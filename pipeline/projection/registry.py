@@ -12,11 +12,13 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
+    exists,
     func,
     select,
     text,
     update,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert
 
 from pipeline.db import LOG_SCHEMA, metadata
@@ -47,6 +49,8 @@ projectors = Table(
     schema=LOG_SCHEMA,
     comment="Each projector that has ever run. NAME@rebuild is a rebuild in progress.",
 )
+
+DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 LIVE = (
     select(projectors.c.projector).where(projectors.c.state == "live").subquery("live_projectors")
@@ -89,6 +93,12 @@ BREAK = (
 STATE = select(projectors.c.state).where(projectors.c.projector == bindparam("of_projector"))
 FINGERPRINTS = select(projectors.c.projector, projectors.c.fingerprint)
 FORGET = delete(projectors).where(projectors.c.projector == bindparam("of_projector"))
+IS_BUILT = select(
+    exists().where(
+        projectors.c.projector == bindparam("of_projector"),
+        projectors.c.fingerprint == bindparam("of_code"),
+    )
+)
 BROKEN = select(projectors.c.projector, projectors.c.problem).where(projectors.c.state == "broken")
 
 
@@ -119,6 +129,22 @@ def stale(db: Connection, fingerprints_of: Mapping[str, str]) -> frozenset[str]:
 def is_live(db: Connection, projector: str) -> bool:
     """Whether the projector is registered and not broken."""
     return db.execute(STATE, {"of_projector": projector}).scalar_one_or_none() == "live"
+
+
+def is_built(db: Connection, projector: str, fingerprint: str) -> bool:
+    """Whether this definition has built the projector's tables."""
+    found = db.execute(IS_BUILT, {"of_projector": projector, "of_code": fingerprint})
+    return bool(found.scalar_one())
+
+
+def stale_statement(projector: str) -> str:
+    """The statement that asks for a rebuild of tables that somebody has changed by hand."""
+    stale = (
+        update(projectors)
+        .where(projectors.c.projector == projector)
+        .values(fingerprint="changed by hand")
+    )
+    return str(stale.compile(dialect=DIALECT, compile_kwargs={"literal_binds": True}))
 
 
 def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:

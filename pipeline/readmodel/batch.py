@@ -21,23 +21,16 @@ class Batch:
     Attributes:
         partition: The partition of the log.
         offsets: The range of its offsets.
-        taken: Condition on ``pipeline.events e``: the events that the projector takes.
         skip: Offsets of rejected events, which are left out.
     """
 
     partition: Partition
     offsets: OffsetRange
-    taken: str
     skip: frozenset[Offset] = frozenset()
 
     @property
-    def where(self) -> str:
-        """Condition on ``pipeline.events e`` that selects the batch; goes with ``parameters``."""
-        return f"{WHERE} AND {self.taken}"
-
-    @property
     def parameters(self) -> dict[str, object]:
-        """Values of the bound names in ``where`` and in compiled statements."""
+        """Values of the bound names in compiled statements."""
         return {
             "topic": self.partition.topic,
             "number": self.partition.number,

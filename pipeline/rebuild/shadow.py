@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
-from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated
+from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated, use_one_snapshot
 from pipeline.errors import (
     DEADLOCK,
     ConfigurationError,
@@ -46,7 +46,6 @@ LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
 COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
 # For a row that another range writes too, however long that takes.
 WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
-ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
 # Functions of the owner, so that any login may resume the rebuild of another one.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
@@ -331,7 +330,7 @@ class Shadow:
         offsets: OffsetRange,
     ) -> None:
         """Bring a range into the tables of a schema, with its dead letters."""
-        batch = Batch(partition, offsets, self._projector.condition())
+        batch = Batch(partition, offsets)
         rejected = apply_batch(db, self._projector, schema, batch, rejected_max=self._rejected_max)
         dead_letters.put_aside(db, name, partition, rejected)
 
@@ -357,7 +356,7 @@ class Shadow:
         """What differs at the live projector's checkpoints; None if it was truncated."""
         db, name = self._db, self._projector.name
         with translated(), db.begin():
-            db.execute(ONE_SNAPSHOT)
+            use_one_snapshot(db)
             # Before the snapshot, which would not see a TRUNCATE after it.
             lock_tables(db, self._projector, "ACCESS SHARE MODE")
             self._confirm()

@@ -155,13 +155,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableSequence[Any]]
         yield lines
 
 
-def seconds_left(lines: MutableSequence[Any], server: str) -> list[int]:
+def seconds_left(lines: MutableSequence[Any], server: str) -> list[float]:
     """The seconds that each line of an outage names, in order; 0 if the time is over."""
     return [
-        int(reported[1] or 0)
+        float(reported[1] or 0)
         for line in lines
         if line["event"] == "server_unavailable" and line["reason"].startswith(server)
-        if (reported := re.search(r"in about (\d+) s|is over", line["effect"]))
+        if (reported := re.search(r"in about ([\d.]+) s|is over", line["effect"]))
     ]
 
 
@@ -234,7 +234,7 @@ def test_while_postgresql_is_unavailable_the_log_reports_how_long_kafka_keeps_un
         options={"socket.timeout.ms": "1000", "api.version.request.timeout.ms": "1000"},
     )
 
-    def reported() -> list[int]:
+    def reported() -> list[float]:
         return seconds_left(impatient, "PostgreSQL")
 
     with running(settings):

@@ -15,7 +15,7 @@ from pipeline.db import transaction
 from pipeline.errors import ExitCode
 from pipeline.projection import dead_letters
 from pipeline.projection.apply import BrokenProjectorError
-from pipeline.projection.dead_letters import retry, retry_letter
+from pipeline.projection.dead_letters import RetryOutcome, retry, retry_letter
 from pipeline.projection.loop import Limits
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
@@ -307,14 +307,14 @@ def test_a_dead_letter_retried_after_a_fix_gives_the_right_rows_whenever_that_is
     assert rebuild(given.engine, orders).differing == 0
 
 
-def test_a_dead_letter_that_was_removed_meanwhile_is_no_failure(given: Given):
+def test_a_dead_letter_that_was_removed_meanwhile_is_neither_applied_nor_rejected(given: Given):
     given([order_event("NEW", at="10:00:00", fee="?")]).project(orders)
     with transaction(given.engine) as db:
         letters = dead_letters.listed(db, ["orders"])
         dead_letters.forget(db, "orders")
 
     with transaction(given.engine) as db:
-        assert retry_letter(db, orders, letters[0])
+        assert retry_letter(db, orders, letters[0]) is RetryOutcome.GONE
 
 
 def test_a_rebuild_replaces_the_dead_letters(given: Given):

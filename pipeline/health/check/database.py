@@ -18,7 +18,8 @@ from pipeline.health.check.keying import check_keying
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
 from pipeline.health.check.rights import check_rights
-from pipeline.projection.registry import fingerprints
+from pipeline.log import protection
+from pipeline.projection import registry
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema.drift import drift
@@ -198,26 +199,9 @@ def _foreign_objects(db: Connection, catalogue: Catalogue) -> Iterator[Result]:
 
 # ------------------------------------------------------------------------------------------- log
 
-UNGUARDED = text("""
-SELECT c.oid::regclass::text AS segment
-FROM (SELECT 'pipeline.events'::regclass AS oid
-      UNION ALL
-      SELECT inhrelid FROM pg_inherits WHERE inhparent = 'pipeline.events'::regclass) c
-WHERE NOT EXISTS (
-    SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-    WHERE t.tgrelid = c.oid AND p.oid = 'pipeline.refuse_change()'::regprocedure
-      AND t.tgenabled IN ('O', 'A')
-      -- Bits of tgtype: DELETE 8, UPDATE 16, TRUNCATE 32, BEFORE 2; row-level 1 must be off.
-      AND t.tgtype & 63 = 58)
-""")
-SEGMENTS = text("""
-SELECT count(*) AS attached FROM pg_inherits WHERE inhparent = 'pipeline.events'::regclass
-""")
-
 
 def _log(db: Connection) -> Iterator[Result]:
-    unguarded = db.execute(UNGUARDED).scalars().all()
-    segments = db.execute(SEGMENTS).scalar_one()
+    unguarded, segments = protection.unguarded(db), protection.count_segments(db)
     for name in unguarded:
         yield found(problems.LOG_NOT_PROTECTED.of("log", table=name), Promise.FAITHFUL_LOG)
     if not unguarded:
@@ -240,7 +224,6 @@ WHERE n.nspname = ANY (CAST(:schemas AS text[]))
   AND p.oid = 'pipeline.read_model_truncated()'::regprocedure
   AND t.tgenabled IN ('O', 'A')
 """)
-BROKEN = text("SELECT projector, problem FROM pipeline.projectors WHERE state = 'broken'")
 
 
 def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:
@@ -271,14 +254,14 @@ def _drift(db: Connection, catalogue: Catalogue) -> Iterator[Result]:
 
 def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:
     """Whether each table was built by today's definition, and its projector is not broken."""
-    reasons = {row.projector: row.problem for row in db.execute(BROKEN)}
+    reasons = registry.broken(db)
     broken = [model for model in projectors if model.name in reasons]
     for model in broken:
         problem = problems.BROKEN.of(model.name, why=reasons[model.name])
         yield found(problem, Promise.ONE_BAD_EVENT)
     if not broken:
         yield ok("read models", f"{len(projectors)} projectors, none broken", Promise.ONE_BAD_EVENT)
-    built = fingerprints(db)
+    built = registry.fingerprints(db)
     stale = [
         model for model in projectors if built.get(model.name) not in (None, fingerprint(model))
     ]

@@ -8,6 +8,7 @@ from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA
 from pipeline.health import problems
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
+from pipeline.log import protection
 from pipeline.schema import roles
 
 # By the catalogue's own ids: a name is not to be looked up without rights on its schema.
@@ -46,11 +47,6 @@ WHERE r.rolcanlogin AND NOT r.rolsuper AND pg_has_role(r.oid, to_regrole(:analys
         AND (d.setdatabase = 0 OR d.setdatabase = (
              SELECT oid FROM pg_database WHERE datname = current_database())))
 GROUP BY r.rolname ORDER BY r.rolname
-""")
-MAY_CHANGE_LOG = text("""
-SELECT has_table_privilege('pipeline.events', 'UPDATE')
-    OR has_table_privilege('pipeline.events', 'DELETE')
-    OR has_table_privilege('pipeline.events', 'TRUNCATE')
 """)
 
 
@@ -95,7 +91,7 @@ def check_rights(db: Connection) -> Iterator[Result]:
                     "database", login=row.login, settings=row.missing, group=analyst
                 )
             )
-    if db.execute(MAY_CHANGE_LOG).scalar_one():
+    if protection.may_change(db):
         yield found(problems.LOG_NOT_PROTECTED_BY_RIGHTS.of("log"), Promise.FAITHFUL_LOG)
     else:
         yield ok("log", "append-only for this role", Promise.FAITHFUL_LOG)

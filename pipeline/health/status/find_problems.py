@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from pipeline.durations import duration
 from pipeline.health import problems
 from pipeline.health.problem import Problem
 from pipeline.health.status.report import PartitionStatus, ProjectorStatus, Standby
-from pipeline.outages import in_words
 from pipeline.partitions import Partition
 
 
@@ -51,7 +51,9 @@ def _of_partition(partition: PartitionStatus, as_of: datetime) -> Problem | None
             moved = _when(partition.committed_at, as_of)
             return problems.INGEST_STALLED.of(name, lag=partition.lag, since=moved, reader=reader)
         case "WARN":
-            return problems.INGEST_LAGS.of(name, lag=partition.lag, lag_s=partition.lag_s)
+            return problems.INGEST_LAGS.of(
+                name, lag=partition.lag, length=duration(partition.lag_s or 0)
+            )
         case "OK":
             return None
 
@@ -67,7 +69,7 @@ def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Problem]:
         return
     left_s, name = min(kept)
     if left_s > 0:
-        yield problems.RETENTION_ENDS.of(name, left=in_words(left_s))
+        yield problems.RETENTION_ENDS.of(name, left=duration(left_s))
     else:
         yield problems.RETENTION_ENDED.of(name)
 
@@ -91,7 +93,7 @@ def _of_projector(model: ProjectorStatus, as_of: datetime) -> Problem | None:
         case "rebuilding":
             return problems.REBUILDING.of(name)
         case "catching up":
-            return problems.CATCHING_UP.of(name, lag=model.lag, lag_s=model.lag_s)
+            return problems.CATCHING_UP.of(name, lag=model.lag, length=duration(model.lag_s))
         case "stalled":
             since = _when(model.stuck_since, as_of)
             return problems.PROJECTION_STALLED.of(name, lag=model.lag, since=since)

@@ -21,11 +21,12 @@ from pipeline.health.status.report import (
     Standby,
     Status,
 )
-from pipeline.log.ranges import range_arrays
+from pipeline.log.recent import recent_counts
 from pipeline.log.search import first_since
 from pipeline.log.watermarks import partition_rows
-from pipeline.partitions import NextOffset, Partition, lag
+from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection.checkpoints import REBUILD
+from pipeline.projection.progress import projector_rows
 from pipeline.projection.workers import EXPIRES_AFTER, LiveWorker, living, shared_out
 from pipeline.readmodel import Projector
 from pipeline.schema.drift import drift
@@ -37,49 +38,10 @@ RECENT_OFFSETS_MAX = 10_000
 
 _Row = Row[tuple[object, ...]]
 
-ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 NOW = text("SELECT now()")
 REPLAYED = text("""
 SELECT pg_last_xact_replay_timestamp() AS replayed_at, pg_is_wal_replay_paused() AS is_paused
 WHERE pg_is_in_recovery()
-""")
-
-RECENT = text("""
-SELECT e.topic, e.event_type, e.problem, e.repeat_of IS NOT NULL AS is_repeat, count(*) AS records
-FROM unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
-            CAST(:ends AS bigint[])) AS span(topic, number, first_offset, end_offset)
--- Bounded on both sides: for an open range the planner estimates a third of the log, and scans it.
-JOIN pipeline.events e ON e.topic = span.topic AND e."partition" = span.number
-    AND e."offset" >= span.first_offset AND e."offset" < span.end_offset
-GROUP BY 1, 2, 3, 4
-""")
-
-PROJECTORS = text("""
-SELECT p.projector, p.fingerprint, p.built_at, p.state, p.problem,
-       coalesce(sum(place.lag), 0) AS lag, max(c.moved_at) AS moved_at,
-       min(unread.ingested_at) AS unread_since,
-       min(greatest(c.moved_at, unread.ingested_at)) FILTER (WHERE place.lag > 0)
-           AS stuck_since,
-       (SELECT count(*) FROM pipeline.dead_letters d WHERE d.projector = p.projector)
-           AS dead_letters
-FROM pipeline.projectors p
-LEFT JOIN unnest(CAST(:topics AS text[]), CAST(:numbers AS int[]), CAST(:first AS bigint[]),
-                 CAST(:ends AS bigint[])) AS o(topic, "partition", first_offset, next_offset)
-       ON true
-LEFT JOIN pipeline.projection_checkpoints c
-       ON c.projector = p.projector AND c.topic = o.topic AND c."partition" = o."partition"
-LEFT JOIN LATERAL (
-    SELECT greatest(o.first_offset, coalesce(c.next_offset, 0)) AS next_offset,
-           greatest(0, o.next_offset::numeric
-                       - greatest(o.first_offset, coalesce(c.next_offset, 0)))
-               AS lag) place ON true
-LEFT JOIN LATERAL (
-    SELECT e.ingested_at FROM pipeline.events e
-    WHERE place.lag > 0 AND e.topic = o.topic AND e."partition" = o."partition"
-      AND e."offset" >= place.next_offset AND e."offset" < o.next_offset
-    ORDER BY e."offset" LIMIT 1) unread ON true
-GROUP BY p.projector
-ORDER BY p.projector
 """)
 
 
@@ -94,8 +56,7 @@ def read_status(engine: Engine, catalogue: Catalogue) -> Status:
         TransientError: The database is unavailable.
     """
     projectors = catalogue.models
-    with transaction(engine) as db:
-        db.execute(ONE_MOMENT)
+    with transaction(engine, one_snapshot=True) as db:
         rows = partition_rows(db)
         as_of: datetime = db.execute(NOW).scalar_one()
         standby = _standby(db, as_of)
@@ -185,7 +146,7 @@ def _models(
     lags = standby is not None and (
         standby.age_s is None or standby.age_s > EXPIRES_AFTER.total_seconds()
     )
-    rows = {row.projector: row for row in db.execute(PROJECTORS, range_arrays(db))}
+    rows = projector_rows(db)
     ours = {model.name: model for model in projectors}
     live = sorted({name for name in rows if not name.endswith(REBUILD)} | set(ours))
     return [
@@ -232,31 +193,22 @@ def _recent(
     since: Mapping[Partition, NextOffset],
     projectors: Sequence[Projector],
 ) -> Recent:
-    spans = []
+    spans = {}
     for row in rows:
         first = since[_place(row)]
         first = max(first, row.next_offset - RECENT_OFFSETS_MAX)
-        spans.append((row.topic, row.partition, first, row.next_offset))
+        spans[_place(row)] = OffsetRange(NextOffset(first), NextOffset(row.next_offset))
     records = repeats = 0
     bad: dict[str, dict[str, int]] = {}
     unknown: dict[str, int] = {}
-    found = db.execute(
-        RECENT,
-        {
-            "topics": [topic for topic, *_ in spans],
-            "numbers": [number for _, number, *_ in spans],
-            "first": [first for *_, first, _ in spans],
-            "ends": [end for *_, end in spans],
-        },
-    )
-    for row in found:
-        records += row.records
-        repeats += row.records if row.is_repeat else 0
-        if row.problem is not None:
-            reasons = bad.setdefault(row.topic, {})
-            reasons[row.problem] = reasons.get(row.problem, 0) + row.records
-        if row.event_type and not _is_taken(row.event_type, projectors):
-            unknown[row.event_type] = unknown.get(row.event_type, 0) + row.records
+    for count in recent_counts(db, spans):
+        records += count.records
+        repeats += count.records if count.is_repeat else 0
+        if count.problem is not None:
+            reasons = bad.setdefault(count.topic, {})
+            reasons[count.problem] = reasons.get(count.problem, 0) + count.records
+        if count.event_type and not _is_taken(count.event_type, projectors):
+            unknown[count.event_type] = unknown.get(count.event_type, 0) + count.records
     return Recent(records, repeats, bad, unknown)
 
 

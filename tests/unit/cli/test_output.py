@@ -7,12 +7,11 @@ import unicodedata
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import output
-from pipeline.cli.output import Gauge, Mark, duration, emit, say, table
+from pipeline.cli.output import Gauge, Mark, emit, say, table
 
 
 def test_a_table_aligns_numbers_right_and_truncates_nothing(capsys):
@@ -69,14 +68,6 @@ def test_json_is_one_document_on_one_line(capsys):
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     assert json.loads(out) == {"id": str(identity), "at": "2026-01-02T00:00:00+00:00", "for": 2.5}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0, "0.0 s"), (9.94, "9.9 s"), (59, "59 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h")],
-)
-def test_a_length_of_time_has_a_unit_that_is_precise_enough(seconds, shown):
-    assert duration(timedelta(seconds=seconds)) == shown
 
 
 def test_short_work_without_a_terminal_prints_no_progress(capsys):

@@ -70,7 +70,7 @@ def test_the_test_on_the_page_passes(given: Given):
     test(given)
 
 
-def test_the_read_model_in_the_readme_is_the_one_that_there_is():
+def test_the_read_model_in_the_readme_is_the_real_read_model():
     (example,) = [block for block in blocks("python", README) if "EventTable(" in block]
     file = Path(projectors.__file__).with_name("order_cancellation_rejections.py")
 

@@ -94,7 +94,7 @@ def parsed(value: bytes | str) -> object:
 
 
 @pytest.mark.both_postgres
-def test_every_column_arrives_as_it_was_read(engine):
+def test_every_column_is_stored_as_it_was_read(engine):
     partition = Partition("orders", 7)
     claimed(engine, partition)
     headers = [("trace", b"abc"), ("trace", b"\xff"), ("none", None), ("empty", b"")]
@@ -151,7 +151,7 @@ def test_the_time_of_the_batch_is_the_time_of_its_rows(engine):
     assert len({row["ingested_at"] for row in stored(engine, "orders")}) == 1
 
 
-def test_the_end_that_kafka_had_is_kept_until_a_newer_one_is_seen(engine):
+def test_the_end_of_a_partition_is_kept_until_kafka_reports_a_newer_end(engine):
     """Lag must not read 0 because a batch came before Kafka's next answer."""
     partition = Partition("orders", 0)
     held = claimed(engine, partition)
@@ -191,7 +191,7 @@ def jsonb_cannot_hold(value: bytes | None) -> bool:
 
 
 @pytest.mark.both_postgres
-def test_a_hostile_record_is_in_the_log_and_so_are_its_neighbours(engine):
+def test_a_hostile_record_is_in_the_log_with_the_other_records_of_its_batch(engine):
     for number, (value, has_payload, keeps_bytes, problem) in enumerate(HOSTILE.values()):
         partition = Partition(f"orders-{number}", 0)
         claimed(engine, partition)
@@ -213,7 +213,7 @@ def test_a_hostile_record_is_in_the_log_and_so_are_its_neighbours(engine):
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("bad", [1, 3, 20])
-def test_any_number_of_refused_payloads_in_a_batch_costs_only_these(engine, bad):
+def test_only_the_refused_payloads_of_a_batch_are_left_empty(engine, bad):
     partition = Partition("orders", 0)
     claimed(engine, partition)
     refusals = {
@@ -241,7 +241,7 @@ def test_any_number_of_refused_payloads_in_a_batch_costs_only_these(engine, bad)
     assert [parsed(row["payload"]) for row in rows if not row["problem"]] == [*map(parsed, good)]
 
 
-def test_a_refusal_that_names_no_row_costs_only_the_refused(engine, monkeypatch):
+def test_only_the_refused_payload_is_left_empty_if_the_error_names_no_row(engine, monkeypatch):
     """A server that speaks another language tells the row in words that are not understood."""
     monkeypatch.setattr(failpoints, "_armed", None)
     partition = Partition("orders", 0)
@@ -334,7 +334,7 @@ def test_a_time_at_the_end_of_the_calendar_is_written(engine, milliseconds):
     assert row["milliseconds"] == milliseconds
 
 
-def test_a_time_that_postgresql_does_not_have_costs_the_time_only(engine):
+def test_a_time_that_postgresql_cannot_hold_is_the_only_value_left_empty(engine):
     partition = Partition("orders", 0)
     claimed(engine, partition)
     odd = [2**63 - 1, -(2**63), 9_224_318_016_000_000, -210_866_803_200_001]

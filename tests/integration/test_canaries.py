@@ -222,7 +222,7 @@ def test_every_command_has_a_run_among_canaries():
     assert sorted(command_names()) == sorted(RUNS)
 
 
-def test_a_long_run_shows_none_to_its_log_to_other_processes_or_when_it_crashes(house):
+def test_a_long_run_shows_no_canary_to_its_log_to_other_processes_or_in_a_crash(house):
     said = house.first_run.err
 
     assert '"event":"events_rejected"' in said.replace(" ", "")
@@ -244,7 +244,7 @@ def test_no_command_shows_a_canary(house, pipeline, command):
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["people", "programs"])
-def test_payloads_show_where_they_are_asked_for_and_no_secret_even_there(house, pipeline, form):
+def test_payloads_are_shown_on_request_and_secrets_never(house, pipeline, form):
     found = pipeline(house.commands, "events", "--at", f"{TOPIC}:0:{GOOD}", "--payload", *form)
     letter = pipeline(house.commands, "dead-letters", "show", PLACE, "--payload", *form)
 
@@ -264,7 +264,7 @@ MISSPELT = [
 
 
 @each_command
-def test_no_command_shows_what_a_misspelt_url_holds(pipeline, tmp_path, command):
+def test_no_command_shows_the_content_of_a_misspelt_url(pipeline, tmp_path, command):
     password = canaries.DATABASE_PASSWORD
     arguments = [*command.split(), *RUNS[command][0]]
     wrong_file = tmp_path / "pipeline.toml"
@@ -290,7 +290,7 @@ def test_no_command_shows_what_a_misspelt_url_holds(pipeline, tmp_path, command)
     assert shown(*results) == []
 
 
-def test_secrets_from_files_show_as_little(house, pipeline, tmp_path):
+def test_secrets_from_files_are_not_shown(house, pipeline, tmp_path):
     (tmp_path / "database").write_text(house.url() + "\n")
     (tmp_path / "PIPELINE_KAFKA_PASSWORD").write_text(canaries.KAFKA_PASSWORD)
     (tmp_path / "more.toml").write_text(
@@ -379,7 +379,7 @@ def test_an_option_that_the_client_refuses_is_named_without_its_value(house, pip
     assert shown(result) == []
 
 
-def test_a_record_that_is_in_the_log_already_shows_nothing_of_itself(house, pipeline):
+def test_the_error_for_a_record_that_is_already_in_the_log_shows_no_content(house, pipeline):
     """PostgreSQL's DETAIL would repeat its key, CONTEXT its row."""
     back = "UPDATE pipeline.consumer_offsets SET next_offset = next_offset - 5 WHERE partition = 0"
     forth = back.replace("- 5", "+ 5")
@@ -403,7 +403,9 @@ def raising(_db: object, _batch: object) -> None:
 
 
 @pytest.mark.parametrize("command", ["project", "run"])
-def test_a_projector_that_raises_shows_nothing_of_its_event(house, pipeline, monkeypatch, command):
+def test_the_error_of_a_projector_shows_no_content_of_its_event(
+    house, pipeline, monkeypatch, command
+):
     faulty = Custom(
         table=f"raising_{command}",
         comment="Nothing.",
@@ -427,7 +429,7 @@ def test_a_projector_that_raises_shows_nothing_of_its_event(house, pipeline, mon
     assert shown(result) == []
 
 
-def test_a_crash_shows_its_way_and_nothing_that_it_held(house, pipeline, monkeypatch):
+def test_a_crash_shows_its_stack_and_no_value(house, pipeline, monkeypatch):
     def look(*_: object) -> None:
         held = house.url()
         thread = threading.Thread(target=raising, args=[held, held])
@@ -446,7 +448,7 @@ def test_a_crash_shows_its_way_and_nothing_that_it_held(house, pipeline, monkeyp
     assert shown(result) == []
 
 
-def test_postgresqls_own_log_repeats_no_value_if_it_is_set_as_check_wants_it(house):
+def test_postgresqls_own_log_holds_no_value_with_the_settings_that_check_requires(house):
     """The last test here, so that all the others have left their traces."""
     assert "ready to accept connections" in house.server.log.read_text()
     assert leaks(house.server.log.read_text()) == []

@@ -47,7 +47,7 @@ def test_every_error_of_kafka_that_is_a_wrong_right_or_login_is_no_outage():
     assert set(causes.KAFKA_CODES) <= set(names), "the table names codes that do not exist"
 
 
-def test_a_code_of_kafka_that_no_entry_names_is_waited_for_and_not_called_busy():
+def test_an_unknown_code_of_kafka_is_an_outage_and_is_not_called_busy():
     """It is named, so that somebody can look it up."""
     assert causes.of_kafka("INVALID_REQUEST", "Broker: Invalid request") is causes.KAFKA_UNEXPECTED
     assert causes.of_kafka("A_CODE_TO_COME", "") is causes.KAFKA_UNEXPECTED
@@ -94,7 +94,7 @@ def test_an_alert_about_our_side_of_tls_is_not_taken_for_a_wrong_certificate_of_
     assert of(f"SSL handshake failed: error:0A000412:SSL routines::{words}") is cause
 
 
-def test_every_class_of_sqlstate_is_sorted():
+def test_every_class_of_sqlstate_is_classified():
     """By psycopg's list, which is PostgreSQL's appendix A."""
     codes = {
         error.sqlstate
@@ -266,7 +266,7 @@ REFUSED_LOGINS = [
 
 @pytest.mark.postgres
 @pytest.mark.parametrize(("broken", "cause", "code"), REFUSED_LOGINS)
-def test_a_refused_login_is_named_in_whatever_language_the_server_speaks(
+def test_a_refused_login_is_recognised_in_every_language_of_the_server(
     secured_postgres, login, broken, cause, code, monkeypatch
 ):
     """``lc_messages`` of a German server is German, and libpq shows only the words."""
@@ -293,7 +293,7 @@ def _connect(dsn):
 
 
 @pytest.mark.postgres
-def test_the_code_of_the_same_refusal_is_asked_for_once(secured_postgres, login, monkeypatch):
+def test_the_code_of_the_same_refusal_is_requested_once(secured_postgres, login, monkeypatch):
     """It takes an attempt to log in, and accounts are locked after too many."""
     asked = []
 
@@ -334,7 +334,7 @@ def test_a_name_is_not_taken_for_a_cause(name):
 
 
 @pytest.mark.postgres
-def test_what_a_trigger_on_logins_raises_is_somebody_elses(postgres_server_18, database):
+def test_an_error_of_a_login_trigger_is_attributed_to_the_trigger(postgres_server_18, database):
     """Whatever its words are: PostgreSQL 17 and newer."""
     with database.connect() as owner:
         owner.execute("""

@@ -79,7 +79,7 @@ def check(given, broker):
 
 
 @pytest.mark.both_postgres
-def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
+def test_an_intact_installation_has_no_problem(given, kafka, topic):
     name = topic(3, config={"retention.ms": str(7 * 86_400_000)})
 
     results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
@@ -102,7 +102,7 @@ def test_a_sound_installation_has_nothing_wrong(given, kafka, topic):
     }
 
 
-def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check):
+def test_a_setting_that_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check):
     given([order_event("NEW", at=1)])
     given.execute("UPDATE pipeline.consumer_offsets SET next_offset = 0, topic_id = NULL")
 
@@ -140,7 +140,7 @@ def test_what_a_broker_does_not_report_is_no_error_and_no_guarantee(given, check
     ],
     ids=["parent", "segment", "truncate", "broken"],
 )
-def test_a_safeguard_that_is_missing_is_wrong(given, harm, expected):
+def test_a_missing_safeguard_is_an_error(given, harm, expected):
     given([order_event("NEW", at=1)]).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
     given.execute(harm.format(segment=segment))
@@ -250,7 +250,7 @@ def test_kafka_without_tls_over_the_network_is_a_warning(servers, protocol, leve
 # -------------------------------------------------------------------------------------------- kafka
 
 
-def test_a_missing_topic_is_wrong_and_what_is_there_is_named(check):
+def test_a_missing_topic_is_an_error_and_the_existing_topics_are_named(check):
     [result] = [result for result in check(topic="Nonsense") if result.level == "error"]
 
     assert result.problem.what == "Kafka has no topic Nonsense, or it is hidden from this client"
@@ -277,7 +277,7 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
         ),
     ],
 )
-def test_another_cluster_or_topic_than_was_read_is_wrong(given, check, recorded, expected):
+def test_another_cluster_or_topic_than_was_read_is_an_error(given, check, recorded, expected):
     given([order_event("NEW", at=1)])
     given.execute(f"UPDATE pipeline.consumer_offsets SET {recorded}")
 
@@ -286,7 +286,7 @@ def test_another_cluster_or_topic_than_was_read_is_wrong(given, check, recorded,
     assert contains(wrong, expected)
 
 
-def test_records_that_kafka_has_deleted_unread_are_wrong(given, check, broker):
+def test_records_that_kafka_has_deleted_unread_are_an_error(given, check, broker):
     given([order_event("NEW", at=1)])
     _produce(broker, 10)
     broker.delete_records(TOPIC, 0, 7)
@@ -317,7 +317,7 @@ def test_a_recreated_topic_is_recognised_by_its_id(given, kafka, topic):
     assert "the topic was deleted and recreated" in problem
 
 
-def test_a_group_that_feeds_another_database_is_wrong(check, broker):
+def test_a_group_that_feeds_another_database_is_an_error(check, broker):
     consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "pipeline"})
     other = "6f5b4f5e-5d8f-4c40-8a4b-7d3a1f6d0a11"
     place = TopicPartition(TOPIC, 0, 0, f"pipeline:{other}")
@@ -354,7 +354,7 @@ def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(give
     )
 
 
-def test_what_a_real_topic_may_lose_or_take_is_reported(given, kafka, topic):
+def test_the_risky_settings_of_a_real_topic_are_reported(given, kafka, topic):
     name = topic(
         config={
             "unclean.leader.election.enable": "true",
@@ -411,7 +411,7 @@ def test_a_setting_that_this_program_does_not_know_is_a_warning():
     assert "does not know: brand_new" in str(result)
 
 
-def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):
+def test_a_missing_safeguard_breaks_only_its_promise(given):
     given.execute("DROP TRIGGER heals_after_truncate ON upvest.orders")
 
     results = found_in(given.database.url)
@@ -424,9 +424,7 @@ def test_a_safeguard_that_is_missing_breaks_its_promise_and_no_other(given):
     assert broken == [Promise.DISPOSABLE]
 
 
-def test_while_a_server_is_unavailable_no_promise_that_depends_on_it_is_said_to_hold(
-    database, broker
-):
+def test_no_promise_is_reported_as_kept_while_its_server_is_unavailable(database, broker):
     nobody = f"postgresql://u:p@127.0.0.1:{free_port()}/d"
 
     results = found(nobody, broker.bootstrap_servers)
@@ -540,7 +538,7 @@ def test_the_command_prints_one_line_per_result_and_ends_with_0(given, broker, p
     assert " 0 errors. Guarantees: " in result.err.splitlines()[-1]
 
 
-def test_something_wrong_ends_with_1_and_programs_get_one_document(given, broker, pipeline):
+def test_an_error_ends_with_1_and_json_is_one_document(given, broker, pipeline):
     given.execute("ALTER TABLE pipeline.events DISABLE TRIGGER append_only")
 
     result = pipeline(on_mock(given.database, broker), "check", "--json")

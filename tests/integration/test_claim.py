@@ -115,7 +115,7 @@ def held_open(engine: Engine, do: Callable[[Any], object], *, commit: bool) -> I
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("read", [claim, find])
-def test_a_commit_that_is_still_in_flight_is_waited_for(engine, database, pool, commits, read):
+def test_a_claim_waits_for_a_commit_that_is_still_in_flight(engine, database, pool, commits, read):
     """The next owner, and a writer that lost its answer, must see the outcome of a commit."""
     held = claim(engine, A).epoch
 
@@ -161,7 +161,7 @@ def test_a_repeat_that_waits_for_its_first_attempt_is_refused(engine, database, 
 
 
 @pytest.mark.parametrize("read", [claim, find])
-def test_a_lock_that_another_session_has_is_waited_for(engine, database, read):
+def test_a_claim_waits_for_a_lock_of_another_session(engine, database, read):
     short_waits = open_engine(
         database.url,
         application="test",
@@ -249,7 +249,7 @@ def test_a_claim_records_the_owner_and_a_release_removes_it(engine):
     assert column(engine, "owner_member") is None
 
 
-def test_a_partition_that_never_began_cannot_be_claimed(engine):
+def test_a_partition_that_was_never_begun_cannot_be_claimed(engine):
     with pytest.raises(
         InvariantError, match=r"orders\[9\]: claimed before its first offset was recorded"
     ):
@@ -379,7 +379,7 @@ def test_an_accepted_gap_fences_the_owner_and_lets_the_partition_continue_after_
     assert again is None
 
 
-def test_a_gap_that_grew_after_it_was_accepted_is_a_new_one(engine):
+def test_a_gap_that_grew_after_it_was_accepted_is_a_new_gap(engine):
     held = claim(engine, A).epoch
     gap(engine, held, 0, 10)
     with transaction(engine) as db:

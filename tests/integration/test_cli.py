@@ -54,7 +54,7 @@ def count(database, what="pipeline.events"):
 # ------------------------------------------------------------------------------- the main job
 
 
-def test_run_to_the_end_fills_log_and_read_models_and_says_so_in_the_log_only(
+def test_run_until_end_fills_log_and_read_models_and_prints_nothing_on_stdout(
     commands, broker, database
 ):
     sent = produce(broker, 600)
@@ -104,7 +104,7 @@ def test_no_secret_reaches_the_log(commands, broker, database):
 
 
 @pytest.mark.parametrize("stopping", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_run_with_0_after_the_batch_in_hand(commands, broker, database, stopping):
+def test_a_signal_ends_run_with_0_after_the_current_batch(commands, broker, database, stopping):
     sent = produce(broker)
 
     with commands.started("run") as run:
@@ -162,7 +162,7 @@ def test_when_one_half_of_run_breaks_both_end_and_its_error_decides(
     assert result.log[-1]["event"] == event
 
 
-def test_a_stop_may_be_slow_and_still_ends_with_0(commands, broker):
+def test_a_slow_stop_ends_with_0(commands, broker):
     slow = commands.with_(enable_failpoints="1", failpoint="on_sigterm:sleep:0.2")
 
     with slow.started("run") as run:
@@ -180,7 +180,7 @@ def test_another_schema_is_refused_at_the_start(empty_database, broker, command)
     assert "run `pipeline migrate`" in result.log[-1]["reason"]
 
 
-def test_a_missing_topic_ends_with_78_and_names_what_is_there(commands):
+def test_a_missing_topic_ends_with_78_and_names_the_existing_topics(commands):
     result = commands.with_(topics="Nonsense").run("ingest", "--until-end")
 
     assert result.code == 78
@@ -196,7 +196,7 @@ def test_a_missing_topic_ends_with_78_and_names_what_is_there(commands):
         ({"database_url": ""}, "PIPELINE_DATABASE_URL is missing"),
     ],
 )
-def test_several_workers_complain_of_a_wrong_setting_once(commands, command, wrong, said):
+def test_several_workers_report_a_wrong_setting_once(commands, command, wrong, said):
     result = commands.with_(**wrong).run(command, "--workers", "3")
 
     assert result.code == 78
@@ -205,16 +205,14 @@ def test_several_workers_complain_of_a_wrong_setting_once(commands, command, wro
 
 
 @pytest.mark.parametrize("workers", ["0", "65", "two"])
-def test_a_number_of_workers_that_cannot_be_is_wrong_usage(commands, workers):
+def test_an_impossible_number_of_workers_is_wrong_usage(commands, workers):
     result = commands.run("run", "--workers", workers)
 
     assert (result.code, result.out) == (2, "")
     assert "--workers" in result.err
 
 
-def test_several_workers_read_their_settings_from_the_file_that_is_named(
-    commands, broker, tmp_path
-):
+def test_several_workers_read_their_settings_from_the_named_file(commands, broker, tmp_path):
     produce(broker)
     settings = tmp_path / "settings.toml"
     settings.write_text(f'topics = ["{TOPIC}"]\n')
@@ -248,7 +246,7 @@ def test_stale_read_models_are_rebuilt_first(commands, broker, given, command):
 # -------------------------------------------------------------------------------------- the gaps
 
 
-def test_a_gap_is_refused_listed_accepted_and_then_gone_on_behind(commands, broker, pipeline):
+def test_a_gap_is_listed_accepted_and_then_skipped(commands, broker, pipeline):
     produce(broker, 400)
     commands.run("ingest", "--until-end")
     produce(broker, 400)
@@ -286,7 +284,7 @@ def _end(broker, partition):
     return high
 
 
-def test_accepting_nothing_is_said_and_an_unknown_partition_is_wrong_usage(
+def test_accepting_without_a_gap_is_reported_and_an_unknown_partition_is_wrong_usage(
     commands, given, pipeline
 ):
     given([order_event("NEW", at=1)])
@@ -303,7 +301,7 @@ def test_accepting_nothing_is_said_and_an_unknown_partition_is_wrong_usage(
 # ------------------------------------------------------------------------------------ read models
 
 
-def test_rebuild_counts_what_differed_and_check_finds_it_with_1(commands, given, pipeline):
+def test_rebuild_counts_differing_rows_and_check_ends_with_1(commands, given, pipeline):
     given([order_event("NEW", at=n, order=str(n)) for n in range(10)])
     pipeline(commands, "project", "--until-end")
     given.execute("DELETE FROM upvest.orders WHERE _offset < 3")
@@ -320,7 +318,7 @@ def test_rebuild_counts_what_differed_and_check_finds_it_with_1(commands, given,
     assert "0 rows differ." in clean.err
 
 
-def test_a_rebuild_that_is_stopped_ends_with_0_and_leaves_the_rest(commands, given, pipeline):
+def test_a_stopped_rebuild_ends_with_0_and_leaves_the_other_read_models(commands, given, pipeline):
     given([order_event("NEW", at=1)])
     pipeline(commands, "project", "--until-end")
     slow = commands.with_(enable_failpoints="1", failpoint="before_swap:sleep:3")
@@ -360,7 +358,7 @@ def test_all_read_models_are_rebuilt_several_at_once(commands, given, pipeline):
     assert {one["differing"] for one in clean.json} == {0}
 
 
-def test_a_rebuild_that_fails_beside_others_gives_the_exit_code(commands, given, pipeline):
+def test_the_exit_code_is_that_of_a_failed_rebuild_among_several(commands, given, pipeline):
     given(sample_events())
     pipeline(commands, "project", "--until-end")
 
@@ -422,7 +420,7 @@ def test_dead_letters_are_listed_shown_and_tried_again(commands, given, pipeline
 # --------------------------------------------------------------------------------------- setting up
 
 
-def test_migrate_says_what_it_did_and_may_be_repeated(empty_database, broker, pipeline):
+def test_migrate_reports_its_changes_and_may_be_repeated(empty_database, broker, pipeline):
     commands = on_mock(empty_database, broker)
 
     first = pipeline(commands, "migrate", "--json")
@@ -466,7 +464,9 @@ def test_a_plan_changes_nothing_and_a_dba_may_run_its_sql(empty_database, broker
     ],
     ids=" ".join,
 )
-def test_a_one_shot_command_ends_with_69_when_the_database_is_away(broker, pipeline, command):
+def test_a_one_shot_command_ends_with_69_when_the_database_is_unavailable(
+    broker, pipeline, command
+):
     away = Commands(
         database_url=f"postgresql://127.0.0.1:{free_port()}/postgres",
         kafka_bootstrap_servers=broker.bootstrap_servers,
@@ -503,7 +503,7 @@ _MIGRATING = (
 
 
 @pytest.mark.parametrize("command", ["run", "project"])
-def test_the_main_job_waits_for_a_database_that_is_away_and_can_be_stopped(broker, command):
+def test_run_waits_for_an_unavailable_database_and_can_be_stopped(broker, command):
     away = Commands(
         database_url=f"postgresql://127.0.0.1:{free_port()}/postgres",
         kafka_bootstrap_servers=broker.bootstrap_servers,
@@ -536,7 +536,9 @@ def test_an_unexpected_error_ends_with_70_and_is_logged(empty_database, broker):
 # --------------------------------------------------------------------------------------- trying out
 
 
-def test_simulate_produces_what_it_says(commands, broker, database, pipeline):
+def test_simulate_produces_the_number_of_events_that_it_reports(
+    commands, broker, database, pipeline
+):
     result = pipeline(commands, "simulate", "--events", "200", "--chaos", "--json", "--seed", "x")
     commands.run("ingest", "--until-end")
 
@@ -577,7 +579,7 @@ def test_simulate_refuses_a_topic_that_does_not_exist(commands, pipeline):
     assert "no topic Nonsense: it does not exist" in result.err
 
 
-def test_simulate_creates_topics_only_when_told_to(kafka, pipeline):
+def test_simulate_creates_topics_only_with_the_option(kafka, pipeline):
     name = f"made-{secrets.token_hex(4)}"
     commands = Commands(
         kafka_bootstrap_servers=kafka.bootstrap_servers, kafka_security_protocol="PLAINTEXT"
@@ -595,7 +597,7 @@ def test_simulate_creates_topics_only_when_told_to(kafka, pipeline):
 # ------------------------------------------------------------------------------------------ pipes
 
 
-def test_a_reader_that_goes_away_early_is_no_error(commands, given):
+def test_a_reader_that_closes_the_pipe_early_is_no_error(commands, given):
     given([order_event("NEW", at=n, order=str(n)) for n in range(40)])
 
     done = subprocess.run(
@@ -640,7 +642,7 @@ def _examples(pipeline):
                 yield line.partition("#")[0].partition("|")[0].strip()
 
 
-def test_every_example_of_every_help_does_what_it_should(kafka, topic, given, pipeline):
+def test_every_example_in_the_help_works(kafka, topic, given, pipeline):
     for partition in range(4):
         given([order_event("NEW", at=1, cash_amount="12,5")], partition=partition)
     commands = Commands(

@@ -86,7 +86,7 @@ ALONE_AND_TOGETHER = pytest.mark.parametrize("batch", [1, 1000], ids=["alone", "
 
 @pytest.mark.both_postgres
 @ALONE_AND_TOGETHER
-def test_each_wrong_value_is_named_and_its_neighbours_are_applied(given: Given, batch):
+def test_each_wrong_value_is_named_and_the_other_events_are_applied(given: Given, batch):
     events = [order_event("NEW", at="10:00:00", order="one before")]
     events += [
         order_event("NEW", at="10:00:00", **{"order": f"wrong {number}", **changes})
@@ -145,7 +145,7 @@ def test_wrong_values_inside_lists_and_children_are_named(
 
 
 @ALONE_AND_TOGETHER
-def test_what_is_unusual_but_valid_is_applied_whatever_its_neighbours_are(given: Given, batch):
+def test_unusual_valid_values_are_applied_beside_wrong_ones(given: Given, batch):
     odd = [
         order_event("FILLED", at=1, id="no uuid", executions=[execution("FILLED")]),
         order_event("FILLED", at=1, executions=[execution("SETTLED", execution="x", order_id="")]),
@@ -170,7 +170,7 @@ def test_what_is_unusual_but_valid_is_applied_whatever_its_neighbours_are(given:
 
 
 @pytest.mark.parametrize("settled_first", [True, False])
-def test_which_events_are_rejected_does_not_depend_on_which_wins(given: Given, settled_first):
+def test_an_event_is_rejected_whether_or_not_it_would_win(given: Given, settled_first):
     """Or the order of arrival would decide what else of a rejected event is in the tables."""
     bad = execution("FILLED", taxes=[{"type": "TOTAL", "amount": "1,5"}])
     filled = order_event("FILLED", at=0, executions=[bad, execution("FILLED", execution="other")])
@@ -216,7 +216,7 @@ def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unnoticed")
-def test_what_the_screening_does_not_see_is_found_by_bisecting(given: Given):
+def test_an_error_that_screening_misses_is_found_by_bisection(given: Given):
     """A rule of the table itself, say, that no declaration mentions."""
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT no_big_fee CHECK (fee < 100)")
     events = [
@@ -271,7 +271,7 @@ def test_half_of_many_events_breaks_a_projector_too(given: Given):
     assert refused.value.exit_code is ExitCode.REFUSED
 
 
-def test_a_rebuild_makes_a_broken_projector_live_again(given: Given):
+def test_a_rebuild_repairs_a_broken_projector(given: Given):
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (side <> 'BUY')")
     events = [order_event("NEW", at="10:00:00", order=str(number)) for number in range(8)]
     given(events).project(orders, limits=Limits(rejected_max=3))
@@ -287,7 +287,7 @@ def test_a_rebuild_makes_a_broken_projector_live_again(given: Given):
 
 @pytest.mark.both_postgres
 @pytest.mark.usefixtures("unnoticed")
-def test_a_dead_letter_retried_after_a_fix_gives_the_right_rows_whenever_that_is(given: Given):
+def test_a_dead_letter_retried_at_any_time_after_a_fix_gives_the_right_rows(given: Given):
     given.execute("ALTER TABLE upvest.orders ADD CONSTRAINT wrong CHECK (fee < 100)")
     given([order_event("NEW", at="10:00:00", fee="500")])
     given([order_event("NEW", at="10:00:00", order="other", fee="500")]).project(orders)
@@ -362,7 +362,7 @@ def may_be_moment(value: str) -> bool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.both_postgres
-def test_any_value_is_applied_by_the_rules_or_named(given: Given, pg_version):
+def test_any_value_is_applied_by_the_rules_or_its_column_is_named(given: Given, pg_version):
     """The statement and the screening agree on every text, and both with the rules in Python."""
 
     @settings(

@@ -142,7 +142,7 @@ def test_a_killed_demo_leaves_nothing(room):
     until(room.is_empty, "processes and folders of a killed demo go")
 
 
-def test_a_cent_too_much_is_found_and_the_demo_fails(room):
+def test_the_demo_fails_if_an_amount_is_wrong_by_a_cent(room):
     with subprocess.Popen(DEMO, env=room.environment, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         opening = read_until(running.stdout, "2  A day at a broker")
@@ -165,7 +165,7 @@ def test_a_cent_too_much_is_found_and_the_demo_fails(room):
     assert not room.processes()
 
 
-def test_on_a_terminal_it_stays_up_until_ctrl_c(room):
+def test_on_a_terminal_the_demo_runs_until_ctrl_c(room):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 92, 0, 0))
     running = subprocess.Popen(
@@ -231,7 +231,7 @@ class Terminal:
         return bool(more)
 
 
-def test_the_ledger_tells_missing_extra_and_changed_records():
+def test_the_ledger_reports_missing_extra_and_changed_records():
     ledger = Ledger()
     for offset, value in enumerate([b"first", b"second", None]):
         ledger.note("topic", 0, Offset(offset), Record("topic", 0, None, value, (), 0))

@@ -31,7 +31,7 @@ def found(given) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("change", "name"), CHANGES.items())
-def test_what_was_dropped_or_changed_is_found_until_migrate_has_repaired_it(given, change, name):
+def test_a_dropped_or_changed_object_is_reported_until_migrate_repairs_it(given, change, name):
     given([order_event("NEW", at=1)]).project(orders)
     before = found(given)
 

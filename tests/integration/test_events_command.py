@@ -29,7 +29,7 @@ def types(result):
     return [one["event_type"] for one in result.lines]
 
 
-def test_an_entitys_timeline_comes_in_the_order_in_which_its_events_arose(given, find):
+def test_an_entitys_timeline_is_in_the_order_of_its_events_times(given, find):
     given([order_event("FILLED", at=30)], partition=0)
     given([order_event("NEW", at=10), order_event("NEW", at=11, order="other")], partition=1)
     given([order_event("PROCESSING", at=20)], partition=2)
@@ -66,7 +66,7 @@ def test_types_are_found_alone_and_by_category(given, find, wanted, found):
     assert types(find("--type", wanted, "--json")) == found
 
 
-def test_the_newest_are_shown_and_the_oldest_of_them_first(given, find):
+def test_the_newest_events_are_shown_in_ascending_order(given, find):
     for number in range(6):
         given([order_event("NEW", at=number, order=str(number))], partition=number % 3)
 
@@ -87,7 +87,7 @@ def test_the_newest_are_shown_and_the_oldest_of_them_first(given, find):
         ("Nonsense", set()),
     ],
 )
-def test_a_place_names_a_topic_a_partition_or_offsets(given, find, place, offsets):
+def test_a_search_is_limited_to_a_topic_a_partition_or_offsets(given, find, place, offsets):
     given([order_event("NEW", at=n) for n in range(5)])
 
     result = find("--at", place, "--json")
@@ -95,7 +95,7 @@ def test_a_place_names_a_topic_a_partition_or_offsets(given, find, place, offset
     assert {one["offset"] for one in result.lines} == offsets
 
 
-def test_since_and_until_are_about_coming_into_the_log(given, find):
+def test_since_and_until_are_times_of_ingestion(given, find):
     given([order_event("NEW", at=1)])
     between = datetime.now(UTC)
     given([order_event("FILLED", at=2)])
@@ -111,7 +111,7 @@ def test_since_and_until_are_about_coming_into_the_log(given, find):
     assert (nothing.out, nothing.err[:15]) == ("", "No events found")
 
 
-def test_a_search_that_no_index_answers_looks_back_a_day_unless_told(given, find):
+def test_a_search_without_an_index_covers_one_day_by_default(given, find):
     given([b"{", order_event("NEW", at=1)])
     given.execute(
         "SET LOCAL session_replication_role = replica; "
@@ -124,7 +124,7 @@ def test_a_search_that_no_index_answers_looks_back_a_day_unless_told(given, find
     assert types(find("--at", f"{TOPIC}:0:1", "--type", "ORDER", "--json")) == ["ORDER.NEW"]
 
 
-def test_contents_are_shown_only_when_asked_for_and_then_unchanged(given, find):
+def test_payloads_are_shown_unchanged_and_only_on_request(given, find):
     given([order_event("NEW", at=1, cash_amount=BIG), b'{"id": 1', None])
 
     without = find("--json")
@@ -148,7 +148,7 @@ def test_numbers_of_a_payload_are_not_rounded_on_their_way_out(given, find):
     assert f'"cash_amount": {BIG}' in find("--json", "--payload").out
 
 
-def test_an_event_cannot_play_tricks_on_the_terminal(given, find):
+def test_an_event_cannot_control_the_terminal(given, find):
     given([event("EVIL\x1b[31m\u202e", {"id": some_id("x"), "status": "\x07\n"})])
 
     result = find("--payload")
@@ -158,7 +158,7 @@ def test_an_event_cannot_play_tricks_on_the_terminal(given, find):
     assert not {"\x1b", "\x07", "\u202e"} & set(result.out)
 
 
-def test_following_shows_each_event_once_as_it_comes(given):
+def test_following_shows_each_event_once_as_it_arrives(given):
     given([order_event("NEW", at=1, order="before")])
     commands = Commands(database_url=given.database.dsn)
 
@@ -174,7 +174,7 @@ def test_following_shows_each_event_once_as_it_comes(given):
     assert sorted(found) == sorted(some_id(str(n)) for n in range(4))
 
 
-def test_following_from_a_moment_begins_there_and_ends_with_ctrl_c(given):
+def test_following_from_a_time_begins_there_and_ends_with_ctrl_c(given):
     given([order_event("NEW", at=1)])
     commands = Commands(database_url=given.database.dsn)
 

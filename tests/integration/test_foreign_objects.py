@@ -56,7 +56,7 @@ ORDERS = with_models(with_field(orders, "execution_flow", personal=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_object_of_somebody_else_is_unchanged(given, cast, kind):
+def test_an_object_of_another_owner_is_unchanged(given, cast, kind):
     anna = cast.login("analyst")
     with given.database.connect() as db:
         for name in NAMES:
@@ -77,7 +77,7 @@ def test_an_object_of_somebody_else_is_unchanged(given, cast, kind):
 
 
 @pytest.mark.parametrize("kind", ["table", "view", "materialized view"])
-def test_what_has_the_name_of_a_plain_view_is_named_and_kept(given, cast, kind):
+def test_an_object_with_the_name_of_a_plain_view_is_named_and_kept(given, cast, kind):
     anna = cast.login("analyst")
     given.execute("DROP VIEW upvest.users")
     with given.database.connect() as db:
@@ -135,7 +135,7 @@ def test_views_of_analysts_on_a_plain_view_survive_and_show_nothing(given, cast)
 
 
 @pytest.mark.parametrize("to", ["PUBLIC", "a role of the DBA", "one column"])
-def test_access_given_by_other_ways_is_closed_too(given, cast, to):
+def test_access_that_was_granted_otherwise_is_revoked_too(given, cast, to):
     login = cast.login()
     whom = "PUBLIC" if to == "PUBLIC" else login
     columns = "(execution_flow)" if to == "one column" else ""

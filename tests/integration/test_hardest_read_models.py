@@ -258,7 +258,7 @@ def content(given: Given, story: Story) -> Mapping[str, list[tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_holds_what_it_is_sent_in_whatever_order(given: Given, name):
+def test_a_read_model_is_the_same_in_any_order_of_events(given: Given, name):
     story = STORIES[name]
     start(given, story.projector)
     expected = {"rows": sorted(story.rows, key=repr), "children": list(story.children)}
@@ -295,7 +295,7 @@ def test_wrong_events_are_named_with_their_column_and_the_others_are_applied(
     assert (difference.differing, difference.dead_letters) == (0, len(story.wrong))
 
 
-def test_together_they_take_the_same_log(given: Given):
+def test_all_hard_read_models_apply_the_same_log(given: Given):
     create_tables(given.engine, *PLANNED)
     events = [sent for name in NAMES for sent in STORIES[name].sent]
     random.Random(3).shuffle(events)

@@ -74,7 +74,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_no_command_prints_what_fools_a_terminal(hostile, run, command):
+def test_no_command_prints_control_characters(hostile, run, command):
     for_people, for_programs = run(*command), run(*command, "--json")
 
     assert for_people.out.count("topic ") >= len(HOSTILE)

@@ -259,7 +259,7 @@ def test_aborted_records_are_left_out_and_markers_leave_no_lag(kafka, topic, dat
     assert offset_rows(database)[name, 0].lag == 0
 
 
-def test_an_open_transaction_is_waited_for_by_a_running_ingest(kafka, topic, database, settings):
+def test_a_running_ingest_waits_for_an_open_transaction(kafka, topic, database, settings):
     name = topic(1)
     before = Ledger(kafka.bootstrap_servers).send(name, numbered(2)).flush()
     ledger = Ledger(kafka.bootstrap_servers, {"transactional.id": name})
@@ -313,7 +313,9 @@ def test_a_compacted_topic_is_read_with_its_holes_and_tombstones(
 
 
 @pytest.mark.parametrize("odd", [0, 3, 10, 1_000_000])
-def test_what_kafka_has_committed_decides_nothing(kafka, topic, database, settings, ledger, odd):
+def test_the_offsets_committed_to_kafka_decide_nothing(
+    kafka, topic, database, settings, ledger, odd
+):
     name = topic(1)
     ledger.send(name, numbered(10)).flush()
     ingest_until_end(settings(name))

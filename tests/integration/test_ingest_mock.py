@@ -113,7 +113,7 @@ def produce_with_a_header_named(name, bootstrap_servers):
     library.rd_kafka_destroy(producer)
 
 
-def test_a_header_that_the_client_cannot_read_costs_the_headers_only(
+def test_a_header_that_the_client_cannot_read_empties_only_the_headers(
     database, settings, ledger, mock_broker
 ):
     # So many that the interpreter has specialized the calls.
@@ -146,7 +146,7 @@ def test_a_running_ingest_continues_when_the_broker_is_available_again(
     assert timeless(logged(database, TOPIC)) == timeless(ledger.records)
 
 
-def test_a_restored_database_is_filled_again_although_no_record_arrives(database, settings, ledger):
+def test_a_restored_database_is_filled_again_without_new_records(database, settings, ledger):
     """A backup from when the running worker had claimed already: the epoch is the same."""
     ledger.send(TOPIC, numbered(20)).flush()
 
@@ -261,7 +261,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
 @pytest.mark.parametrize(
     ("bits", "ids"), [((0, 0), {}), ((0, 7), {TOPIC: "AAAAAAAAAAAAAAAAAAAABw"})]
 )
-def test_a_topic_id_of_zeros_is_none(settings, monkeypatch, bits, ids):
+def test_a_topic_id_of_zeros_is_no_id(settings, monkeypatch, bits, ids):
     """Brokers before Kafka 2.8 leave the field as it is; every topic would seem to be the same."""
     brokers = Brokers(settings())
     answer: Future[Any] = Future()

@@ -291,7 +291,7 @@ def test_another_database_that_joins_the_group_later_is_detected(
     ]
 
 
-def test_two_groups_on_one_database_do_not_take_turns_for_ever(
+def test_two_groups_on_one_database_do_not_replace_each_other_forever(
     topic, database, settings, ledger, monkeypatch
 ):
     """Safe, but each would take the partitions from the other for ever."""

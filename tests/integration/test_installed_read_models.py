@@ -60,7 +60,7 @@ def pipeline(request, given):
     return run
 
 
-def test_its_read_models_and_views_take_part_in_everything(given, pipeline):
+def test_read_models_and_views_of_a_package_take_part_in_every_command(given, pipeline):
     cast = Cast(given.database)
     body = {"id": some_id("letter"), "user_id": some_id("user"), "street": "Elm", "stamp": "blue"}
     given([event("LETTER.SENT", body)])
@@ -98,7 +98,7 @@ def test_its_read_models_and_views_take_part_in_everything(given, pipeline):
     cast.end()
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path):
+def test_a_package_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "orders.py").write_text("import nothing_of_this_name\n")
 
     with pytest.raises(Exception, match=r"orders\.py cannot be loaded: ModuleNotFoundError"):

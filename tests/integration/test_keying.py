@@ -30,7 +30,7 @@ def simulated(keying: Keying, **options) -> Simulation:
 
 
 @pytest.mark.parametrize("chaos", [None, Chaos()], ids=["calm", "chaos"])
-def test_by_tenant_one_partition_has_everything_and_otherwise_all_have_some(chaos):
+def test_keyed_by_tenant_one_partition_has_every_record(chaos):
     used = {
         keying: {record.partition for record in simulated(keying, chaos=chaos)} for keying in Keying
     }

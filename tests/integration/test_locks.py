@@ -104,7 +104,7 @@ def test_whatever_a_reader_can_lock_stops_no_command(given, analyst):
     assert taken <= {"ACCESS SHARE", "advisory"}
 
 
-def test_a_lock_is_held_over_many_transactions_and_holds_back_no_vacuum(given):
+def test_a_lock_is_held_over_many_transactions_and_does_not_block_vacuum(given):
     with locks.held(given.engine, "something") as ours:
         with (
             pytest.raises(LockTakenError, match=r"process \d+ on host .*PostgreSQL session"),
@@ -142,7 +142,7 @@ def test_a_lock_whose_session_is_ended_can_be_taken_and_is_no_longer_confirmed(g
             lost.confirm(db)
 
 
-def test_who_waits_for_a_lock_reports_who_holds_it(given, capsys):
+def test_a_session_that_waits_for_a_lock_reports_its_holder(given, capsys):
     impatient = SessionLimits(lock_wait=timedelta(seconds=3))
     engine = open_engine(given.database.url, application="test", limits=impatient)
     with given.database.connect(autocommit=False) as holder:

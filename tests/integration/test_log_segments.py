@@ -98,7 +98,7 @@ def test_segments_of_another_span_fit_between_their_neighbours(engine):
     ]  # fmt: skip
 
 
-def test_an_offset_in_a_hole_has_no_segment_until_it_is_created(engine):
+def test_an_offset_between_segments_has_no_segment_until_it_is_created(engine):
     make(engine, "orders", 0)
     make(engine, "orders", 2000)
 
@@ -109,7 +109,7 @@ def test_an_offset_in_a_hole_has_no_segment_until_it_is_created(engine):
     write(engine, Partition("orders", 0), 0, 1500, 2000)
 
 
-def test_two_workers_that_want_the_same_segment_get_the_same_one(engine):
+def test_two_workers_that_need_the_same_segment_create_it_once(engine):
     together = threading.Barrier(4)
 
     def want(topic: str) -> tuple[int, int]:

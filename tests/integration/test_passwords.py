@@ -101,9 +101,7 @@ def test_a_password_of_kafka_that_is_changed_in_its_file_is_used(user, database,
 
 
 @pytest.mark.kafka
-def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
-    user, database, monkeypatch
-):
+def test_a_wrong_password_of_kafka_is_tried_rarely_and_ends_with_78(user, database, monkeypatch):
     monkeypatch.setattr(outages, "GRACE_S", 10.0)
     monkeypatch.setattr(states, "SEEN_S_MAX", 6.0)
     user.send()
@@ -142,7 +140,9 @@ def test_a_password_of_kafka_that_stays_wrong_is_tried_seldom_and_ends_with_78(
 
 
 @pytest.mark.postgres
-def test_a_password_of_postgresql_is_read_again_and_a_wrong_one_is_tried_once(secured_postgres):
+def test_a_password_of_postgresql_is_read_again_and_a_wrong_password_is_tried_once(
+    secured_postgres,
+):
     user = f"u{os.urandom(4).hex()}"
     secured_postgres.add_user(user)
     url = secured_postgres.dsn(user)

@@ -31,7 +31,7 @@ def test_an_order_that_arrives_after_its_fill_stays_filled(given: Given):
     assert [row.status for row in rows] == ["FILLED"]
 
 
-def test_every_value_lands_in_its_type(given: Given):
+def test_every_value_is_stored_in_its_type(given: Given):
     placed = order_event(
         "NEW",
         at="10:00:00.123456",
@@ -69,7 +69,7 @@ def test_a_log_that_begins_late_and_is_empty_has_an_end(given: Given):
     assert len(rows) == 1
 
 
-def test_the_sample_gives_what_it_says(given: Given):
+def test_the_sample_gives_the_rows_that_it_documents(given: Given):
     events = sample_events()
     newest = {}
     for event in events:

@@ -84,7 +84,7 @@ def pass_over(given: Given, first: int, end: int, *projectors) -> dict[str, Resu
 
 
 @pytest.mark.both_postgres
-def test_those_who_stand_together_are_committed_together(given: Given):
+def test_projectors_at_the_same_offsets_are_committed_together(given: Given):
     """One REPEATABLE READ transaction shows all read models at one instant of the log."""
     given(sample_events()).project(*ALL)
 
@@ -92,7 +92,7 @@ def test_those_who_stand_together_are_committed_together(given: Given):
     assert len(transactions(given)) == 1
 
 
-def test_a_table_that_is_held_is_left_out_and_nobody_waits(given: Given):
+def test_a_locked_table_is_left_out_and_no_projector_waits(given: Given):
     given([order_event("NEW", at=0), execution_event("FILLED", at=1)])
     given.project(*BOTH)
     given([order_event("FILLED", at=2), execution_event("SETTLED", at=3)])
@@ -107,7 +107,7 @@ def test_a_table_that_is_held_is_left_out_and_nobody_waits(given: Given):
     assert [row.status for row in given.rows("orders")] == ["FILLED"]
 
 
-def test_who_was_held_up_rejoins_the_others(given: Given, running):
+def test_a_projector_that_was_blocked_rejoins_the_others(given: Given, running):
     """While the log grows, too: or each would always be one range behind the other."""
     rejoined = threading.Event()
 
@@ -133,7 +133,7 @@ def test_who_was_held_up_rejoins_the_others(given: Given, running):
             writer.join()
 
 
-def test_a_turn_that_is_somebody_elses_is_left_out(given: Given):
+def test_a_projector_that_another_worker_runs_is_left_out(given: Given):
     given([order_event("NEW", at=0), event_for_nobody()])
     with transaction(given.engine) as db:
         registry.register(db, ["orders", "users"])
@@ -155,7 +155,7 @@ def event_for_nobody():
 
 
 @pytest.mark.both_postgres
-def test_two_workers_at_once_do_everything_once(given: Given, running):
+def test_two_concurrent_workers_apply_every_event_once(given: Given, running):
     events = sample_events()
     for partition in range(4):
         given(events[partition::4], partition=partition)
@@ -205,7 +205,7 @@ def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
     assert places(given) == {("orders", 0): 5100}
 
 
-def test_a_new_event_is_projected_on_the_hint_long_before_the_poll(given: Given, running):
+def test_a_new_event_is_projected_on_notification_before_the_poll(given: Given, running):
     given([order_event("NEW", at=0)])
     running(orders, limits=Limits(poll_interval=timedelta(hours=1)))
     eventually(lambda: len(given.rows("orders")) == 1)
@@ -215,7 +215,7 @@ def test_a_new_event_is_projected_on_the_hint_long_before_the_poll(given: Given,
     eventually(lambda: len(given.rows("orders")) == 2)
 
 
-def test_a_hint_that_is_lost_is_made_good_by_the_poll(given: Given, running, monkeypatch):
+def test_the_poll_finds_events_after_a_lost_notification(given: Given, running, monkeypatch):
     monkeypatch.setattr("pipeline.log.append.NOTIFY", text("SELECT 1"))
     given([order_event("NEW", at=0)])
     running(orders, limits=Limits(poll_interval=timedelta(milliseconds=20)))
@@ -226,7 +226,7 @@ def test_a_hint_that_is_lost_is_made_good_by_the_poll(given: Given, running, mon
     eventually(lambda: len(given.rows("orders")) == 2)
 
 
-def test_until_the_end_is_the_end_that_was_there_at_the_start(given: Given):
+def test_until_end_means_the_end_at_the_start(given: Given):
     given([order_event("NEW", at=0)])
     added: list[Given] = []
 
@@ -265,7 +265,7 @@ def test_a_stale_projector_is_named_and_left_out_until_it_is_rebuilt(given: Give
     assert len(given.rows("orders")) == 3
 
 
-def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
+def test_a_checkpoint_that_was_moved_by_hand_stops_the_loop(given: Given):
     given([order_event("NEW", at=0)]).project(orders)
 
     with (
@@ -278,7 +278,7 @@ def test_a_checkpoint_that_was_moved_by_hand_stops_everything(given: Given):
 
 
 @pytest.mark.faults
-def test_a_server_that_restarts_is_waited_for():
+def test_the_loop_waits_for_a_server_that_restarts():
     """The same loop continues by itself, as often as needed."""
     with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
         migrate(database.url)
@@ -302,7 +302,7 @@ def test_a_server_that_restarts_is_waited_for():
             given.close()
 
 
-def test_a_right_that_is_missing_for_a_moment_is_waited_for(given: Given, running):
+def test_the_loop_waits_for_a_right_that_is_missing_for_a_moment(given: Given, running):
     """Passwords get rotated, migrations take their time."""
     given([order_event("NEW", at=0)])
     worker = running(orders, limits=Limits(poll_interval=timedelta(milliseconds=10)))
@@ -345,7 +345,7 @@ def test_a_right_that_stays_missing_ends_the_loop(given: Given, monkeypatch):
         run_projection(given.engine, [orders], observe=take_away)
 
 
-def test_a_right_that_was_never_there_ends_the_loop_at_once(given: Given):
+def test_a_right_that_never_existed_ends_the_loop_at_once(given: Given):
     given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
 
     with pytest.raises(ConfigurationError):
@@ -353,7 +353,7 @@ def test_a_right_that_was_never_there_ends_the_loop_at_once(given: Given):
 
 
 @pytest.mark.faults
-def test_a_one_shot_run_does_not_wait_for_ever(monkeypatch):
+def test_a_one_shot_run_does_not_wait_forever(monkeypatch):
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.2)
     with PostgresServer(18, settings=FAST_AND_UNSAFE) as server, fresh_database(server) as database:
         migrate(database.url)

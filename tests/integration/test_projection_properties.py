@@ -140,7 +140,7 @@ def test_one_log_gives_one_set_of_tables_however_it_is_projected(harder: Given, 
 
 
 @pytest.mark.both_postgres
-def test_a_rebuild_by_several_is_that_by_one(harder: Given, pg_version):
+def test_a_rebuild_by_several_jobs_equals_a_rebuild_by_one(harder: Given, pg_version):
     """Ranges of one partition at once, in any order, with the same keys and parents in many."""
     run_projection(harder.engine, PROJECTORS, until_end=True)
     rejected = letters(harder)

@@ -140,7 +140,7 @@ def test_both_halves_share_one_line_per_minute(clock):
     assert counted.totals == {"ingested": 3000, "projected": 3000}
 
 
-def test_a_half_that_restarts_is_counted_further(clock):
+def test_counts_continue_when_half_of_run_restarts(clock):
     counted = Tally()
     for _ in range(2):
         counted.of_projection()(Projected(70, 0))
@@ -148,7 +148,7 @@ def test_a_half_that_restarts_is_counted_further(clock):
     assert counted.totals == {"projected": 140}
 
 
-def test_a_backlog_that_is_worked_off_is_logged_and_a_trickle_is_not():
+def test_the_end_of_a_backlog_is_logged_and_a_trickle_is_not():
     seen = CaughtUp(100)
 
     with structlog.testing.capture_logs() as lines:
@@ -162,7 +162,7 @@ def test_a_backlog_that_is_worked_off_is_logged_and_a_trickle_is_not():
     assert [(line["event"], line["after_s"]) for line in lines] == [("projection_caught_up", 10)]
 
 
-def test_every_event_at_level_info_was_chosen():
+def test_every_event_at_level_info_is_listed():
     """A new one is added here by somebody who has asked how often it comes."""
     root = Path(pipeline.__file__).parent
     found = {

@@ -126,7 +126,7 @@ def test_the_newest_version_stays_whatever_arrives_after_it(given: Given, case: 
     assert [getattr(row, case.column) for row in rows_again] == [case.wins]
 
 
-def test_a_check_is_told_by_how_far_it_has_come_not_by_the_clock(given: Given):
+def test_the_furthest_state_of_a_check_wins_not_the_latest_time(given: Given):
     """A check has no time of its own, and the clocks of events may differ."""
     passed = sent("USER_CHECK.CREATED", "10:00:00", status="PASSED")
     begun = sent("USER_CHECK.CREATED", "10:00:05", status="IN_PROGRESS")
@@ -163,7 +163,7 @@ def test_at_the_same_time_an_end_beats_a_step(given: Given, kind: str, end: str,
     assert [row.status for row in rows] == [end]
 
 
-def test_states_that_alternate_stand_side_by_side_and_the_event_s_time_decides(given: Given):
+def test_the_time_decides_between_alternating_states(given: Given):
     locked = sent("ACCOUNT.CREATED", "10:00:00", status="LOCKED")
     active = sent("ACCOUNT.CREATED", "10:00:00", status="ACTIVE") | {
         "created_at": moment("10:00:03")
@@ -188,7 +188,7 @@ def test_repeats_change_nothing(given: Given):
     assert contents(given.engine, PROJECTORS.values(), machinery=False) == before
 
 
-def test_every_table_that_is_truncated_alone_heals(given: Given):
+def test_every_truncated_table_is_filled_again(given: Given):
     """Parents and children alike, and nothing else is harmed."""
     given(SAMPLE).project(*PROJECTORS.values())
     before = contents(given.engine, PROJECTORS.values())
@@ -302,7 +302,7 @@ REFUSED: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-def test_a_bad_value_costs_its_event_and_its_neighbours_land(given: Given):
+def test_a_bad_value_rejects_only_its_event(given: Given):
     given(SAMPLE).project(*PROJECTORS.values())
     good = contents(given.engine, PROJECTORS.values(), machinery=False)
     bad = [sent(kind, "23:59:59", **changes) for _, kind, _, changes in REFUSED]
@@ -333,7 +333,7 @@ def test_a_refused_change_of_data_never_touches_the_user(given: Given):
     assert given.query("SELECT * FROM pipeline.dead_letters") == []
 
 
-def test_a_user_says_where_they_live_and_what_they_agreed_to(given: Given):
+def test_a_user_has_an_address_and_consents(given: Given):
     agreed = {"consent_document_id": some_id("terms"), "confirmed_at": "2026-01-12T08:00:00Z"}
     created = sent(
         "USER.CREATED",
@@ -389,7 +389,7 @@ def test_members_are_replaced_with_the_group(given: Given):
     assert [(str(row.user_id), row.role) for row in remaining] == [(some_id("child"), "CHILD")]
 
 
-def test_a_member_without_role_does_not_cost_the_group(given: Given):
+def test_a_member_without_role_does_not_reject_the_group(given: Given):
     """Upvest's schema requires neither the member's id nor its role."""
     group = sent("ACCOUNT_GROUP.CREATED", "10:00:00", users=[{"id": some_id("x")}, {}])
 
@@ -475,7 +475,7 @@ def test_a_value_date_may_be_a_bare_date(given: Given):
     assert row.value_date == datetime(2026, 1, 14, tzinfo=UTC)
 
 
-def test_each_refused_cancellation_is_a_row_and_a_repeat_is_none(given: Given):
+def test_each_refused_cancellation_is_one_row_even_when_repeated(given: Given):
     first = sent("ORDER_CANCELLATION.REJECTED", "10:00:00", reason="too late")
     second = sent("ORDER_CANCELLATION.REJECTED", "10:00:01", reason="still too late")
 
@@ -489,7 +489,7 @@ def test_each_refused_cancellation_is_a_row_and_a_repeat_is_none(given: Given):
     assert len(rows) == 2
 
 
-def test_balances_of_one_second_are_told_apart_by_their_place(given: Given):
+def test_balances_of_the_same_second_are_ordered_by_offset(given: Given):
     """A fee collection gives several balances inside one second, with whole-second clocks."""
     given([sent("CASH_BALANCE.UPDATED", "10:00:00", balance=value) for value in ("9", "8", "7")])
 
@@ -509,7 +509,7 @@ ISINS = [
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
-def test_every_isin_an_instrument_had_is_kept_in_whatever_order_they_come(given: Given, order):
+def test_every_isin_of_an_instrument_is_kept_in_any_order_of_arrival(given: Given, order):
     isins = PROJECTORS["instrument_isins"]
 
     for place in order:
@@ -525,7 +525,7 @@ def test_every_isin_an_instrument_had_is_kept_in_whatever_order_they_come(given:
     ]
 
 
-def test_an_isin_counts_from_the_event_where_the_instrument_tells_no_time(given: Given):
+def test_an_isin_is_valid_from_its_event_if_the_instrument_has_no_time(given: Given):
     untimed = sent("INSTRUMENT.ONBOARDED", "10:00:00", updated_at="")
 
     (row,) = given([untimed]).project(PROJECTORS["instrument_isins"])
@@ -533,7 +533,7 @@ def test_an_isin_counts_from_the_event_where_the_instrument_tells_no_time(given:
     assert row.first_seen == row.last_seen == datetime(2026, 1, 12, 10, tzinfo=UTC)
 
 
-def test_an_instrument_without_isin_has_none_to_keep(given: Given):
+def test_an_instrument_without_isin_has_no_row_of_isins(given: Given):
     given([sent("INSTRUMENT.ONBOARDED", "10:00:00", isin="")])
 
     assert given.project(PROJECTORS["instrument_isins"]) == []
@@ -541,7 +541,7 @@ def test_an_instrument_without_isin_has_none_to_keep(given: Given):
 
 
 @pytest.mark.parametrize("changes", [{"id": "x"}, {"updated_at": "now"}, {"id": None}], ids=str)
-def test_an_isin_of_a_bad_event_is_put_aside_alone(given: Given, changes):
+def test_only_the_bad_event_of_an_instrument_is_a_dead_letter(given: Given, changes):
     good = [sent("INSTRUMENT.ONBOARDED", hour, isin=f"DE{hour:010}") for hour in range(20)]
     bad = sent("INSTRUMENT.ONBOARDED", "10:00:00", **changes)
 

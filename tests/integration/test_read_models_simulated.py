@@ -62,7 +62,7 @@ def broker(request: pytest.FixtureRequest, postgres_server_18, _templates) -> It
         broker.given.close()
 
 
-def test_every_read_model_says_what_the_books_say(broker: Broker):
+def test_every_read_model_equals_the_books(broker: Broker):
     for table in broker.books.tables:
         columns = ", ".join(broker.books.columns(table))
         found = broker.given.query(f"SELECT {columns} FROM {full(table)}")
@@ -86,7 +86,7 @@ def test_every_read_model_equals_its_rebuild(broker: Broker, projector: Projecto
     assert (difference.differing, difference.behind) == (0, 0)
 
 
-def test_bad_amounts_and_nothing_else_are_put_aside(broker: Broker):
+def test_only_events_with_bad_amounts_are_dead_letters(broker: Broker):
     letters = broker.given.query(
         "SELECT e.event_id::text, e.event_type FROM pipeline.dead_letters l "
         'JOIN pipeline.events e USING (topic, "partition", "offset")'

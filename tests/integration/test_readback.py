@@ -335,7 +335,7 @@ MANY = settings(
         ),
     ]
 )
-def test_what_a_producer_may_write_is_shown_as_it_is_stored(log, run, taken):
+def test_any_value_of_a_producer_is_shown_as_stored(log, run, taken):
     given = log()
     append(given, taken)
 
@@ -350,7 +350,7 @@ def test_what_a_producer_may_write_is_shown_as_it_is_stored(log, run, taken):
 
 @MANY
 @over(data=st.data())
-def test_what_the_columns_can_hold_is_shown_as_it_is_stored(log, run, data):
+def test_any_value_that_a_column_can_hold_is_shown_as_stored(log, run, data):
     given = log()
     append(given, [reading.Record("orders", 0, 0, b"{}", None, None, None, 0)])
     with given.database.connect() as db:
@@ -374,7 +374,7 @@ def test_what_the_columns_can_hold_is_shown_as_it_is_stored(log, run, data):
 
 @settings(MANY, max_examples=2)
 @over(data=st.data())
-def test_what_the_columns_can_hold_stops_no_command_that_reads_kafka_too(
+def test_any_value_that_a_column_can_hold_stops_no_command_that_reads_kafka(
     log, shared, monkeypatch, capsys, kafka_of_orders, data
 ):
     """It finds what is wrong with it, perhaps, and says so."""
@@ -473,7 +473,7 @@ def assert_gaps_shown_as_stored(given, shown):
         ["dead-letters", "show", "orders:0:" + "9" * 40],
     ],
 )
-def test_what_no_column_can_hold_is_wrong_usage(shared, monkeypatch, capsys, arguments):
+def test_a_value_that_no_column_can_hold_is_wrong_usage(shared, monkeypatch, capsys, arguments):
     here = InProcess(monkeypatch, capsys)
 
     result = here(Commands(database_url=shared.database.dsn), *arguments)
@@ -482,7 +482,7 @@ def test_what_no_column_can_hold_is_wrong_usage(shared, monkeypatch, capsys, arg
     assert "Traceback" not in result.err
 
 
-def test_a_dead_letter_whose_event_is_gone_is_shown_and_never_counted_as_landed(log, run):
+def test_a_dead_letter_without_its_event_is_shown_and_never_counted_as_applied(log, run):
     given = log()
     given.execute(
         'INSERT INTO pipeline.dead_letters (projector, topic, partition, "offset", sqlstate) '

@@ -43,7 +43,7 @@ def projected(given: Given) -> Given:
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("projector", BOTH, ids=lambda projector: projector.name)
-def test_a_rebuild_of_sound_tables_finds_nothing_to_repair(projected: Given, projector):
+def test_a_rebuild_of_intact_tables_finds_no_difference(projected: Given, projector):
     before = contents(projected.engine, BOTH)
 
     difference = rebuild(projected.engine, projector, chunk_offsets=100)
@@ -89,7 +89,7 @@ def test_a_check_reports_and_changes_nothing(projected: Given):
     assert nothing_is_left_behind(projected)
 
 
-def test_a_check_begins_again_when_the_table_is_truncated_under_it(projected: Given):
+def test_a_check_restarts_when_its_table_is_truncated(projected: Given):
     truncated = threading.Event()
 
     def truncate(_progress: RebuildProgress) -> None:
@@ -103,9 +103,7 @@ def test_a_check_begins_again_when_the_table_is_truncated_under_it(projected: Gi
     assert nothing_is_left_behind(projected)
 
 
-def test_a_check_of_a_table_that_is_truncated_again_and_again_gives_up(
-    projected: Given, monkeypatch
-):
+def test_a_check_of_a_repeatedly_truncated_table_gives_up(projected: Given, monkeypatch):
     monkeypatch.setattr("pipeline.rebuild.rebuild.TRUNCATIONS_MAX", 1)
 
     with pytest.raises(TransientError, match="was truncated 3 times"):
@@ -140,7 +138,7 @@ def test_a_difference_of_spelling_is_a_difference(projected: Given):
     assert check(projected.engine, orders).changed == 1
 
 
-def test_a_check_compares_at_the_live_place_however_far_the_log_goes_on(projected: Given):
+def test_a_check_compares_at_the_live_checkpoint_while_the_log_grows(projected: Given):
     projected([order_event("NEW", at="10:00:00")])
 
     assert check(projected.engine, orders).differing == 0
@@ -149,7 +147,7 @@ def test_a_check_compares_at_the_live_place_however_far_the_log_goes_on(projecte
     assert check(projected.engine, orders).differing == 0
 
 
-def test_a_rebuild_takes_what_the_live_projector_has_not_taken(projected: Given):
+def test_a_rebuild_applies_events_after_the_live_checkpoint(projected: Given):
     projected([order_event("NEW", at="10:00:00")], partition=2)
 
     difference = rebuild(projected.engine, orders)
@@ -159,7 +157,7 @@ def test_a_rebuild_takes_what_the_live_projector_has_not_taken(projected: Given)
     assert projected.query("SELECT 1 FROM upvest.orders WHERE _partition = 2") != []
 
 
-def test_an_interrupted_rebuild_goes_on_where_it_was(projected: Given):
+def test_an_interrupted_rebuild_resumes_where_it_stopped(projected: Given):
     begin_and_stop_half_way(projected)
     seen: list[RebuildProgress] = []
 
@@ -172,7 +170,7 @@ def test_an_interrupted_rebuild_goes_on_where_it_was(projected: Given):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 @pytest.mark.parametrize("place", ["mid_rebuild@2", "before_swap", "after_swap"])
-def test_a_rebuild_that_dies_anywhere_is_resumed(projected: Given, place, armed, jobs):
+def test_a_rebuild_that_is_killed_anywhere_is_resumed(projected: Given, place, armed, jobs):
     projected.execute("DELETE FROM upvest.orders WHERE side = 'SELL'")
     before = contents(projected.engine, BOTH)
     armed(f"{place}:raise:57P01")
@@ -187,7 +185,7 @@ def test_a_rebuild_that_dies_anywhere_is_resumed(projected: Given, place, armed,
     assert nothing_is_left_behind(projected)
 
 
-def test_a_connection_that_breaks_ends_all_that_work_and_costs_nothing(projected: Given, armed):
+def test_a_broken_connection_ends_all_jobs_and_the_rebuild_can_be_resumed(projected: Given, armed):
     armed("mid_rebuild@3:disconnect")
 
     with pytest.raises(TransientError):
@@ -197,13 +195,13 @@ def test_a_connection_that_breaks_ends_all_that_work_and_costs_nothing(projected
     assert nothing_is_left_behind(projected)
 
 
-def test_a_range_that_ends_a_deadlock_is_taken_again(projected: Given, armed):
+def test_a_range_that_is_the_victim_of_a_deadlock_is_repeated(projected: Given, armed):
     armed("mid_rebuild@2:raise:40P01")
 
     assert rebuild(projected.engine, executions, chunk_offsets=50, jobs=2).differing == 0
 
 
-def test_each_range_is_told_until_there_is_nothing_left(projected: Given):
+def test_progress_reports_each_range_until_the_end(projected: Given):
     seen: list[RebuildProgress] = []
 
     rebuild(projected.engine, orders, chunk_offsets=20, jobs=3, observe=seen.append)
@@ -212,7 +210,7 @@ def test_each_range_is_told_until_there_is_nothing_left(projected: Given):
     assert max(seen) == (seen[0].total, seen[0].total)
 
 
-def test_whoever_helped_a_rebuild_that_another_has_taken_up_writes_nothing_more(projected: Given):
+def test_a_job_of_an_interrupted_rebuild_writes_nothing_after_another_resumes_it(projected: Given):
     """As one that was stopped for long, while its main connection was given up."""
     taken = 0
 
@@ -230,7 +228,7 @@ def test_whoever_helped_a_rebuild_that_another_has_taken_up_writes_nothing_more(
     assert rebuild(projected.engine, orders).differing == 0
 
 
-def test_a_rebuild_waits_for_who_worked_for_a_dead_one(projected: Given):
+def test_a_resumed_rebuild_waits_for_the_jobs_of_the_killed_one(projected: Given):
     """Its process is gone, but PostgreSQL has not noticed: a statement of it is under way."""
     begin_and_stop_half_way(projected)
     before = projected.scalar("SELECT count(*) FROM pipeline.rebuild_ranges")
@@ -252,7 +250,7 @@ def test_a_rebuild_waits_for_who_worked_for_a_dead_one(projected: Given):
     assert nothing_is_left_behind(projected)
 
 
-def test_a_rebuild_by_another_definition_begins_anew(projected: Given):
+def test_a_rebuild_by_another_definition_restarts(projected: Given):
     begin_and_stop_half_way(projected)
     projected.execute(
         "UPDATE pipeline.projectors SET fingerprint = 'another' WHERE projector = 'orders@rebuild'"
@@ -273,7 +271,7 @@ def test_a_second_rebuild_at_the_same_time_is_refused(projected: Given):
     assert rebuild(projected.engine, executions).differing == 0
 
 
-def test_in_place_empties_and_refills(projected: Given):
+def test_rebuild_in_place_empties_and_refills_the_table(projected: Given):
     before = contents(projected.engine, BOTH)
     projected.execute("UPDATE upvest.orders SET fee = 99")
 
@@ -295,7 +293,7 @@ def test_views_grants_and_comments_stay(projected: Given):
     assert projected.scalar("SELECT obj_description('upvest.orders'::regclass)") is not None
 
 
-def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monkeypatch):
+def test_a_rebuild_waits_for_a_session_that_locks_the_table(projected: Given, monkeypatch):
     held, asked = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -317,7 +315,7 @@ def test_a_rebuild_waits_for_somebody_who_holds_the_table(projected: Given, monk
     assert difference.differing == 0
 
 
-def test_rebuilds_beside_live_traffic_find_nothing_to_repair(given: Given):
+def test_rebuilds_during_live_traffic_find_no_difference(given: Given):
     """Two live workers and a writer continue; the count of differing rows must stay 0."""
     stop = threading.Event()
     events = sample_events()

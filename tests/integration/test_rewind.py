@@ -108,7 +108,7 @@ def differing(engine):
 
 
 @pytest.mark.both_postgres
-def test_history_from_before_the_log_began_comes_in_and_read_models_are_as_if_it_always_had_been(
+def test_history_before_the_first_offset_is_added_and_read_models_include_it(
     topic, database, settings, ledger, engine, pipeline
 ):
     name = topic(PARTITIONS)
@@ -154,7 +154,7 @@ def in_log_order(database, name):
     return found
 
 
-def test_a_hole_is_filled_and_nothing_else_is_touched(topic, database, settings, ledger, pipeline):
+def test_a_hole_is_filled_and_nothing_else_changes(topic, database, settings, ledger, pipeline):
     name = topic(1)
     ledger.send(name, numbered(5000)).flush()
     ingest_until_end(settings(name))
@@ -200,7 +200,7 @@ def test_records_of_aborted_transactions_stay_out(
     assert read_back(kafka.bootstrap_servers, name) == set(sender.records)
 
 
-def test_what_is_filled_is_in_segments_of_its_own(topic, database, settings, ledger, pipeline):
+def test_filled_records_are_in_segments_of_their_own(topic, database, settings, ledger, pipeline):
     name = topic(1)
     ledger.send(name, numbered(2500)).flush()
     ingest_until_end(settings(name, start="latest"))
@@ -213,7 +213,7 @@ def test_what_is_filled_is_in_segments_of_its_own(topic, database, settings, led
     assert set(in_log_order(database, name)) == set(ledger.records)
 
 
-def test_a_rewind_beside_live_traffic_loses_and_doubles_nothing(
+def test_a_rewind_during_live_traffic_loses_and_doubles_nothing(
     kafka, topic, database, settings, engine
 ):
     name = topic(PARTITIONS)
@@ -246,7 +246,7 @@ def logged_places(database):
         return db.execute('SELECT topic, "partition", "offset" FROM pipeline.events').fetchall()
 
 
-def test_a_rebuild_under_way_takes_what_is_filled_below_it(
+def test_a_running_rebuild_applies_records_that_are_filled_below_it(
     topic, database, settings, ledger, engine
 ):
     name = topic(PARTITIONS)
@@ -293,7 +293,7 @@ def test_the_plan_alone_changes_nothing(topic, database, settings, ledger, pipel
     assert first_offsets(database) == {0: 30}
 
 
-def test_a_row_that_is_not_what_kafka_holds_is_reported_and_stays(
+def test_a_row_that_differs_from_kafka_is_reported_and_kept(
     topic, database, settings, ledger, pipeline
 ):
     name = topic(1)
@@ -311,7 +311,7 @@ def test_a_row_that_is_not_what_kafka_holds_is_reported_and_stays(
     assert payloads(database, name)[name, 0, 20][0] == '{"n": 0}'
 
 
-def test_rows_that_kafka_has_compacted_away_are_reported_and_stay(
+def test_rows_that_kafka_has_compacted_away_are_reported_and_kept(
     kafka, topic, database, settings, ledger, pipeline
 ):
     name = topic(1)
@@ -334,7 +334,9 @@ def test_rows_that_kafka_has_compacted_away_are_reported_and_stay(
     assert set(logged(database, name)) == {(name, 0, n) for n in range(110)}
 
 
-def test_what_kafka_no_longer_has_is_reported(kafka, topic, database, settings, ledger, pipeline):
+def test_records_that_kafka_no_longer_has_are_reported(
+    kafka, topic, database, settings, ledger, pipeline
+):
     name = topic(1)
     ledger.send(name, numbered(30)).flush()
     ingest_until_end(settings(name, start="latest"))
@@ -411,7 +413,7 @@ def test_wrong_usage_is_reported(pipeline, arguments, expected):
 
 
 @pytest.mark.parametrize("step", ["before_fill", "mid_fill", "after_fill"])
-def test_a_rewind_that_is_killed_is_whole_or_has_not_been(
+def test_a_killed_rewind_is_complete_or_has_changed_nothing(
     step, topic, database, settings, ledger, engine, kafka
 ):
     name = topic(1)
@@ -434,7 +436,7 @@ def test_a_rewind_that_is_killed_is_whole_or_has_not_been(
     assert logged(database, name) == ledger.records
 
 
-def test_a_range_that_retention_overtakes_is_read_from_where_it_begins_now(
+def test_a_range_that_retention_overtakes_is_read_from_its_new_beginning(
     kafka, topic, database, settings, ledger, engine, monkeypatch
 ):
     name = topic(1)

@@ -151,7 +151,7 @@ def test_an_ingest_that_may_not_read_its_topic_reports_it(client, when):
 
 
 @pytest.mark.parametrize("revoked", [["READ"], ["READ", "DESCRIBE"]], ids=["read", "all"])
-def test_a_right_that_is_revoked_is_reported_as_that_and_used_again(client, database, revoked):
+def test_a_revoked_right_is_reported_and_used_again_when_granted(client, database, revoked):
     with client.commands.started("ingest") as process:
 
         def reached(count):

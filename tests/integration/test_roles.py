@@ -264,7 +264,7 @@ BY_RIGHTS = ("42501 permission denied", "42501 must be owner of", "42501 must ha
 
 
 @pytest.mark.both_postgres
-def test_no_role_may_do_what_it_is_not_for(given, cast):
+def test_no_role_has_a_right_outside_its_purpose(given, cast):
     given(sample_events()).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
 
@@ -280,7 +280,7 @@ def test_no_role_may_do_what_it_is_not_for(given, cast):
 
 
 @pytest.mark.both_postgres
-def test_each_role_may_do_what_it_is_for(given, cast):
+def test_each_role_has_the_rights_for_its_purpose(given, cast):
     """The lists above forbid for the right reason: with the role they go through."""
     given(sample_events()).project(*catalogue.load().models)
 
@@ -301,7 +301,7 @@ def test_each_role_may_do_what_it_is_for(given, cast):
     assert refused == {}
 
 
-def test_two_roles_together_may_what_each_may_and_no_more(given, cast):
+def test_a_login_with_two_roles_has_exactly_the_rights_of_both(given, cast):
     given(sample_events()).project(*catalogue.load().models)
     segment = given.scalar("SELECT segment FROM pipeline.segments")
 
@@ -336,7 +336,7 @@ def test_analysts_get_an_answer_to_each_question_of_the_page(given, cast):
     assert refused == []
 
 
-def test_under_its_plain_name_a_table_shows_every_column_but_the_personal_ones(given, cast):
+def test_a_plain_view_shows_every_column_except_the_personal_ones(given, cast):
     given(sample_events()).project(*catalogue.load().models)
 
     with cast.connect("analyst") as db:
@@ -426,7 +426,7 @@ def test_no_view_for_analysts_reads_a_personal_column(given):
     assert of_log & {"raw", "key", "headers"} == set()
 
 
-def test_a_view_that_nobody_declared_is_for_those_who_may_see_personal_data(given, cast):
+def test_an_undeclared_view_is_readable_only_with_personal_rights(given, cast):
     with cast.acting_as_owner() as owner, transaction(owner) as db:
         for view in (
             "greetings AS SELECT u.user_id, to_jsonb(u) AS all_of_it FROM upvest_personal.users u",
@@ -463,7 +463,7 @@ LETTERS = EntityTable(
 )
 
 
-def test_a_new_read_model_has_its_rights_without_anybody_thinking_of_them(given, cast):
+def test_a_new_read_model_gets_its_rights_automatically(given, cast):
     set_up(given.database.url, with_models(LETTERS))
 
     with cast.connect("project") as db:
@@ -483,7 +483,7 @@ def test_a_new_read_model_has_its_rights_without_anybody_thinking_of_them(given,
     assert comment == "Where to. Personal data."
 
 
-def test_a_column_that_is_found_to_be_personal_is_hidden_by_the_next_migrate(given, cast):
+def test_a_column_that_is_declared_personal_later_is_hidden_by_the_next_migrate(given, cast):
     with cast.connect("analyst") as db:
         assert outcome(db, "SELECT execution_flow FROM upvest.orders") is None
 
@@ -512,7 +512,7 @@ def test_a_table_that_the_program_does_not_know_is_not_for_every_analyst(given, 
         assert outcome(db, "SELECT * FROM upvest.relics") is None
 
 
-def test_what_a_stranger_made_in_the_schema_is_left_alone(given, cast):
+def test_an_object_of_another_owner_in_the_schema_is_unchanged(given, cast):
     given.execute("CREATE VIEW upvest.strange AS SELECT * FROM upvest.users")
     given.execute(f"GRANT SELECT ON upvest.strange TO {cast.prefix}analyst")
 
@@ -567,7 +567,7 @@ def test_ingest_and_project_run_with_just_their_role(given, cast, broker, pipeli
     ],
     ids=["ingest", "operator", "both"],
 )
-def test_a_login_is_checked_for_what_it_is_for(cast, broker, pipeline, names, may):
+def test_check_examines_a_login_for_its_purpose(cast, broker, pipeline, names, may):
     program = on_mock(cast.database, broker).with_(database_url=cast.url(*names))
 
     assert pipeline(program, "status", "--json").code == 1  # nothing was read yet
@@ -579,7 +579,7 @@ def test_a_login_is_checked_for_what_it_is_for(cast, broker, pipeline, names, ma
     assert "append-only for this role" in checked.out
 
 
-def test_run_wants_both_roles_and_no_more(given, cast, broker, pipeline):
+def test_run_requires_both_roles_and_no_more(given, cast, broker, pipeline):
     produce(broker, sample_events())
     both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
 
@@ -591,7 +591,7 @@ def test_run_wants_both_roles_and_no_more(given, cast, broker, pipeline):
 
 
 @pytest.mark.both_postgres
-def test_an_operator_has_what_the_bad_day_wants(given, cast, broker, pipeline):
+def test_an_operator_has_the_rights_for_every_repair(given, cast, broker, pipeline):
     bad = order_event("NEW", at=2, order="bad", cash_amount="no number", name="bad")
     given([order_event("NEW", at=1), bad]).project(*catalogue.load().models)
     given.execute(
@@ -622,7 +622,7 @@ def test_an_operator_has_what_the_bad_day_wants(given, cast, broker, pipeline):
     ) == [(login, 5)]
 
 
-def test_a_rebuild_that_one_login_began_another_goes_on_with(given, cast):
+def test_a_rebuild_that_one_login_began_is_resumed_by_another(given, cast):
     given([order_event("NEW", at=n, order=f"order {n}") for n in range(30)]).project(orders)
     stop = threading.Event()
     with cast.engine("project") as first, cast.engine("operator") as second:
@@ -641,7 +641,7 @@ def test_a_rebuild_that_one_login_began_another_goes_on_with(given, cast):
     assert (difference.rows, difference.differing) == (30, 0)
 
 
-def test_truncate_heals_under_a_role_that_may_not_touch_the_log(given, cast):
+def test_a_truncated_table_is_filled_again_by_a_role_without_rights_on_the_log(given, cast):
     given([order_event("NEW", at=n, order=f"order {n}") for n in range(5)]).project(orders)
 
     with cast.connect("project") as db:
@@ -652,7 +652,7 @@ def test_truncate_heals_under_a_role_that_may_not_touch_the_log(given, cast):
     assert len(given.rows("orders")) == 5
 
 
-def test_who_ingests_and_projects_may_rewind_and_verify(given, cast, broker, pipeline):
+def test_a_login_that_ingests_and_projects_may_rewind_and_verify(given, cast, broker, pipeline):
     produce(broker, sample_events())
     both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
     assert pipeline(both.with_(start="latest"), "run", "--until-end").code == 0
@@ -668,7 +668,7 @@ def test_who_ingests_and_projects_may_rewind_and_verify(given, cast, broker, pip
 
 
 @pytest.mark.parametrize("role", ["ingest", "project", "operator"])
-def test_half_of_the_rights_fill_nothing(given, cast, broker, pipeline, role):
+def test_a_login_with_only_one_of_the_rights_fills_nothing(given, cast, broker, pipeline, role):
     produce(broker, sample_events())
     both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
     assert pipeline(both.with_(start="latest"), "run", "--until-end").code == 0
@@ -750,7 +750,7 @@ def test_the_printed_sql_gives_the_same_rights_as_the_command(bare, other, pipel
 
 
 @pytest.mark.both_postgres
-def test_repeating_changes_nothing_and_mends_what_was_changed(given, cast):
+def test_migrate_again_changes_nothing_and_repairs_changed_rights(given, cast):
     whole = rights(cast)
     assert set_up(given.database.url).grants == []
     assert set_up(given.database.url, with_roles=True).grants == []
@@ -780,7 +780,7 @@ def test_a_login_that_may_act_as_the_owner_is_enough_for_every_later_migrate(giv
     assert done.grants == [f"GRANT INSERT ON TABLE pipeline.events TO {cast.prefix}ingest"]
 
 
-def test_a_login_that_may_not_act_as_the_owner_is_told_what_to_do(cast):
+def test_a_login_that_may_not_act_as_the_owner_gets_an_error_with_the_fix(cast):
     stranger = cast.login()
 
     with pytest.raises(ConfigurationError, match=f"GRANT {cast.prefix}owner TO {stranger}"):

@@ -57,7 +57,7 @@ def test_kafka_presents_a_certificate_of_each_kind(secured_kafka, acme, kind):
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256"])
-def test_kafka_takes_only_the_newest_password(secured_kafka, mechanism):
+def test_kafka_accepts_only_the_newest_password(secured_kafka, mechanism):
     user = f"user-{os.urandom(4).hex()}"
     secured_kafka.add_user(user, mechanism=mechanism)
     before = secured_kafka.client(user)
@@ -127,7 +127,7 @@ def test_postgres_follows_its_rules_and_its_certificate(secured_postgres):
     psycopg.connect(secured_postgres.dsn("teller")).close()
 
 
-def test_a_person_gets_the_settings_of_secured_servers(secured_postgres):
+def test_the_command_prints_the_settings_of_secured_servers(secured_postgres):
     """What is printed works in psql as it stands."""
     command = [sys.executable, "-m", "tests.servers", "--secured", "--no-kafka"]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)

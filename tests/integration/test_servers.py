@@ -114,7 +114,7 @@ def open_folder():
 
 
 @pytest.mark.both_postgres
-def test_postgres_runs_the_version_that_was_asked_for(postgres_server, pg_version):
+def test_postgres_runs_the_requested_version(postgres_server, pg_version):
     """With the locale, the encoding and the way in that the product is tested on."""
     with psycopg.connect(postgres_server.dsn()) as connection:
         row = connection.execute(
@@ -130,7 +130,7 @@ def test_postgres_runs_the_version_that_was_asked_for(postgres_server, pg_versio
     assert row[2] is True
 
 
-def test_a_kept_folder_is_found_again_with_its_data_and_password(open_folder):
+def test_a_kept_folder_is_reused_with_its_data_and_password(open_folder):
     folder = open_folder / "a folder with 'quotes' and spaces"
     with PostgresServer(18, directory=folder, settings=FAST_AND_UNSAFE) as server:
         password = server.password
@@ -144,7 +144,7 @@ def test_a_kept_folder_is_found_again_with_its_data_and_password(open_folder):
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_postgres_comes_back_on_the_same_port_with_what_was_committed(mode):
+def test_postgres_restarts_on_the_same_port_with_all_commits(mode):
     with PostgresServer(18) as server:
         port, pid = server.port, server.pid
         with psycopg.connect(server.dsn()) as connection:
@@ -168,7 +168,7 @@ def test_a_failed_start_shows_the_end_of_the_servers_log():
     assert not server.directory.exists()
 
 
-def test_a_missing_version_is_refused_with_the_ways_out():
+def test_a_missing_version_is_refused_with_the_ways_to_install_it():
     with pytest.raises(BinariesMissingError, match="PIPELINE_DATABASE_URL"):
         find_binaries(9)
 
@@ -232,7 +232,7 @@ def test_the_error_for_a_copy_that_cannot_be_made_names_the_account_and_the_reas
         postgres._within_reach(closed, nobody, no_folder)
 
 
-def test_a_machine_without_a_fitting_account_is_told_to_root(monkeypatch):
+def test_a_machine_without_an_account_for_postgres_is_reported_to_root(monkeypatch):
     def nobody_is_known(name: str) -> None:
         raise KeyError(name)
 
@@ -243,7 +243,7 @@ def test_a_machine_without_a_fitting_account_is_told_to_root(monkeypatch):
         PostgresServer(18)
 
 
-def test_binaries_on_the_path_are_taken_by_their_own_version_only(tmp_path, monkeypatch):
+def test_binaries_on_the_path_are_used_only_for_their_own_version(tmp_path, monkeypatch):
     broken = tmp_path / "bin"
     broken.mkdir()
     for program in ("initdb", "postgres"):
@@ -255,7 +255,7 @@ def test_binaries_on_the_path_are_taken_by_their_own_version_only(tmp_path, monk
         find_binaries(9)
 
 
-def test_a_port_that_was_taken_meanwhile_is_replaced_unless_it_was_asked_for():
+def test_a_port_that_is_in_use_is_replaced_unless_it_was_requested():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServerStartError, match="could not bind"):
@@ -274,7 +274,7 @@ def test_a_port_that_was_taken_meanwhile_is_replaced_unless_it_was_asked_for():
 # --------------------------------------------------------------------------------------- no orphans
 
 
-def test_a_program_that_is_not_there_is_an_error_of_the_operating_system(tmp_path):
+def test_a_missing_program_is_an_error_of_the_operating_system(tmp_path):
     with pytest.raises(OSError, match="cannot run /no/such/program"):
         Guarded(["/no/such/program"], log=tmp_path / "log")
 
@@ -384,7 +384,7 @@ def test_a_server_outlives_the_thread_that_started_it():
 # -------------------------------------------------------------------------------------- mock broker
 
 
-def test_the_mock_broker_has_the_partitions_that_were_asked_for(mock_broker):
+def test_the_mock_broker_has_the_requested_partitions(mock_broker):
     mock_broker.create_topic("orders", 3)
 
     produce(mock_broker.bootstrap_servers, "orders", [b"one"], partition=2)
@@ -406,7 +406,7 @@ def test_the_mock_broker_forgets_records_as_retention_would(mock_broker):
         mock_broker.delete_records("orders", 0, 400)
 
 
-def test_a_topic_made_anew_on_the_mock_broker_begins_at_zero(mock_broker):
+def test_a_topic_recreated_on_the_mock_broker_begins_at_zero(mock_broker):
     mock_broker.create_topic("orders", 1)
     produce(mock_broker.bootstrap_servers, "orders", [b"old"] * 5)
 
@@ -417,7 +417,7 @@ def test_a_topic_made_anew_on_the_mock_broker_begins_at_zero(mock_broker):
     assert watermarks(mock_broker.bootstrap_servers, "orders") == (0, 1)
 
 
-def test_the_mock_broker_goes_down_comes_back_and_answers_with_errors(mock_broker):
+def test_the_mock_broker_stops_restarts_and_answers_with_errors(mock_broker):
     mock_broker.create_topic("orders", 1)
     produce(mock_broker.bootstrap_servers, "orders", [b"x"])
 
@@ -433,7 +433,7 @@ def test_the_mock_broker_goes_down_comes_back_and_answers_with_errors(mock_broke
     assert refused == not_authorized
 
 
-def test_a_mock_broker_that_has_ended_says_so():
+def test_a_mock_broker_that_has_ended_raises_an_error():
     broker = MockBroker()
     broker.start()
     assert broker._process is not None
@@ -462,7 +462,9 @@ def test_a_mock_broker_that_hangs_is_killed(monkeypatch):
     broker.stop()  # again: nothing to do
 
 
-def test_without_librdkafka_the_mock_broker_does_not_start_and_says_why(tmp_path, monkeypatch):
+def test_without_librdkafka_the_mock_broker_does_not_start_and_names_the_reason(
+    tmp_path, monkeypatch
+):
     (tmp_path / "confluent_kafka").mkdir()
     (tmp_path / "confluent_kafka" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -482,7 +484,7 @@ def test_a_librdkafka_without_the_mock_cluster_is_refused_by_name(monkeypatch):
 # -------------------------------------------------------------------------------------------- Kafka
 
 
-def test_topics_on_kafka_are_made_widened_trimmed_and_deleted(kafka, topic):
+def test_topics_on_kafka_are_created_extended_trimmed_and_deleted(kafka, topic):
     orders = topic(2, name="orders")
     kafka.create_partitions(orders, 5)
     produce(kafka.bootstrap_servers, orders, [b"x"] * 10, partition=4)
@@ -494,7 +496,7 @@ def test_topics_on_kafka_are_made_widened_trimmed_and_deleted(kafka, topic):
     assert orders not in kafka.admin.list_topics(timeout=10).topics
 
 
-def test_kafka_tells_the_id_of_a_topic_and_a_new_one_after_it_was_made_anew(kafka, topic):
+def test_kafka_reports_a_new_id_of_a_recreated_topic(kafka, topic):
     def topic_id() -> str:
         described = kafka.admin.describe_topics(TopicCollection([orders]))
         return str(described[orders].result(10).topic_id)
@@ -528,7 +530,7 @@ def test_kafka_withholds_the_records_of_an_aborted_transaction(kafka, topic):
 
 
 @pytest.mark.faults
-def test_kafka_is_silent_while_paused_and_keeps_its_records_over_a_kill(private_kafka):
+def test_kafka_does_not_answer_while_paused_and_keeps_its_records_after_a_kill(private_kafka):
     private_kafka.create_topic("orders", 1)
     produce(private_kafka.bootstrap_servers, "orders", [b"x"] * 7)
 
@@ -564,7 +566,7 @@ def test_the_command_prints_what_to_export_and_stops_on_a_signal():
         assert process.wait(WAIT_SECONDS_MAX) == 0
 
 
-WITHOUT_BROKER = "test_topics_on_kafka_are_made_widened_trimmed_and_deleted"
+WITHOUT_BROKER = "test_topics_on_kafka_are_created_extended_trimmed_and_deleted"
 
 
 @pytest.mark.parametrize("required", [False, True])

@@ -57,7 +57,7 @@ def engine_of(url, **options):
 
 
 @pytest.mark.both_postgres
-def test_every_setting_that_a_session_may_have_is_sorted(postgres_server):
+def test_every_session_setting_is_classified(postgres_server):
     with psycopg.connect(postgres_server.dsn()) as db:
         found = [row[0] for row in db.execute(OWN)]
 
@@ -66,7 +66,7 @@ def test_every_setting_that_a_session_may_have_is_sorted(postgres_server):
 
 
 @pytest.mark.parametrize("version", [16, 17])
-def test_every_setting_of_the_versions_between_is_sorted_too(version):
+def test_every_session_setting_of_the_versions_between_is_classified(version):
     """Their names were read from real servers, 16.2 and 17.10, by the statement above."""
     found = (NAMES / f"{version}.txt").read_text().split()
 
@@ -74,7 +74,7 @@ def test_every_setting_of_the_versions_between_is_sorted_too(version):
     assert [name for name in found if not is_sorted(name)] == []
 
 
-def test_no_setting_is_sorted_twice():
+def test_no_setting_is_classified_twice():
     kinds = [set(PINNED), set(BY_SETTINGS_OF_OURS), set(BOUNDED), set(HARMLESS)]
 
     assert sum(map(len, kinds)) == len(set().union(*kinds))
@@ -359,7 +359,7 @@ def escaped(value: str) -> str:
 
 
 @pytest.mark.both_postgres
-def test_each_pinned_setting_alone_is_ours_in_every_session(database, postgres_server):
+def test_each_pinned_setting_has_our_value_in_every_session(database, postgres_server):
     """By a role that is no superuser, at each checkout; what it may not set is refused by name."""
     role = f"plain_{secrets.token_hex(4)}"
     odd = odd_values(postgres_server)
@@ -401,7 +401,7 @@ def test_text_is_utf_8_for_the_driver_too(database, monkeypatch):
         assert db.execute(text("SELECT :name"), {"name": "Müßig €"}).scalar_one() == "Müßig €"
 
 
-def test_a_server_that_is_configured_to_be_read_only_is_waited_for_and_can_be_read(database):
+def test_a_read_only_server_is_waited_for_and_can_be_read(database):
     """Providers do so when the disk is nearly full; whereas a role's own setting is overruled."""
     with fresh_server_setting(database, "default_transaction_read_only", "on"):
         with (
@@ -428,7 +428,7 @@ def fresh_server_setting(database, name, value):
 
 
 @pytest.mark.both_postgres
-def test_functions_with_their_owners_rights_look_names_up_in_no_schema_of_others(database):
+def test_security_definer_functions_use_no_schema_of_others(database):
     with database.connect() as db:
         found = db.execute(
             "SELECT p.oid::regprocedure::text, p.proconfig FROM pg_proc p "
@@ -486,7 +486,9 @@ def test_a_database_without_conversion_to_utf_8_is_reported_too(postgres_server_
 
 @pytest.mark.pgbouncer
 @pytest.mark.timeout(240)
-def test_session_pooling_works_as_pgbouncer_comes(pipeline, postgres_server, full_broker):
+def test_session_pooling_works_with_pgbouncers_default_settings(
+    pipeline, postgres_server, full_broker
+):
     with fresh_database(postgres_server) as pooled, PgBouncer(postgres_server) as pooler:
         found = whole_run(pipeline, pooled, full_broker, pooler.dsn(pooled.name))
 
@@ -529,7 +531,7 @@ def test_session_pooling_is_accepted_though_every_session_is_in_use(postgres_ser
 
 
 @pytest.mark.pgbouncer
-def test_who_holds_a_lock_is_named_through_a_pooler_and_whatever_the_database_specifies(
+def test_the_holder_of_a_lock_is_named_through_a_pooler_with_any_settings(
     postgres_server, database, monkeypatch
 ):
     """The session that asks has our settings too; the pooler gives out another process id."""
@@ -560,7 +562,7 @@ def lock_gaps(engine):
     ("variable", "value", "parameter"),
     [("PGOPTIONS", "-c geqo=off", "options"), ("PGGEQO", "off", "geqo")],
 )
-def test_what_pgbouncer_refuses_of_the_environment_is_named(
+def test_a_setting_of_the_environment_that_pgbouncer_refuses_is_named(
     postgres_server, database, monkeypatch, variable, value, parameter
 ):
     with PgBouncer(postgres_server) as pooler, engine_of(pooler.dsn(database.name)) as engine:

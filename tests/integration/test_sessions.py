@@ -33,7 +33,7 @@ def open_(database):
         engine.dispose()
 
 
-def test_a_statement_that_takes_long_is_logged_once_and_waited_for(open_):
+def test_a_long_statement_is_logged_once_and_waited_for(open_):
     with capture_logs() as logged, transaction(open_()) as connection:
         connection.execute(LONG)
 

@@ -64,9 +64,7 @@ def has_records(commands: Commands, topic: str) -> bool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("numbers", [[signal.SIGHUP], INTERRUPTIONS[1:]], ids=["SIGHUP", "others"])
-def test_a_command_that_an_interruption_ends_says_so_and_is_a_failure_to_a_supervisor(
-    commands, numbers
-):
+def test_an_interrupted_command_reports_it_and_is_a_failure_to_a_supervisor(commands, numbers):
     with ExitStack() as kept:
         running = start_all(commands, kept)
         sent = dict(zip(running, cycle(numbers)))
@@ -129,9 +127,7 @@ def busy(commands: Commands, given) -> Iterator[tuple[Commands, Callable[[], Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_command_that_is_ended_before_it_is_done_says_so_and_never_exits_with_0(
-    busy, given, number
-):
+def test_a_command_that_is_ended_early_reports_it_and_never_exits_with_0(busy, given, number):
     waiting, release = busy
     with (
         waiting.started("verify", "--only", "log") as verify,
@@ -161,9 +157,7 @@ SESSIONS_THAT_WAIT = (
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGHUP, 129)]
 )
-def test_what_watches_until_ctrl_c_ends_with_0_and_by_sighup_with_129(
-    commands, given, number, code
-):
+def test_a_watching_command_ends_with_0_on_ctrl_c_and_129_on_sighup(commands, given, number, code):
     given([order_event("NEW", at=1)])
 
     with (
@@ -221,7 +215,7 @@ def test_a_worker_without_standard_streams_does_its_work(commands, given, closed
     assert given.scalar("SELECT count(*) FROM upvest.orders") == 1
 
 
-def test_a_worker_whose_log_nobody_reads_any_more_does_its_work(commands, given):
+def test_a_worker_continues_when_nobody_reads_its_log(commands, given):
     given([order_event("NEW", at=1)])
     reading, writing = os.pipe()
     os.close(reading)
@@ -263,7 +257,7 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(commands, given, co
 @pytest.mark.parametrize(
     "arguments", [["run"], ["run", "--until-end"], ["rebuild", "orders"]], ids=" ".join
 )
-def test_a_terminal_that_is_closed_ends_the_command_in_order(commands, given, arguments):
+def test_a_closed_terminal_ends_the_command_normally(commands, given, arguments):
     """It gets SIGHUP, and everything that it writes from then on fails."""
     given([order_event("NEW", at=n, order=str(n)) for n in range(3)])
     slow = commands.with_(

@@ -58,7 +58,7 @@ def database(given: Given) -> Iterator[Engine]:
         engine.dispose()
 
 
-def test_of_two_workers_one_rebuilds_and_both_continue_with_the_new_definition(projected, capsys):
+def test_one_of_two_workers_rebuilds_and_both_use_the_new_definition(projected, capsys):
     migrate(projected.database.url, RELEASE)
 
     with ThreadPoolExecutor(2) as pool:
@@ -91,7 +91,7 @@ def test_a_worker_of_the_release_before_neither_writes_nor_rebuilds(projected):
     assert len(projected.rows("orders")) == 10
 
 
-def test_the_columns_of_the_definition_before_keep_nobody_from_starting(given):
+def test_old_columns_do_not_stop_a_worker_from_starting(given):
     """Such as a key that the new definition lacks: it has a value in every row."""
     release = with_models(replace(LETTERS, key=uuid("number", "Id.", path="id")))
     migrate(given.database.url, with_models(LETTERS))

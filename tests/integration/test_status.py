@@ -84,7 +84,7 @@ def test_a_partition_that_is_read_to_its_end_is_ok(log):
         "halted",
     ],
 )
-def test_the_state_of_a_partition_is_one_of_burrows_words(log, setting, state, is_wrong):
+def test_the_state_of_a_partition_is_a_state_of_burrow(log, setting, state, is_wrong):
     offsets(log, setting)
 
     found = seen(log)
@@ -115,7 +115,7 @@ def _age_log(given, age):
     )
 
 
-def test_what_is_halted_says_why_and_names_the_partition_once(log):
+def test_a_halted_partition_is_named_once_with_its_reason(log):
     offsets(log, f"problem = '{TOPIC}[0]: records are gone: accept it'")
 
     [problem] = [one for one in seen(log).problems if one.severity == "error"]
@@ -126,7 +126,7 @@ def test_what_is_halted_says_why_and_names_the_partition_once(log):
     )
 
 
-def test_nothing_old_is_shown_as_current(log, pipeline):
+def test_an_old_measurement_is_not_shown_as_current(log, pipeline):
     offsets(log, "watermarks_at = now() - interval '45 s'")
 
     result = pipeline(Commands(database_url=log.database.dsn), "status")
@@ -222,7 +222,7 @@ def model(given, name="orders"):
 
 
 @pytest.mark.both_postgres
-def test_a_read_model_goes_from_never_run_over_catching_up_to_live(log):
+def test_a_read_model_is_never_run_then_catching_up_then_live(log):
     states = [model(log).state]
     log.project(orders)
     _worker(log, 1, lives_for="25 s")
@@ -302,7 +302,7 @@ def test_read_models_that_no_process_projects_are_named(log):
     assert attended.fix == "wait"
 
 
-def test_a_read_model_that_no_worker_has_is_not_waited_for(log):
+def test_a_read_model_without_a_worker_is_an_error_at_once(log):
     """Somebody projects, but a program without this read model."""
     log.project(*ALL)
     log([order_event("NEW", at=1, order="one more")])
@@ -325,7 +325,7 @@ def test_a_read_model_without_a_process_and_without_lag_is_a_warning(log):
     assert found.ok
 
 
-def test_a_projection_that_does_not_move_is_not_waited_for(log):
+def test_a_stalled_projection_is_reported(log):
     """Its worker lives and waits: for a lock, for a disk."""
     log.project(orders)
     log.execute("UPDATE pipeline.projection_checkpoints SET moved_at = now() - interval '61 s'")
@@ -353,7 +353,7 @@ def test_a_projection_that_has_just_started_is_given_time(log):
     assert model(log).state == "catching up"
 
 
-def test_a_clock_that_was_set_back_makes_nothing_recorded_current(log):
+def test_a_clock_that_was_set_back_does_not_make_old_records_current(log):
     """Times in the future say nothing about now: neither of a reader nor of a projection."""
     offsets(log, "watermarks_at = now() + interval '1 hour'")
     log.project(*ALL)
@@ -395,14 +395,14 @@ def test_repeats_bad_records_and_types_without_a_read_model_are_counted(given):
     assert recent.unknown_types == {"NEW.THING": 1}
 
 
-def test_what_came_more_than_an_hour_ago_is_not_counted(given):
+def test_records_older_than_an_hour_are_not_counted(given):
     given([b"{"])
     _age_log(given, "2 hours")
 
     assert seen(given).recent.records == 0
 
 
-def test_however_long_the_log_only_the_newest_records_are_examined(given):
+def test_only_the_newest_records_are_examined_whatever_the_length_of_the_log(given):
     given([order_event("NEW", at=n, order=str(n)) for n in range(20)])
     offsets(given, f"next_offset = {RECENT_OFFSETS_MAX + 15}")
 
@@ -457,7 +457,7 @@ def test_the_command_prints_tables(log, pipeline):
     assert any("not JSON" in line for line in lines)
 
 
-def test_the_command_ends_with_1_when_somebody_must_act(log, pipeline):
+def test_status_ends_with_1_when_an_operator_must_act(log, pipeline):
     offsets(log, "problem = 'records are gone'")
 
     result = pipeline(Commands(database_url=log.database.dsn), "status", "--json")
@@ -477,7 +477,7 @@ def test_partitions_with_the_same_problem_share_its_lines(given, pipeline):
     assert f"✗ {TOPIC}[0], {TOPIC}[1], {TOPIC}[2]: no process reads it" in result.out
 
 
-def test_a_problem_from_outside_cannot_play_tricks_on_the_terminal(log, pipeline):
+def test_the_text_of_a_problem_cannot_control_the_terminal(log, pipeline):
     log([event("EVIL\x1b[2J", {"id": 1})])
 
     result = pipeline(Commands(database_url=log.database.dsn), "status")
@@ -502,5 +502,5 @@ def test_watching_repeats_until_it_is_stopped(log):
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), 1e15, -1e15])
-def test_an_age_that_python_cannot_count_is_shown(seconds):
+def test_an_age_that_python_cannot_hold_is_shown(seconds):
     assert str(_age(seconds)).endswith((" d", " s"))

@@ -22,7 +22,7 @@ BOTH = (executions, orders)
 
 @pytest.mark.both_postgres
 @pytest.mark.parametrize("projector", catalogue.load().models, ids=lambda projector: projector.name)
-def test_every_table_heals_alone_and_all_together(given: Given, projector):
+def test_every_truncated_table_is_filled_again_alone_and_together(given: Given, projector):
     given(sample_events()).project(projector)
     expected = contents(given.engine, [projector])
     names = [table.fullname for table in projector.tables]
@@ -48,7 +48,7 @@ def test_a_truncation_that_is_rolled_back_changes_nothing(given: Given):
     assert len(given.rows("orders")) == 1
 
 
-def test_whoever_may_only_truncate_heals_the_table_all_the_same(given: Given):
+def test_a_table_truncated_by_a_role_without_other_rights_is_filled_again(given: Given):
     given([order_event("NEW", at="10:00:00")]).project(orders)
     role = f"clerk_{given.database.name}"
     given.execute(f"CREATE ROLE {role}")
@@ -84,7 +84,9 @@ def test_a_child_alone_does_not_hide_that_its_parent_is_stale(given: Given):
 
 
 @pytest.mark.timeout(180)
-def test_truncated_again_and_again_under_live_traffic(given: Given, database: Database):
+def test_a_table_that_is_truncated_repeatedly_during_live_traffic_is_filled_again(
+    given: Given, database: Database
+):
     """Two workers, a writer, parents and children truncated: no deadlock, no lost row."""
     stop = threading.Event()
     failed: list[BaseException] = []

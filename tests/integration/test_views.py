@@ -91,14 +91,14 @@ def test_an_order_shows_what_was_filled_of_it(given: Given):
     assert row.last_execution_at == datetime(2026, 1, 12, 10, 0, 0, 727000, tzinfo=UTC)
 
 
-def test_an_order_without_executions_is_in_the_book(given: Given):
+def test_an_order_without_executions_is_in_the_order_book(given: Given):
     (row,) = seen(given, "order_book", order_event("NEW", at="10:00:00"))
 
     assert (row.executions, row.filled_quantity, row.filled_amount, row.tax) == (0, 0, 0, 0)
     assert (row.average_price, row.last_execution_at) == (None, None)
 
 
-def test_an_execution_that_was_taken_back_does_not_count(given: Given):
+def test_a_cancelled_execution_does_not_count(given: Given):
     events = [
         order_event("CANCELLED", at="11:00:00"),
         execution_event("FILLED", at="10:30:00", execution="1", share_quantity="2"),
@@ -123,7 +123,7 @@ def test_amounts_of_several_currencies_are_never_added(given: Given):
     assert row.filled_quantity == 2 * Decimal("2.7286680689")
 
 
-def test_an_order_finds_its_instrument_by_an_isin_of_old(given: Given):
+def test_an_order_finds_its_instrument_by_a_former_isin(given: Given):
     events = [
         order_event("NEW", at="10:00:00"),
         instrument("Hanse World", ISIN),
@@ -154,7 +154,7 @@ def test_an_unknown_instrument_shows_its_isin(given: Given):
     assert (row.instrument_name, row.instrument_uuid) == (ISIN, None)
 
 
-def test_the_last_refusal_to_cancel_stands_beside_the_order(given: Given):
+def test_the_last_refused_cancellation_is_shown_with_the_order(given: Given):
     def refusal(time: str, reason: str) -> Any:
         body = {"order_id": some_id("an order"), "status": "REJECTED", "reason": reason}
         return event("ORDER_CANCELLATION.REJECTED", body, at=time)
@@ -172,7 +172,7 @@ def test_the_last_refusal_to_cancel_stands_beside_the_order(given: Given):
     assert row.cancellation_rejection_reason == "again"
 
 
-def test_a_business_holds_its_order(given: Given):
+def test_an_order_of_a_business_shows_the_business(given: Given):
     placed = order_event("NEW", at="10:00:00", user_id="", business_id=some_id("firm"))
 
     (row,) = seen(given, "order_book", placed)
@@ -207,7 +207,7 @@ def test_a_status_without_time_of_its_own_counts_from_its_event(given: Given):
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
-def test_a_bare_date_is_midnight_utc_whoever_asks(given: Given, zone: str):
+def test_a_bare_date_is_midnight_utc_in_every_session(given: Given, zone: str):
     placed = order_event("NEW", at="10:00:00", updated_at="2026-01-12")
     given([placed])
 
@@ -219,7 +219,7 @@ def test_a_bare_date_is_midnight_utc_whoever_asks(given: Given, zone: str):
     assert found.is_midnight
 
 
-def test_what_cannot_be_read_is_not_in_the_history(given: Given):
+def test_an_unreadable_time_is_not_in_the_history(given: Given):
     """It is in the log, and in the dead letters of orders; it must not break the view."""
     good = order_event("NEW", at="10:00:00")
     bad = [
@@ -261,7 +261,7 @@ def account() -> Any:
     return event("ACCOUNT.ACTIVATED", body)
 
 
-def test_a_holding_shows_who_holds_what(given: Given):
+def test_a_holding_shows_its_owner_and_instrument(given: Given):
     events = [
         position("Hanse World", "2.5", isin="IE00OLD00001"),
         instrument("Hanse World", ISIN),
@@ -286,7 +286,7 @@ def test_a_holding_of_two_owners_is_one_row(given: Given):
     assert len(row.owner_user_ids) == 2
 
 
-def test_a_business_holds_without_users(given: Given):
+def test_a_holding_of_a_business_has_no_users(given: Given):
     events = [position("x", "1"), account(), group(users=[], business_id=some_id("firm"))]
 
     (row,) = seen(given, "holdings", *events)
@@ -294,14 +294,14 @@ def test_a_business_holds_without_users(given: Given):
     assert (row.owner_user_ids, str(row.business_id)) == (None, some_id("firm"))
 
 
-def test_a_holding_whose_account_and_instrument_are_unknown_is_there(given: Given):
+def test_a_holding_with_unknown_account_and_instrument_is_shown(given: Given):
     (row,) = seen(given, "holdings", position("x", "1", isin=ISIN))
 
     assert (row.account_group_id, row.owner_user_ids) == (None, None)
     assert (row.isin, row.instrument_name) == (ISIN, ISIN)
 
 
-def test_a_closed_position_is_no_holding_and_a_negative_one_is(given: Given):
+def test_a_negative_position_is_a_holding_and_a_closed_one_is_not(given: Given):
     rows = seen(given, "holdings", position("closed", "0.000"), position("short", "-1"))
 
     assert [row.quantity for row in rows] == [Decimal(-1)]
@@ -348,7 +348,7 @@ def test_the_ledger_runs_by_currency_in_the_order_of_booking(given: Given):
 # ---------------------------------------------------------------------------------- reconciliations
 
 
-def test_a_break_in_cash_shows_by_how_much(given: Given):
+def test_a_break_in_cash_shows_its_amount(given: Given):
     rows = seen(
         given,
         "cash_reconciliation",
@@ -365,7 +365,7 @@ def test_a_break_in_cash_shows_by_how_much(given: Given):
     ]
 
 
-def test_a_break_in_units_shows_by_how_much(given: Given):
+def test_a_break_in_units_shows_its_quantity(given: Given):
     booked = {
         "id": some_id("booking"),
         "type": "ORDER_EXECUTION",
@@ -400,7 +400,7 @@ def test_the_sample_adds_up(given: Given):
 # ----------------------------------------------------------------------------------------- comments
 
 
-def test_everything_an_analyst_sees_is_explained(given: Given):
+def test_every_view_and_column_has_a_comment(given: Given):
     """In the database itself, where psql and every other tool show it."""
     silent = given.query("""
         SELECT c.relname, a.attname FROM pg_class c
@@ -413,7 +413,7 @@ def test_everything_an_analyst_sees_is_explained(given: Given):
     assert silent == []
 
 
-def test_the_page_of_read_models_says_what_the_database_says(given: Given):
+def test_the_page_of_read_models_matches_the_database(given: Given):
     with transaction(given.engine) as db:
         written = reference(db)
 

@@ -226,7 +226,7 @@ def test_a_right_that_is_missing_names_the_role_that_a_login_acts_as(given):
 @pytest.mark.parametrize(
     "added", [name for name, (_, words) in ADDED.items() if words.startswith("upvest.orders")]
 )
-def test_what_is_added_to_a_read_model_while_we_run_halts_it_alone_and_is_named(given, added):
+def test_a_foreign_object_added_to_a_read_model_halts_only_this_read_model(given, added):
     """A refused row is not blamed on its event, and a row that is left out is noticed."""
     given([event("USER.CREATED", {"id": some_id("somebody")})])
     given.project(users, orders)
@@ -251,7 +251,7 @@ def test_what_is_added_to_a_read_model_while_we_run_halts_it_alone_and_is_named(
     assert given.scalar("SELECT count(*) FROM upvest_personal.users") == 2
 
 
-def test_a_column_that_rounds_is_found_while_we_run(given):
+def test_a_column_that_rounds_is_found_while_the_worker_runs(given):
     given([event("USER.CREATED", {"id": some_id("somebody")})])
     given.project(users, executions)
     given.execute(ADDED["a column of another type"][0])
@@ -266,7 +266,7 @@ def test_a_column_that_rounds_is_found_while_we_run(given):
 
 
 @pytest.mark.parametrize("added", ["a trigger on the bookkeeping", "a constraint on the log"])
-def test_what_is_added_to_the_log_while_we_run_stops_the_ingest_and_is_named(
+def test_a_foreign_object_added_to_the_log_stops_the_ingest_and_is_named(
     given, broker, added, monkeypatch
 ):
     """The offset stays where it was, so nothing is lost."""
@@ -289,7 +289,7 @@ def test_what_is_added_to_the_log_while_we_run_stops_the_ingest_and_is_named(
     assert next_offsets(given.database, TOPIC) == {0: stored}
 
 
-def test_rows_that_a_trigger_leaves_out_of_the_log_take_the_batch_with_them(given):
+def test_a_batch_is_rolled_back_if_a_trigger_leaves_rows_out_of_the_log(given):
     """Added while we run, so nobody has looked: the offset does not move past them."""
     partition = Partition(TOPIC, 0)
     given([order_event("NEW", at=1)], topic=TOPIC)
@@ -305,7 +305,7 @@ def test_rows_that_a_trigger_leaves_out_of_the_log_take_the_batch_with_them(give
     assert given.scalar("SELECT next_offset FROM pipeline.consumer_offsets") == NextOffset(stored)
 
 
-def test_what_somebodys_trigger_raises_is_named_by_its_function_and_without_its_words(given):
+def test_an_error_of_a_foreign_trigger_is_reported_by_its_function_without_its_message(given):
     given([order_event("NEW", at=1)])
     given.execute(FUNCTIONS)
     given.execute(

@@ -269,7 +269,7 @@ POSTGRES_NO_DATABASE = _misconfigured(
     "Check the database in PIPELINE_DATABASE_URL, and have a DBA create it or GRANT CONNECT on it",
 )
 POSTGRES_RIGHT = _misconfigured(
-    "refuses a right",
+    "denies a right that this login needs",
     "`pipeline check` lists the rights that are missing; where the database has roles, "
     "`pipeline migrate` grants them again",
 )

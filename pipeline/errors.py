@@ -199,7 +199,8 @@ class WrongClusterError(RefusedError):
     def __init__(self, partition: Partition, *, expected: str, found: str) -> None:
         super().__init__(
             partition,
-            f"expected Kafka cluster {expected}, found {found}",
+            f"the log was read from Kafka cluster {expected}, but these brokers are cluster "
+            f"{found}",
             "Check PIPELINE_KAFKA_BOOTSTRAP_SERVERS and PIPELINE_DATABASE_URL: one of them is "
             "wrong",
         )

@@ -1,6 +1,6 @@
-"""Where a record stands: partitions, offsets and the arithmetic on them.
+"""Where a record is: partitions, offsets and the arithmetic on them.
 
-The only place that says ``+ 1``.
+No other module computes ``offset + 1``.
 """
 
 from typing import NamedTuple, NewType, Self
@@ -16,13 +16,16 @@ Epoch = NewType("Epoch", int)
 
 
 class Partition(NamedTuple):
-    """One partition of one topic. Sorts by topic, then number: the order of taking locks."""
+    """One partition of one topic. Sorts by topic, then number: the order of taking locks.
+
+    Written as ``TOPIC:NUMBER``, as the commands take it.
+    """
 
     topic: str
     number: int
 
     def __str__(self) -> str:
-        return f"{self.topic}[{self.number}]"
+        return f"{self.topic}:{self.number}"
 
 
 class Ownership(NamedTuple):

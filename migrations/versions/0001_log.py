@@ -81,7 +81,7 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON pipeline.event
 CREATE VIEW pipeline.lag AS
 SELECT topic, "partition", next_offset, high_watermark,
        greatest(0, high_watermark - next_offset) AS lag_events,
-       watermarks_at, committed_at, problem
+       watermarks_at, committed_at, problem, problem_fix
 FROM pipeline.consumer_offsets;
 COMMENT ON VIEW pipeline.lag IS
     'How far the log is behind Kafka, per partition, as last recorded.';
@@ -93,6 +93,7 @@ COMMENT ON COLUMN pipeline.lag.lag_events IS 'Offsets between the two; NULL if K
 COMMENT ON COLUMN pipeline.lag.watermarks_at IS 'When Kafka was last seen.';
 COMMENT ON COLUMN pipeline.lag.committed_at IS 'When the log last grew.';
 COMMENT ON COLUMN pipeline.lag.problem IS 'Why the partition is halted; NULL if it is not.';
+COMMENT ON COLUMN pipeline.lag.problem_fix IS 'What to do about the problem.';
 """
 
 
@@ -175,6 +176,12 @@ def upgrade() -> None:
             sa.Text(),
             nullable=True,
             comment="Why the partition is halted; NULL if it is not.",
+        ),
+        sa.Column(
+            "problem_fix",
+            sa.Text(),
+            nullable=True,
+            comment="What to do about the problem.",
         ),
         sa.Column(
             "problem_at",

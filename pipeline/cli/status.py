@@ -156,7 +156,7 @@ def _show_problems(problems: "Iterable[Problem]") -> None:
 def _partition_row(partition: "PartitionStatus", now: datetime) -> list[Cell]:
     owner = f"{partition.owner.host}:{partition.owner.pid}" if partition.owner else NOTHING
     return [
-        f"{partition.topic}[{partition.partition}]",
+        f"{partition.topic}:{partition.partition}",
         Mark(partition.state, _STYLES[partition.state]),
         partition.next_offset,
         partition.end,
@@ -180,9 +180,9 @@ def _projector_row(projector: "ProjectorStatus", now: datetime) -> list[Cell]:
 
 
 def _brief(partitions: Iterable[Partition]) -> str:
-    """``orders[0,1] prices[0]``."""
+    """``orders:0,1 prices:0``."""
     return " ".join(
-        f"{topic}[{','.join(str(partition.number) for partition in same)}]"
+        f"{topic}:{','.join(str(partition.number) for partition in same)}"
         for topic, same in groupby(partitions, key=lambda partition: partition.topic)
     )
 

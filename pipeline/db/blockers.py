@@ -43,7 +43,11 @@ class Holder(NamedTuple):
     def __str__(self) -> str:
         if not self.pid:
             return "a prepared transaction (see pg_prepared_xacts)"
-        since = f"{self.since:%Y-%m-%d %H:%M:%S} UTC" if self.since else "a time hidden from us"
+        since = (
+            f"{self.since:%Y-%m-%d %H:%M:%S} UTC"
+            if self.since
+            else "a time that this login may not see"
+        )
         return (
             f"session {self.pid} (role {self.role}, application {self.application!r}, in a "
             f"transaction since {since})"

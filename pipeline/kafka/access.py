@@ -52,4 +52,4 @@ def why_not_visible(settings: Settings, topic: str, access: Access) -> str:
             "(TOPIC_AUTHORIZATION_FAILED): the right DESCRIBE is missing, or the topic does not "
             f"exist. Ask for {right_to_request(settings, 'READ', 'topic', topic)}"
         )
-    return f"Kafka has no topic {topic}, or it is hidden from {user_of(settings)}"
+    return f"Kafka has no topic {topic}, or hides it from {user_of(settings)}"

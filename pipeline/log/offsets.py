@@ -15,7 +15,7 @@ from sqlalchemy import (
 )
 
 from pipeline.db import locks
-from pipeline.errors import FencedError, RetentionGapError
+from pipeline.errors import FencedError, RefusedError, RetentionGapError
 from pipeline.log import gaps
 from pipeline.log.origin import KafkaPartition, Origin
 from pipeline.log.tables import THIS_PARTITION, consumer_offsets, key_of
@@ -65,6 +65,7 @@ RECORD_SOURCE = (
         high_watermark=bindparam("high"),
         watermarks_at=func.now(),
         problem=None,
+        problem_fix=None,
         problem_at=None,
     )
 )
@@ -73,6 +74,7 @@ HALT = (
     .where(*THIS_PARTITION, consumer_offsets.c.epoch == bindparam("held"))
     .values(
         problem=bindparam("why"),
+        problem_fix=bindparam("fix"),
         problem_at=case(
             (consumer_offsets.c.problem == bindparam("why"), consumer_offsets.c.problem_at),
             else_=func.now(),
@@ -168,9 +170,9 @@ def record_source(
     )
 
 
-def halt(db: Connection, partition: Partition, held: Epoch, why: Exception) -> None:
+def halt(db: Connection, partition: Partition, held: Epoch, why: RefusedError) -> None:
     """Record why a partition must not continue; a retention gap also gets its row in ``gaps``."""
-    db.execute(HALT, {**key_of(partition), "held": held, "why": str(why)})
+    db.execute(HALT, {**key_of(partition), "held": held, "why": why.what, "fix": why.fix})
     if isinstance(why, RetentionGapError):
         gaps.record(db, partition, gaps.Gap(why.expected, why.low))
 

@@ -145,6 +145,7 @@ consumer_offsets = Table(
     ),
     Column("committed_at", Time, comment="When next_offset last moved."),
     Column("problem", Text, comment="Why the partition is halted; NULL if it is not."),
+    Column("problem_fix", Text, comment="What to do about the problem."),
     Column("problem_at", Time, comment="Since when it is halted."),
     CheckConstraint("next_offset >= first_offset", name="in_order"),
     schema=LOG_SCHEMA,

@@ -37,12 +37,14 @@ _COMMANDS = (
     LogEvent(
         "events_processed",
         "info",
-        "how many records were ingested and projected since the last such line, and how many "
-        "remain "
-        "(`ingest_lag`, `projection_lag`); at most once per minute and process",
+        "how many records this process ingested and projected since the last such line, and the "
+        "lags that remain (`ingest_lag`, `projection_lag`); at most once per minute",
     ),
     LogEvent(
-        "stop_requested", "info", "a signal is ending this process, see [exit codes](#exit-codes)"
+        "stop_requested",
+        "info",
+        "this process received a signal and will end after its current batch, see "
+        "[exit codes](#exit-codes)",
     ),
     LogEvent(
         "stopped",
@@ -67,21 +69,21 @@ _COMMANDS = (
     LogEvent(
         "worker_died",
         "error",
-        "one of several workers was killed or crashed. It is restarted; others read its partitions "
-        "meanwhile",
-        "see its last lines; `SIGKILL` mostly means too little memory",
+        "one of several workers was killed or crashed. It is restarted; meanwhile, other workers "
+        "read its partitions",
+        "read the last log lines of this worker; `SIGKILL` usually means too little memory",
     ),
     LogEvent(
         "parent_ended",
         "warning",
         "the command that started this worker was killed; the worker ends too",
-        "find out what killed it",
+        "find out what killed the command",
     ),
     LogEvent(
         "workers_without_partition",
         "warning",
-        "there are more workers than partitions",
-        "fewer `--workers`",
+        "there are more workers than partitions; the additional workers are idle",
+        "set a lower number for `--workers`",
     ),
     LogEvent("partitions_not_counted", "debug", "the number of partitions is unknown"),
 )
@@ -90,61 +92,70 @@ _SERVERS = (
     LogEvent(
         "server_unavailable",
         "warning",
-        "PostgreSQL or Kafka does not serve us; the reason names the server, the cause and what to "
-        "do. The process waits for it, see [below](#a-server-is-unavailable-or-refuses-us)",
-        "see the reason, if it lasts",
+        "PostgreSQL or Kafka is unavailable; the reason names the server, the cause and what to "
+        "do. The process waits for the server, see "
+        "[below](#a-server-is-unavailable-or-refuses-us)",
+        "if it lasts, do what the reason says",
     ),
     LogEvent(
         "access_refused",
         "error",
-        "a login or a right is refused that was granted before; the line says in how many seconds "
-        "the process ends with 78",
+        "a server refuses a login or a right that it granted before; the line says in how many "
+        "seconds the process ends with 78",
         "correct the password, or grant the right again",
     ),
-    LogEvent("server_available", "info", "the server serves us again; after how many seconds"),
+    LogEvent(
+        "server_available",
+        "info",
+        "the server is available again; the line says after how many seconds",
+    ),
     LogEvent(
         "password_reloaded",
         "info",
-        "a login was refused, and the settings' files have another one now, which is used",
+        "a login was refused, and the files of the settings contain a new password; the program "
+        "uses it",
     ),
     LogEvent(
         "server_slow",
         "info",
-        "a statement has had no answer for 5 s, and PostgreSQL still accepts connections",
-        "nothing, unless it lasts",
+        "PostgreSQL has not answered a statement for 5 s; it still accepts connections",
+        "if it lasts, check the load and the disks of the database server",
     ),
     LogEvent(
         "waiting_for_lock",
         "warning",
-        "a statement has waited 2 s or longer for a lock; the line names the object, and the "
-        "session that holds it with its role, application and, if the login may see it, since when",
-        "let it end, or end it: `SELECT pg_terminate_backend(PID)`",
+        "a statement has waited 2 s or longer for a lock. The line names the locked object, and "
+        "the session that holds the lock with its role, its application and, if this login may "
+        "see it, the start of its transaction",
+        "wait until that session ends its transaction, or terminate the session: "
+        "`SELECT pg_terminate_backend(PID)`",
     ),
     LogEvent(
         "kafka_client_error",
         ("warning", "error"),
-        "what Kafka's client reports about its connections; each kind at most once per minute, "
-        "with "
-        "how often it occurred (`times_since`). At `error` if a setting or a right is wrong",
-        "see the action; `pipeline check`",
+        "Kafka's client reports an error of a connection. Each kind of error is logged at most "
+        "once per minute; `times_since` says how often it occurred. The level is `error` if a "
+        "setting or a right is wrong",
+        "do what `action` in the line says; run `pipeline check`",
     ),
     LogEvent(
         "kafka_commit_refused",
         "warning",
-        "Kafka refuses the commits of the consumer group: a right was taken away. Events still "
-        "arrive, until the group is joined again",
-        "ask for READ on the group; `pipeline check` prints the command",
+        "Kafka refuses the commits of the consumer group, because a right was revoked. Events "
+        "still arrive until this process joins the group again",
+        "request the right READ on the group; `pipeline check` prints the command",
     ),
     LogEvent(
         "kafka_commit_skipped",
         "info",
-        "the group's offsets in Kafka were not updated; they are for monitoring only",
+        "the offsets of the group in Kafka were not updated; the program uses them for monitoring "
+        "only",
     ),
     LogEvent(
         "library_log",
         ("debug", "info", "warning", "error", "critical"),
-        "a line of a library; for `librdkafka`, each text at most once per minute",
-        "nothing; it helps to find a cause",
+        "a log line of a library; lines of `librdkafka` at most once per minute and text",
+        "nothing; the line helps to find the cause of another event",
     ),
     LogEvent("topic_ids_unknown", "debug", "Kafka returned no ids of topics"),
     LogEvent("topic_settings_unknown", "debug", "Kafka returned no settings of a topic"),
@@ -156,109 +167,118 @@ _INGEST = (
     LogEvent(
         "partitions_claimed",
         "info",
-        "Kafka has assigned these partitions to this process; it reads them from these offsets on",
+        "Kafka has assigned these partitions to this process, which reads them from these offsets "
+        "on",
     ),
-    LogEvent("partitions_released", "info", "this process has given up its partitions at its end"),
+    LogEvent("partitions_released", "info", "this process ends and has released its partitions"),
     LogEvent(
         "partitions_revoked", "info", "Kafka has assigned these partitions to another process"
     ),
     LogEvent(
         "partitions_lost",
         "info",
-        "the group has excluded this process; it joins again. Nothing of ours was written since",
+        "the consumer group has excluded this process, which joins again; it wrote nothing since "
+        "then",
     ),
     LogEvent(
         "partitions_not_released",
         "info",
-        "the database did not answer when this process gave up its partitions",
+        "the database did not answer when this process released its partitions; the next owner "
+        "claims them",
     ),
     LogEvent(
         "partitions_fenced",
         "warning",
-        "another process has claimed these partitions, or somebody moved their next offsets; "
-        "nothing of ours was written",
-        "nothing; find out what stopped this process, or whether a second group uses this database",
+        "another process has claimed these partitions, or somebody changed their next offsets; "
+        "this process wrote nothing",
+        "find out what stopped this process, or whether a second consumer group uses this database",
     ),
     LogEvent(
         "partition_halted",
         "error",
         "one partition is halted to protect data; the others are read",
-        "see the reason, and [Halted partitions](#halted-partitions)",
+        "resolve the cause, see [Halted partitions](#halted-partitions)",
     ),
     LogEvent("partition_resumed", "info", "a halted partition is read again"),
-    LogEvent("partition_rewound", "info", "`rewind` has read a partition again; what it added"),
+    LogEvent(
+        "partition_rewound",
+        "info",
+        "`pipeline rewind` has read a partition again; the line says how many records it added",
+    ),
     LogEvent(
         "topic_not_available",
         "warning",
-        "a topic of the default list was never read, and Kafka does not show it; the others are "
-        "read",
-        "see the action; `Prices` needs a contract of its own",
+        "Kafka does not show a topic of the default list, which was never read; the other topics "
+        "are read",
+        "do what `action` in the line says; `Prices` needs a separate contract",
     ),
     LogEvent(
         "topic_available",
         "info",
-        "Kafka shows that topic now; it is read from `PIPELINE_START` on",
+        "Kafka now shows a topic that was not available; it is read from `PIPELINE_START` on",
     ),
     LogEvent(
         "topic_not_authorized",
         "error",
-        "Kafka does not show a topic that was read: the right was taken away, or the topic was "
-        "deleted; the others are read",
-        "ask for the right in the reason",
+        "Kafka does not show a topic that was read before: the right was revoked, or the topic was "
+        "deleted; the other topics are read",
+        "request the right that the reason names",
     ),
     LogEvent(
         "topic_missing",
         "error",
-        "a topic that was read does not exist any more; the others are read",
-        "see the reason",
+        "a topic that was read before no longer exists; the other topics are read",
+        "do what the reason says",
     ),
     LogEvent(
         "former_owner_terminated",
         "warning",
-        "a worker that was silent in the middle of a transaction held a partition; its session was "
-        "terminated, and this process has the partition",
-        "find out why that worker was silent",
+        "the former owner of a partition did not respond in the middle of a transaction; its "
+        "session was terminated, and this process now owns the partition",
+        "find out why the former owner did not respond",
     ),
     LogEvent(
         "former_owner_not_terminated",
         "warning",
-        "such a session could not be terminated, because its login belongs to another role; the "
-        "partition waits until the session ends",
+        "the session of a former owner that does not respond could not be terminated, because it "
+        "belongs to another role; the partition waits until the session ends",
         "let all workers log in as one role",
     ),
     LogEvent(
         "member_timed_out",
         "warning",
-        "this process did not poll Kafka for too long, or Kafka did not answer it, and the group "
-        "gives its partitions to another member; nothing of ours was written",
-        "nothing; find out what stopped this process",
+        "this process did not poll Kafka for too long, or Kafka did not answer it. The consumer "
+        "group gives its partitions to another member; this process wrote nothing since then",
+        "find out what stopped this process",
     ),
     LogEvent(
         "member_replaced",
         "warning",
-        "Kafka has another member under this `PIPELINE_GROUP_INSTANCE_ID`; this one joins again. "
-        "Kafka's client may be both, when brokers paused for longer than its session",
-        "nothing; if the process ends with 75 after the third time in a minute, find the other one",
+        "Kafka has another member with the same `PIPELINE_GROUP_INSTANCE_ID`; this process joins "
+        "again. The other member may be an earlier connection of this same process, after the "
+        "brokers paused for longer than `session.timeout.ms`",
+        "nothing after the first time. After the third time in a minute the process ends with 75: "
+        "then find the other process that has this id",
     ),
     LogEvent(
         "unknown_member_found",
         "warning",
-        "the consumer group has a member that has not registered in this database; it may be dead, "
-        "or write to a copy",
+        "the consumer group has a member that is not registered in this database: it is dead, or "
+        "it writes to a copy of this database",
         'nothing; if this worker then ends with 65, see "Backups, copies and moves"',
     ),
     LogEvent(
         "database_moved",
         "warning",
-        "this database ran on another server or under another oid before: a restore, an upgrade, "
-        "or a copy",
-        "nothing after a move; give a copy its own `PIPELINE_GROUP_ID`",
+        "this database was on another server before, or had another oid: it was restored, upgraded "
+        "or copied",
+        "after a move: nothing. If this database is a copy: give it its own `PIPELINE_GROUP_ID`",
     ),
     LogEvent(
         "group_not_left",
         "warning",
-        "Kafka did not answer when this process left its group; nothing is lost",
-        "nothing; find out why Kafka does not answer",
+        "Kafka did not answer when this process left its consumer group; nothing is lost",
+        "find out why Kafka does not answer",
     ),
     LogEvent("group_commits_unknown", "debug", "Kafka returned no commits of the group"),
     LogEvent("time_left_unknown", "debug", "how long Kafka keeps the next record is unknown"),
@@ -266,63 +286,71 @@ _INGEST = (
 
 _READ_MODELS = (
     LogEvent("events_projected", "debug", "one pass of the projection"),
-    LogEvent("projection_caught_up", "info", "the read models have no lag any more"),
+    LogEvent("projection_caught_up", "info", "the projection lag is 0"),
     LogEvent(
         "projection_not_ended",
         "warning",
-        "PostgreSQL did not answer the projection's last statement when this process ended; "
-        "nothing "
-        "is lost",
-        "nothing; find out why it does not answer",
+        "PostgreSQL did not answer the last statement of the projection when this process ended; "
+        "nothing is lost",
+        "find out why PostgreSQL does not answer",
     ),
     LogEvent(
         "events_rejected",
         "warning",
-        "a read model rejected these events; they are dead letters, the others were applied",
-        "`pipeline dead-letters list`",
+        "a read model rejected these events. They are dead letters now; the other events were "
+        "applied",
+        "run `pipeline dead-letters list`",
     ),
     LogEvent(
         "projector_broken",
         "error",
-        "a read model rejected so many events that its own definition must be wrong",
-        "correct it, then `pipeline rebuild NAME`",
+        "a read model is halted: it rejected so many events that its definition must be wrong, or "
+        "somebody changed its table; the other read models continue",
+        "do what the reason says, then run `pipeline rebuild NAME`",
     ),
     LogEvent(
         "projectors_stale",
         "warning",
-        "the definition of these read models has changed since their tables were built; they are "
-        "left out until they are rebuilt, and readers see them as they were",
-        "nothing: `run` and `project` rebuild them, see `read_model_rebuilt` and `rebuild_failed`",
+        "the definition of these read models has changed since their tables were built. Events are "
+        "not applied to them until they are rebuilt; readers see the old rows",
+        "nothing: `run` and `project` rebuild them, and log `read_model_rebuilt` or "
+        "`rebuild_failed`",
     ),
     LogEvent(
         "projectors_current",
         "info",
-        "these read models were rebuilt and follow the log again",
+        "these read models were rebuilt; events are applied to them again",
         "nothing",
     ),
     LogEvent(
         "rebuild_postponed",
         "warning",
-        "a stale read model cannot be rebuilt now: the database refuses it; retried every 10 s",
-        "see the reason",
+        "the rebuild of a stale read model failed with an error of the database; it is retried "
+        "every 10 s",
+        "do what the reason says",
     ),
     LogEvent(
         "rebuild_failed",
         "error",
-        "a stale read model could not be rebuilt; its live table is unchanged, the others continue",
-        "see the reason, then `pipeline rebuild NAME`",
+        "a stale read model could not be rebuilt. Its live table is unchanged; the other read "
+        "models continue",
+        "do what the reason says, then run `pipeline rebuild NAME`",
     ),
-    LogEvent("read_model_rebuilt", "info", "a read model was rebuilt; how many rows differed"),
+    LogEvent(
+        "read_model_rebuilt",
+        "info",
+        "a read model was rebuilt; the line says how many rows differed",
+    ),
     LogEvent(
         "read_model_compared",
         "info",
-        "a read model was compared with the log; how many rows differ",
+        "a read model was compared with the log; the line says how many rows differ",
     ),
     LogEvent("rebuild_resumed", "info", "an interrupted rebuild continues"),
     LogEvent(
         "rebuild_tables_locked",
         "info",
-        "another session holds a lock on the tables of a rebuild; it tries again",
+        "another session holds a lock on the tables of a rebuild; the rebuild tries again",
     ),
 )
 
@@ -330,22 +358,23 @@ _SCHEMA = (
     LogEvent(
         "personal_data_closed",
         "warning",
-        "`migrate` took away a right to read personal data, in a transaction of its own and before "
-        "the migrations; the line has the statements",
-        "nothing; grant `pipeline_personal_data` to those who need it",
+        "`migrate` revoked a right to read personal data, in a separate transaction before the "
+        "migrations; the line has the statements",
+        "grant `pipeline_personal_data` to the logins that need personal data",
     ),
     LogEvent(
         "views_wait_for_rebuild",
         "warning",
-        "views need columns that a rebuild will make",
-        "wait for the rebuild, then `pipeline migrate`",
+        "these views were not created: they need columns that a rebuild will add",
+        "wait for the rebuild, then run `pipeline migrate` again",
     ),
     LogEvent(
         "view_keeps_columns",
         "warning",
-        "views of others need columns of a view in `upvest` that are personal now; these are NULL "
-        "from now on",
-        "change the views that the line names; the next `migrate` drops the columns",
+        "views of other owners need columns of a view in `upvest` that are now personal; these "
+        "columns are NULL from now on",
+        "have the owners change the views that the line names; the next `migrate` drops the "
+        "columns",
     ),
 )
 

@@ -76,7 +76,7 @@ def _of_object(
 ) -> str | None:
     known = recorded.get(name)
     if name not in there:
-        return "does not exist: somebody has dropped it" if known else "was never made"
+        return "does not exist: somebody has dropped it" if known else "was not created yet"
     if known is None or not known.is_ours:
         return f"is not the one that `pipeline migrate` made; its owner is {there[name].owner}"
     return None

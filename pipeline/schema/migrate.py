@@ -249,7 +249,10 @@ def _upgrade(db: Connection, note: Callable[..., None]) -> None:
             db.rollback()
         else:
             return
-    raise TransientError(f"workers' locks crossed the migration {DEADLOCKS_MAX} times; repeat")
+    raise TransientError(
+        f"the migration deadlocked with workers {DEADLOCKS_MAX} times and was rolled back. Repeat "
+        "`pipeline migrate`"
+    )
 
 
 # Dependent objects exist; a column that a view reads cannot change its type.
@@ -481,7 +484,6 @@ def _refuse_dropped_tables(db: Connection) -> None:
         declare_tables()
         if gone := dropped_tables(db, metadata.tables.values()):
             raise ConfigurationError(
-                f"dropped by somebody: {', '.join(gone)}. Migrations have made them before and do "
-                "not make them again: restore them from a backup. Then `pipeline rebuild` fills "
-                "read models"
+                f"somebody has dropped {', '.join(gone)}. A migration creates a table only once: "
+                "restore these tables from a backup. Then run `pipeline rebuild --all`"
             )

@@ -24,6 +24,6 @@ COMMENT ON COLUMN upvest.cash_ledger.currency IS 'Currency of the amounts.';
 COMMENT ON COLUMN upvest.cash_ledger.running_balance IS 'Sum of the entries up to this one, in `currency`. Too low or too high by a constant where the log begins in the middle.';
 COMMENT ON COLUMN upvest.cash_ledger.is_reversal IS 'True if the entry takes back another one.';
 COMMENT ON COLUMN upvest.cash_ledger.instrument_uuid IS 'Instrument that caused it, in corporate actions. Joins instruments.';
-COMMENT ON COLUMN upvest.cash_ledger.isin IS 'Its ISIN; NULL if not told.';
+COMMENT ON COLUMN upvest.cash_ledger.isin IS 'Its ISIN; NULL if not reported.';
 COMMENT ON COLUMN upvest.cash_ledger.created_at IS 'When the entry was created.';
 COMMENT ON COLUMN upvest.cash_ledger.updated_at IS 'When the entry last changed.';

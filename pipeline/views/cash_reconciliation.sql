@@ -11,13 +11,13 @@ FULL JOIN (
     FROM upvest.cash_transactions GROUP BY account_group_id, currency
 ) t USING (account_group_id, currency);
 
-COMMENT ON VIEW upvest.cash_reconciliation IS 'Does the cash add up? One row per account group and currency: the balance as last told against the sum of the ledger. A break is normal while one of the two is under way, and where the log begins in the middle.';
+COMMENT ON VIEW upvest.cash_reconciliation IS 'Does the cash add up? One row per account group and currency: the last reported balance compared with the sum of the ledger. A break is normal while one of the two has not arrived yet, and where the log begins in the middle.';
 COMMENT ON COLUMN upvest.cash_reconciliation.account_group_id IS 'Account group. Joins account_groups.';
 COMMENT ON COLUMN upvest.cash_reconciliation.currency IS 'Currency of every amount in this row.';
-COMMENT ON COLUMN upvest.cash_reconciliation.balance IS 'Balance as last told; NULL if none ever was, then it counts as 0.';
+COMMENT ON COLUMN upvest.cash_reconciliation.balance IS 'Last reported balance; NULL if none was ever reported, which counts as 0.';
 COMMENT ON COLUMN upvest.cash_reconciliation.ledger_sum IS 'Sum of all entries of the ledger; 0 without any.';
 COMMENT ON COLUMN upvest.cash_reconciliation.break_amount IS 'balance - ledger_sum; 0 when it adds up.';
 COMMENT ON COLUMN upvest.cash_reconciliation.is_break IS 'True if it does not add up.';
 COMMENT ON COLUMN upvest.cash_reconciliation.entries IS 'Number of entries of the ledger.';
-COMMENT ON COLUMN upvest.cash_reconciliation.balance_as_of IS 'When the balance was told.';
+COMMENT ON COLUMN upvest.cash_reconciliation.balance_as_of IS 'When the balance was reported.';
 COMMENT ON COLUMN upvest.cash_reconciliation.last_entry_at IS 'When the last entry was created; NULL without any.';

@@ -25,10 +25,10 @@ COMMENT ON COLUMN upvest.holdings.group_type IS 'PERSONAL, LEGAL_ENTITY, CHILD â
 COMMENT ON COLUMN upvest.holdings.owner_user_ids IS 'Members of the group with role OWNER or CHILD; NULL if it has none, as the group of a business. Join users.';
 COMMENT ON COLUMN upvest.holdings.business_id IS 'Business that holds; NULL for persons.';
 COMMENT ON COLUMN upvest.holdings.instrument_uuid IS 'Instrument. Joins instruments.';
-COMMENT ON COLUMN upvest.holdings.isin IS 'ISIN of today; the one told with the position until the instrument is known.';
+COMMENT ON COLUMN upvest.holdings.isin IS 'Current ISIN; until the instrument is known, the ISIN that was reported with the position.';
 COMMENT ON COLUMN upvest.holdings.instrument_name IS 'Name of the instrument; its ISIN until the name is known.';
 COMMENT ON COLUMN upvest.holdings.quantity IS 'Units held in total; negative where more was sold than held.';
 COMMENT ON COLUMN upvest.holdings.locked_for_trading IS 'Units bound in open sell orders.';
 COMMENT ON COLUMN upvest.holdings.pending_settlement IS 'Units bought and not yet settled.';
 COMMENT ON COLUMN upvest.holdings.available_for_trading IS 'Units that may be sold.';
-COMMENT ON COLUMN upvest.holdings.as_of IS 'When Upvest told it.';
+COMMENT ON COLUMN upvest.holdings.as_of IS 'When Upvest reported the position.';

@@ -17,7 +17,7 @@ FROM (
 ) s
 WINDOW reached AS (PARTITION BY s.order_id ORDER BY s.reached_at, s.status);
 
-COMMENT ON VIEW upvest.order_status_history IS 'When each order reached each status, from the log: one row per order and status. Ask for one `order_id` and it is quick; without, it reads every order event there is. It may tell of orders that are not in orders, because their event was put aside for another value.';
+COMMENT ON VIEW upvest.order_status_history IS 'When each order reached each status, from the log: one row per order and status. A query for one `order_id` is fast; without an `order_id` it reads every order event in the log. It may show orders that are not in orders, because their event is a dead letter.';
 COMMENT ON COLUMN upvest.order_status_history.order_id IS 'The order. Joins orders.';
 COMMENT ON COLUMN upvest.order_status_history.step IS '1 for the first status known of the order, and so on in the order of time.';
 COMMENT ON COLUMN upvest.order_status_history.status IS 'NEW, PROCESSING, FILLED or CANCELLED.';

@@ -17,7 +17,9 @@ def numbered(count: int) -> list[bytes | None]:
 
 
 def problems(bench: Bench) -> list[str]:
-    rows = bench.query("SELECT problem FROM pipeline.consumer_offsets WHERE problem IS NOT NULL")
+    rows = bench.query(
+        "SELECT problem_fix FROM pipeline.consumer_offsets WHERE problem IS NOT NULL"
+    )
     return [text for (text,) in rows]
 
 

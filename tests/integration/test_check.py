@@ -263,7 +263,7 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
 
     warnings = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "warning")
 
-    assert contains(warnings, "keeps its records for 1 hour, you plan for an outage of 3 days")
+    assert contains(warnings, "for 1 hour, but PIPELINE_LONGEST_OUTAGE_HOURS is 3 days")
     assert contains(warnings, "is compacted")
 
 
@@ -292,7 +292,7 @@ def test_records_that_kafka_has_deleted_unread_are_an_error(given, check, broker
     broker.delete_records(TOPIC, 0, 7)
 
     assert of(check(), "error") == [
-        "Notifications[0]: Kafka has deleted 6 offsets from 1 on before they were read"
+        "Notifications:0: Kafka has deleted 6 offsets from 1 on before they were read"
     ]
 
 
@@ -313,7 +313,7 @@ def test_a_recreated_topic_is_recognised_by_its_id(given, kafka, topic):
     wrong = of(found(given.database.dsn, kafka.bootstrap_servers, topic=name), "error")
 
     [problem] = wrong
-    assert problem.startswith(f"{name}[0]: expected topic id older, found ")
+    assert problem.startswith(f"{name}:0: expected topic id older, found ")
     assert "the topic was deleted and recreated" in problem
 
 
@@ -339,7 +339,7 @@ def test_a_request_to_a_coordinator_that_moves_is_repeated(check, broker):
 
 def test_retention_shorter_than_the_planned_outage_puts_silent_loss_at_risk(given, kafka, topic):
     name = topic(config={"retention.ms": "86400000"})
-    reason = f"topic {name}: it keeps its records for 1 day, you plan for an outage of 3 days"
+    reason = f"topic {name}: Kafka keeps the records of the topic for 1 day, but PIPELINE_LONGEST_OUTAGE_HOURS"
 
     results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
     planned_less = found(

@@ -354,7 +354,7 @@ def test_a_gap_is_recorded_and_nothing_moves_before_it_is_accepted(engine):
     assert (row["first_offset"], row["end_offset"]) == (3, 12)
     assert row["accepted_at"] is None
     assert freed == []
-    assert "pipeline gaps accept orders:0" in column(engine, "problem")
+    assert "pipeline gaps accept orders:0" in column(engine, "problem_fix")
     assert find(engine) == owned_at(held, 3)
 
 

@@ -164,7 +164,7 @@ def test_a_watching_command_ends_with_0_on_ctrl_c_and_129_on_sighup(commands, gi
         commands.started("status", "--watch") as watch,
         commands.started("events", "--follow") as follow,
     ):
-        watch.until("Notifications[0]")
+        watch.until("Notifications:0")
         follow.until("Following")
         for process in (watch, follow):
             process.send(number)

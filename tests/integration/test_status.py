@@ -77,7 +77,7 @@ def test_a_partition_that_is_read_to_its_end_is_ok(log):
             "UNKNOWN",
             True,
         ),
-        ("problem = 'Notifications[0]: records are gone'", "ERR", True),
+        ("problem = 'records are gone', problem_fix = 'accept it'", "ERR", True),
     ],
     ids=[
         *("shortly behind", "old facts", "no facts", "not moving", "no reader", "silent reader"),
@@ -91,8 +91,8 @@ def test_the_state_of_a_partition_is_a_state_of_burrow(log, setting, state, is_w
 
     assert found.partitions[0].state == state
     assert found.ok is not is_wrong
-    assert [one.subject for one in found.problems if one.subject == f"{TOPIC}[0]"] == (
-        [] if state == "OK" else [f"{TOPIC}[0]"]
+    assert [one.subject for one in found.problems if one.subject == f"{TOPIC}:0"] == (
+        [] if state == "OK" else [f"{TOPIC}:0"]
     )
 
 
@@ -115,14 +115,15 @@ def _age_log(given, age):
     )
 
 
-def test_a_halted_partition_is_named_once_with_its_reason(log):
-    offsets(log, f"problem = '{TOPIC}[0]: records are gone: accept it'")
+def test_a_halted_partition_shows_its_reason_and_its_fix(log):
+    offsets(log, "problem = 'records are gone', problem_fix = 'accept it'")
 
     [problem] = [one for one in seen(log).problems if one.severity == "error"]
 
-    assert (problem.subject, problem.what) == (
-        f"{TOPIC}[0]",
-        "halted: records are gone: accept it",
+    assert (problem.subject, problem.what, problem.fix) == (
+        f"{TOPIC}:0",
+        "halted: records are gone",
+        "accept it",
     )
 
 
@@ -452,13 +453,13 @@ def test_the_command_prints_tables(log, pipeline):
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     assert lines[0].startswith("Log: 11 offsets, caught up, 0.2 records/s over the last minute.")
-    assert any(line.split()[:4] == [f"{TOPIC}[0]", "OK", "11", "11"] for line in lines)
+    assert any(line.split()[:4] == [f"{TOPIC}:0", "OK", "11", "11"] for line in lines)
     assert any(line.split()[:3] == ["orders", "live", "1"] for line in lines)
     assert any("not JSON" in line for line in lines)
 
 
 def test_status_ends_with_1_when_an_operator_must_act(log, pipeline):
-    offsets(log, "problem = 'records are gone'")
+    offsets(log, "problem = 'records are gone', problem_fix = 'accept it'")
 
     result = pipeline(Commands(database_url=log.database.dsn), "status", "--json")
 
@@ -474,7 +475,7 @@ def test_partitions_with_the_same_problem_share_its_lines(given, pipeline):
 
     result = pipeline(Commands(database_url=given.database.dsn), "status")
 
-    assert f"✗ {TOPIC}[0], {TOPIC}[1], {TOPIC}[2]: no process reads it" in result.out
+    assert f"✗ {TOPIC}:0, {TOPIC}:1, {TOPIC}:2: no process reads it" in result.out
 
 
 def test_the_text_of_a_problem_cannot_control_the_terminal(log, pipeline):

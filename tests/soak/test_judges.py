@@ -52,10 +52,10 @@ HARM = {
     'INSERT INTO pipeline.events (topic, "partition", "offset") '
     'SELECT topic, "partition", next_offset FROM pipeline.consumer_offsets': "holds 1 records",
     "UPDATE pipeline.projection_checkpoints SET next_offset = 7 WHERE projector = 'orders'": (
-        "the checkpoint of orders in Notifications[0] fell from 574 to 7"
+        "the checkpoint of orders in Notifications:0 fell from 574 to 7"
     ),
     "DELETE FROM pipeline.projection_checkpoints WHERE projector = 'users'": (
-        "the checkpoint of users in Notifications[0] fell from 574 to None"
+        "the checkpoint of users in Notifications:0 fell from 574 to None"
     ),
     "UPDATE pipeline.projection_checkpoints SET next_offset = 575": "whose log ends at 574",
     "DELETE FROM upvest.instruments WHERE true": "instruments had",
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_moved_without_its_rows_is_detected(given, journal, an
     analyst.look()
 
     [failure] = journal.failures
-    assert "orders is at 575 of Notifications[0] without 1 events below" in failure
+    assert "orders is at 575 of Notifications:0 without 1 events below" in failure
 
 
 def test_only_an_unannounced_truncation_is_a_failure(given, journal, analyst):

@@ -77,15 +77,15 @@ def kept(length):
 @pytest.mark.parametrize(
     ("reported", "outage", "levels", "expected"),
     [
-        (kept(DAY), 3 * DAY, ["warning"], "for 1 day, you plan for an outage of 3 days"),
-        (kept(71.5 * HOUR), 3 * DAY, ["warning"], "for 71.5 hours, you plan"),
-        (kept(3 * DAY), 3 * DAY, ["ok"], "for 3 days, you plan for an outage of 3 days"),
-        (kept(HOUR), HOUR, ["ok"], "for 1 hour, you plan for an outage of 1 hour"),
+        (kept(DAY), 3 * DAY, ["warning"], "for 1 day, but PIPELINE_LONGEST_OUTAGE_HOURS is 3 days"),
+        (kept(71.5 * HOUR), 3 * DAY, ["warning"], "for 71.5 hours, but PIPELINE"),
+        (kept(3 * DAY), 3 * DAY, ["ok"], "for 3 days, PIPELINE_LONGEST_OUTAGE_HOURS is 3 days"),
+        (kept(HOUR), HOUR, ["ok"], "for 1 hour, PIPELINE_LONGEST_OUTAGE_HOURS is 1 hour"),
         (kept(-timedelta(milliseconds=1)), 3 * DAY, ["ok"], "for ever"),
         (kept(7 * DAY) | {"retention.bytes": "1000000"}, DAY, ["ok", "warning"], "1,000,000 bytes"),
         (kept(7 * DAY) | {"cleanup.policy": "compact"}, DAY, ["warning", "ok"], "is compacted"),
-        ({"cleanup.policy": "delete"}, DAY, ["unknown"], "how long it keeps its records"),
-        ({}, DAY, ["unknown", "unknown"], "whether it is compacted"),
+        ({"cleanup.policy": "delete"}, DAY, ["unknown"], "how long the topic keeps its records"),
+        ({}, DAY, ["unknown", "unknown"], "whether the topic is compacted"),
     ],
 )
 def test_kafka_must_keep_records_for_longer_than_the_longest_outage(

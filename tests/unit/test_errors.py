@@ -87,24 +87,24 @@ def test_each_code_leads_to_the_right_class_of_error(sqlstate, branch):
         (
             RetentionGapError(ORDERS, expected=NextOffset(10), low=NextOffset(25)),
             ExitCode.REFUSED,
-            ["orders[3]", "10", "25", "15 offsets", "pipeline gaps accept orders:3"],
+            ["orders:3", "10", "25", "15 offsets", "pipeline gaps accept orders:3"],
         ),
         (
             RecreatedTopicError(ORDERS, expected="topic id a", found="topic id b"),
             ExitCode.REFUSED,
-            ["orders[3]", "topic id a", "topic id b", "another topic name"],
+            ["orders:3", "topic id a", "topic id b", "another topic name"],
         ),
         (
             WrongClusterError(ORDERS, expected="prod", found="staging"),
             ExitCode.REFUSED,
-            ["orders[3]", "prod", "staging", "PIPELINE_KAFKA_BOOTSTRAP_SERVERS"],
+            ["orders:3", "prod", "staging", "PIPELINE_KAFKA_BOOTSTRAP_SERVERS"],
         ),
         (
             SharedGroupError(ORDERS, group="pipeline", expected="one", found="two"),
             ExitCode.REFUSED,
-            ["orders[3]", "'pipeline'", "one", "two", "PIPELINE_GROUP_ID"],
+            ["orders:3", "'pipeline'", "one", "two", "PIPELINE_GROUP_ID"],
         ),
-        (FencedError(ORDERS, held=Epoch(4)), ExitCode.FENCED, ["orders[3]", "epoch 4"]),
+        (FencedError(ORDERS, held=Epoch(4)), ExitCode.FENCED, ["orders:3", "epoch 4"]),
     ],
 )
 def test_a_refusal_names_the_partition_what_was_expected_and_found_and_what_to_do(

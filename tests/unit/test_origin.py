@@ -79,8 +79,8 @@ def test_the_same_topic_is_accepted(changes):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"kafka_ids": ("another", "topic")}, WrongClusterError, "found another"),
-        ({"kafka_ids": ("another", None), "high": 0}, WrongClusterError, "found another"),
+        ({"kafka_ids": ("another", "topic")}, WrongClusterError, "cluster another"),
+        ({"kafka_ids": ("another", None), "high": 0}, WrongClusterError, "cluster another"),
         ({"kafka_ids": ("cluster", "new")}, RecreatedTopicError, "topic id topic, found new"),
         ({"high": 9}, TruncatedTopicError, "continue at offset 10, found a topic that ends at 9"),
         ({"in_kafka": OTHER}, TruncatedTopicError, "at offset 9, found another record"),
@@ -96,7 +96,7 @@ def test_another_topic_is_refused_with_the_reason_and_what_to_do(changes, error,
     assert isinstance(found, RefusedError)
     assert words in found.what
     assert found.partition == ORDERS
-    assert str(found) == f"orders[3]: {found.what}. {found.fix}"
+    assert str(found) == f"orders:3: {found.what}. {found.fix}"
 
 
 def test_a_new_partition_is_compared_with_every_recorded_one():

@@ -9,7 +9,7 @@ OFFSETS = st.integers(0, 2**62)
 def test_partitions_sort_by_topic_then_number_and_show_as_kafka_shows_them():
     partitions = [Partition("b", 0), Partition("a", 10), Partition("a", 9)]
 
-    assert [str(partition) for partition in sorted(partitions)] == ["a[9]", "a[10]", "b[0]"]
+    assert [str(partition) for partition in sorted(partitions)] == ["a:9", "a:10", "b:0"]
 
 
 @given(OFFSETS)

@@ -87,7 +87,7 @@ def _topics(brokers: Brokers, settings: Settings, counts: Mapping[str, int]) -> 
             why = why_not_visible(settings, topic, access.get(topic, Access.ABSENT))
             yield missing_topic(settings, topic, why, absent, counts)
             continue
-        yield ok(_name(topic), f"{counts[topic]} partitions")
+        yield ok(_name(topic), f"has {counts[topic]} partitions")
         yield may_read(brokers, settings, topic)
         reported = brokers.topic_settings(topic)
         yield from retention(topic, reported, timedelta(hours=settings.longest_outage_hours))
@@ -120,7 +120,7 @@ def may_read(brokers: Brokers, settings: Settings, topic: str) -> Result:
     """Whether Kafka lets us read a topic: one record is requested."""
     with brokers.record_reader() as reader:
         if reader.may_read(topic):
-            return ok(_name(topic), f"{user_of(settings)} may read it")
+            return ok(_name(topic), f"{user_of(settings)} may read this topic")
     return found(
         problems.TOPIC_REFUSED.of(
             _name(topic),
@@ -143,11 +143,13 @@ def retention(topic: str, reported: Mapping[str, str], outage: timedelta) -> Ite
     name, touched = _name(topic), Promise.NO_SILENT_LOSS
     policy = reported.get("cleanup.policy")
     if policy is None:
-        yield found(problems.NOT_REPORTED.of(name, what="whether it is compacted"), touched)
+        what = "whether the topic is compacted (cleanup.policy)"
+        yield found(problems.NOT_REPORTED.of(name, what=what), touched)
     elif "compact" in policy:
         yield found(problems.COMPACTED.of(name), touched)
     if "retention.ms" not in reported:
-        yield found(problems.NOT_REPORTED.of(name, what="how long it keeps its records"), touched)
+        what = "how long the topic keeps its records (retention.ms)"
+        yield found(problems.NOT_REPORTED.of(name, what=what), touched)
         return
     kept = timedelta(milliseconds=int(reported["retention.ms"]))
     if timedelta(0) <= kept < outage:
@@ -155,7 +157,7 @@ def retention(topic: str, reported: Mapping[str, str], outage: timedelta) -> Ite
         yield found(problem, touched)
     else:
         how_long = "for ever" if kept < timedelta(0) else f"for {_length(kept)}"
-        planned = f"you plan for an outage of {_length(outage)}"
+        planned = f"PIPELINE_LONGEST_OUTAGE_HOURS is {_length(outage)}"
         yield ok(name, f"keeps its records {how_long}, {planned}", touched)
     most = int(reported.get("retention.bytes", -1))
     if most >= 0:
@@ -181,7 +183,7 @@ def replication(topic: str, reported: Mapping[str, str], replicas: int) -> Itera
     unclean = reported.get("unclean.leader.election.enable")
     in_sync = reported.get("min.insync.replicas")
     if unclean is None or in_sync is None:
-        what = "which records it loses with a broker"
+        what = "min.insync.replicas or unclean.leader.election.enable of the topic"
         yield found(problems.NOT_REPORTED.of(name, what=what), touched)
     if unclean == "true":
         yield found(problems.UNCLEAN_ELECTION.of(name), touched)
@@ -190,18 +192,21 @@ def replication(topic: str, reported: Mapping[str, str], replicas: int) -> Itera
     elif in_sync is not None and int(in_sync) < 2:
         yield found(problems.ONE_CONFIRMS.of(name, in_sync=in_sync), touched)
     elif unclean == "false" and in_sync is not None:
-        yield ok(name, f"{replicas} copies, at least {in_sync} of them confirm a record", touched)
+        yield ok(
+            name, f"has {replicas} replicas; at least {in_sync} must confirm a record", touched
+        )
 
 
 def record_size(topic: str, reported: Mapping[str, str], batch_bytes: int) -> Result:
     """Whether a record may be larger than a batch, which memory is planned for."""
     name, touched = _name(topic), Promise.BOUNDED_MEMORY
     if "max.message.bytes" not in reported:
-        return found(problems.NOT_REPORTED.of(name, what="how large a record may be"), touched)
+        what = "how large a record of the topic may be (max.message.bytes)"
+        return found(problems.NOT_REPORTED.of(name, what=what), touched)
     most = int(reported["max.message.bytes"])
     if most > batch_bytes:
         return found(problems.LARGE_RECORDS.of(name, most=most, batch=batch_bytes), touched)
-    return ok(name, f"takes records of up to {most:,} bytes, which fit into a batch", touched)
+    return ok(name, f"allows records of {most:,} bytes, which fit into a batch", touched)
 
 
 def _group(
@@ -246,8 +251,8 @@ def _origins(
     topic_ids = brokers.topic_ids({partition.topic for partition in visible})
     if visible and not topic_ids:
         what = (
-            "topic ids, so a topic that is recreated under a running worker is recognised only at "
-            "its next assignment, by the last stored record"
+            "topic ids. So if a topic is recreated while a worker runs, the program detects it "
+            "only at the next assignment, by the last record in the log"
         )
         yield found(problems.NOT_REPORTED.of("kafka", what=what), Promise.NO_SILENT_LOSS)
     is_right = True
@@ -272,7 +277,6 @@ def _origins(
     if visible and is_right:
         yield ok(
             "kafka",
-            f"cluster {cluster} has the topics of the log, and what is to be read next in each "
-            "partition",
+            f"cluster {cluster} has the topics of the log, and the next record of each partition",
             Promise.NO_SILENT_LOSS,
         )

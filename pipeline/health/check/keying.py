@@ -57,16 +57,17 @@ def result_of(seen: TopicKeys) -> Result:
             return ok(
                 of,
                 f"is keyed by tenant: all of the last {seen.records:,} records are in "
-                f"partition {seen.busiest} of {seen.partitions}. {_ONE.capitalize()}",
+                f"partition {seen.busiest} of {seen.partitions}. {_ONE[0].upper()}{_ONE[1:]}",
             )
         case "too little":
             return found(problems.KEYING_UNKNOWN.of(of, records=seen.records))
         case "mixed":
             return ok(
                 of,
-                f"is keyed neither by tenant nor by user nor by entity: of {seen.users:,} "
-                f"users {seen.stray_users:,} and of {seen.entities:,} entities "
-                f"{seen.stray_entities:,} are in several partitions. {_shared(seen)}",
+                "is not keyed by tenant, user or entity: "
+                f"{seen.stray_users:,} of {seen.users:,} users and "
+                f"{seen.stray_entities:,} of {seen.entities:,} entities are in several partitions. "
+                f"{_shared(seen)}",
             )
         case keying:
             return ok(
@@ -77,8 +78,8 @@ def result_of(seen: TopicKeys) -> Result:
 
 
 _ONE = (
-    "one worker ingests and projects all of it, and more workers bring nothing; a faster processor "
-    "does, and `pipeline rebuild --jobs N` uses several for one partition too"
+    "only one worker can ingest and project it, so more workers do not help. A faster CPU helps; "
+    "`pipeline rebuild --jobs N` uses several cores for one partition too"
 )
 
 

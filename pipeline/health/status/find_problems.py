@@ -39,8 +39,7 @@ def _of_partition(partition: PartitionStatus, as_of: datetime) -> Problem | None
         reader = f"{partition.owner.host}:{partition.owner.pid}"
     match partition.state:
         case "ERR":
-            why = (partition.problem or "").removeprefix(f"{name}: ")
-            return problems.HALTED.of(name, why=why)
+            return problems.HALTED.of(name, why=partition.problem, fix=partition.problem_fix)
         case "UNKNOWN" if seen_at is not None and seen_at > as_of:
             return problems.SEEN_IN_FUTURE.of(name, reader=reader, since=since)
         case "UNKNOWN":

@@ -68,7 +68,8 @@ class PartitionStatus:
         kept_s: For how many more seconds Kafka keeps the oldest record that is not in the log, by
             what Kafka last reported; negative if it may be deleted already, None where that is
             not known or time deletes nothing.
-        problem: Why it is halted, and what to do.
+        problem: Why it is halted; None if it is not.
+        problem_fix: What to do about that.
     """
 
     topic: str
@@ -85,6 +86,7 @@ class PartitionStatus:
     committed_at: datetime | None
     owner: Owner | None
     problem: str | None
+    problem_fix: str | None
     problem_at: datetime | None
 
 

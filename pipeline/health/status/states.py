@@ -65,6 +65,7 @@ def partition_status(row: Row[Any], as_of: datetime, minute_began: int) -> Parti
         committed_at=row.committed_at,
         owner=owner,
         problem=row.problem,
+        problem_fix=row.problem_fix,
         problem_at=row.problem_at,
     )
 

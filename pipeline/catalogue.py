@@ -7,7 +7,9 @@ package of it; ``PIPELINE_READ_MODELS`` names folders. All of them take part in 
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -22,7 +24,7 @@ from sqlalchemy import Table
 
 from pipeline import projectors
 from pipeline.errors import ConfigurationError
-from pipeline.readmodel import Projector
+from pipeline.readmodel import Projector, mistakes
 
 GROUP = "pipeline.read_models"
 """Of the entry points by which installed packages bring read models and views."""
@@ -35,10 +37,12 @@ class Catalogue:
     Attributes:
         models: The read models, by name: the order in which they take their turns.
         views: The text of each view's file, by the name of the view.
+        view_files: The files, by the name of the view.
     """
 
     models: tuple[Projector, ...]
     views: Mapping[str, str] = field(default_factory=dict)
+    view_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -59,11 +63,12 @@ def load(paths: tuple[Path, ...] = ()) -> Catalogue:
         paths: Folders with further read models (``*.py``) and views (``*.sql``).
 
     Raises:
-        ConfigurationError: Two objects have the same name, or a file or package cannot be loaded.
+        ConfigurationError: Two objects have the same name, a column refers to no read model, or a
+            file or package cannot be loaded; the text has file and line.
     """
     found = _Found()
     found.add_package(projectors, "pipeline")
-    found.add_views(files("pipeline") / "views", "pipeline")
+    found.add_views(files("pipeline") / "views")
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         found.add_entry_point(point)
     for path in paths:
@@ -77,30 +82,40 @@ class _Found:
     def __init__(self) -> None:
         self._models: dict[str, tuple[Projector, str]] = {}
         self._views: dict[str, tuple[str, str]] = {}
-        self._tables: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        """Where each table or view is declared."""
 
     def catalogue(self) -> Catalogue:
+        self._refuse_unknown_targets()
         models = tuple(self._models[name][0] for name in sorted(self._models))
-        return Catalogue(models, {name: text for name, (text, _) in sorted(self._views.items())})
+        views = sorted(self._views.items())
+        return Catalogue(
+            models,
+            {name: text for name, (text, _) in views},
+            {name: file for name, (_, file) in views},
+        )
 
     def add_package(self, package: ModuleType, source: str) -> None:
         """The read models of a module, or of the modules of a package."""
         self._add_models(package, source)
         for module in iter_modules(getattr(package, "__path__", ())):
-            self._add_models(import_module(f"{package.__name__}.{module.name}"), source)
+            name = f"{package.__name__}.{module.name}"
+            with _explained(f"{source}: module {name}"):
+                imported = import_module(name)
+            self._add_models(imported, source)
 
     def add_entry_point(self, point: EntryPoint) -> None:
-        source = f"entry point {point.name} = {point.value}"
-        try:
+        source = f"entry point {point.name} = {point.value} of group {GROUP}"
+        with _explained(source):
             module = point.load()
-        except Exception as error:
+        if not isinstance(module, ModuleType):
             raise ConfigurationError(
-                f"{source} of group {GROUP} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+                f"{source} names no module. Name the module or package that declares read models"
+            )
         self.add_package(module, source)
         if hasattr(module, "__path__"):
-            self.add_views(files(module), source)
-            self.add_views(files(module) / "views", source)
+            self.add_views(files(module))
+            self.add_views(files(module) / "views")
 
     def add_folder(self, path: Path) -> None:
         if not path.is_dir():
@@ -109,35 +124,63 @@ class _Found:
                 "(*.py) and views (*.sql)"
             )
         for file in sorted(path.glob("*.py")):
-            self._add_models(_imported(file), str(file))
-        self.add_views(path, str(path))
-        self.add_views(path / "views", str(path))
+            with _explained(str(file)):
+                module = _imported(file)
+            self._add_models(module, str(file))
+        self.add_views(path)
+        self.add_views(path / "views")
 
-    def add_views(self, folder: Path | Traversable, source: str) -> None:
+    def add_views(self, folder: Path | Traversable) -> None:
         """The views of a folder: each file with SQL."""
         if not folder.is_dir():
             return
         for file in sorted(folder.iterdir(), key=lambda file: file.name):
             name = file.name.removesuffix(".sql")
             if name != file.name:
-                self._claim(name, f"{source}: {file.name}")
-                self._views[name] = (file.read_text("utf-8"), source)
+                self._claim(name, str(file))
+                self._views[name] = (file.read_text("utf-8"), str(file))
 
     def _add_models(self, module: ModuleType, source: str) -> None:
+        file = module.__file__ or source
         for model in _models(module):
             known = self._models.get(model.name)
             if known and known[0] is model:
                 continue
-            for table in model.tables:
-                self._claim(table.name, f"{source}: {module.__name__}")
-            self._models[model.name] = (model, source)
+            with _explained(file):
+                tables = model.tables
+            for table in tables:
+                self._claim(table.name, file)
+            self._models[model.name] = (model, file)
 
-    def _claim(self, name: str, source: str) -> None:
-        if taken := self._tables.get(name):
+    def _claim(self, name: str, file: str) -> None:
+        if taken := self._files.get(name):
             raise ConfigurationError(
-                f"two tables or views are called {name}: {taken}, and {source}. Rename one of them"
+                f"two tables or views are called {name}: in {taken}, and in {file}. Rename one of "
+                "them"
             )
-        self._tables[name] = source
+        self._files[name] = file
+
+    def _refuse_unknown_targets(self) -> None:
+        tables = {table.name for model, _ in self._models.values() for table in model.tables}
+        for model, file in self._models.values():
+            for column in (column for table in model.tables for column in table.columns):
+                target = column.info.get("refers_to")
+                if target and target not in tables:
+                    near = get_close_matches(target, tables, 1)
+                    meant = f"Did you mean {near[0]}?" if near else "Write uuid(…) instead"
+                    raise ConfigurationError(
+                        f"{file}: {column.table.name}.{column.name} refers to {target}, which no "
+                        f"read model makes. {meant}"
+                    )
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Whatever is wrong in the files of others is an error of theirs, with file and line."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigurationError(mistakes.described(error, source)) from error
 
 
 def _models(module: ModuleType) -> Iterator[Projector]:
@@ -148,13 +191,12 @@ def _imported(file: Path) -> ModuleType:
     name = f"pipeline_read_models.{file.stem}"
     spec = spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ConfigurationError(f"PIPELINE_READ_MODELS: {file} cannot be loaded")
+        raise ImportError(f"{file} is no Python file")
     module = module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigurationError(
-            f"PIPELINE_READ_MODELS: {file} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

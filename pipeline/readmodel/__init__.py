@@ -67,6 +67,7 @@ __all__ = [
     "fingerprint",
     "integer",
     "json",
+    "mistakes",
     "model",
     "money",
     "quantity",

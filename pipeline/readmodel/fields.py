@@ -20,8 +20,10 @@ _COLUMN = re.compile(r"[a-z][a-z0-9_]*")
 _LOOKS_PERSONAL = re.compile(
     r"(^|[._])((fore|sur)?names?|birth(day)?|gender|salutation|title|nationalit(y|ies)|address|street|"
     r"city|postcode|zip|(tele)?phone|mobile|e?mail|iban|bic|account_number|tax|tin|ssn|social|passport|"
-    r"religion|church|fatca|counterparty|beneficiary|payer|payee)([0-9]*$|[._])"
+    r"religion|church|fatca|counterparty|beneficiary|payer|payee|"
+    r"remittance|reference_account|account_holder|memo|notes?|comments?|free_text)([0-9]*$|[._])"
 )
+_SYSTEM_COLUMNS = frozenset({"cmax", "cmin", "ctid", "tableoid", "xmax", "xmin"})
 PERSONAL_REMARK = " Personal data."
 """At the end of the comment of each column that holds personal data, in the database too."""
 
@@ -216,12 +218,17 @@ class Field:
 
     def __post_init__(self) -> None:
         if not _COLUMN.fullmatch(self.column):
-            raise ValueError(f"{self.column!r} is not a name for a column")
+            raise ValueError(
+                f"{self.column!r} is not a name for a column; a name has small letters, digits and "
+                "_, and begins with a letter"
+            )
+        if self.column in _SYSTEM_COLUMNS:
+            raise ValueError(f"column {self.column}: PostgreSQL has its own of that name")
         for path in self.paths:
             if path != ELEMENT and not _PATH.fullmatch(path):
                 raise ValueError(f"column {self.column}: {path!r} is not a path like delta.amount")
-        if not self.comment:
-            raise ValueError(f"column {self.column} has no comment")
+        if not self.comment.strip():
+            raise ValueError(f"column {self.column} has no comment; say what it means")
         if self.personal is None and looks_personal(self.column, *self.paths):
             raise ValueError(
                 f"column {self.column} looks as if it held personal data: write personal=True or "

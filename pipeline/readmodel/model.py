@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 from sqlalchemy import Connection, Table
 
 from pipeline.readmodel import tables
-from pipeline.readmodel.fields import EventPattern, Field, Shape, event_id
+from pipeline.readmodel.fields import EventPattern, Field, Shape, columns_of, event_id
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME_BYTES_MAX = 63
+"""PostgreSQL's: what is longer is cut."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Children:
 
     def __post_init__(self) -> None:
         _freeze(self, "fields")
-        _refuse_bad_name(self.table)
+        _refuse_bad_table(self.table, self.comment)
 
 
 class Base(ABC):
@@ -128,18 +130,26 @@ class Declared(Base):
     def __post_init__(self) -> None:
         _freeze(self, "fields", "only_with", "except_events")
         object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
-        object.__setattr__(self, "sources", tuple(self.sources) or _sources(self.events))
-        _refuse_bad_name(self.table)
+        _refuse_bad_table(self.table, self.comment)
+        object.__setattr__(
+            self, "sources", tuple(self.sources) or _sources(self.table, self.events)
+        )
         for name in self.except_events:
             EventPattern(name)
+        self._refuse_bad_columns()
         for name in (name for columns in self.indexes for name in columns):
-            self.column(name)
+            self.column(name, "indexes")
         for name in self.only_with:
-            if not (self.column(name).paths or self.column(name).by_event):
+            field = self.column(name, "only_with")
+            if not (field.paths or field.by_event):
                 raise ValueError(f"{self.table}: only_with: {name} is not read from the object")
-        names = [column.column for column in self.columns]
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{self.table}: column {doubled[0]} is declared twice")
+
+    def _refuse_bad_columns(self) -> None:
+        for column in self.columns:
+            if not (column.paths or column.envelope or column.by_event):
+                raise ValueError(f"{self.table}.{column.column}: path is empty; say where it is")
+        _refuse_doubles(self.table, self.key_fields, self.fields)
+        _refuse_long_names(self.table, self.columns, self.indexes)
 
     @property
     @abstractmethod
@@ -166,8 +176,12 @@ class Declared(Base):
         """The columns of the table, the key first."""
         return (*self.key_fields, *self.fields)
 
-    def column(self, name: str) -> Field:
+    def column(self, name: str, named_by: str = "") -> Field:
         """The field of a column.
+
+        Args:
+            name: Its name.
+            named_by: The attribute that names it, for the error.
 
         Raises:
             ValueError: There is none of that name.
@@ -175,7 +189,10 @@ class Declared(Base):
         for column in self.columns:
             if column.column == name:
                 return column
-        raise ValueError(f"{self.table}: {name} is not a column")
+        raise ValueError(
+            f"{self.table}: {named_by} names {name}, which is not a column; its columns are "
+            f"{', '.join(columns_of(self.columns))}"
+        )
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:
@@ -213,6 +230,9 @@ class EntityTable(Declared):
     def __post_init__(self) -> None:
         _freeze(self, "children")
         super().__post_init__()
+        for child in self.children:
+            _refuse_doubles(child.table, [*self.key_fields, tables.POSITION], child.fields)
+            _refuse_long_names(child.table, child.fields, ())
         if self.clock and self.clock.kind.shape is not Shape.TIME:
             raise ValueError(f"{self.table}: newest_by: {self.newest_by} is not a time")
 
@@ -224,7 +244,7 @@ class EntityTable(Declared):
     @property
     def clock(self) -> Field | None:
         """The column with the time that decides which event is newest, if there is one."""
-        return self.column(self.newest_by) if self.newest_by else None
+        return self.column(self.newest_by, "newest_by") if self.newest_by else None
 
     @property
     def status(self) -> Field | None:
@@ -314,7 +334,20 @@ class Custom(Base):
     def __post_init__(self) -> None:
         _freeze(self, "key", "fields", "reads", "except_events")
         object.__setattr__(self, "indexes", tuple(tuple(columns) for columns in self.indexes))
-        _refuse_bad_name(self.table)
+        _refuse_bad_table(self.table, self.comment)
+        if not self.key:
+            raise ValueError(f"{self.table}: key is empty; name what one row is of")
+        _refuse_doubles(self.table, self.key, self.fields)
+        columns = columns_of((*self.key, *self.fields))
+        for name in (name for names in self.indexes for name in names):
+            if name not in columns:
+                raise ValueError(
+                    f"{self.table}: indexes names {name}, which is not a column; its columns are "
+                    f"{', '.join(columns)}"
+                )
+        _refuse_long_names(self.table, (*self.key, *self.fields), self.indexes)
+        # Its own checks, at the line of the declaration.
+        _ = self.input
 
     @cached_property
     def input(self) -> "CustomInput":
@@ -374,7 +407,9 @@ def personal_columns(table: Table) -> frozenset[str]:
     return frozenset(column.name for column in table.columns if column.info.get("personal"))
 
 
-def _sources(events: str | Sequence[str]) -> tuple[Source, ...]:
+def _sources(table: str, events: str | Sequence[str]) -> tuple[Source, ...]:
+    if not events:
+        raise ValueError(f"{table}: events is empty; give a type, CATEGORY.* or *")
     return tuple(Source(pattern) for pattern in ([events] if isinstance(events, str) else events))
 
 
@@ -383,6 +418,46 @@ def _freeze(declaration: object, *names: str) -> None:
         object.__setattr__(declaration, name, tuple(getattr(declaration, name)))
 
 
-def _refuse_bad_name(table: str) -> None:
+def _refuse_bad_table(table: str, comment: str) -> None:
     if not _NAME.fullmatch(table):
-        raise ValueError(f"{table!r} is not a name for a table")
+        raise ValueError(
+            f"{table!r} is not a name for a table; a name has small letters, digits and _, and "
+            "begins with a letter"
+        )
+    if not comment.strip():
+        raise ValueError(f"{table}: comment is empty; say what one row is")
+
+
+def _refuse_doubles(table: str, key: Sequence[Field], fields: Sequence[Field]) -> None:
+    """Refuse a column that there is twice; of a child, the key has columns that it gets itself."""
+    names = columns_of((*key, *fields))
+    for column in fields:
+        if names.count(column.column) > 1:
+            in_key = next((it for it in key if it.column == column.column), None)
+            other = f"by the key ({in_key.comment.rstrip('.')})" if in_key else "above it"
+            raise ValueError(
+                f"{table}.{column.column} is declared twice: here and {other}. Give this one "
+                "another name"
+            )
+    if doubled := [name for name in columns_of(key) if names.count(name) > 1]:
+        raise ValueError(f"{table}.{doubled[0]} is declared twice: both are of the key")
+
+
+def _refuse_long_names(
+    table: str, fields: Sequence[Field], indexes: Sequence[Sequence[str]]
+) -> None:
+    """PostgreSQL would cut them: the next `pipeline migrate` would not find what it has made."""
+    of_indexes = [[field.column] for field in fields if field.indexed] + [
+        list(it) for it in indexes
+    ]
+    names = [
+        *(("column", field.column) for field in fields),
+        ("primary key", f"{table}_pkey"),
+        *(("index", f"{table}_{'_'.join(columns)}_idx") for columns in of_indexes),
+    ]
+    for what, name in names:
+        if len(name) > NAME_BYTES_MAX:
+            raise ValueError(
+                f"{table}: {what} {name} would have a name of {len(name)} bytes, and PostgreSQL "
+                f"allows {NAME_BYTES_MAX}. Choose a shorter name for the table or the column"
+            )

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA, metadata
-from pipeline.readmodel.fields import Field
+from pipeline.readmodel.fields import Field, integer
 
 VERSION_COLUMNS = (
     "_version_time",
@@ -36,6 +36,9 @@ COORDINATES = VERSION_COLUMNS[3:]
 
 EVENT_COLUMNS = ("_event_type", "_ingested_at")
 """On every row, children included: what loads of increments need."""
+
+POSITION = integer("position", "Place in the array, from 1.")
+"""In the key of each child."""
 
 
 def parent(
@@ -58,11 +61,11 @@ def child(
 ) -> Table:
     """The table of an array: the parent's key, the position in the array, and the fields."""
     position: Column[object] = Column(
-        "position",
-        Integer,
+        POSITION.column,
+        POSITION.kind.type,
         primary_key=True,
         autoincrement=False,
-        comment="Place in the array, from 1.",
+        comment=POSITION.description,
     )
     columns: list[Column[object]] = [
         *(_column(field, primary_key=True) for field in key),
@@ -122,7 +125,7 @@ def _column(field: Field, *, primary_key: bool = False) -> "Column[object]":
         field.kind.type,
         primary_key=primary_key,
         comment=field.description,
-        info={"personal": bool(field.personal)},
+        info={"personal": bool(field.personal), "refers_to": field.refers_to},
     )
 
 

@@ -126,7 +126,10 @@ def test_a_pattern_matches_whole_categories_and_actions(pattern, matching):
         ),
         (lambda: kites(table="Kites"), "not a name for a table"),
         (lambda: kites(fields=[uuid("kite_id", "Id.")], newest_by=None), "declared twice"),
-        (lambda: kites(indexes=[("price", "nowhere")]), "nowhere is not a column"),
+        (
+            lambda: kites(indexes=[("price", "nowhere")]),
+            "indexes names nowhere, which is not a column",
+        ),
         (lambda: kites(only_with=["as_of"], fields=[event_time("as_of", "When.")]), "not read"),
         (lambda: tails(table="a b"), "not a name for a table"),
         (lambda: Lifecycle("A", "A"), "each once"),
@@ -328,6 +331,12 @@ def test_text_columns_are_as_wide_as_they_need():
         *(("name", "label"), ("last_name", "x"), ("iban", "x"), ("tax_id", "x"), ("tin", "x")),
         *(("birth_date", "x"), ("born", "person.birthday"), ("email", "x"), ("phone_number", "x")),
         *(("sender", "counterparty.account.identification.iban"), ("address_line1", "x")),
+        *(
+            ("a", "remittance_information"),
+            ("reference_account", "x"),
+            ("memo", "x"),
+            ("note", "x"),
+        ),
         *(("where_to", "address.postcode"), ("depot_account_number", "x"), ("church_tax", "x")),
     ],
 )
@@ -343,7 +352,8 @@ def test_a_column_that_looks_personal_must_say_whether_it_is(column, path):
 
 
 @pytest.mark.parametrize(
-    "column", ["order_id", "username_taken", "taxonomy", "cityscape", "status"]
+    "column",
+    ["order_id", "username_taken", "taxonomy", "cityscape", "status", "notebook", "denoted"],
 )
 def test_other_columns_need_no_declaration_of_privacy(column):
     assert text(column, "A comment.").description == "A comment."

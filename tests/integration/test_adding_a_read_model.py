@@ -13,7 +13,6 @@ from tests.commands import Commands, InProcess
 from tests.given import Given, create_tables, sample_events
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-read-model.md"
-README = Path(__file__).parents[2] / "README.md"
 
 
 def blocks(language: str, page: Path = PAGE) -> list[str]:
@@ -68,10 +67,3 @@ def test_the_test_on_the_page_passes(given: Given):
     (test,) = [value for name, value in written.items() if name.startswith("test_")]
     assert callable(test)
     test(given)
-
-
-def test_the_read_model_in_the_readme_is_the_real_read_model():
-    (example,) = [block for block in blocks("python", README) if "EventTable(" in block]
-    file = Path(projectors.__file__).with_name("order_cancellation_rejections.py")
-
-    assert example == file.read_text()

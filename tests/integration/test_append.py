@@ -137,8 +137,8 @@ def test_a_batch_that_fails_leaves_neither_rows_nor_offset(engine):
         )
 
     with transaction(engine) as db:
-        places = claims.lock_ownerships(db, [first, second])
-    assert [place.next_offset for place in places.values()] == [0, 0]
+        ownerships = claims.lock_ownerships(db, [first, second])
+    assert [ownership.next_offset for ownership in ownerships.values()] == [0, 0]
     assert stored(engine, "orders") == []
 
 
@@ -177,9 +177,9 @@ def test_a_listener_is_notified_of_a_commit(engine, database):
 
         write(engine, partition, rows_of(partition, [b"1"]))
 
-        assert [it.channel for it in listener.notifies(timeout=10, stop_after=1)] == [
-            "pipeline_events"
-        ]
+        assert [
+            notification.channel for notification in listener.notifies(timeout=10, stop_after=1)
+        ] == ["pipeline_events"]
 
 
 # -------------------------------------------------------------------------------- hostile payloads

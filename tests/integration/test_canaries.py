@@ -82,7 +82,7 @@ def records() -> list[bytes | None]:
         NAME.encode("utf-16"),
         None,
     ]
-    return [*(json.dumps(one).encode() for one in events), *hostile]
+    return [*(json.dumps(event).encode() for event in events), *hostile]
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class House:
 
     def url(self, *, password: str = canaries.DATABASE_PASSWORD, port: int | None = None) -> str:
         """The database, for the canary's role."""
-        place = f"127.0.0.1:{port or self.server.port}/{self.database.name}"
-        return f"postgresql://{self.role}:{quote(password, safe='')}@{place}"
+        address = f"127.0.0.1:{port or self.server.port}/{self.database.name}"
+        return f"postgresql://{self.role}:{quote(password, safe='')}@{address}"
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def pipeline(monkeypatch, capfd) -> InProcess:
 
 
 def shown(*results: Result) -> list[str]:
-    return sorted({leak for one in results for leak in leaks(one.out + one.err)})
+    return sorted({leak for result in results for leak in leaks(result.out + result.err)})
 
 
 # ---------------------------------------------------------------------------------------- success
@@ -223,12 +223,12 @@ def test_every_command_has_a_run_among_canaries():
 
 
 def test_a_long_run_shows_no_canary_to_its_log_to_other_processes_or_in_a_crash(house):
-    said = house.first_run.err
+    output = house.first_run.err
 
-    assert '"event":"events_rejected"' in said.replace(" ", "")
-    assert "Fatal Python error: Aborted" in said
+    assert '"event":"events_rejected"' in output.replace(" ", "")
+    assert "Fatal Python error: Aborted" in output
     assert "pipeline run" in house.sessions
-    assert [leaks(text) for text in (said, house.first_run.out, house.argv, house.sessions)] == (
+    assert [leaks(text) for text in (output, house.first_run.out, house.argv, house.sessions)] == (
         [[]] * 4
     )
 
@@ -239,7 +239,7 @@ def test_no_command_shows_a_canary(house, pipeline, command):
         pipeline(house.commands, *command.split(), *arguments) for arguments in RUNS[command]
     ]
 
-    assert {one.code for one in results} <= {0, 1}, results[-1].err
+    assert {result.code for result in results} <= {0, 1}, results[-1].err
     assert shown(*results) == []
 
 
@@ -286,7 +286,7 @@ def test_no_command_shows_the_content_of_a_misspelt_url(pipeline, tmp_path, comm
         ),
     ]
 
-    assert {one.code for one in results} == ({0} if command == "demo" else {78})
+    assert {result.code for result in results} == ({0} if command == "demo" else {78})
     assert shown(*results) == []
 
 
@@ -337,7 +337,7 @@ def test_no_command_shows_the_password_of_a_database_that_refuses_it(
 
     results = [pipeline(one, *arguments) for one in (away, wrong)]
 
-    assert [one.code for one in results] == [69, 78]
+    assert [result.code for result in results] == [69, 78]
     assert shown(*results) == []
 
 
@@ -362,9 +362,9 @@ def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypat
     assert any(canaries.KAFKA_PASSWORD.encode() in login for login in broker.logins)
     assert result.code == 78
     assert "invalid credentials" in result.err
-    said = result.out + result.err
-    assert f"Kafka at {broker.bootstrap_servers} for user " in said
-    assert "refused the login" in said
+    output = result.out + result.err
+    assert f"Kafka at {broker.bootstrap_servers} for user " in output
+    assert "refused the login" in output
     assert shown(result) == []
 
 

@@ -205,14 +205,14 @@ def test_a_connection_to_postgresql_that_fails_is_named(
     for arguments in (["status"], ["check"])[: 2 if broken is _wrong_password else 1]:
         result = commands.run(*arguments)
 
-        said = result.out + result.err
-        assert result.code == code, said
-        assert words in said
-        assert login in said
-        assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+/", said), said
-        assert "Traceback" not in said
-        assert secured_postgres.password(login) not in said
-        assert "not-the-password" not in said
+        output = result.out + result.err
+        assert result.code == code, output
+        assert words in output
+        assert login in output
+        assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+/", output), output
+        assert "Traceback" not in output
+        assert secured_postgres.password(login) not in output
+        assert "not-the-password" not in output
 
 
 def _may_not_log_in(server, user):
@@ -295,10 +295,10 @@ def _connect(dsn):
 @pytest.mark.postgres
 def test_the_code_of_the_same_refusal_is_requested_once(secured_postgres, login, monkeypatch):
     """It takes an attempt to log in, and accounts are locked after too many."""
-    asked = []
+    requests = []
 
     def nothing(conninfo):
-        asked.append(conninfo)
+        requests.append(conninfo)
         return []
 
     monkeypatch.setattr(causes, "LIBPQ_WORDS", ())
@@ -309,7 +309,7 @@ def test_the_code_of_the_same_refusal_is_requested_once(secured_postgres, login,
         with pytest.raises(TransientError), transaction(engine):
             pass
 
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 @pytest.mark.postgres
@@ -421,13 +421,13 @@ def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database
                 continue  # waits a minute; the wait is tested with PostgreSQL
             result = commands.run(*arguments)
 
-            said = result.out + result.err
-            assert result.code == code, said
-            assert words in said, said
-            assert user in said
-            assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+", said), said
-            assert "Traceback" not in said
-            assert secured_kafka.password(user) not in said
+            output = result.out + result.err
+            assert result.code == code, output
+            assert words in output, output
+            assert user in output
+            assert re.search(r"(127\.0\.0\.1|localhost|no-such-host\.invalid):\d+", output), output
+            assert "Traceback" not in output
+            assert secured_kafka.password(user) not in output
 
 
 def test_a_broker_that_ends_within_a_handshake_is_an_outage():

@@ -320,8 +320,8 @@ def test_a_recreated_topic_is_recognised_by_its_id(given, kafka, topic):
 def test_a_group_that_feeds_another_database_is_an_error(check, broker):
     consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "pipeline"})
     other = "6f5b4f5e-5d8f-4c40-8a4b-7d3a1f6d0a11"
-    place = TopicPartition(TOPIC, 0, 0, f"pipeline:{other}")
-    consumer.commit(offsets=[place], asynchronous=False)
+    coordinates = TopicPartition(TOPIC, 0, 0, f"pipeline:{other}")
+    consumer.commit(offsets=[coordinates], asynchronous=False)
     consumer.close()
 
     assert contains(of(check(), "error"), f"group pipeline also feeds database {other}")
@@ -533,7 +533,7 @@ def test_the_command_prints_one_line_per_result_and_ends_with_0(given, broker, p
     assert result.code == 0
     assert all(line[0] in "✓?!" for line in found.splitlines())
     assert [re.split(r" {2,}|: ", line)[1] for line in promises.splitlines()] == [
-        one.value for one in Promise if one not in NOT_OF_AN_INSTALLATION
+        promise.value for promise in Promise if promise not in NOT_OF_AN_INSTALLATION
     ]
     assert " 0 errors. Guarantees: " in result.err.splitlines()[-1]
 

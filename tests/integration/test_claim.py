@@ -278,7 +278,7 @@ def test_the_first_to_begin_a_topic_decides_for_all_its_partitions(engine, datab
                 "both wait for their turn",
             )
 
-    assert sorted(len(it.result(WAIT_S_MAX)) for it in both) == [0, 3]
+    assert sorted(len(future.result(WAIT_S_MAX)) for future in both) == [0, 3]
 
 
 def test_a_record_of_an_older_owner_is_ignored(engine):
@@ -324,8 +324,8 @@ def test_the_repeat_window_is_filled_with_the_last_events_only(engine):
         last = origin.last_record(db, A, NextOffset(8))
         none = origin.last_record(db, B, NextOffset(8))
 
-    assert [(it.offset, it.first) for it in seen] == [(2, 2), (4, 4), (5, 5), (6, 0)]
-    assert [it.digest for it in seen] == [decode(rows[it.offset]).digest for it in seen]
+    assert [(row.offset, row.first) for row in seen] == [(2, 2), (4, 4), (5, 5), (6, 0)]
+    assert [row.digest for row in seen] == [decode(rows[row.offset]).digest for row in seen]
     assert last == (7, decode(rows[7]).digest)
     assert none is None
 
@@ -389,9 +389,8 @@ def test_a_gap_that_grew_after_it_was_accepted_is_a_new_gap(engine):
 
     with transaction(engine) as db:
         found = gaps.all_gaps(db)
-    assert [(it["first_offset"], it["end_offset"], it["accepted_at"] is None) for it in found] == [
-        (0, 10, False), (10, 20, True),
-    ]  # fmt: skip
+    listed = [(row["first_offset"], row["end_offset"], row["accepted_at"] is None) for row in found]
+    assert listed == [(0, 10, False), (10, 20, True)]
 
 
 def test_a_gap_that_does_not_begin_at_the_next_offset_is_not_accepted(engine):

@@ -64,8 +64,8 @@ def test_run_until_end_fills_log_and_read_models_and_prints_nothing_on_stdout(
     assert (result.code, result.out) == (0, "")
     assert count(database) == sent
     with database.connect() as db:
-        behind = db.execute("SELECT sum(lag_events) FROM pipeline.projection_lag").fetchone()[0]
-    assert behind == 0
+        lag = db.execute("SELECT sum(lag_events) FROM pipeline.projection_lag").fetchone()[0]
+    assert lag == 0
     assert count(database, "upvest.orders") > 0
     first, last = result.log[0], result.log[-1]
     assert first["event"] == "started"
@@ -307,12 +307,12 @@ def test_rebuild_counts_differing_rows_and_check_ends_with_1(commands, given, pi
     given.execute("DELETE FROM upvest.orders WHERE _offset < 3")
 
     found = pipeline(commands, "rebuild", "orders", "--check", "--json")
-    mended = pipeline(commands, "rebuild", "orders", "--json")
+    repaired = pipeline(commands, "rebuild", "orders", "--json")
     clean = pipeline(commands, "rebuild", "orders", "--check")
 
     assert found.code == 1
-    assert [(one["missing"], one["differing"]) for one in found.json] == [(3, 3)]
-    assert (mended.code, mended.json[0]["missing"]) == (0, 3)
+    assert [(model["missing"], model["differing"]) for model in found.json] == [(3, 3)]
+    assert (repaired.code, repaired.json[0]["missing"]) == (0, 3)
     assert clean.code == 0
     assert re.search(r"orders +10 +0 +0 +0 +0", clean.out)
     assert "0 rows differ." in clean.err
@@ -329,7 +329,7 @@ def test_a_stopped_rebuild_ends_with_0_and_leaves_the_other_read_models(commands
         code = rebuild.wait()
 
     assert code == 0, "".join(rebuild.err)
-    assert [one["projector"] for one in json.loads(rebuild.out[-1])] == ["orders"]
+    assert [model["projector"] for model in json.loads(rebuild.out[-1])] == ["orders"]
     assert "stopped before users" in rebuild.err[-1]
 
 
@@ -346,16 +346,16 @@ def test_all_read_models_are_rebuilt_several_at_once(commands, given, pipeline):
     given.execute("DELETE FROM upvest.execution_taxes")
     gone = {"orders", "executions"}
 
-    mended = pipeline(commands, "rebuild", "--all", "--jobs", "3", "--json")
+    repaired = pipeline(commands, "rebuild", "--all", "--jobs", "3", "--json")
     clean = pipeline(commands, "rebuild", "--all", "--check", "-j", "5", "--json")
 
-    assert mended.code == 0
-    assert [one["projector"] for one in mended.json] == [
-        one.name for one in catalogue.load().models
+    assert repaired.code == 0
+    assert [model["projector"] for model in repaired.json] == [
+        model.name for model in catalogue.load().models
     ]
-    assert {one["projector"] for one in mended.json if one["differing"]} == gone
+    assert {model["projector"] for model in repaired.json if model["differing"]} == gone
     assert clean.code == 0
-    assert {one["differing"] for one in clean.json} == {0}
+    assert {model["differing"] for model in clean.json} == {0}
 
 
 def test_the_exit_code_is_that_of_a_failed_rebuild_among_several(commands, given, pipeline):
@@ -367,7 +367,7 @@ def test_the_exit_code_is_that_of_a_failed_rebuild_among_several(commands, given
 
     assert result.code == ExitCode.FENCED
     assert "orders: another rebuild" in result.err
-    assert {one["projector"] for one in result.json} <= {"users"}
+    assert {model["projector"] for model in result.json} <= {"users"}
     assert pipeline(commands, "rebuild", "orders", "users", "--check").code == 0
 
 
@@ -636,7 +636,7 @@ def _examples(pipeline):
     for command in re.findall(r"^  ([a-z-]+) {2,}\S", root, re.MULTILINE):
         text = pipeline(Commands(), command, "--help").out
         below = re.findall(r"^  ([a-z]+) {2,}\S", text.partition("Commands:")[2], re.MULTILINE)
-        for rest in [[one] for one in below] or [[]]:
+        for rest in [[subcommand] for subcommand in below] or [[]]:
             text = pipeline(Commands(), command, *rest, "--help").out
             for line in re.findall(r"^ +\$ (pipeline .*)$", text, re.MULTILINE):
                 yield line.partition("#")[0].partition("|")[0].strip()

@@ -23,7 +23,7 @@ def found(given) -> dict[str, set[str]]:
     declared = catalogue.load()
     status = read_status(given.engine, declared).problems
     check = [result.problem for result in check_database(given.engine, declared) if result.problem]
-    verify = [it.problem for it in verify_declared(given.engine, declared) if it.problem]
+    verify = [drift.problem for drift in verify_declared(given.engine, declared) if drift.problem]
     return {
         name: {problem.subject for problem in problems if problem.fix == "`pipeline migrate`"}
         for name, problems in (("status", status), ("check", check), ("verify", verify))

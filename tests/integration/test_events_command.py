@@ -26,7 +26,7 @@ def find(monkeypatch, capsys, given):
 
 
 def types(result):
-    return [one["event_type"] for one in result.lines]
+    return [event["event_type"] for event in result.lines]
 
 
 def test_an_entitys_timeline_is_in_the_order_of_its_events_times(given, find):
@@ -37,12 +37,12 @@ def test_an_entitys_timeline_is_in_the_order_of_its_events_times(given, find):
     result = find(some_id("an order"), "--json")
 
     assert types(result) == ["ORDER.NEW", "ORDER.PROCESSING", "ORDER.FILLED"]
-    assert [one["status"] for one in result.lines] == ["NEW", "PROCESSING", "FILLED"]
+    assert [event["status"] for event in result.lines] == ["NEW", "PROCESSING", "FILLED"]
 
 
 def test_an_event_is_found_by_its_own_id_with_its_repeats(given, find):
-    one = order_event("NEW", at=1, name="the one")
-    given([one, order_event("NEW", at=2, order="other"), one])
+    named_event = order_event("NEW", at=1, name="the one")
+    given([named_event, order_event("NEW", at=2, order="other"), named_event])
 
     result = find(some_id("the one"), "--json")
 
@@ -72,7 +72,7 @@ def test_the_newest_events_are_shown_in_ascending_order(given, find):
 
     result = find("-n", "4", "--json")
 
-    assert [one["entity_id"] for one in result.lines] == [some_id(str(n)) for n in (2, 3, 4, 5)]
+    assert [event["entity_id"] for event in result.lines] == [some_id(str(n)) for n in (2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_search_is_limited_to_a_topic_a_partition_or_offsets(given, find, plac
 
     result = find("--at", place, "--json")
 
-    assert {one["offset"] for one in result.lines} == offsets
+    assert {event["offset"] for event in result.lines} == offsets
 
 
 def test_since_and_until_are_times_of_ingestion(given, find):

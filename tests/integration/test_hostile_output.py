@@ -78,8 +78,8 @@ def test_no_command_prints_control_characters(hostile, run, command):
     for_people, for_programs = run(*command), run(*command, "--json")
 
     assert for_people.out.count("topic ") >= len(HOSTILE)
-    for told in (for_people.out, for_people.err, for_programs.out, for_programs.err):
-        assert fooling(told) == set()
+    for output in (for_people.out, for_people.err, for_programs.out, for_programs.err):
+        assert fooling(output) == set()
     documents = [json.loads(line) for line in for_programs.out.split("\n") if line]
     assert "topic \x1b[2J\x1b]0;title\x07" in json.dumps(documents, ensure_ascii=False).replace(
         "\\u001b", "\x1b"
@@ -90,16 +90,18 @@ def test_a_dead_letter_of_a_hostile_event_is_shown_in_full(hostile, run):
     letters = run("dead-letters", "list", "--json").json
     assert len(letters) >= len(HOSTILE)
 
-    for one in letters:
-        place = f"{one['topic']}:{one['partition']}:{one['offset']}"
-        shown = run("dead-letters", "show", place, "--payload")
+    for letter in letters:
+        coordinates = f"{letter['topic']}:{letter['partition']}:{letter['offset']}"
+        shown = run("dead-letters", "show", coordinates, "--payload")
         assert shown.code == 0, shown.err
         assert fooling(shown.out + shown.err) == set()
-        assert run("dead-letters", "show", place, "--json").json["rejections"]
+        assert run("dead-letters", "show", coordinates, "--json").json["rejections"]
 
 
-def fooling(told: str) -> set[str]:
+def fooling(output: str) -> set[str]:
     """Controls, invisible characters and separators of lines, but for the end of a line."""
-    return {it for it in told if unicodedata.category(it) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {
-        "\n"
-    }
+    return {
+        character
+        for character in output
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    } - {"\n"}

@@ -63,10 +63,10 @@ def test_check_reports_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
     assert [ingested.code, checked.code, verified.code] == [0, 0, 0], ingested.err + checked.err
     with transaction(given.engine) as db:
         [found] = list(check_keying(db))
-        held = {place: of.end for place, of in ranges(db).items()}
+        held = {partition: range_.end for partition, range_ in ranges(db).items()}
     assert f"is keyed by {keying}" in str(found), found
     sent = Counter(record.partition for record in records)
-    assert {place.number: end for place, end in held.items()} == {
+    assert {partition.number: end for partition, end in held.items()} == {
         number: sent[number] for number in range(PARTITIONS)
     }
     spans = given.scalar("SELECT count(*) FROM pipeline.segments WHERE topic = 'Notifications'")

@@ -44,8 +44,8 @@ def analyst(given):
     name = f"reader_{given.database.name}"
     with given.database.connect() as db:
         db.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'".encode())
-        place = given.database.dsn.rpartition("@")[2]
-        with psycopg.connect(f"postgresql://{name}:x@{place}") as connection:
+        address = given.database.dsn.rpartition("@")[2]
+        with psycopg.connect(f"postgresql://{name}:x@{address}") as connection:
             yield connection
         db.execute(f"DROP OWNED BY {name}".encode())
         db.execute(f"DROP ROLE {name}".encode())
@@ -77,9 +77,9 @@ def test_whatever_a_reader_can_lock_stops_no_command(given, analyst):
         for mode in MODES
     ]
     attempts += [
-        (f"{one} of {name}", f"SELECT FROM {name} FOR {one} NOWAIT")
+        (f"{strength} of {name}", f"SELECT FROM {name} FOR {strength} NOWAIT")
         for name in names
-        for one in STRENGTHS
+        for strength in STRENGTHS
     ]
     attempts += [
         ("advisory", "SELECT pg_advisory_lock(hashtextextended('pipeline.schema.migrate', 0))")
@@ -211,7 +211,7 @@ def test_a_command_that_waits_for_a_lock_names_its_holder_and_finishes_afterward
         lock.close()
         assert command.wait() == 0, "".join(command.err)
 
-    [line, *_] = [one for one in command.err if "waiting_for_lock" in one]
+    [line, *_] = [line for line in command.err if "waiting_for_lock" in line]
     reason = json.loads(line)["reason"]
     assert re.search(rf"session {pid}\b", reason)
     assert re.search(rf"role holder_{given.database.name}\b", reason)

@@ -188,14 +188,14 @@ def test_nothing_that_changes_the_log_is_allowed_on_it_or_on_any_segment(engine,
     make(engine, "orders", 0)
     make(engine, "orders", 1000)
     write(engine, Partition("orders", 0), 0, 1000)
-    places = [Identifier("pipeline", "events")]
-    places += [Identifier(*name.split(".")) for name in tables(engine)]
-    assert len(places) == 3
+    tables_of_log = [Identifier("pipeline", "events")]
+    tables_of_log += [Identifier(*name.split(".")) for name in tables(engine)]
+    assert len(tables_of_log) == 3
     allowed = []
 
     with database.connect() as owner:
         before = owner.execute("SELECT * FROM pipeline.events ORDER BY 3").fetchall()
-        for table in places:
+        for table in tables_of_log:
             for change in CHANGES:
                 try:
                     owner.execute(SQL(change).format(table))

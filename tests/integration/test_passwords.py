@@ -120,7 +120,8 @@ def test_a_wrong_password_of_kafka_is_tried_rarely_and_ends_with_78(user, databa
     engine = open_engine(database.url, application="test", read_only=True)
     waiting.until(
         lambda: (
-            [one.state for one in read_status(engine, catalogue.load()).partitions] == ["UNKNOWN"]
+            [partition.state for partition in read_status(engine, catalogue.load()).partitions]
+            == ["UNKNOWN"]
         ),
         "status says that it is unknown what Kafka has",
         seconds_max=WAIT_S_MAX,
@@ -149,7 +150,7 @@ def test_a_password_of_postgresql_is_read_again_and_a_wrong_password_is_tried_on
     in_file = [url]
     engine = open_engine(url, application="test", fresh_url=lambda: in_file[-1])
 
-    def ask() -> None:
+    def run_statement() -> None:
         with transaction(engine) as db:
             db.execute(text("SELECT 1"))
 
@@ -157,18 +158,18 @@ def test_a_password_of_postgresql_is_read_again_and_a_wrong_password_is_tried_on
         words = f'password authentication failed for user "{user}"'
         return str(secured_postgres.server.log.read_text()).count(words)
 
-    ask()
+    run_statement()
     secured_postgres.set_password(user)
     secured_postgres.end_connections(user)
     engine.dispose()
     for _ in range(20):
         with pytest.raises(ConfigurationError, match="refused the login"):
-            ask()
+            run_statement()
     assert refused() == 1
 
     in_file.append(secured_postgres.dsn(user))
     with capture_logs() as logged:
-        ask()
+        run_statement()
 
     assert [line["event"] for line in logged] == ["password_reloaded"]
     assert secured_postgres.password(user) not in str(logged)

@@ -55,15 +55,15 @@ def running(given: Given) -> Iterator[Callable[..., threading.Thread]]:
 eventually = partial(waiting.until, what="it comes true", seconds_max=PATIENCE_S)
 
 
-def places(given: Given) -> dict[tuple[str, int], int]:
+def next_offsets(given: Given) -> dict[tuple[str, int], int]:
     rows = given.query(
         "SELECT projector, partition, next_offset FROM pipeline.projection_checkpoints"
     )
     return {(row.projector, row.partition): row.next_offset for row in rows}
 
 
-def stands_at(given: Given, place: int) -> Callable[[], bool]:
-    return lambda: set(places(given).values()) == {place}
+def stands_at(given: Given, next_offset: int) -> Callable[[], bool]:
+    return lambda: set(next_offsets(given).values()) == {next_offset}
 
 
 def transactions(given: Given) -> set[tuple[object, ...]]:
@@ -88,7 +88,7 @@ def test_projectors_at_the_same_offsets_are_committed_together(given: Given):
     """One REPEATABLE READ transaction shows all read models at one instant of the log."""
     given(sample_events()).project(*ALL)
 
-    assert set(places(given)) == {(projector.name, 0) for projector in ALL}
+    assert set(next_offsets(given)) == {(projector.name, 0) for projector in ALL}
     assert len(transactions(given)) == 1
 
 
@@ -102,7 +102,7 @@ def test_a_locked_table_is_left_out_and_no_projector_waits(given: Given):
         results = pass_over(given, 2, 4, *BOTH)
 
     assert results == {"executions": Result.DONE, "orders": Result.LEFT_OUT}
-    assert places(given) == {("executions", 0): 4, ("orders", 0): 2}
+    assert next_offsets(given) == {("executions", 0): 4, ("orders", 0): 2}
     given.project(*BOTH)
     assert [row.status for row in given.rows("orders")] == ["FILLED"]
 
@@ -124,10 +124,12 @@ def test_a_projector_that_was_blocked_rejoins_the_others(given: Given, running):
         writer.start()
         try:
             running(*BOTH, limits=Limits(batch_offsets_max=50))
-            eventually(lambda: places(given)["executions", 0] > 600)
-            assert places(given)["orders", 0] == 574
+            eventually(lambda: next_offsets(given)["executions", 0] > 600)
+            assert next_offsets(given)["orders", 0] == 574
             somebody.rollback()
-            eventually(lambda: places(given)["orders", 0] > 600 and len(transactions(given)) == 1)
+            eventually(
+                lambda: next_offsets(given)["orders", 0] > 600 and len(transactions(given)) == 1
+            )
         finally:
             rejoined.set()
             writer.join()
@@ -146,7 +148,7 @@ def test_a_projector_that_another_worker_runs_is_left_out(given: Given):
         elsewhere = pass_over(given, 1, 2, orders, users)
 
     assert set(busy_and_idle.values()) == set(elsewhere.values()) == {Result.LEFT_OUT}
-    assert set(places(given).values()) == {0}
+    assert set(next_offsets(given).values()) == {0}
     assert set(pass_over(given, 1, 2, orders, users).values()) == {Result.LEFT_OUT}
 
 
@@ -161,13 +163,17 @@ def test_two_concurrent_workers_apply_every_event_once(given: Given, running):
         given(events[partition::4], partition=partition)
     for _ in range(2):
         running(*ALL, limits=Limits(batch_offsets_max=20))
-    eventually(lambda: len(places(given)) == 4 * len(ALL))
-    eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
+    eventually(lambda: len(next_offsets(given)) == 4 * len(ALL))
+    eventually(
+        lambda: all(next_offset >= len(events) // 4 for next_offset in next_offsets(given).values())
+    )
     done = contents(given.engine, ALL)
 
     tables = ", ".join(table.fullname for projector in ALL for table in projector.tables)
     given.execute(f"TRUNCATE {tables}")
-    eventually(lambda: all(place >= len(events) // 4 for place in places(given).values()))
+    eventually(
+        lambda: all(next_offset >= len(events) // 4 for next_offset in next_offsets(given).values())
+    )
 
     assert contents(given.engine, ALL) == done
 
@@ -187,7 +193,7 @@ def test_a_crash_before_the_commit_leaves_neither_rows_nor_checkpoint(given: Giv
         monkeypatch.setattr(failpoints, "_armed", None)
 
     assert given.rows("orders") == []
-    assert set(places(given).values()) == {0}
+    assert set(next_offsets(given).values()) == {0}
     assert len(given.project(orders)) == 1
 
 
@@ -202,7 +208,7 @@ def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
     )
 
     assert [progress.behind for progress in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
-    assert places(given) == {("orders", 0): 5100}
+    assert next_offsets(given) == {("orders", 0): 5100}
 
 
 def test_a_new_event_is_projected_on_notification_before_the_poll(given: Given, running):
@@ -242,7 +248,7 @@ def test_until_end_means_the_end_at_the_start(given: Given):
 def test_an_empty_database_is_at_its_end(given: Given):
     run_projection(given.engine, ALL, until_end=True)
 
-    assert places(given) == {}
+    assert next_offsets(given) == {}
 
 
 def test_a_stale_projector_is_named_and_left_out_until_it_is_rebuilt(given: Given, monkeypatch):
@@ -294,7 +300,7 @@ def test_the_loop_waits_for_a_server_that_restarts():
                 server.restart("immediate")
                 given.engine.dispose()
                 given([order_event("NEW", at=turn, order=str(turn))])
-            eventually(lambda: set(places(given).values()) == {103})
+            eventually(lambda: set(next_offsets(given).values()) == {103})
         finally:
             stop.set()
             worker.join()
@@ -306,18 +312,18 @@ def test_the_loop_waits_for_a_right_that_is_missing_for_a_moment(given: Given, r
     """Passwords get rotated, migrations take their time."""
     given([order_event("NEW", at=0)])
     worker = running(orders, limits=Limits(poll_interval=timedelta(milliseconds=10)))
-    eventually(lambda: places(given) == {("orders", 0): 1})
+    eventually(lambda: next_offsets(given) == {("orders", 0): 1})
 
     given.execute("ALTER TABLE pipeline.projectors RENAME TO elsewhere")
-    told_away(given)
+    removed_right(given)
     given([order_event("NEW", at=1, order="another")])
     given.execute("ALTER TABLE pipeline.elsewhere RENAME TO projectors")
 
-    eventually(lambda: places(given) == {("orders", 0): 2})
+    eventually(lambda: next_offsets(given) == {("orders", 0): 2})
     assert worker.is_alive()
 
 
-def told_away(given: Given) -> None:
+def removed_right(given: Given) -> None:
     """Long enough for a worker to have met it."""
     with given.database.connect() as db:
         before = rollbacks(db)

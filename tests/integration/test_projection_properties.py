@@ -175,16 +175,16 @@ def take(given: Given, partition: int, offsets: int, left_out, end: int) -> None
         "WHERE partition = :partition",
         partition=partition,
     )
-    places: dict[str, int] = {row.projector: row.next_offset for row in rows}
-    first = min(places[name] for name in NAMES)
+    checkpoints_by_name: dict[str, int] = {row.projector: row.next_offset for row in rows}
+    first = min(checkpoints_by_name[name] for name in NAMES)
     if first == end:
         return
     here = [
         projector
         for projector in PROJECTORS
-        if places[projector.name] == first and projector.name not in left_out
+        if checkpoints_by_name[projector.name] == first and projector.name not in left_out
     ]
-    others = [place for place in places.values() if place > first]
+    others = [checkpoint for checkpoint in checkpoints_by_name.values() if checkpoint > first]
     results = project(
         given.engine,
         here,

@@ -49,8 +49,10 @@ def test_a_quiet_worker_logs_at_most_one_line_per_minute(commands, database, moc
 
     counts = Counter(line["event"] for line in run.lines)
     minutes = [line for line in run.lines if line["event"] == "events_processed"]
-    told_at = [datetime.fromisoformat(line["ts"]).timestamp() for line in minutes]
-    assert all(later - earlier > MINUTE_S - 0.1 for earlier, later in pairwise(told_at)), told_at
+    logged_at = [datetime.fromisoformat(line["ts"]).timestamp() for line in minutes]
+    assert all(later - earlier > MINUTE_S - 0.1 for earlier, later in pairwise(logged_at)), (
+        logged_at
+    )
     assert bool(minutes) is not is_idle
     del counts["events_processed"]
     assert counts == dict.fromkeys(ONCE, 1), counts

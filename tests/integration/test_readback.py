@@ -154,7 +154,7 @@ NOT_SHOWN = {
 def test_each_table_of_the_log_is_filled_with_odd_values_or_shown_by_no_command():
     declare_tables()
 
-    tables = {one.name for one in metadata.tables.values() if one.schema == LOG_SCHEMA}
+    tables = {table.name for table in metadata.tables.values() if table.schema == LOG_SCHEMA}
 
     assert tables == {*SHOWN} | NOT_SHOWN
 
@@ -212,7 +212,9 @@ def test_each_command_that_reads_the_log_is_among_those_that_are_tested_here():
     read = {
         name
         for name in command_names()
-        if any(one[: len(name.split())] == name.split() for one in READING + READING_KAFKA_TOO)
+        if any(
+            command[: len(name.split())] == name.split() for command in READING + READING_KAFKA_TOO
+        )
     }
 
     assert read | NOT_READING == {*command_names()}
@@ -267,17 +269,17 @@ def log(shared):
 
 def append(given, taken):
     """As the service does it, with keys, headers and times."""
-    place = Partition("orders", 0)
+    partition = Partition("orders", 0)
     with transaction(given.engine) as db:
-        offsets.begin(db, place, NextOffset(0))
-        claim = claims.claim(db, place, Owner(group="tests", member="tests"))
-        make_segment(db, place.topic, claim.next_offset, 1000)
+        offsets.begin(db, partition, NextOffset(0))
+        claim = claims.claim(db, partition, Owner(group="tests", member="tests"))
+        make_segment(db, partition.topic, claim.next_offset, 1000)
         rows = [
             encode(reading.read(record._replace(offset=offset)))
             for offset, record in enumerate(taken)
         ]
         advance = Advance(claim.epoch, claim.next_offset, NextOffset(len(rows)), len(rows))
-        writing.append(db, rows, {place: advance})
+        writing.append(db, rows, {partition: advance})
 
 
 # What is shown of a row must be what PostgreSQL itself would write of it, or reads as the same.

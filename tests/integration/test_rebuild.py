@@ -294,24 +294,24 @@ def test_views_grants_and_comments_stay(projected: Given):
 
 
 def test_a_rebuild_waits_for_a_session_that_locks_the_table(projected: Given, monkeypatch):
-    held, asked = threading.Event(), threading.Event()
+    held, requested = threading.Event(), threading.Event()
 
     def hold() -> None:
         with transaction(projected.engine) as db:
             lock(db, "upvest.orders")
             held.set()
-            asked.wait(30)
+            requested.wait(30)
 
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait(30)
     monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_tables_locked", asked))
+    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_tables_locked", requested))
 
     difference = rebuild(projected.engine, orders)
 
     holder.join()
-    assert asked.is_set()
+    assert requested.is_set()
     assert difference.differing == 0
 
 

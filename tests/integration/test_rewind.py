@@ -101,7 +101,7 @@ def first_offsets(database):
 
 
 def differing(engine):
-    return {one.name: check(engine, one).differing for one in catalogue.load().models}
+    return {model.name: check(engine, model).differing for model in catalogue.load().models}
 
 
 # ------------------------------------------------------------------------------------ what it fills
@@ -124,7 +124,7 @@ def test_history_before_the_first_offset_is_added_and_read_models_include_it(
     result = pipeline("rewind", name, "--to", "earliest", "--execute", "--json")
 
     assert result.code == 0, result.err
-    assert sum(one["filled"] for one in result.json["done"]) > 700
+    assert sum(interval["filled"] for interval in result.json["done"]) > 700
     assert in_log_order(database, name) == ledger.records
     stored = payloads(database, name)
     assert [at for at, value in ledger.values.items() if not is_faithful(value, stored[at])] == []
@@ -132,9 +132,9 @@ def test_history_before_the_first_offset_is_added_and_read_models_include_it(
     run_projection(engine, catalogue.load().models, until_end=True)
     assert set(differing(engine).values()) == {0}
     afterwards = contents(engine, catalogue.load().models, machinery=False)
-    for one in catalogue.load().models:
+    for model in catalogue.load().models:
         with database.connect() as db:
-            db.execute(f"TRUNCATE {full(one.name)} CASCADE")
+            db.execute(f"TRUNCATE {full(model.name)} CASCADE")
     run_projection(engine, catalogue.load().models, until_end=True)
     assert contents(engine, catalogue.load().models, machinery=False) == afterwards
 

@@ -167,10 +167,10 @@ def test_a_revoked_right_is_reported_and_used_again_when_granted(client, databas
         process.until(f"--operation READ --topic {client.topic}")
         client.kafka.add_acl(client.name, *revoked, topic=client.topic)
         reached(20)
-        said = "".join(process.err)
+        output = "".join(process.err)
 
-    assert "topic_missing" not in said
-    assert "member_timed_out" not in said
+    assert "topic_missing" not in output
+    assert "member_timed_out" not in output
 
 
 def test_a_missing_topic_of_the_default_list_is_a_warning_and_a_configured_one_is_refused(

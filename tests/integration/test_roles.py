@@ -70,8 +70,8 @@ class Cast:
 
     def url_of(self, login: str) -> str:
         parts = urlsplit(self.database.dsn)
-        place = parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=f"{login}:x@{place}").geturl()
+        address = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=f"{login}:x@{address}").geturl()
 
     def connect(self, *names: str) -> psycopg.Connection:
         return psycopg.connect(self.url(*names), autocommit=True)
@@ -272,9 +272,9 @@ def test_no_role_has_a_right_outside_its_purpose(given, cast):
     for role in NOT_OWNER:
         with cast.connect(role) as db:
             for statement in statements_of(FORBIDDEN[role], segment=segment, prefix=cast.prefix):
-                said = outcome(db, statement)
-                if said is None or not said.startswith(BY_RIGHTS):
-                    got_through[role, statement] = said
+                result = outcome(db, statement)
+                if result is None or not result.startswith(BY_RIGHTS):
+                    got_through[role, statement] = result
 
     assert got_through == {}
 
@@ -293,10 +293,10 @@ def test_each_role_has_the_rights_for_its_purpose(given, cast):
     }.items():
         with cast.connect(role) as db:
             for statement in statements_of(blocks):
-                said = outcome(db, statement)
+                result = outcome(db, statement)
                 # A row that is there already, or one without its values: the right was there.
-                if said is not None and not said.startswith("23"):
-                    refused[role, statement] = said
+                if result is not None and not result.startswith("23"):
+                    refused[role, statement] = result
 
     assert refused == {}
 
@@ -306,7 +306,7 @@ def test_a_login_with_two_roles_has_exactly_the_rights_of_both(given, cast):
     segment = given.scalar("SELECT segment FROM pipeline.segments")
 
     with cast.connect("ingest", "project", "operator") as db:
-        said = [
+        outcomes = [
             outcome(db, statement)
             for statement in statements_of((TO_ALL,), segment=segment, prefix=cast.prefix)
         ]
@@ -314,7 +314,9 @@ def test_a_login_with_two_roles_has_exactly_the_rights_of_both(given, cast):
         # This one warns only.
         db.execute("GRANT SELECT ON pipeline.events TO PUBLIC")
 
-    assert [one for one in said if one is None or not one.startswith(BY_RIGHTS)] == []
+    assert [
+        outcome for outcome in outcomes if outcome is None or not outcome.startswith(BY_RIGHTS)
+    ] == []
     with cast.connect("analyst") as db:
         assert outcome(db, "SELECT topic FROM pipeline.events") is not None
 
@@ -531,8 +533,8 @@ def broker(mock_broker):
 
 def produce(broker, events):
     producer = Producer({"bootstrap.servers": broker.bootstrap_servers})
-    for number, one in enumerate(events):
-        producer.produce(TOPIC, json.dumps(one).encode(), partition=number % 2)
+    for number, event in enumerate(events):
+        producer.produce(TOPIC, json.dumps(event).encode(), partition=number % 2)
     assert producer.flush(30) == 0
 
 
@@ -574,8 +576,8 @@ def test_check_examines_a_login_for_its_purpose(cast, broker, pipeline, names, m
     checked = pipeline(program, "check")
 
     assert checked.code == 0, checked.out
-    told = {what for what in ("ingest", "project") if f"all that {what} needs" in checked.out}
-    assert told == may
+    reported = {what for what in ("ingest", "project") if f"all that {what} needs" in checked.out}
+    assert reported == may
     assert "append-only for this role" in checked.out
 
 
@@ -661,8 +663,8 @@ def test_a_login_that_ingests_and_projects_may_rewind_and_verify(given, cast, br
     followed = pipeline(both, "run", "--until-end")
     verified = pipeline(both, "verify")
 
-    assert [one.code for one in (filled, followed, verified)] == [0, 0, 0], verified.out
-    assert sum(one["filled"] for one in filled.json["done"]) == len(sample_events())
+    assert [result.code for result in (filled, followed, verified)] == [0, 0, 0], verified.out
+    assert sum(interval["filled"] for interval in filled.json["done"]) == len(sample_events())
     assert given.scalar("SELECT count(*) FROM pipeline.events") == len(sample_events())
     assert given.scalar("SELECT count(*) FROM upvest.orders") > 0
 

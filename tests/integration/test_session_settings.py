@@ -248,18 +248,20 @@ def whole_run(pipeline, database: Database, broker: MockBroker, url: str) -> Run
     """Set up and run the commands; their exit codes, what they printed, and every row."""
     group = f"group-{database.name}"
     commands = on_mock(database, broker).with_(database_url=url, group_id=group)
-    results = [pipeline(commands, *one) for one in [["migrate"], *COMMANDS]]
-    problems = [(one.code, one.err[-1500:]) for one in results if "Traceback" in one.err]
+    results = [pipeline(commands, *command) for command in [["migrate"], *COMMANDS]]
+    problems = [
+        (result.code, result.err[-1500:]) for result in results if "Traceback" in result.err
+    ]
     assert problems == []
     shown = re.sub(r'"ingested_at": ?"[^"]*"', "", results[5].out)
     # Batches may be cut differently, and the newest batch is shown first.
-    return [one.code for one in results], sorted(shown.splitlines()), everything(database)
+    return [result.code for result in results], sorted(shown.splitlines()), everything(database)
 
 
 def differing(found: Run, expected: Run) -> list[object]:
     """What differs between two runs, as little as shows it."""
     lines: list[object] = [
-        one for one in zip(found[1], expected[1], strict=False) if one[0] != one[1]
+        pair for pair in zip(found[1], expected[1], strict=False) if pair[0] != pair[1]
     ]
     rows = [
         (table, row, others)

@@ -45,8 +45,8 @@ def test_a_statement_without_an_answer_in_time_is_given_up_and_the_next_one_is_a
         SessionLimits(lock_wait=timedelta(milliseconds=100), answer=timedelta(milliseconds=300))
     )
 
-    with pytest.raises(TransientError, match="no answer to a statement"), transaction(engine) as it:
-        it.execute(LONG)
+    with pytest.raises(TransientError, match="no answer to a statement"), transaction(engine) as db:
+        db.execute(LONG)
 
     with transaction(engine) as connection:
         assert connection.execute(text("SELECT 1")).scalar_one() == 1

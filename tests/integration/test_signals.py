@@ -72,10 +72,10 @@ def test_an_interrupted_command_reports_it_and_is_a_failure_to_a_supervisor(comm
             process.send(sent[name])
         codes = {name: process.wait() for name, process in running.items()}
 
-    said = {name: "".join(process.err) for name, process in running.items()}
-    assert codes == {name: 128 + number for name, number in sent.items()}, said
-    assert "Produced " in said.pop("simulate")
-    for name, lines in said.items():
+    output = {name: "".join(process.err) for name, process in running.items()}
+    assert codes == {name: 128 + number for name, number in sent.items()}, output
+    assert "Produced " in output.pop("simulate")
+    for name, lines in output.items():
         assert f'"stop_requested", "logger": "pipeline.{LOGGERS.get(name, "signals")}"' in lines
         assert f'"signal": "{sent[name].name}"' in lines
         assert f'"exit_code": {128 + sent[name]}' in lines
@@ -141,11 +141,11 @@ def test_a_command_that_is_ended_early_reports_it_and_never_exits_with_0(busy, g
         release()
         codes.append(check.wait())
 
-    said = [*verify.err, *check.err, *status.err]
-    assert codes == [128 + number] * 3, said
+    output = [*verify.err, *check.err, *status.err]
+    assert codes == [128 + number] * 3, output
     if number != signal.SIGINT:
         assert f"ended by {number.name} before it was done" in verify.err[-1]
-    assert not any("Traceback" in line for line in said)
+    assert not any("Traceback" in line for line in output)
 
 
 SESSIONS_THAT_WAIT = (

@@ -26,8 +26,8 @@ def seen(given):
 
 
 def partition_of(given):
-    [one] = seen(given).partitions
-    return one
+    [partition] = seen(given).partitions
+    return partition
 
 
 def offsets(given, setting):
@@ -47,13 +47,18 @@ def log(given):
 
 @pytest.mark.both_postgres
 def test_a_partition_that_is_read_to_its_end_is_ok(log):
-    one = partition_of(log)
+    partition = partition_of(log)
 
-    assert (one.topic, one.partition, one.state) == (TOPIC, 0, "OK")
-    assert (one.next_offset, one.end, one.lag, one.lag_s) == (10, 10, 0, 0.0)
-    assert one.rate == pytest.approx(10 / 60)
-    assert one.owner is not None
-    assert one.owner.group == "tests"
+    assert (partition.topic, partition.partition, partition.state) == (TOPIC, 0, "OK")
+    assert (partition.next_offset, partition.end, partition.lag, partition.lag_s) == (
+        10,
+        10,
+        0,
+        0.0,
+    )
+    assert partition.rate == pytest.approx(10 / 60)
+    assert partition.owner is not None
+    assert partition.owner.group == "tests"
     assert seen(log).ok
 
 
@@ -91,7 +96,7 @@ def test_the_state_of_a_partition_is_a_state_of_burrow(log, setting, state, is_w
 
     assert found.partitions[0].state == state
     assert found.ok is not is_wrong
-    assert [one.subject for one in found.problems if one.subject == f"{TOPIC}:0"] == (
+    assert [problem.subject for problem in found.problems if problem.subject == f"{TOPIC}:0"] == (
         [] if state == "OK" else [f"{TOPIC}:0"]
     )
 
@@ -101,10 +106,10 @@ def test_a_partition_that_moves_but_lags_for_long_is_a_warning(given):
     offsets(given, "high_watermark = 900, watermarks_at = now()")
     _age_log(given, "2 minutes")
 
-    one = partition_of(given)
+    partition = partition_of(given)
 
-    assert (one.state, one.lag) == ("WARN", 899)
-    assert 119 < one.lag_s < 140
+    assert (partition.state, partition.lag) == ("WARN", 899)
+    assert 119 < partition.lag_s < 140
 
 
 def _age_log(given, age):
@@ -118,7 +123,7 @@ def _age_log(given, age):
 def test_a_halted_partition_shows_its_reason_and_its_fix(log):
     offsets(log, "problem = 'records are gone', problem_fix = 'accept it'")
 
-    [problem] = [one for one in seen(log).problems if one.severity == "error"]
+    [problem] = [problem for problem in seen(log).problems if problem.severity == "error"]
 
     assert (problem.subject, problem.what, problem.fix) == (
         f"{TOPIC}:0",
@@ -137,24 +142,26 @@ def test_an_old_measurement_is_not_shown_as_current(log, pipeline):
     assert "records/s" not in result.out
     assert re.search(r"(4[5-9]|[5-9]\d) s ago", result.out)
     assert "state unknown since" in result.out
-    one = partition_of(log)
-    assert (one.lag, one.lag_s, one.rate, seen(log).lag, seen(log).rate) == (None,) * 5
+    partition = partition_of(log)
+    assert (partition.lag, partition.lag_s, partition.rate, seen(log).lag, seen(log).rate) == (
+        None,
+    ) * 5
 
 
 def test_a_log_that_never_read_anything_is_not_ok(given):
     found = seen(given)
 
     assert (found.ok, found.lag, found.rate) == (False, None, None)
-    assert [one.subject for one in found.problems if one.severity == "error"] == ["log"]
+    assert [problem.subject for problem in found.problems if problem.severity == "error"] == ["log"]
 
 
 def test_lag_is_unknown_and_not_zero_before_kafka_was_seen(given):
     given([order_event("NEW", at=1)])
     offsets(given, "high_watermark = NULL, watermarks_at = NULL")
 
-    one = partition_of(given)
+    partition = partition_of(given)
 
-    assert (one.end, one.lag) == (None, None)
+    assert (partition.end, partition.lag) == (None, None)
 
 
 # ----------------------------------------------------------------------------------- throughput
@@ -219,7 +226,7 @@ def test_the_rate_counts_the_last_minute_only(log):
 
 
 def model(given, name="orders"):
-    return next(one for one in seen(given).projectors if one.projector == name)
+    return next(projector for projector in seen(given).projectors if projector.projector == name)
 
 
 @pytest.mark.both_postgres
@@ -250,12 +257,12 @@ def test_broken_stale_and_interrupted_read_models_are_named_with_their_fix(log):
 
     found = seen(log)
 
-    states = {one.projector: one.state for one in found.projectors}
+    states = {projector.projector: projector.state for projector in found.projectors}
     assert (states["orders"], states["users"], states["accounts"], states["gone"]) == (
         *("broken", "stale", "rebuilding", "not in this program"),
     )
     assert "accounts@rebuild" not in states
-    fixes = {one.subject: (one.severity, one.fix) for one in found.problems}
+    fixes = {problem.subject: (problem.severity, problem.fix) for problem in found.problems}
     assert fixes["orders"] == ("error", "fix the projector, then `pipeline rebuild orders`")
     assert fixes["users"] == ("warning", "`pipeline rebuild users`")
     assert not found.ok
@@ -282,7 +289,10 @@ def test_active_workers_are_shown_with_what_they_project(log):
 
     workers = seen(log).workers
 
-    shown = [(one.host, one.pid, [it.number for it in one.partitions]) for one in workers]
+    shown = [
+        (worker.host, worker.pid, [partition.number for partition in worker.partitions])
+        for worker in workers
+    ]
     assert shown == [("host-1", 1, [0, 2]), ("host-3", 3, [1, 3])]
 
 
@@ -291,9 +301,9 @@ def test_read_models_that_no_process_projects_are_named(log):
     _age_log(log, "20 seconds")
     log([order_event("NEW", at=1, order="one more")])
     _age_log(log, "20 seconds")
-    [unattended] = [one for one in seen(log).problems if one.subject == "orders"]
+    [unattended] = [problem for problem in seen(log).problems if problem.subject == "orders"]
     _worker(log, 1)
-    [attended] = [one for one in seen(log).problems if one.subject == "orders"]
+    [attended] = [problem for problem in seen(log).problems if problem.subject == "orders"]
 
     assert model(log).state == "catching up"
     assert (unattended.severity, attended.severity) == ("error", "warning")
@@ -311,8 +321,8 @@ def test_a_read_model_without_a_worker_is_an_error_at_once(log):
 
     found = seen(log)
 
-    wrong = {one.subject for one in found.problems if one.severity == "error"}
-    assert wrong == {one.name for one in ALL} - {"orders", "users"}
+    wrong = {problem.subject for problem in found.problems if problem.severity == "error"}
+    assert wrong == {model.name for model in ALL} - {"orders", "users"}
     assert not found.ok
 
 
@@ -321,8 +331,8 @@ def test_a_read_model_without_a_process_and_without_lag_is_a_warning(log):
 
     found = seen(log)
 
-    assert {one.state for one in found.projectors} == {"unattended"}
-    assert {one.severity for one in found.problems} == {"warning"}
+    assert {projector.state for projector in found.projectors} == {"unattended"}
+    assert {problem.severity for problem in found.problems} == {"warning"}
     assert found.ok
 
 
@@ -338,7 +348,7 @@ def test_a_stalled_projection_is_reported(log):
     found = seen(log)
 
     assert (young, model(log).state) == ("live", "stalled")
-    [problem] = [one for one in found.problems if one.subject == "orders"]
+    [problem] = [problem for problem in found.problems if problem.subject == "orders"]
     assert problem.severity == "error"
     assert "has not moved since" in problem.what
     assert "a lock, a full disk" in problem.fix
@@ -364,7 +374,9 @@ def test_a_clock_that_was_set_back_does_not_make_old_records_current(log):
 
     assert partition_of(log).state == "UNKNOWN"
     assert not found.ok
-    assert any("in the future by the clock of this database" in it.what for it in found.problems)
+    assert any(
+        "in the future by the clock of this database" in problem.what for problem in found.problems
+    )
     assert found.workers == []
     assert model(log).state == "unattended"
 
@@ -375,9 +387,9 @@ def test_dead_letters_are_counted_and_are_a_warning(log):
     found = seen(log)
 
     assert model(log).dead_letters == 1
-    assert [(one.severity, one.fix) for one in found.problems if "dead" in one.what] == [
-        ("warning", "see `pipeline dead-letters list orders`")
-    ]
+    assert [
+        (problem.severity, problem.fix) for problem in found.problems if "dead" in problem.what
+    ] == [("warning", "see `pipeline dead-letters list orders`")]
     assert found.ok
 
 
@@ -446,7 +458,7 @@ def pipeline(monkeypatch, capsys):
 def test_the_command_prints_tables(log, pipeline):
     log.project(*ALL)
     log([b"{"])
-    _worker(log, 1, projectors=[one.name for one in ALL])
+    _worker(log, 1, projectors=[model.name for model in ALL])
 
     result = pipeline(Commands(database_url=log.database.dsn), "status")
 

@@ -83,7 +83,7 @@ def tamper(database, statement, *parameters):
 
 
 def wrong(result):
-    return [one for one in result.json["evidence"] if one["wrong"]]
+    return [finding for finding in result.json["evidence"] if finding["wrong"]]
 
 
 def test_every_check_holds_on_an_unchanged_log(day, pipeline):
@@ -190,9 +190,10 @@ def test_every_kind_of_damage_is_named(tampering, filled, pipeline):
     assert result.code == ExitCode.FOUND
     assert not result.json["ok"]
     assert [
-        one
-        for one in wrong(result)
-        if one["part"] == part and expected in f"{one['claim']} {one['problem']['what']}"
+        finding
+        for finding in wrong(result)
+        if finding["part"] == part
+        and expected in f"{finding['claim']} {finding['problem']['what']}"
     ], wrong(result)
 
 
@@ -292,7 +293,7 @@ def test_one_read_model_alone_may_be_verified(pipeline):
     result = pipeline("verify", "orders", "--only", "read-models", "--json")
 
     assert result.code == 0
-    assert {one["subject"] for one in result.json["evidence"]} == {"orders"}
+    assert {finding["subject"] for finding in result.json["evidence"]} == {"orders"}
     assert json.loads(result.out)["ok"] is True
 
 

@@ -184,8 +184,8 @@ def test_a_policy_is_refused_by_name_where_it_applies_to_our_login(given):
     role = f"plain_{given.database.name}"
     given.execute("ALTER TABLE upvest.orders ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     given.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
-    place = given.database.dsn.rpartition("@")[2]
-    engine = open_engine(f"postgresql+psycopg://{role}:x@{place}", application="test")
+    address = given.database.dsn.rpartition("@")[2]
+    engine = open_engine(f"postgresql+psycopg://{role}:x@{address}", application="test")
 
     migrate.check_tables(given.engine)
     with pytest.raises(ConfigurationError, match=r"upvest\.orders has row level security"):
@@ -212,8 +212,8 @@ def test_a_right_that_is_missing_names_the_role_that_a_login_acts_as(given):
         f"ALTER ROLE {login} SET role = {other}",
     ):
         given.execute(statement)
-    place = given.database.dsn.rpartition("@")[2]
-    engine = open_engine(f"postgresql+psycopg://{login}:x@{place}", application="test")
+    address = given.database.dsn.rpartition("@")[2]
+    engine = open_engine(f"postgresql+psycopg://{login}:x@{address}", application="test")
 
     with pytest.raises(ConfigurationError) as refused, transaction(engine) as db:
         db.execute(text("SELECT FROM pipeline.events"))

@@ -119,12 +119,14 @@ class RefusedError(PipelineError):
         partition: The partition that is halted.
         what: What happened and what it means.
         fix: What to do.
+        cause: Both, without the partition: equal for all partitions with one cause.
     """
 
     exit_code = ExitCode.REFUSED
 
     def __init__(self, partition: Partition, what: str, fix: str) -> None:
-        super().__init__(f"{partition}: {what}. {fix}")
+        self.cause = f"{what}. {fix}"
+        super().__init__(f"{partition}: {self.cause}")
         self.partition = partition
         self.what = what
         self.fix = fix

@@ -1,6 +1,5 @@
 """Unavailable servers: how long to wait for them, how often to retry, and what to log."""
 
-import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,6 +9,7 @@ import structlog
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
 from pipeline.durations import duration
 from pipeline.errors import ConfigurationError, PipelineError
+from pipeline.rate_limit import without_numbers
 
 log = structlog.get_logger(__name__)
 
@@ -122,11 +122,6 @@ class OutagePolicy:
             "waiting, and retrying; Kafka may delete the oldest event that was not read in "
             f"about {duration(left.total_seconds())}"
         )
-
-
-def without_numbers(message: str) -> str:
-    """The same for every message about one cause: it may count seconds or name a port."""
-    return re.sub(r"[0-9]+", "", message)
 
 
 def _reports_due(lasts_s: float) -> int:

@@ -22,8 +22,9 @@ from pipeline import failpoints
 from pipeline.db import transaction
 from pipeline.errors import RefusedError
 from pipeline.events import read
-from pipeline.ingest import RepeatWindow
-from pipeline.kafka import Brokers, Watermarks
+from pipeline.ingest.repeats import RepeatWindow
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.records import Watermarks
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.copying import encode
 from pipeline.log.origin import KafkaPartition, last_record, why_other_topic

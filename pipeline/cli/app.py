@@ -113,13 +113,14 @@ def _open_standard_streams() -> None:
 
 def versions() -> dict[str, str]:
     """The versions of the program and of what it depends on, for logs and bug reports."""
-    import confluent_kafka
     import psycopg
+
+    from pipeline.kafka.version import librdkafka_version
 
     libpq = psycopg.pq.version()
     return {
         "version": __version__,
-        "librdkafka": confluent_kafka.libversion()[0],
+        "librdkafka": librdkafka_version(),
         "libpq": f"{libpq // 10000}.{libpq % 10000}",
         "python": platform.python_version(),
     }

@@ -4,8 +4,10 @@ On the first signal the current batch is finished. The second signal ends the pr
 batch is then read again. With several workers, the parent process handles the second signal.
 """
 
+import gc
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +27,10 @@ from pipeline.db import LOG_SCHEMA
 from pipeline.db.session import address_of
 from pipeline.errors import PipelineError, RefusedError, TransientError
 from pipeline.foreign_objects import OUR_SCHEMAS
-from pipeline.ingest import Ingest, tuned_interpreter
-from pipeline.ingest import Progress as Ingested
-from pipeline.kafka import Brokers
+from pipeline.ingest.process import Progress as Ingested
+from pipeline.ingest.service import Ingest
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.outages import OutagePolicy
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
@@ -93,7 +96,10 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
             log.error(  # noqa: TRY400 - a traceback is for defects
                 "stopped",
                 command=command,
-                reason=str(error),
+                # Why each partition is halted is in a line of its own.
+                reason="partitions are halted, see the lines before this one"
+                if isinstance(error, RefusedError)
+                else str(error),
                 **{"error.type": type(error).__name__},
                 exit_code=int(error.exit_code),
             )
@@ -127,7 +133,7 @@ def _named(settings: Settings, worker: int) -> Settings:
 
 def _warn_of_too_many(settings: Settings, workers: int) -> None:
     try:
-        with closing(Brokers(settings)) as brokers:
+        with closing(Brokers(settings, ClientReports())) as brokers:
             partitions = sum(map(brokers.partition_count, settings.topics))
     except PipelineError as error:
         log.debug("partitions_not_counted", reason=str(error))
@@ -179,9 +185,36 @@ def _who(settings: Settings) -> dict[str, object]:
 
 def ingest_until_stopped(job: Job) -> None:
     """Read Kafka until a signal stops it."""
-    ingest = Ingest(job.settings, job.engine, stop=job.stop, observe=job.tally.of_ingest())
-    with tuned_interpreter():
+    ingest = Ingest(
+        job.settings,
+        job.engine,
+        stop=job.stop,
+        observe=job.tally.of_ingest(),
+        collect_garbage=gc.collect,
+    )
+    with _tuned_interpreter():
         ingest.run()
+
+
+@contextmanager
+def _tuned_interpreter() -> Iterator[None]:
+    """Settings of the interpreter for two threads and many short-lived rows.
+
+    They hold for the whole process, so the command applies them. Measured in benchmarks/ingest.py.
+    While rows are read, the writer's thread needs the interpreter after each piece that it sends;
+    the default of 5 ms makes it wait longer than PostgreSQL works. And rows contain no cycles, so
+    automatic garbage collection would visit them for nothing: the loop collects with its checks.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.000_5)
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
 
 
 def project_until_stopped(job: Job, stop: threading.Event) -> None:
@@ -271,8 +304,15 @@ def ingest_to_the_end(job: Job) -> None:
             count(progress)
             gauge.show(progress.written, progress.written + progress.lag)
 
-        ingest = Ingest(job.settings, job.engine, stop=job.stop, until_end=True, observe=observe)
-        with tuned_interpreter():
+        ingest = Ingest(
+            job.settings,
+            job.engine,
+            stop=job.stop,
+            until_end=True,
+            observe=observe,
+            collect_garbage=gc.collect,
+        )
+        with _tuned_interpreter():
             ingest.run()
 
 

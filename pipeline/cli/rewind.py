@@ -71,7 +71,8 @@ def rewind(
     """
     from contextlib import closing
 
-    from pipeline.kafka import Brokers
+    from pipeline.kafka.metadata import Brokers
+    from pipeline.kafka.reports import ClientReports
     from pipeline.rewind import execute, plan
 
     wanted, goal = parse_partitions(partitions), _goal(to)
@@ -79,7 +80,7 @@ def rewind(
     done: list[tuple[Step, Comparison]] = []
     with (
         migrated_database_of(settings, "rewind", writes_read_models=True) as engine,
-        closing(Brokers(settings)) as brokers,
+        closing(Brokers(settings, ClientReports())) as brokers,
     ):
         steps = plan(engine, brokers, _partitions(engine, wanted, partitions), goal)
         if not as_json:

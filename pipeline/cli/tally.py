@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
-from pipeline.ingest import Progress as Ingested
+from pipeline.ingest.process import Progress as Ingested
 from pipeline.projection.loop import ProjectionProgress as Projected
 
 log = structlog.get_logger("pipeline.cli")

@@ -20,7 +20,8 @@ from pipeline.errors import PipelineError, TransientError
 from pipeline.foreign_objects import foreign_objects
 from pipeline.health import problems
 from pipeline.health.problem import Problem, of_refusal
-from pipeline.kafka import Brokers
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.log import integrity
 from pipeline.log.compare import Comparison, Staging
 from pipeline.log.intervals import Intervals
@@ -148,7 +149,7 @@ def verify_kafka(
     if not known:
         yield Evidence("kafka", "log", _FAITHFUL, 0, problem=problems.EMPTY_LOG.of("log"))
         return
-    brokers = Brokers(settings)
+    brokers = Brokers(settings, ClientReports())
     try:
         cluster_id, counts = brokers.cluster_id(), brokers.partition_counts()
         topic_ids = brokers.topic_ids({partition.topic for partition in known} & set(counts))

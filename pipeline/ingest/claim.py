@@ -23,7 +23,9 @@ from pipeline.errors import (
     TransientError,
 )
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.kafka import GroupConsumer, RecordReader, why_not_readable
+from pipeline.kafka.access import why_not_readable
+from pipeline.kafka.consumer import GroupConsumer
+from pipeline.kafka.records import RecordReader
 from pipeline.log import claims, offsets
 from pipeline.log.claims import Owner
 from pipeline.log.origin import (

@@ -23,7 +23,8 @@ from sqlalchemy import Connection, Engine
 
 from pipeline.db import transaction
 from pipeline.errors import CopiedDatabaseError
-from pipeline.kafka import GroupCommit, GroupConsumer, Member
+from pipeline.kafka.consumer import GroupConsumer
+from pipeline.kafka.group import GroupCommit, Member
 from pipeline.log import workers
 from pipeline.log.workers import Server
 from pipeline.partitions import NextOffset, Partition
@@ -31,14 +32,14 @@ from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-HEARTBEAT_S = 5.0
-"""How often a worker registers and commits a heartbeat: with each round of periodic checks."""
+CHECK_S = 5.0
+"""How often the periodic checks run; in each round a worker registers and commits a heartbeat."""
 RETRY_S = 0.5
 """Pause between two looks at members that are not registered here."""
 HEARTBEATS_MIN = 2
 """How many heartbeats prove that a member writes to another database. One may have been sent before
 this database replaced the one that it was written to."""
-REGISTER_S_MAX = 2 * HEARTBEAT_S
+REGISTER_S_MAX = 2 * CHECK_S
 """Maximum time that a worker of this database needs to register after it has joined."""
 
 
@@ -51,6 +52,7 @@ class CopyCheck:
         settings: Group and topics.
         stop: When it is set, the check no longer waits.
         installation: The identity of the database.
+        server: Where it runs.
         was_replaced: This process was in the group, and Kafka gave its ``group.instance.id`` to
             another member. That may be an earlier request of our own client, which never registers.
     """
@@ -63,7 +65,8 @@ class CopyCheck:
         stop: threading.Event,
         *,
         installation: UUID,
-        was_replaced: bool = False,
+        server: Server,
+        was_replaced: bool,
     ) -> None:
         self._engine = engine
         self._consumer = consumer
@@ -78,8 +81,7 @@ class CopyCheck:
         # while it ran, checks with every heartbeat.
         self._is_unsure = False
         self._heartbeats_seen: dict[str, set[int]] = {}
-        with transaction(engine) as db:
-            self._server = workers.here(db)
+        self._server = server
 
     # ------------------------------------------------------------------------------ when it checks
 

@@ -9,35 +9,38 @@
 6. every few seconds: the periodic checks (``monitor``)
 """
 
-import gc
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from uuid import UUID
 
 import structlog
-from sqlalchemy import Engine
 
 from pipeline import failpoints
-from pipeline.db import transaction
 from pipeline.errors import GroupFencedError, RefusedError
 from pipeline.events import read
 from pipeline.ingest import state, writer
 from pipeline.ingest.claim import Claimer
-from pipeline.ingest.copies import CopyCheck
+from pipeline.ingest.copies import CHECK_S, CopyCheck
+from pipeline.ingest.goal import Goal
 from pipeline.ingest.membership import Membership, log_fenced
 from pipeline.ingest.monitor import BestEffort, PeriodicChecks
-from pipeline.ingest.retention import RetentionDeadline
-from pipeline.ingest.state import Bounds, Contested, Machine, Reclaim, Resolve, Write
-from pipeline.ingest.writer import Committed, Failed, Fatal, Fenced, Resolved, TopicsReplaced
-from pipeline.kafka import GroupConsumer, OutOfRange, Polled, ReachedEnd
-from pipeline.log import ranges
+from pipeline.ingest.process import ProcessState, Progress
+from pipeline.ingest.state import Bounds, Contested, IngestMachine, Reclaim, Resolve, Write
+from pipeline.ingest.writer import (
+    Committed,
+    Failed,
+    Fatal,
+    Fenced,
+    Resolved,
+    TopicsReplaced,
+    no_topics,
+)
+from pipeline.kafka.consumer import GroupConsumer, OutOfRange, Polled, ReachedEnd
 from pipeline.log.copying import encode
-from pipeline.log.installation import installation_id
 from pipeline.log.origin import replaced_topics
-from pipeline.outages import OutagePolicy
+from pipeline.log.workers import Server
 from pipeline.partitions import Partition
 from pipeline.settings import Settings
 
@@ -54,48 +57,6 @@ DRAIN_WAIT_S = 0.05
 """How often a drain checks whether the writer is done."""
 FULL_WAIT_S = 1.0
 """How long to wait for the database, with a full batch, before Kafka is paused."""
-CHECK_S = 5.0
-"""How often the periodic checks run."""
-GOAL_CHECK_S = 1.0
-"""How often a run with ``--until-end`` checks the partitions of other members."""
-
-
-class Progress(NamedTuple):
-    """The progress of an ingest.
-
-    Attributes:
-        written: Records appended by this process.
-        lag: Offsets between the log and Kafka's ends as last reported, over all owned partitions.
-    """
-
-    written: int
-    lag: int
-
-
-class Process(NamedTuple):
-    """What lives as long as the process, and outlives a membership.
-
-    Attributes:
-        engine: The database.
-        stop: When it is set, finish the batch in hand and return.
-        until_end: Return when the log holds what Kafka had at the start.
-        writer: The writer's thread.
-        outages: How long to wait for the database, and for Kafka where it is needed.
-        kafka_outages: How to log that Kafka does not answer; waits for ever.
-        retention: When Kafka deletes the oldest record that is not in the log.
-        count_written: Adds to the number of records written; returns the total.
-        observe: Called with the progress after each poll.
-    """
-
-    engine: Engine
-    stop: threading.Event
-    until_end: bool
-    writer: writer.Writer
-    outages: OutagePolicy
-    kafka_outages: OutagePolicy
-    retention: RetentionDeadline
-    count_written: Callable[[int], int]
-    observe: Callable[[Progress], None]
 
 
 class IngestLoop:
@@ -105,18 +66,19 @@ class IngestLoop:
         process: What lives as long as the process.
         settings: What to read, and within which bounds.
         consumer: The member of the group; the caller closes it.
+        installation: The identity of the database.
+        server: Where the database runs.
         was_replaced: See ``CopyCheck``.
-
-    Raises:
-        TransientError: The database is unavailable.
     """
 
     def __init__(
         self,
-        process: Process,
+        process: ProcessState,
         settings: Settings,
         consumer: GroupConsumer,
         *,
+        installation: UUID,
+        server: Server,
         was_replaced: bool,
     ) -> None:
         self._process = process
@@ -124,9 +86,7 @@ class IngestLoop:
         self._consumer = consumer
         self._stop = process.stop
         self._writer = process.writer
-        with transaction(process.engine) as db:
-            installation = installation_id(db)
-        self._machine = Machine(
+        self._machine = IngestMachine(
             Bounds(batch_rows_max=settings.batch_rows, batch_bytes_max=settings.batch_bytes)
         )
         self._copies = CopyCheck(
@@ -135,32 +95,35 @@ class IngestLoop:
             settings,
             process.stop,
             installation=installation,
+            server=server,
             was_replaced=was_replaced,
         )
         claimer = Claimer(process.engine, consumer, settings, installation)
         self._membership = Membership(
-            process.engine,
-            self._machine,
-            consumer,
-            claimer,
-            self._copies,
-            installation,
-            process.outages,
-            process.stop,
-            self._drain,
+            engine=process.engine,
+            machine=self._machine,
+            consumer=consumer,
+            claimer=claimer,
+            copies=self._copies,
+            installation=installation,
+            outages=process.outages,
+            halts=process.halts,
+            stop=process.stop,
+            drain=self._drain,
         )
         self._best_effort = BestEffort(process.engine, process.outages)
         self._checks = PeriodicChecks(
-            self._machine,
-            consumer.brokers,
-            claimer,
-            self._membership,
-            self._best_effort,
-            settings.topics,
-            process.retention.update,
-            process.engine,
+            engine=process.engine,
+            machine=self._machine,
+            brokers=consumer.brokers,
+            claimer=claimer,
+            membership=self._membership,
+            halts=process.halts,
+            best_effort=self._best_effort,
+            topics=settings.topics,
+            retention=process.retention,
         )
-        self._goal = Goal(process.engine, consumer, settings.topics)
+        self._goal = Goal(process.engine, consumer.brokers, settings.topics)
         self._check_at = 0.0
 
     def run(self) -> Sequence[RefusedError]:
@@ -172,10 +135,10 @@ class IngestLoop:
         Raises:
             PipelineError: See ``Ingest.run``. Nothing is owned any more, and no step is running.
         """
-        self._process.retention.request = self._checks.retained_until
+        self._process.retention.connect(self._checks.request_retention_deadline)
         try:
             self._checks.check_changed_tables()
-            self._checks.optional = self._membership.join()
+            self._checks.expect_optional(self._membership.join())
             while not self._stop.is_set() and not self._is_done():
                 self._turn()
             self._drain(self._machine.owned)
@@ -281,7 +244,7 @@ class IngestLoop:
                     )
         return has_stepped or outcome is not None
 
-    def _on_outcome(self, outcome: writer.Outcome) -> None:
+    def _on_outcome(self, outcome: writer.StepOutcome) -> None:
         now = time.monotonic()
         match outcome:
             case Committed():
@@ -289,10 +252,10 @@ class IngestLoop:
             case Resolved(stored):
                 self._after_batch(self._machine.resolved(stored, now))
             case Fenced():
-                self._machine.fenced(now)
+                self._machine.append_refused(now)
             case TopicsReplaced(topics):
                 # The other partitions of the batch are written once these are halted.
-                self._machine.fenced(now)
+                self._machine.append_refused(now)
                 self._membership.reclaim_topics(topics)
             case Failed(error):
                 self._machine.failed(now)
@@ -305,7 +268,7 @@ class IngestLoop:
         claimed = self._membership.topic_ids
         expected = {topic: claimed[topic] for topic in topics if topic in claimed}
         if not expected:
-            return tuple
+            return no_topics
         wait_for_ids = self._consumer.brokers.request_topic_ids(expected)
 
         def replaced() -> Collection[str]:
@@ -315,7 +278,7 @@ class IngestLoop:
 
         return replaced
 
-    def _after_batch(self, outcome: state.Outcome) -> None:
+    def _after_batch(self, outcome: state.BatchResult) -> None:
         if not self._machine.is_failing:
             self._process.outages.on_success()
         self._process.count_written(outcome.records)
@@ -341,8 +304,7 @@ class IngestLoop:
                 self._copies.register_new_member_id(self._best_effort.query)
             return
         self._check_at = now + CHECK_S
-        # The command has turned automatic collection off: see ``tuned_interpreter``.
-        gc.collect()
+        self._process.collect_garbage()
         if self._machine.is_failing:
             return
         self._membership.record_releases()
@@ -355,51 +317,6 @@ class IngestLoop:
             self._process.kafka_outages.on_success()
         else:
             self._process.kafka_outages.on_error(self._checks.kafka_error)
-        if arrived := self._checks.arrived:
+        if arrived := self._checks.take_arrived():
             log.info("topic_available", topics=sorted(arrived))
-            self._checks.arrived = frozenset()
             self._consumer.subscribe(arrived)
-
-
-class Goal:
-    """What a run with ``--until-end`` waits for in the partitions of other members.
-
-    They may be about to be assigned to us, or may be assigned to us when their owner dies. So the
-    log must have what Kafka had of them when we first checked.
-    """
-
-    def __init__(self, engine: Engine, consumer: GroupConsumer, topics: Collection[str]) -> None:
-        self._engine = engine
-        self._brokers = consumer.brokers
-        self._topics = topics
-        self._ends: Mapping[Partition, int] | None = None
-        self._check_at = 0.0
-
-    def is_reached_by_others(self, ours: Collection[Partition], absent: Collection[str]) -> bool:
-        """Whether the log has everything of the partitions that are not ours.
-
-        Args:
-            ours: Partitions that are owned or halted here.
-            absent: Topics that Kafka does not show.
-
-        Raises:
-            TransientError: A server is unavailable.
-        """
-        now = time.monotonic()
-        if now < self._check_at:
-            return False
-        self._check_at = now + GOAL_CHECK_S
-        if self._ends is None:
-            partitions = {
-                Partition(topic, number)
-                for topic in self._topics
-                if topic not in absent
-                for number in range(self._brokers.partition_count(topic))
-            }
-            self._ends = {
-                partition: self._brokers.watermarks(partition).high
-                for partition in partitions.difference(ours)
-            }
-        others = {partition: end for partition, end in self._ends.items() if partition not in ours}
-        with transaction(self._engine) as db:
-            return ranges.has_reached(db, others)

@@ -18,9 +18,11 @@ from pipeline.db import transaction
 from pipeline.errors import ConfigurationError, RefusedError, SharedGroupError, TransientError
 from pipeline.ingest.claim import Claimed, Claimer
 from pipeline.ingest.copies import CopyCheck
+from pipeline.ingest.halts import HaltLog
 from pipeline.ingest.repeats import RepeatWindow
-from pipeline.ingest.state import Machine
-from pipeline.kafka import Access, GroupConsumer, RebalanceListener
+from pipeline.ingest.state import IngestMachine
+from pipeline.kafka.access import Access
+from pipeline.kafka.consumer import GroupConsumer, RebalanceListener
 from pipeline.log import claims, ranges
 from pipeline.outages import OutagePolicy
 from pipeline.partitions import Epoch, NextOffset, Partition, lag
@@ -42,6 +44,7 @@ class Membership:
         copies: Checks for members that write to a copy of this database.
         installation: The identity of the database.
         outages: How long to wait for servers that are unavailable.
+        halts: Logs which partitions are halted and resumed.
         stop: When it is set, a claim no longer waits for a server.
         drain: Writes what is held of partitions that are about to be revoked.
 
@@ -51,13 +54,15 @@ class Membership:
 
     def __init__(
         self,
+        *,
         engine: Engine,
-        machine: Machine,
+        machine: IngestMachine,
         consumer: GroupConsumer,
         claimer: Claimer,
         copies: CopyCheck,
         installation: UUID,
         outages: OutagePolicy,
+        halts: HaltLog,
         stop: threading.Event,
         drain: Callable[[Collection[Partition]], None],
     ) -> None:
@@ -68,6 +73,7 @@ class Membership:
         self._copies = copies
         self._installation = installation
         self._outages = outages
+        self._halts = halts
         self._stop = stop
         self._drain = drain
         self._windows: dict[Partition, RepeatWindow] = {}
@@ -98,16 +104,17 @@ class Membership:
         self.was_assigned = True
         if partitions:
             self._copies.after_assignment()
-        starts = self._claim(partitions)
+        starts = self._claim_and_start(partitions)
         for partition in partitions:
             if isinstance(refusal := self._halted.get(partition), SharedGroupError):
                 # As long as we stay, the other database of the group gets no records of them.
                 raise refusal
         return starts
 
-    def _claim(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
+    def _claim_and_start(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         """Claim partitions; the offsets at which those start that are not halted."""
         starts: dict[Partition, NextOffset] = {}
+        refusals: list[RefusedError] = []
         total_lag = 0
         for partition, result in self._claim_when_available(partitions).items():
             match result:
@@ -117,6 +124,9 @@ class Membership:
                     total_lag += lag(result.start, result.end)
                 case RefusedError():
                     self._halt(partition, result)
+                    refusals.append(result)
+        self._halts.log_halted(refusals)
+        self._halts.log_resumed(starts)
         if starts:
             log.info(
                 "partitions_claimed",
@@ -155,22 +165,13 @@ class Membership:
         if claimed.topic_id is not None:
             self._topic_ids[partition.topic] = claimed.topic_id
         self._windows[partition] = claimed.window
-        if self._halted.pop(partition, None) is not None:
-            log.info("partition_resumed", topic=partition.topic, partition=partition.number)
+        self._halted.pop(partition, None)
 
     def _halt(self, partition: Partition, refusal: RefusedError) -> None:
         self._machine.released([partition])
         self._windows.pop(partition, None)
         self._consumer.pause([partition])
-        before = self._halted.get(partition)
         self._halted[partition] = refusal
-        if str(before) != str(refusal):
-            log.error(
-                "partition_halted",
-                topic=partition.topic,
-                partition=partition.number,
-                reason=str(refusal),
-            )
 
     def reclaim(self, partitions: Collection[Partition]) -> None:
         """Claim assigned partitions again, and continue where the log ends.
@@ -179,7 +180,7 @@ class Membership:
             TransientError: A server was unavailable for too long.
             ConfigurationError: A login or a right is missing, and stays so.
         """
-        for partition, start in self._claim(partitions).items():
+        for partition, start in self._claim_and_start(partitions).items():
             self._consumer.seek(partition, start)
             self._consumer.resume([partition])
 

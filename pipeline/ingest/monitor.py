@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 from sqlalchemy import Connection, Engine
 
-from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
     DeletedTopicError,
@@ -23,12 +23,15 @@ from pipeline.errors import (
 )
 from pipeline.foreign_objects import SILENT, refuse_foreign_objects
 from pipeline.ingest.claim import Claimer
+from pipeline.ingest.halts import HaltLog
 from pipeline.ingest.membership import Membership, log_fenced
-from pipeline.ingest.state import Machine
-from pipeline.kafka import Brokers
+from pipeline.ingest.retention import RetentionDeadline
+from pipeline.ingest.state import IngestMachine
+from pipeline.kafka.metadata import Brokers
 from pipeline.log import claims, offsets
+from pipeline.log.ingest_tables import INGEST_TABLES
 from pipeline.log.origin import replaced_topics
-from pipeline.log.watermarks import Watermark, kept_until, record_watermarks
+from pipeline.log.watermarks import Watermark, record_watermarks, retention_deadline
 from pipeline.outages import GRACE_S, OutagePolicy
 from pipeline.partitions import Offset, Ownership, Partition
 
@@ -78,47 +81,57 @@ class PeriodicChecks:
     """The checks of one membership in the group.
 
     Args:
+        engine: The database.
         machine: Receives Kafka's ends, and what is stored of each partition.
         brokers: Kafka.
         claimer: Finds other databases in the group; records that a topic is missing.
         membership: Claims partitions again.
+        halts: Logs that a topic is missing.
         best_effort: Runs queries that may also be run later.
         topics: Those that are configured.
-        set_retained_until: Called with the time until which Kafka keeps the oldest record that is
-            not in the log, in seconds since 1970; None if it is not known.
-        engine: The database.
+        retention: Receives the retention deadline.
 
     Attributes:
         absent: Configured topics that Kafka did not show at the last check.
-        optional: Those of them that were never read and may be missing.
-        arrived: Those that were optional and exist now.
         kafka_error: Why Kafka did not answer at the last check; None if it did.
     """
 
     def __init__(
         self,
-        machine: Machine,
+        *,
+        engine: Engine,
+        machine: IngestMachine,
         brokers: Brokers,
         claimer: Claimer,
         membership: Membership,
+        halts: HaltLog,
         best_effort: BestEffort,
         topics: Collection[str],
-        set_retained_until: Callable[[float | None], None],
-        engine: Engine,
+        retention: RetentionDeadline,
     ) -> None:
         self._engine = engine
         self._machine = machine
         self._brokers = brokers
         self._claimer = claimer
         self._membership = membership
+        self._halts = halts
         self._best_effort = best_effort
         self._topics = topics
-        self._set_retained_until = set_retained_until
+        self._retention = retention
         self.absent: frozenset[str] = frozenset()
-        self.optional: frozenset[str] = frozenset()
-        self.arrived: frozenset[str] = frozenset()
+        self._optional: frozenset[str] = frozenset()
+        self._arrived: frozenset[str] = frozenset()
         self.kafka_error: TransientError | None = None
         self._forbidden_since: float | None = None
+
+    def expect_optional(self, topics: frozenset[str]) -> None:
+        """These topics were never read and may be missing; the checks notice when they exist."""
+        self._optional = topics
+
+    def take_arrived(self) -> frozenset[str]:
+        """The optional topics that exist since the last call."""
+        arrived, self._arrived = self._arrived, frozenset()
+        return arrived
 
     def run(self) -> None:
         """Run every check once.
@@ -144,12 +157,20 @@ class PeriodicChecks:
             ConfigurationError: There is one; the text names it with its owner.
         """
         with transaction(self._engine) as db:
-            refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA], kinds=SILENT)
+            refuse_foreign_objects(db, INGEST_TABLES, kinds=SILENT)
 
     @property
     def refusals(self) -> Sequence[RefusedError]:
         """Why an ingest is not complete without the absent topics."""
-        return [self._missing(topic) for topic in sorted(self.absent - self.optional)]
+        return [self._missing(topic) for topic in sorted(self.absent - self._optional)]
+
+    def _log_missing(self, refusal: RefusedError) -> None:
+        topic = refusal.partition.topic
+        partitions = [p for p in self._machine.owned if p.topic == topic]
+        is_forbidden = isinstance(refusal, ForbiddenTopicError)
+        event = "topic_not_authorized" if is_forbidden else "topic_missing"
+        log.error(event, topic=topic, partitions=sorted(map(str, partitions)), reason=refusal.cause)
+        self._halts.mark_logged(refusal.cause, partitions)
 
     def _missing(self, topic: str) -> RefusedError:
         return self._brokers.missing_topic_error(Partition(topic, 0))
@@ -169,16 +190,13 @@ class PeriodicChecks:
             return False
         self.kafka_error = None
         absent = frozenset(self._topics) - shown.keys()
-        self.arrived |= self.optional - absent
-        self.optional &= absent
-        for topic in sorted(absent - self.absent - self.optional):
-            reason = self._missing(topic)
-            is_forbidden = isinstance(reason, ForbiddenTopicError)
-            event = "topic_not_authorized" if is_forbidden else "topic_missing"
-            log.error(event, topic=topic, reason=str(reason))
+        self._arrived |= self._optional - absent
+        self._optional &= absent
+        for topic in sorted(absent - self.absent - self._optional):
+            self._log_missing(self._missing(topic))
         self.absent = absent
         self._membership.reclaim_topics(absent)
-        for topic in sorted(absent - self.optional):
+        for topic in sorted(absent - self._optional):
             self._best_effort.run(partial(self._claimer.halt_unassigned, topic))
         self._membership.reclaim(
             [
@@ -227,7 +245,7 @@ class PeriodicChecks:
 
         def record(db: Connection) -> None:
             record_watermarks(db, watermarks)
-            self._set_retained_until(kept_until(db, owned))
+            self._retention.update(retention_deadline(db, owned))
 
         self._best_effort.query(record)
 
@@ -270,7 +288,7 @@ class PeriodicChecks:
 
     # ------------------------------------------------------------------------------------ retention
 
-    def retained_until(self) -> float | None:
+    def request_retention_deadline(self) -> float | None:
         """Until when Kafka keeps the oldest record that is not in the log, as Kafka reports now.
 
         By the topic's ``retention.ms`` and the record's timestamp. Kafka deletes whole segments of
@@ -295,6 +313,6 @@ class PeriodicChecks:
                         if record is not None and record.timestamp_ms is not None:
                             times.append(record.timestamp_ms + retention)
         except PipelineError as error:
-            log.debug("time_left_unknown", reason=str(error))
+            log.debug("retention_deadline_unknown", reason=str(error))
             return None
         return min(times) / 1000 if times else None

@@ -10,14 +10,19 @@ class RetentionDeadline:
 
     Kept as a moment and for as long as the process, so that it is known while Kafka does not answer
     and between two memberships.
-
-    Attributes:
-        request: Requests the deadline from Kafka, in seconds since 1970; None while not connected.
     """
 
     def __init__(self) -> None:
-        self.request: Callable[[], float | None] | None = None
+        self._request: Callable[[], float | None] | None = None
         self._deadline: float | None = None
+
+    def connect(self, request: Callable[[], float | None]) -> None:
+        """From now on ``request`` requests the deadline from Kafka, in seconds since 1970."""
+        self._request = request
+
+    def disconnect(self) -> None:
+        """Send no more requests."""
+        self._request = None
 
     def update(self, deadline: float | None) -> None:
         """Store the deadline, in seconds since 1970; None if it is not known."""
@@ -31,6 +36,6 @@ class RetentionDeadline:
 
     def requested_time_left(self) -> timedelta | None:
         """The same, after a request to Kafka, which usually answers while the database does not."""
-        if self.request is not None and (deadline := self.request()) is not None:
+        if self._request is not None and (deadline := self._request()) is not None:
             self._deadline = deadline
         return self.time_left()

@@ -1,15 +1,13 @@
 """Ingest for as long as the process runs: one membership in the group after another."""
 
-import gc
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import structlog
 from sqlalchemy import Engine
 
+from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
     GroupFencedError,
@@ -17,10 +15,15 @@ from pipeline.errors import (
     PipelineError,
     TransientError,
 )
-from pipeline.ingest.loop import IngestLoop, Process, Progress
+from pipeline.ingest.halts import HaltLog
+from pipeline.ingest.loop import IngestLoop
+from pipeline.ingest.process import ProcessState, Progress
 from pipeline.ingest.retention import RetentionDeadline
 from pipeline.ingest.writer import Writer
-from pipeline.kafka import GroupConsumer
+from pipeline.kafka.consumer import GroupConsumer
+from pipeline.kafka.reports import ClientReports
+from pipeline.log import workers
+from pipeline.log.installation import installation_id
 from pipeline.outages import OutagePolicy
 from pipeline.settings import Settings
 
@@ -41,6 +44,7 @@ class Ingest:
         stop: Set it to finish the batch in hand and return.
         until_end: Return when the log holds what Kafka had at the start.
         observe: Called after each poll, from this thread.
+        collect_garbage: Called every few seconds, for a process without automatic collection.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Ingest:
         stop: threading.Event,
         until_end: bool = False,
         observe: Callable[[Progress], None] = lambda _progress: None,
+        collect_garbage: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
         self._stop = stop
@@ -60,16 +65,19 @@ class Ingest:
         self._outages = OutagePolicy(
             waits_forever=not until_end, time_left=self._retention.requested_time_left
         )
-        self._process = Process(
-            engine,
-            stop,
-            until_end,
-            Writer(engine, segment_span=settings.segment_offsets),
-            self._outages,
-            OutagePolicy(waits_forever=True, time_left=self._retention.time_left),
-            self._retention,
-            self._count_written,
-            observe,
+        self._process = ProcessState(
+            engine=engine,
+            stop=stop,
+            until_end=until_end,
+            writer=Writer(engine, segment_span=settings.segment_offsets),
+            outages=self._outages,
+            kafka_outages=OutagePolicy(waits_forever=True, time_left=self._retention.time_left),
+            kafka_reports=ClientReports(),
+            retention=self._retention,
+            halts=HaltLog(),
+            count_written=self._count_written,
+            observe=observe,
+            collect_garbage=collect_garbage,
         )
         self._replaced_at: list[float] = []
 
@@ -100,14 +108,21 @@ class Ingest:
 
     def _serve_membership(self) -> None:
         """Join the group, ingest, leave."""
-        consumer = GroupConsumer(self._settings)
+        consumer = GroupConsumer(self._settings, self._process.kafka_reports)
         try:
+            with transaction(self._process.engine) as db:
+                installation, server = installation_id(db), workers.here(db)
             loop = IngestLoop(
-                self._process, self._settings, consumer, was_replaced=bool(self._replaced_at)
+                self._process,
+                self._settings,
+                consumer,
+                installation=installation,
+                server=server,
+                was_replaced=bool(self._replaced_at),
             )
             refusals = loop.run()
         finally:
-            self._retention.request = None
+            self._retention.disconnect()
             consumer.leave()
         if self._until_end and refusals:
             raise refusals[0]
@@ -137,24 +152,3 @@ class Ingest:
                 f"{self._settings.group_instance_id!r}?"
             ) from None
         log.warning("member_replaced", reason=str(error), effect="joining the group again")
-
-
-@contextmanager
-def tuned_interpreter() -> Iterator[None]:
-    """Settings of the interpreter for two threads and many short-lived rows.
-
-    They hold for the whole process, so the command applies them. Measured in benchmarks/ingest.py.
-    While rows are read, the writer's thread needs the interpreter after each piece that it sends;
-    the default of 5 ms makes it wait longer than PostgreSQL works. And rows contain no cycles, so
-    automatic garbage collection would visit them for nothing: the loop collects with its checks.
-    """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.000_5)
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-        sys.setswitchinterval(interval)

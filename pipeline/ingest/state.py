@@ -69,7 +69,7 @@ class Batch:
 
 
 class Write(NamedTuple):
-    """Append the batch; then report ``committed``, ``fenced`` or ``failed``."""
+    """Append the batch; then report ``committed``, ``append_refused`` or ``failed``."""
 
     batch: Batch
 
@@ -95,7 +95,7 @@ class Contested(NamedTuple):
 Step = Write | Resolve | Reclaim | Contested
 
 
-class Outcome(NamedTuple):
+class BatchResult(NamedTuple):
     """The outcome of a batch.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Owned:
 
 
 @dataclass
-class Machine:
+class IngestMachine:
     """See the module's text. Times are seconds of one monotonic clock."""
 
     bounds: Bounds = field(default_factory=Bounds)
@@ -196,7 +196,7 @@ class Machine:
         if owned := self._owned.get(partition):
             owned.high_watermark, owned.seen_at = high_watermark, now
 
-    def committed(self) -> Outcome:
+    def committed(self) -> BatchResult:
         """The batch with the database is in the log."""
         batch = self._finish_batch()
         next_offsets = {}
@@ -204,10 +204,10 @@ class Machine:
             if self._still_owns(partition, advance):
                 self._owned[partition].stored = advance.new
                 next_offsets[partition] = advance.new
-        return Outcome(len(batch.rows), next_offsets, ())
+        return BatchResult(len(batch.rows), next_offsets, ())
 
-    def fenced(self, now: float) -> None:
-        """The append was refused for a partition; nothing of the batch was written.
+    def append_refused(self, now: float) -> None:
+        """The append was refused, for a partition or a topic; nothing of the batch was written.
 
         The next step finds out which of the batch's partitions we still own.
         """
@@ -220,7 +220,7 @@ class Machine:
         self._batch_state = _BatchState.UNKNOWN
         self._try_at = now + self.bounds.backoff.wait_s(self._failures)
 
-    def resolved(self, stored: Mapping[Partition, Ownership], now: float) -> Outcome:
+    def resolved(self, stored: Mapping[Partition, Ownership], now: float) -> BatchResult:
         """What is stored of the batch's partitions, read after every open commit had ended."""
         batch = self._batch
         if batch is None:
@@ -247,7 +247,7 @@ class Machine:
         self._batch = batch.without(batch.advances.keys() - ours) if ours else None
         self._batch_state = _BatchState.READY
         self._try_at = now
-        return Outcome(0, {}, fenced)
+        return BatchResult(0, {}, fenced)
 
     def checked(self, stored: Mapping[Partition, Ownership], now: float) -> Collection[Partition]:
         """What is stored of owned partitions; returns those that are not as we left them.

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 from sqlalchemy import Engine
 
 from pipeline import failpoints
-from pipeline.db import LOG_SCHEMA, metadata, transaction
+from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
     FencedError,
@@ -21,6 +21,7 @@ from pipeline.foreign_objects import refuse_foreign_objects
 from pipeline.ingest.state import Batch, Resolve, Write
 from pipeline.log import claims
 from pipeline.log.append import append
+from pipeline.log.ingest_tables import INGEST_TABLES
 from pipeline.log.segments import make_segment
 from pipeline.partitions import NextOffset, Ownership, Partition
 
@@ -31,8 +32,6 @@ class Committed(NamedTuple):
 
 class Fenced(NamedTuple):
     """Nothing was written: a partition has another owner or another next offset."""
-
-    error: FencedError
 
 
 class TopicsReplaced(NamedTuple):
@@ -59,7 +58,7 @@ class Fatal(NamedTuple):
     error: Exception
 
 
-Outcome = Committed | Fenced | TopicsReplaced | Failed | Resolved | Fatal
+StepOutcome = Committed | Fenced | TopicsReplaced | Failed | Resolved | Fatal
 
 ReplacedTopics = Callable[[], Collection[str]]
 """Waits for Kafka's answer about a batch; returns the topics from which its records did not come.
@@ -67,6 +66,11 @@ ReplacedTopics = Callable[[], Collection[str]]
 Raises:
     TransientError: Kafka does not answer.
 """
+
+
+def no_topics() -> Collection[str]:
+    """For a batch whose topics have no ids."""
+    return ()
 
 
 class _TopicsReplacedError(Exception):
@@ -90,7 +94,7 @@ class Writer:
         self._span = segment_span
         self._covered: dict[str, list[tuple[NextOffset, NextOffset]]] = {}
         self._steps: SimpleQueue[tuple[Write | Resolve, ReplacedTopics] | None] = SimpleQueue()
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._outcomes: SimpleQueue[StepOutcome] = SimpleQueue()
         self._is_busy = False
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
@@ -104,7 +108,7 @@ class Writer:
         self._steps.put(None)
         self._thread.join(timeout=1.0)
 
-    def submit(self, step: Write | Resolve, replaced_topics: ReplacedTopics = tuple) -> None:
+    def submit(self, step: Write | Resolve, replaced_topics: ReplacedTopics = no_topics) -> None:
         """Start a step; ``outcome`` returns its outcome.
 
         A batch is committed only if ``replaced_topics`` returns none. Its request must have been
@@ -114,7 +118,7 @@ class Writer:
         self._is_busy = True
         self._steps.put((step, replaced_topics))
 
-    def outcome(self, timeout_s: float) -> Outcome | None:
+    def outcome(self, timeout_s: float) -> StepOutcome | None:
         """The outcome of the current step, if it arrives within this time."""
         try:
             outcome = self._outcomes.get(block=timeout_s > 0, timeout=timeout_s)
@@ -143,7 +147,7 @@ class Writer:
                 outcome = Fatal(error)
             self._outcomes.put(outcome)
 
-    def _write(self, batch: Batch, replaced_topics: ReplacedTopics) -> Outcome:
+    def _write(self, batch: Batch, replaced_topics: ReplacedTopics) -> StepOutcome:
         try:
             self._make_segments(_offsets_of(batch, ahead=self._span // 10))
             try:
@@ -154,8 +158,8 @@ class Writer:
                 self._make_segments((row.topic, NextOffset(row.offset)) for row in batch.rows)
                 self._append(batch, replaced_topics)
             failpoints.reach("after_commit_before_ack")
-        except FencedError as error:
-            return Fenced(error)
+        except FencedError:
+            return Fenced()
         except _TopicsReplacedError as error:
             return TopicsReplaced(error.topics)
         except InvariantError as error:
@@ -164,11 +168,11 @@ class Writer:
             return Failed(error) if _may_pass(error) else Fatal(error)
         return Committed()
 
-    def _explained(self, error: InvariantError) -> Outcome:
+    def _explained(self, error: InvariantError) -> StepOutcome:
         """What somebody has put on our tables, if it may be the reason; nothing was written."""
         try:
             with transaction(self._engine) as db:
-                refuse_foreign_objects(db, metadata.tables.values(), [LOG_SCHEMA])
+                refuse_foreign_objects(db, INGEST_TABLES)
         except PipelineError as reason:
             return Failed(reason) if _may_pass(reason) else Fatal(error)
         return Fatal(error)
@@ -180,7 +184,7 @@ class Writer:
             if topics := replaced_topics():
                 raise _TopicsReplacedError(topics)
 
-    def _resolve(self, batch: Batch) -> Outcome:
+    def _resolve(self, batch: Batch) -> StepOutcome:
         try:
             with transaction(self._engine) as db:
                 return Resolved(claims.lock_ownerships(db, batch.advances))

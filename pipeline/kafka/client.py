@@ -11,7 +11,7 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaException
 
 from pipeline.errors import ConfigurationError
 from pipeline.events import UNREADABLE_HEADERS, Record
-from pipeline.kafka.errors import LIBRARY_LOG, client_created, on_client_error
+from pipeline.kafka.reports import ClientReports
 from pipeline.redaction import without
 from pipeline.settings import Settings
 
@@ -33,8 +33,6 @@ COMMIT_METADATA_PATTERN = re.compile(
 Config = dict[str, Any]
 _Client = TypeVar("_Client")
 
-REPORTING: Config = {"error_cb": on_client_error, "logger": LIBRARY_LOG}
-"""For every client: where it reports errors."""
 _GUARANTEES: Config = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
@@ -73,12 +71,12 @@ def consumer_config(settings: Settings) -> Config:
     return _DEFAULTS | group | connection_config(settings) | _GUARANTEES
 
 
-def reader_config(settings: Settings) -> Config:
+def reader_config(settings: Settings, reports: ClientReports) -> Config:
     """For a consumer that assigns partitions to itself and never joins the group.
 
     It has the group's name, so the rights on the group suffice; its members do not notice.
     """
-    config = consumer_config(settings) | REPORTING
+    config = consumer_config(settings) | reports.options
     config.pop("group.instance.id", None)
     return config
 
@@ -90,14 +88,14 @@ def connection_config(settings: Settings) -> Config:
     return dict(chosen) if _RECONNECT.keys() & chosen.keys() else _RECONNECT | chosen
 
 
-def create(client: Callable[[], _Client], settings: Settings) -> _Client:
+def create(client: Callable[[], _Client], settings: Settings, reports: ClientReports) -> _Client:
     """Create a client.
 
     Raises:
         ConfigurationError: It refuses an option. The message has the option and the reason, but
             none of our values.
     """
-    client_created(settings.kafka_client(), settings.group_id)
+    reports.client_created(settings.kafka_client(), settings.group_id)
     try:
         return client()
     except KafkaException as refused:

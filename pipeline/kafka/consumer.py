@@ -16,7 +16,6 @@ from pipeline.kafka.access import Access, why_not_visible
 from pipeline.kafka.client import (
     CLOSE_S_MAX,
     COMMIT_METADATA,
-    REPORTING,
     REQUEST_S_MAX,
     Config,
     RecordMessage,
@@ -31,12 +30,9 @@ from pipeline.kafka.errors import (
     PARTITION_END,
     POLLED_TOO_LATE,
     TOPIC_ERRORS,
-    log_commit_failure,
-    on_client_error,
-    request,
-    translated,
 )
 from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
 
@@ -93,6 +89,10 @@ class GroupConsumer:
 
     Kafka's committed offsets are for monitoring; they never decide where to read.
 
+    Args:
+        settings: The servers, the login, the group and its topics.
+        reports: Where the clients report errors.
+
     Attributes:
         brokers: For requests that have nothing to do with the membership.
 
@@ -101,21 +101,24 @@ class GroupConsumer:
         MemberReplacedError: Kafka has another member in our place; join again.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, reports: ClientReports) -> None:
         config = consumer_config(settings)
+        self._reports = reports
         self._settings = settings
         self._topics = settings.topics
         self._subscribed: set[str] = set()
-        callbacks: Config = {"error_cb": self._on_error, "on_commit": _on_commit}
+        callbacks: Config = {"error_cb": self._on_error, "on_commit": self._on_commit}
         self._refused_login: KafkaError | None = None
-        self._consumer = create(lambda: Consumer({**config, **REPORTING, **callbacks}), settings)
+        self._consumer = create(
+            lambda: Consumer({**config, **reports.options, **callbacks}), settings, reports
+        )
         try:
             self._cluster = self._first_answer()
         except BaseException:
             close(self._consumer)
             raise
         # Only now: each client is one more login that may be refused.
-        self.brokers = Brokers(settings)
+        self.brokers = Brokers(settings, reports)
         self._is_cooperative = settings.kafka_group_protocol == "consumer" or "cooperative" in str(
             config.get("partition.assignment.strategy")
         )
@@ -142,14 +145,14 @@ class GroupConsumer:
                     return self._request_topics()
 
     def _request_topics(self) -> ClusterMetadata:
-        cluster: ClusterMetadata = request(
+        cluster: ClusterMetadata = self._reports.request(
             lambda: self._consumer.list_topics(timeout=FIRST_REQUEST_S)
         )
         return cluster
 
     def _raise_refused_login(self) -> None:
         if self._refused_login is not None:
-            raise translated(self._refused_login)
+            raise self._reports.translated(self._refused_login)
 
     def join(
         self,
@@ -264,7 +267,7 @@ class GroupConsumer:
             if messages and records_max > 1:
                 messages += self._consumer.consume(records_max - 1, linger_s)
         except KafkaException as error:
-            raise translated(error.args[0]) from None
+            raise self._reports.translated(error.args[0]) from None
         if self._raised is not None:
             raise self._raised
         self._raise_refused_login()
@@ -283,24 +286,26 @@ class GroupConsumer:
         code = error.code()
         if code == KafkaError.TOPIC_AUTHORIZATION_FAILED and topic and number is not None:
             # Fetching was refused. If the subscription was refused, no partition is named.
-            on_client_error(error)
+            self._reports.on_client_error(error)
             return OutOfRange(Partition(topic, number)) if number >= 0 else None
         if code in TOPIC_ERRORS or code == POLLED_TOO_LATE:
-            on_client_error(error)
+            self._reports.on_client_error(error)
             return None
         if topic is None or number is None or offset is None:
-            raise translated(error)
+            raise self._reports.translated(error)
         partition = Partition(topic, number)
         if code == PARTITION_END:
             return ReachedEnd(partition, NextOffset(offset))
         if code in OUT_OF_RANGE:
             return OutOfRange(partition)
-        on_client_error(error)
+        self._reports.on_client_error(error)
         return None
 
     def seek(self, partition: Partition, to: NextOffset) -> None:
         """Continue reading at ``to``."""
-        request(lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to)))
+        self._reports.request(
+            lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to))
+        )
 
     def pause(self, partitions: Iterable[Partition]) -> None:
         """Stop fetching these partitions; records that were fetched are fetched again later."""
@@ -334,7 +339,7 @@ class GroupConsumer:
         try:
             self._consumer.commit(offsets=commits, asynchronous=True)
         except KafkaException as error:
-            log_commit_failure(error.args[0])
+            self._reports.on_commit_failure(error.args[0])
 
     # ----------------------------------------------------------------------------------- callbacks
 
@@ -349,6 +354,8 @@ class GroupConsumer:
         except Exception as error:  # noqa: BLE001 - stored for poll(), which raises it
             self._raised = error
             starts = {}
+        # A halted partition is assigned too, or the group would give it to nobody: at any offset,
+        # because it is paused before anything is fetched, and a claim of it seeks.
         offsets = [
             TopicPartition(partition.topic, partition.number, starts.get(partition, 0))
             for partition in partitions
@@ -386,7 +393,12 @@ class GroupConsumer:
     def _on_error(self, error: KafkaError) -> None:
         if error.code() in LOGIN_REFUSED:
             self._refused_login = error
-        on_client_error(error)
+        self._reports.on_client_error(error)
+
+    def _on_commit(self, error: KafkaError | None, commits: list[TopicPartition]) -> None:
+        if error is not None:
+            topics = {commit.topic for commit in commits if commit.error}
+            self._reports.on_commit_failure(error, topics)
 
     def _listener_of_group(self) -> RebalanceListener:
         if self._listener is None:
@@ -396,8 +408,3 @@ class GroupConsumer:
 
 def _partitions(assigned: Iterable[TopicPartition]) -> list[Partition]:
     return [Partition(partition.topic, partition.partition) for partition in assigned]
-
-
-def _on_commit(error: KafkaError | None, commits: list[TopicPartition]) -> None:
-    if error is not None:
-        log_commit_failure(error, {commit.topic for commit in commits if commit.error})

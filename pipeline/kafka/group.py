@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient, ConsumerGroupDescription
 
 from pipeline.errors import TransientError
 from pipeline.kafka.client import COMMIT_METADATA_PATTERN, REQUEST_S_MAX
-from pipeline.kafka.errors import request, translated
+from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import Partition
 
 log = structlog.get_logger(__name__)
@@ -61,12 +61,16 @@ class ConsumerGroup:
         group_id: The group.
         admin: A client for requests about the group.
         consumer: A client of that group that never joins it.
+        reports: Where the clients report errors.
     """
 
-    def __init__(self, group_id: str, admin: AdminClient, consumer: Consumer) -> None:
+    def __init__(
+        self, group_id: str, admin: AdminClient, consumer: Consumer, reports: ClientReports
+    ) -> None:
         self._group_id = group_id
         self._admin = admin
         self._consumer = consumer
+        self._reports = reports
 
     def operations(self) -> frozenset[str]:
         """Kafka's names of what this user may do with the group; no member notices the request.
@@ -85,7 +89,7 @@ class ConsumerGroup:
                 return frozenset({"NONE"})
             if refusal.code() == KafkaError._UNSUPPORTED_FEATURE:  # noqa: SLF001 - public
                 return frozenset()
-            raise translated(refusal) from None
+            raise self._reports.translated(refusal) from None
         return frozenset(right.name for right in described.authorized_operations or ())
 
     def _describe(self) -> ConsumerGroupDescription:
@@ -106,7 +110,7 @@ class ConsumerGroup:
             return {}
         requested = [TopicPartition(*partition) for partition in partitions]
         try:
-            found = request(
+            found = self._reports.request(
                 lambda: self._with_coordinator(
                     lambda: self._consumer.committed(requested, REQUEST_S_MAX)
                 )
@@ -115,7 +119,7 @@ class ConsumerGroup:
             # The client looks for a coordinator until the time is up, also where Kafka refuses it.
             if self.operations() == {"NONE"}:
                 refusal = KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED)
-                raise translated(refusal) from None
+                raise self._reports.translated(refusal) from None
             raise
         return {
             Partition(commit.topic, commit.partition): GroupCommit(

@@ -25,16 +25,15 @@ from pipeline.errors import DeletedTopicError, ForbiddenTopicError, RefusedError
 from pipeline.kafka.access import Access, why_not_visible
 from pipeline.kafka.client import (
     OPTIONAL_REQUEST_S_MAX,
-    REPORTING,
     REQUEST_S_MAX,
     close,
     connection_config,
     create,
     reader_config,
 )
-from pipeline.kafka.errors import connection_reports, request, translated
 from pipeline.kafka.group import ConsumerGroup
 from pipeline.kafka.records import RecordBatch, RecordReader, Watermarks, read_range
+from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.settings import Settings
 
@@ -49,6 +48,10 @@ RETENTION_DAYS_MAX = 36_500
 class Brokers:
     """Sends requests to the brokers; is no member of the group.
 
+    Args:
+        settings: The servers and the login.
+        reports: Where the clients report errors.
+
     Attributes:
         group: Requests about the consumer group.
 
@@ -56,16 +59,21 @@ class Brokers:
         TransientError: The brokers did not answer in time.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, reports: ClientReports) -> None:
         self._settings = settings
-        self._consumer = create(lambda: Consumer(reader_config(settings)), settings)
-        self._admin = create(
-            lambda: AdminClient({**connection_config(settings), **REPORTING}), settings
+        self._reports = reports
+        self._consumer = create(
+            lambda: Consumer(reader_config(settings, reports)), settings, reports
         )
-        self.group = ConsumerGroup(settings.group_id, self._admin, self._consumer)
+        self._admin = create(
+            lambda: AdminClient({**connection_config(settings), **reports.options}),
+            settings,
+            reports,
+        )
+        self.group = ConsumerGroup(settings.group_id, self._admin, self._consumer, reports)
         self._returns_topic_ids: bool | None = None
         self._topic_settings: dict[str, tuple[float, Mapping[str, str]]] = {}
-        connection_reports.add_client(self.run_callbacks)
+        self._reports.add_client(self.run_callbacks)
 
     def run_callbacks(self) -> None:
         """Run the callbacks in which the clients report errors; they would pile up."""
@@ -74,7 +82,7 @@ class Brokers:
 
     def close(self) -> None:
         """Close the clients."""
-        connection_reports.remove_client(self.run_callbacks)
+        self._reports.remove_client(self.run_callbacks)
         close(self._consumer)
         # It has no close(); as long as the object exists it logs in again and again.
         del self._admin, self.group
@@ -83,21 +91,25 @@ class Brokers:
 
     def cluster_id(self) -> str:
         """Kafka's id of the cluster."""
-        return str(request(lambda: self._admin.list_topics(timeout=REQUEST_S_MAX)).cluster_id)
+        return str(
+            self._reports.request(lambda: self._admin.list_topics(timeout=REQUEST_S_MAX)).cluster_id
+        )
 
     def partition_counts(self) -> Mapping[str, int]:
         """Every topic that this user may see, with its number of partitions."""
-        topics = request(lambda: self._admin.list_topics(timeout=REQUEST_S_MAX)).topics
+        topics = self._reports.request(
+            lambda: self._admin.list_topics(timeout=REQUEST_S_MAX)
+        ).topics
         return {name: len(topic.partitions) for name, topic in topics.items() if not topic.error}
 
     def partition_count(self, topic: str) -> int:
         """The number of partitions of a topic now; 0 if it does not exist."""
-        found = request(lambda: self._admin.list_topics(topic, timeout=REQUEST_S_MAX))
+        found = self._reports.request(lambda: self._admin.list_topics(topic, timeout=REQUEST_S_MAX))
         return len(found.topics[topic].partitions)
 
     def replicas(self, topic: str) -> int:
         """The number of brokers that have a copy of each partition of the topic, at least."""
-        found = request(lambda: self._admin.list_topics(topic, timeout=REQUEST_S_MAX))
+        found = self._reports.request(lambda: self._admin.list_topics(topic, timeout=REQUEST_S_MAX))
         partitions = found.topics[topic].partitions.values()
         return min((len(partition.replicas) for partition in partitions), default=0)
 
@@ -175,7 +187,7 @@ class Brokers:
                     topic_id = answer.result().topic_id
                 except KafkaException as error:
                     if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                        raise translated(error.args[0]) from None
+                        raise self._reports.translated(error.args[0]) from None
                     ids[topic] = None
                     continue
                 # Brokers before Kafka 2.8 leave it zero.
@@ -222,7 +234,7 @@ class Brokers:
 
     def watermarks(self, partition: Partition) -> Watermarks:
         """The offsets that Kafka has of a partition now; ``high`` is the last stable offset."""
-        low, high = request(
+        low, high = self._reports.request(
             lambda: self._consumer.get_watermark_offsets(
                 TopicPartition(*partition), timeout=REQUEST_S_MAX
             )
@@ -254,7 +266,7 @@ class Brokers:
 
     def offset_at(self, partition: Partition, milliseconds: int) -> NextOffset | None:
         """The first record at or after a time since 1970; None if there is none."""
-        [found] = request(
+        [found] = self._reports.request(
             lambda: self._consumer.offsets_for_times(
                 [TopicPartition(partition.topic, partition.number, milliseconds)], REQUEST_S_MAX
             )
@@ -266,7 +278,7 @@ class Brokers:
     @contextmanager
     def record_reader(self) -> Iterator[RecordReader]:
         """A reader of single records for the length of the block. It costs one more login."""
-        reader = RecordReader(self._settings, self.watermarks)
+        reader = RecordReader(self._settings, self._reports, self.watermarks)
         try:
             yield reader
         finally:
@@ -274,7 +286,7 @@ class Brokers:
 
     def read(self, partition: Partition, offsets: OffsetRange) -> Iterator[RecordBatch]:
         """Read a range once more: see ``read_range``."""
-        return read_range(self._settings, partition, offsets, self.watermarks)
+        return read_range(self._settings, self._reports, partition, offsets, self.watermarks)
 
 
 def _retention_ms(settings: Mapping[str, str]) -> int | None:

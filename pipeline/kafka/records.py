@@ -14,7 +14,8 @@ from pipeline.errors import ForbiddenTopicError, TransientError
 from pipeline.events import Record
 from pipeline.kafka.access import why_not_readable
 from pipeline.kafka.client import Config, RecordMessage, close, reader_config, record_of
-from pipeline.kafka.errors import OUT_OF_RANGE, PARTITION_END, translated
+from pipeline.kafka.errors import OUT_OF_RANGE, PARTITION_END
+from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.settings import Settings
 
@@ -59,13 +60,20 @@ class RecordReader:
 
     Args:
         settings: The servers and the login.
+        reports: Where the client reports errors.
         watermarks: The offsets that Kafka has of a partition.
     """
 
-    def __init__(self, settings: Settings, watermarks: Callable[[Partition], Watermarks]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reports: ClientReports,
+        watermarks: Callable[[Partition], Watermarks],
+    ) -> None:
         self._settings = settings
+        self._reports = reports
         self._watermarks = watermarks
-        self._consumer = Consumer({**reader_config(settings), **_ONE_RECORD})
+        self._consumer = Consumer({**reader_config(settings, reports), **_ONE_RECORD})
 
     def close(self) -> None:
         """Close the client."""
@@ -88,7 +96,7 @@ class RecordReader:
                 return record if record.offset == offset else None
             if error.code() in {PARTITION_END, *OUT_OF_RANGE}:
                 return None
-            _raise_unless_about_group(error, partition, self._settings)
+            _raise_unless_about_group(error, partition, self._settings, self._reports)
         raise TransientError(f"Kafka: {partition}: no answer about the record at offset {offset}")
 
     def may_read(self, topic: str) -> bool:
@@ -107,6 +115,7 @@ class RecordReader:
 
 def read_range(
     settings: Settings,
+    reports: ClientReports,
     partition: Partition,
     offsets: OffsetRange,
     watermarks: Callable[[Partition], Watermarks],
@@ -115,6 +124,7 @@ def read_range(
 
     Args:
         settings: The servers and the login.
+        reports: Where the client reports errors.
         partition: The partition.
         offsets: The range; within the watermarks, as just read.
         watermarks: The offsets that Kafka has of a partition.
@@ -123,13 +133,13 @@ def read_range(
         ForbiddenTopicError: Kafka does not let this user read the topic.
         TransientError: The brokers did not answer in time.
     """
-    consumer = Consumer(reader_config(settings))
+    consumer = Consumer(reader_config(settings, reports))
     try:
         begin: int = offsets.first
         while begin < offsets.end:
             rest = OffsetRange(NextOffset(begin), offsets.end)
             consumer.assign([TopicPartition(partition.topic, partition.number, begin)])
-            for batch in _read_until_out_of_range(consumer, partition, rest, settings):
+            for batch in _read_until_out_of_range(consumer, partition, rest, settings, reports):
                 begin = batch.offsets.end
                 yield batch
             if begin < offsets.end:
@@ -140,7 +150,11 @@ def read_range(
 
 
 def _read_until_out_of_range(
-    consumer: Consumer, partition: Partition, offsets: OffsetRange, settings: Settings
+    consumer: Consumer,
+    partition: Partition,
+    offsets: OffsetRange,
+    settings: Settings,
+    reports: ClientReports,
 ) -> Iterator[RecordBatch]:
     """Batches until the range ends, or until Kafka no longer has the next record."""
     begin: int = offsets.first
@@ -166,7 +180,7 @@ def _read_until_out_of_range(
                     yield RecordBatch(OffsetRange(NextOffset(begin), _end_of(records)), records)
                 return
             else:
-                _raise_unless_about_group(error, partition, settings)
+                _raise_unless_about_group(error, partition, settings, reports)
         if messages:
             received_at = time.monotonic()
         elif time.monotonic() - received_at > READ_S_MAX:
@@ -182,13 +196,15 @@ def _read_until_out_of_range(
             begin, records, size = end, [], 0
 
 
-def _raise_unless_about_group(error: KafkaError, partition: Partition, settings: Settings) -> None:
+def _raise_unless_about_group(
+    error: KafkaError, partition: Partition, settings: Settings, reports: ClientReports
+) -> None:
     """Raise an error of the client as ours; reading needs no right on the group."""
     if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
         return
     if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         raise ForbiddenTopicError(partition, why_not_readable(settings, partition.topic))
-    raise translated(error)
+    raise reports.translated(error)
 
 
 def _end_of(records: Sequence[Record]) -> NextOffset:

@@ -6,6 +6,7 @@ __all__ = [
     "compare",
     "copying",
     "gaps",
+    "ingest_tables",
     "installation",
     "integrity",
     "intervals",

@@ -28,7 +28,7 @@ ROWS = text("""
 SELECT o.*, newest.at AS newest_at,
        extract(epoch FROM
                CASE WHEN o.high_watermark > o.next_offset THEN newest.at ELSE o.watermarks_at END)
-           + o.retention_ms / 1000.0 AS kept_until
+           + o.retention_ms / 1000.0 AS retention_deadline
 FROM pipeline.consumer_offsets o
 LEFT JOIN LATERAL (
     -- A record is no newer than its arrival, whatever its producer's clock says.
@@ -66,23 +66,23 @@ def record_watermarks(db: Connection, watermarks: Iterable[Watermark]) -> None:
 def partition_rows(db: Connection) -> Sequence[Row[Any]]:
     """Each partition's row, with the time of its newest record and until when Kafka keeps the rest.
 
-    ``kept_until``, in seconds since 1970, is when Kafka may delete the oldest record that is not
-    in the log, by the times of records and the topic's retention as last recorded. It is NULL if
-    that is not known or if time deletes nothing.
+    ``retention_deadline``, in seconds since 1970, is when Kafka may delete the oldest record that
+    is not in the log, by the times of records and the topic's retention as last recorded. It is
+    NULL if that is not known or if time deletes nothing.
     """
     return db.execute(ROWS).all()
 
 
-def kept_until(db: Connection, partitions: Collection[Partition]) -> float | None:
+def retention_deadline(db: Connection, partitions: Collection[Partition]) -> float | None:
     """Until when Kafka keeps the oldest record of these partitions that is not in the log.
 
     Returns:
         Seconds since 1970; None if not known, or if Kafka keeps everything.
     """
     times = [
-        row.kept_until
+        row.retention_deadline
         for row in partition_rows(db)
-        if Partition(row.topic, row.partition) in partitions and row.kept_until is not None
+        if Partition(row.topic, row.partition) in partitions and row.retention_deadline is not None
     ]
     until = min(times, default=None)
     return float(until) if until is not None and until.is_finite() else None

@@ -20,6 +20,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from pipeline.errors import PipelineError
 from pipeline.printable import printable
+from pipeline.rate_limit import RateLimit, without_numbers
 from pipeline.redaction import MASK, is_secret, redacted
 
 # These log at the chosen level. Other libraries log only warnings and errors, because at DEBUG and
@@ -30,6 +31,9 @@ _OURS = ("pipeline", "librdkafka")
 _PERSONAL = frozenset({"payload", "raw", "value", "values", "headers", "object", "record"})
 
 _FIRST = ("ts", "level", "event", "logger", "msg")
+
+SAME_TEXT_S_MIN = 60.0
+"""Minimum time between two lines of librdkafka with the same text."""
 
 _worker: int | None = None
 
@@ -111,7 +115,23 @@ def _route(handler: logging.Handler, level: int) -> None:
     logging.getLogger("alembic").setLevel(max(level, logging.INFO))
     for name in _OURS:
         logging.getLogger(name).setLevel(level)
+    # It repeats a text at every attempt to connect.
+    library = logging.getLogger("librdkafka")
+    library.filters = [
+        other for other in library.filters if not isinstance(other, _OncePerMinute)
+    ] + [_OncePerMinute()]
     logging.captureWarnings(capture=True)
+
+
+class _OncePerMinute(logging.Filter):
+    """Passes each text of a library once per minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._limit = RateLimit(SAME_TEXT_S_MIN)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return bool(self._limit.occurrences_to_log(without_numbers(record.getMessage())))
 
 
 def _console_renderer(*, colors: bool) -> Processor:

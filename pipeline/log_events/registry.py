@@ -194,12 +194,12 @@ _INGEST = (
         "find out what stopped this process, or whether a second consumer group uses this database",
     ),
     LogEvent(
-        "partition_halted",
+        "partitions_halted",
         "error",
-        "one partition is halted to protect data; the others are read",
+        "these partitions are halted to protect data, for one cause; the others are read",
         "resolve the cause, see [Halted partitions](#halted-partitions)",
     ),
-    LogEvent("partition_resumed", "info", "a halted partition is read again"),
+    LogEvent("partitions_resumed", "info", "partitions that were halted are read again"),
     LogEvent(
         "partition_rewound",
         "info",
@@ -281,7 +281,9 @@ _INGEST = (
         "find out why Kafka does not answer",
     ),
     LogEvent("group_commits_unknown", "debug", "Kafka returned no commits of the group"),
-    LogEvent("time_left_unknown", "debug", "how long Kafka keeps the next record is unknown"),
+    LogEvent(
+        "retention_deadline_unknown", "debug", "how long Kafka keeps the next record is unknown"
+    ),
 )
 
 _READ_MODELS = (

@@ -55,7 +55,7 @@ def test_a_second_database_that_joins_the_group_of_a_running_one_takes_nothing_f
         assert intruder.wait() == 65, intruder.tail()
         bench.wait_until_owner_of_all(first)
 
-    assert "also feeds database" in intruder.logged("stopped")[0]["reason"]
+    assert "also feeds database" in intruder.logged("partitions_halted")[0]["reason"]
     assert second.query("SELECT FROM pipeline.events") == []
     bench.finish(feed.ledger)
     assert first.exit_code == 0
@@ -78,7 +78,7 @@ def test_another_kafka_with_the_same_names_is_refused_and_begins_no_partition(
     one_shot = bench.worker("ingest", "--until-end", **staging)
     assert one_shot.wait() == 65, one_shot.tail()
     worker = bench.worker(**staging)
-    worker.wait_for_log("partition_halted")
+    worker.wait_for_log("partitions_halted")
     until(lambda: len(problems(bench)) == bench.partitions, "every partition has a reason")
     assert all("PIPELINE_KAFKA_BOOTSTRAP_SERVERS" in text for text in problems(bench))
     assert worker.stop() == 0, worker.tail()

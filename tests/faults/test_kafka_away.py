@@ -19,7 +19,9 @@ from pipeline.catalogue import Catalogue
 from pipeline.db import open_engine
 from pipeline.errors import TransientError
 from pipeline.health.status import read_status, states
-from pipeline.ingest import Ingest, Progress, loop
+from pipeline.ingest import loop
+from pipeline.ingest.process import Progress
+from pipeline.ingest.service import Ingest
 from pipeline.kafka import metadata
 from pipeline.kafka.client import consumer_config
 from pipeline.sandbox.servers.broker import MockBroker

@@ -55,7 +55,7 @@ def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     kafka.delete_topic(name)
     kafka.create_topic(name, bench.partitions)
     Ledger(kafka.bootstrap_servers).send(name, numbered(2000, first=100)).flush()
-    worker.wait_for_log("partition_halted")
+    worker.wait_for_log("partitions_halted")
     ledger.send(other, numbered(5, first=5)).flush()
     until(lambda: next_offsets(bench, other) == {0: 10}, "the other topic is read")
 
@@ -91,7 +91,7 @@ def test_a_deleted_topic_is_halted_and_the_other_topic_is_read(
     until(lambda: next_offsets(bench, other) == {0: 15}, "the other topic is read again")
     kafka.create_topic(name, bench.partitions + 1)
     Ledger(kafka.bootstrap_servers).send(name, numbered(9), partition=bench.partitions).flush()
-    second.wait_for_log("partition_halted")
+    second.wait_for_log("partitions_halted")
     until(
         lambda: all("topic id" in (problem_text or "") for problem_text in problem(bench, name)),
         "the topic is detected as another topic",
@@ -136,7 +136,7 @@ def test_records_that_kafka_loses_and_replaces_halt_their_topic(
 
     again = bench.worker("ingest", "--until-end", topics="read-before", group_id="once")
     assert again.wait() == 65, again.tail()
-    runs.wait_for_log("partition_halted")
+    runs.wait_for_log("partitions_halted")
     until(lambda: next_offsets(bench, "intact") == {0: 15}, "the other topic is read")
     assert runs.stop() == 0, runs.tail()
     for name in names[:2]:

@@ -16,7 +16,8 @@ from uuid import UUID
 from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
 
 from pipeline.db import open_engine
-from pipeline.ingest import Ingest, Progress
+from pipeline.ingest.process import Progress
+from pipeline.ingest.service import Ingest
 from pipeline.settings import Settings
 from tests import waiting
 from tests.servers.databases import Database

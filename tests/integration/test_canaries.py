@@ -347,8 +347,6 @@ def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypat
     monkeypatch.setattr("pipeline.outages.UNAVAILABLE_S_MAX", 0.1)
     monkeypatch.setattr("pipeline.kafka.metadata.REQUEST_S_MAX", 6.0)
     monkeypatch.setattr("pipeline.sandbox.simulator.producer._ANSWER_SECONDS_MAX", 6.0)
-    # What another test has heard already is told again.
-    monkeypatch.setattr("pipeline.kafka.errors.SAME_ERROR_S_MIN", 0.0)
     with RefusingBroker() as broker:
         refused = house.commands.with_(
             kafka_bootstrap_servers=broker.bootstrap_servers,

@@ -12,7 +12,10 @@ from confluent_kafka import KafkaError, Uuid
 from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
 from pipeline.ingest.claim import Claimed, Claimer
-from pipeline.kafka import Brokers, GroupConsumer, errors, group, metadata
+from pipeline.kafka import group, metadata
+from pipeline.kafka.consumer import GroupConsumer
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.log import claims, offsets
 from pipeline.log.append import append
 from pipeline.log.claims import Owner
@@ -228,7 +231,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
             offsets.begin(db, Partition(TOPIC, number), NextOffset(0))
         make_segment(db, TOPIC, NextOffset(0), 1000)
         held = claims.claim(db, partition, Owner("group", "former")).epoch
-    consumer = GroupConsumer(settings())
+    consumer = GroupConsumer(settings(), ClientReports())
     with transaction(engine) as db:
         identity = installation_id(db)
     claimer = Claimer(engine, consumer, settings(), identity)
@@ -263,7 +266,7 @@ def test_the_last_commit_of_a_former_owner_does_not_make_a_topic_look_recreated(
 )
 def test_a_topic_id_of_zeros_is_no_id(settings, monkeypatch, bits, ids):
     """Brokers before Kafka 2.8 leave the field as it is; every topic would seem to be the same."""
-    brokers = Brokers(settings())
+    brokers = Brokers(settings(), ClientReports())
     answer: Future[Any] = Future()
     answer.set_result(SimpleNamespace(topic_id=Uuid(*bits)))
     monkeypatch.setattr(
@@ -276,7 +279,7 @@ def test_a_topic_id_of_zeros_is_no_id(settings, monkeypatch, bits, ids):
 
 
 def test_brokers_that_do_not_answer_are_a_transient_error(database, settings, mock_broker):
-    brokers = Brokers(settings(options={"socket.timeout.ms": "1000"}))
+    brokers = Brokers(settings(options={"socket.timeout.ms": "1000"}), ClientReports())
     mock_broker.set_down()
 
     with pytest.raises(TransientError, match="refuses connections"):
@@ -290,14 +293,15 @@ def test_brokers_that_do_not_answer_are_a_transient_error(database, settings, mo
 def test_a_lost_connection_is_explained_without_a_request_that_kafka_cannot_read(capfd):
     """A broker without TLS logs an error for each TLS handshake."""
     with MockBroker() as broker_without_tls:
-        errors.client_created(
+        reports = ClientReports()
+        reports.client_created(
             {"bootstrap.servers": broker_without_tls.bootstrap_servers}, "pipeline"
         )
         lost = KafkaError(
             KafkaError._TRANSPORT, f"{broker_without_tls.bootstrap_servers}/1: Disconnected"
         )
 
-        error = errors.translated(lost)
+        error = reports.translated(lost)
 
     assert "Disconnected" in str(error)
     assert "PROTOERR" not in capfd.readouterr().err

@@ -148,13 +148,42 @@ def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the
 
     assert problem(database, name) is None
     events = [line["event"] for line in lines]
-    assert [event for event in events if event in ("partition_halted", "partition_resumed")] == [
-        "partition_halted",
-        "partition_resumed",
+    assert [event for event in events if event in ("partitions_halted", "partitions_resumed")] == [
+        "partitions_halted",
+        "partitions_resumed",
     ]
     assert logged(database, name) == ledger.without(
         lambda at: at[1] == 0 and stopped_at <= at[2] < 190
     )
+
+
+def test_a_halted_partition_that_the_group_takes_and_returns_is_logged_as_resumed(
+    kafka, topic, database, settings, ledger, monkeypatch
+):
+    """No check resumes it: the operator decides while another worker has it, which then stops."""
+    monkeypatch.setattr(loop, "CHECK_S", 3600.0)
+    name = topic(2)
+    ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
+    ingest_until_end(settings(name))
+    ledger.send(name, numbered(5)).send(name, numbered(5), partition=1).flush()
+    for partition in range(2):
+        kafka.delete_records(name, partition, 7)
+
+    with capture_logs() as lines, running(settings(name)):
+
+        def halted():
+            return [line["partitions"] for line in lines if line["event"] == "partitions_halted"]
+
+        until(lambda: problem(database, name, 0) and problem(database, name, 1), "both are halted")
+        with running(settings(name)):
+            until(lambda: len(halted()) == 3, "the second worker has one of them")
+            for partition in range(2):
+                assert accept(database, Partition(name, partition)) == (5, 7)
+        until(lambda: 10 in next_offsets(database, name).values(), "the first worker reads it")
+
+    [resumed] = [line["partitions"] for line in lines if line["event"] == "partitions_resumed"]
+    assert sorted(halted()[:2]) == [[f"{name}[0]"], [f"{name}[1]"]]
+    assert halted()[2:] == [resumed]
 
 
 # -------------------------------------------------------------------------------- recreated topics

@@ -15,7 +15,7 @@ import structlog
 
 import pipeline
 from pipeline.cli.tally import Tally
-from pipeline.ingest import Progress as Ingested
+from pipeline.ingest.process import Progress as Ingested
 from pipeline.projection.loop import CAUGHT_UP_S_MIN, CaughtUp
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.sandbox.simulator import Simulation
@@ -184,8 +184,8 @@ WEIGHED = {
     "rebuild_tables_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),
-    # Once per halted partition.
-    "partition_resumed",
+    # Once per change of what is halted.
+    "partitions_resumed",
     # At most once per minute.
     *("events_processed", "projection_caught_up", "kafka_commit_skipped"),
     # Once per outage or refused login, and once per statement that takes long.

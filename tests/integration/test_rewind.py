@@ -8,7 +8,8 @@ import pytest
 from pipeline import catalogue
 from pipeline.db import locks, open_engine
 from pipeline.errors import ExitCode
-from pipeline.kafka import Brokers
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.log.compare import Comparison
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection.loop import run_projection
@@ -224,7 +225,7 @@ def test_a_rewind_during_live_traffic_loses_and_doubles_nothing(
         target=run_projection, args=[engine, catalogue.load().models], kwargs={"stop": stop}
     )
     follower.start()
-    brokers = Brokers(settings(name))
+    brokers = Brokers(settings(name), ClientReports())
     with running(settings(name)):
         for record in Simulation(seed=8, events=600, topic=name, partitions=PARTITIONS):
             ledger.send(name, [record.value], partition=record.partition or 0, key=record.key)
@@ -257,7 +258,7 @@ def test_a_running_rebuild_applies_records_that_are_filled_below_it(
     ledger.flush()
     ingest_until_end(settings(name))
     run_projection(engine, [orders], until_end=True)
-    brokers = Brokers(settings(name))
+    brokers = Brokers(settings(name), ClientReports())
     rewound: list[tuple[Step, Comparison]] = []
 
     def rewind_once(_progress):
@@ -442,7 +443,7 @@ def test_a_range_that_retention_overtakes_is_read_from_its_new_beginning(
     name = topic(1)
     ledger.send(name, numbered(100)).flush()
     ingest_until_end(settings(name, start="latest"))
-    brokers = Brokers(settings(name))
+    brokers = Brokers(settings(name), ClientReports())
     steps = plan(engine, brokers, [Partition(name, 0)], "earliest")
     kafka.delete_records(name, 0, 40)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer
 
-from pipeline.kafka import Brokers
 from pipeline.kafka.client import consumer_config
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.settings import load_settings
 from tests import waiting
 from tests.commands import Commands
@@ -89,7 +90,7 @@ def test_read_on_the_group_is_enough_to_see_its_members(client, protocol):
 
     def is_seen() -> bool:
         other.poll(0.1)
-        members = Brokers(settings).group.members()
+        members = Brokers(settings, ClientReports()).group.members()
         assert members is not None, "not authorized"
         return other.memberid() in members
 

@@ -2,9 +2,9 @@
 
 Two workers, one log, and everything that may happen to them in any order: Kafka assigns a partition
 to either or to both, a commit travels, arrives late or never, its answer is lost, a worker releases
-a partition or dies, the database is restored from a backup. Each worker is a real ``Machine``, and
-the log is the one in memory that passes the contract of the real one: the code that is explored is
-the code that runs.
+a partition or dies, the database is restored from a backup. Each worker is a real
+``IngestMachine``, and the log is the one in memory that passes the contract of the real one: the
+code that is explored is the code that runs.
 
 The search is breadth first, so a violation is reported with the shortest sequence that leads to it.
 Machines decide by their state and not by the clock: all waits are zero here, and a step that is
@@ -25,9 +25,9 @@ from pipeline.errors import FencedError, InvariantError
 from pipeline.events import EncodedRow
 from pipeline.ingest.state import (
     Batch,
+    BatchResult,
     Bounds,
-    Machine,
-    Outcome,
+    IngestMachine,
     Reclaim,
     Resolve,
     Write,
@@ -49,7 +49,7 @@ DEAD = -1
 """The sender of a commit whose process has died."""
 
 
-class BlindRetry(Machine):
+class BlindRetry(IngestMachine):
     """Writes again what may be in the log already, like a client that retries COMMIT."""
 
     def failed(self, now: float) -> None:
@@ -69,7 +69,7 @@ class Protocol:
 
     guards: Guards = EVERY_GUARD
     waits: bool = True
-    machine: type[Machine] = Machine
+    machine: type[IngestMachine] = IngestMachine
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Model:
     def _check(self, state: State) -> None:
         self._check_log(state.log)
         for worker in state.workers:
-            machine: Machine = self._machines[worker.machine]
+            machine: IngestMachine = self._machines[worker.machine]
             if machine.awaits_outcome != (worker.waiting is not Waiting.NOTHING):
                 raise _Violated("a worker waits for an answer that never comes")
             self._finishes_alone(state.log, worker)
@@ -226,7 +226,7 @@ class Model:
             if logged != due:
                 raise _Violated(f"{partition} below {end} holds {logged} and not {due}")
 
-    def _check_outcome(self, state: State, outcome: Outcome, batch: Batch) -> None:
+    def _check_outcome(self, state: State, outcome: BatchResult, batch: Batch) -> None:
         """What a worker treats as committed is in the log, unless a restore removed it."""
         if state.restored:
             return
@@ -245,7 +245,7 @@ class Model:
             worker = self._report(worker, "failed")
         state = State(log, (worker, worker))
         for _ in range(STEPS_ALONE_MAX):
-            machine: Machine = self._machines[state.workers[0].machine]
+            machine: IngestMachine = self._machines[state.workers[0].machine]
             ends = [
                 ownership.next_offset for ownership in self._logs[state.log].ownerships.values()
             ]
@@ -265,7 +265,7 @@ class Model:
         stepped = self._step(state._replace(claims=0), 0)
         if stepped is not None:
             return stepped[1]._replace(flights=())
-        machine: Machine = self._machines[worker.machine]
+        machine: IngestMachine = self._machines[worker.machine]
         for partition in self._space.partitions:
             if partition not in machine.owned:
                 return self._claim(state, 0, partition)
@@ -347,7 +347,7 @@ class Model:
 
     def _fetch(self, worker: Worker, partition: Partition) -> Worker | None:
         """The next record, or the end after the last one."""
-        machine: Machine = self._machines[worker.machine]
+        machine: IngestMachine = self._machines[worker.machine]
         first = machine.first_wanted(partition)
         if first is None or first == self._space.end:
             return None
@@ -393,7 +393,7 @@ class Model:
     def _receive_answer(self, state: State, who: int) -> State:
         worker = state.workers[who]
         if worker.waiting is Waiting.FENCED:
-            return self._with(state, who, self._report(worker, "fenced"))
+            return self._with(state, who, self._report(worker, "append_refused"))
         machine, outcome = self._call(worker.machine, "committed")
         self._check_outcome(state, outcome, self._batches[self._batch_of(worker)])
         return self._with(state, who, Worker(machine))
@@ -440,12 +440,12 @@ class Model:
 
     def _report(self, worker: Worker, method: str, *arguments: Any) -> Worker:
         machine, _ = self._call(worker.machine, method, *arguments)
-        is_answer = method in ("committed", "fenced", "failed", "resolved")
+        is_answer = method in ("committed", "append_refused", "failed", "resolved")
         return Worker(machine, Waiting.NOTHING if is_answer else worker.waiting)
 
     def _compute_call(self, number: int, method: str, *arguments: Any) -> tuple[int, Any]:
         """The state of a machine after a call of a method, and what the method returned."""
-        machine: Machine = copy.deepcopy(self._machines[number])
+        machine: IngestMachine = copy.deepcopy(self._machines[number])
         returned: Any
         match method:
             case "received":
@@ -454,7 +454,7 @@ class Model:
                 returned = None
             case "released":
                 returned = machine.released(arguments)
-            case "fenced" | "failed":
+            case "append_refused" | "failed":
                 returned = getattr(machine, method)(NOW)
             case "resolved" | "checked":
                 returned = getattr(machine, method)(dict(arguments[0]), NOW)
@@ -464,10 +464,10 @@ class Model:
         machine._failures = min(machine._failures, 1)
         return self._machines.number(machine), returned
 
-    def _compute_resolved(self, number: int, log: int) -> tuple[int, Outcome]:
+    def _compute_resolved(self, number: int, log: int) -> tuple[int, BatchResult]:
         batch: Batch = self._batches[self._batch_of_machine(number)]
         stored = self._logs[log].find(batch.advances)
-        called: tuple[int, Outcome] = self._call(number, "resolved", tuple(stored.items()))
+        called: tuple[int, BatchResult] = self._call(number, "resolved", tuple(stored.items()))
         return called
 
     def _compute_checked(self, number: int, log: int) -> int:
@@ -480,7 +480,7 @@ class Model:
         try:
             log.append(batch.rows, batch.advances)
         except FencedError:
-            return number, "fenced"
+            return number, "append_refused"
         except InvariantError as error:
             raise _Violated(f"the log refused what passed its guards: {error}") from error
         return self._logs.number(log), "committed"

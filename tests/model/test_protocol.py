@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.ingest.state import Batch, Machine, Outcome
+from pipeline.ingest.state import Batch, BatchResult, IngestMachine
 from pipeline.partitions import NextOffset, Ownership
 from tests.contract.logs import Guards
 from tests.model.protocol import BlindRetry, Model, Protocol, Space, Violation
@@ -92,7 +92,7 @@ def test_without_a_guard_the_same_search_finds_a_violation(protocol, space):
 # ----------------------------------------------------------------------------- faulty machines
 
 
-class TreatsFencedAsCommitted(Machine):
+class TreatsFencedAsCommitted(IngestMachine):
     def resolved(self, stored, now):
         batch = self._batch
         assert batch is not None
@@ -103,7 +103,7 @@ class TreatsFencedAsCommitted(Machine):
         return super().resolved(committed, now)
 
 
-class IgnoresTheEpoch(Machine):
+class IgnoresTheEpoch(IngestMachine):
     def resolved(self, stored, now):
         batch = self._batch
         assert batch is not None
@@ -116,7 +116,7 @@ class IgnoresTheEpoch(Machine):
         )
 
 
-class ExpectsTheFirstRecord(Machine):
+class ExpectsTheFirstRecord(IngestMachine):
     def _next_batch(self):
         batch = super()._next_batch()
         if batch is None or not batch.rows:
@@ -133,44 +133,44 @@ class ExpectsTheFirstRecord(Machine):
         return Batch(batch.rows, advances)
 
 
-class StoresTheLastOffset(Machine):
+class StoresTheLastOffset(IngestMachine):
     def received(self, partition, rows):
         super().received(partition, rows)
         owned = self._owned[partition]
         owned.received = NextOffset(owned.received - 1)
 
 
-class ForgetsTheCommit(Machine):
+class ForgetsTheCommit(IngestMachine):
     def committed(self):
         batch = self._finish_batch()
-        return Outcome(len(batch.rows), {}, ())
+        return BatchResult(len(batch.rows), {}, ())
 
 
-class KeepsRowsOfAnEarlierClaim(Machine):
+class KeepsRowsOfAnEarlierClaim(IngestMachine):
     def claimed(self, partition, held, next_offset, end):
         rows = list(self._rows)
         super().claimed(partition, held, next_offset, end)
         self._rows = rows
 
 
-class AcceptsRecordsTwice(Machine):
+class AcceptsRecordsTwice(IngestMachine):
     def first_wanted(self, partition):
         return self.stored.get(partition)
 
 
-class DropsUncommittedBatches(Machine):
+class DropsUncommittedBatches(IngestMachine):
     def resolved(self, stored, now):
         outcome = super().resolved(stored, now)
         self._batch = None
         return outcome
 
 
-class NeverChecksWhenIdle(Machine):
+class NeverChecksWhenIdle(IngestMachine):
     def checked(self, stored, now):
         return ()
 
 
-class ComparesOnlyTheEpoch(Machine):
+class ComparesOnlyTheEpoch(IngestMachine):
     def _still_owns(self, partition, advance):
         owned = self._owned.get(partition)
         return owned is not None and owned.held == advance.held

@@ -1,8 +1,8 @@
 """The same protocol on a real PostgreSQL: two workers, real transactions, and read models.
 
-Each worker is a real ``Machine``; the code of the product executes its steps, in a transaction of
-its own that is left open before COMMIT, because its outcome is another step. Hypothesis generates
-the steps and prints those that fail.
+Each worker is a real ``IngestMachine``; the code of the product executes its steps, in a
+transaction of its own that is left open before COMMIT, because its outcome is another step.
+Hypothesis generates the steps and prints those that fail.
 """
 
 import json
@@ -27,7 +27,7 @@ from sqlalchemy import Connection, Engine, text
 from pipeline.db import SessionLimits, open_engine, transaction, translated
 from pipeline.errors import FencedError, InvariantError, TransientError
 from pipeline.events import Record, read
-from pipeline.ingest.state import Batch, Machine, Reclaim, Resolve, Write
+from pipeline.ingest.state import Batch, IngestMachine, Reclaim, Resolve, Write
 from pipeline.log import claims, offsets
 from pipeline.log.append import append
 from pipeline.log.claims import Owner
@@ -83,7 +83,7 @@ DELETE FROM pipeline.events e USING pipeline.consumer_offsets o WHERE e."offset"
 class Worker:
     """One process: its machine, its open transaction, and what it waits for."""
 
-    machine: Machine
+    machine: IngestMachine
     commit: Connection | None = None
     resolving: Batch | None = None
     wants_to_claim: bool = False
@@ -94,7 +94,7 @@ class Bench:
     """The database and the active guards; without read models a history is much shorter."""
 
     database: Database
-    machine: type[Machine] = Machine
+    machine: type[IngestMachine] = IngestMachine
     waits: bool = True
     read_models: bool = True
     engine: Engine = field(init=False)
@@ -136,7 +136,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
             registry.register(db, [orders.name])
             checkpoints.progress(db, [orders.name])
 
-    def _machine(self) -> Machine:
+    def _machine(self) -> IngestMachine:
         return self.bench.machine(WITHOUT_WAITS)
 
     # ------------------------------------------------------------------------------ the workers
@@ -293,7 +293,7 @@ class ProtocolOnPostgres(RuleBasedStateMachine):
                 append(connection, batch.rows, batch.advances)
         except FencedError:
             _end(connection, commits=False)
-            worker.machine.fenced(NOW)
+            worker.machine.append_refused(NOW)
         except TransientError:
             _end(connection, commits=False)
             worker.machine.failed(NOW)

@@ -5,9 +5,15 @@ modules, which ``__init__`` does not import, so that a command loads only what i
 """
 
 import ast
+import json
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"pipeline", "tests", "benchmarks"}
@@ -92,3 +98,27 @@ def test_each_module_that_a_package_exports_is_used_outside_of_it():
 
     assert len(modules) > 30
     assert modules - used == set()
+
+
+def contract(name):
+    """What `pyproject.toml` says of one rule for imports."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [found] = [contract for contract in settings["contracts"] if contract["name"] == name]
+    return found
+
+
+PURE = contract("The core is pure")
+
+
+@pytest.mark.parametrize("module", PURE["source_modules"])
+def test_a_pure_module_loads_no_library_for_input_or_output(module):
+    """Import-linter does not see what the `__init__` of a parent package imports."""
+    program = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+    forbidden = set(PURE["forbidden_modules"]) - sys.stdlib_module_names
+    assert {"confluent_kafka", "sqlalchemy"} <= forbidden
+    assert forbidden.isdisjoint(json.loads(done.stdout))

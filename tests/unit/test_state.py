@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.backoff import Backoff
 from pipeline.errors import FencedError, InvariantError
-from pipeline.ingest.state import Batch, Bounds, Contested, Machine, Reclaim, Resolve, Write
+from pipeline.ingest.state import Batch, Bounds, Contested, IngestMachine, Reclaim, Resolve, Write
 from pipeline.partitions import Epoch, NextOffset, Ownership, Partition
 from tests.contract.logs import EVERY_GUARD, FakeLog, Guards, advance, owned_at, row_at
 
@@ -44,7 +44,7 @@ class Commit:
 class Worker:
     """One process: its machine, its position in each partition, and what it waits for."""
 
-    machine: Machine = field(default_factory=lambda: Machine(NEVER_CONTESTED))
+    machine: IngestMachine = field(default_factory=lambda: IngestMachine(NEVER_CONTESTED))
     reading: dict[Partition, int] = field(default_factory=dict)
     assigned: set[Partition] = field(default_factory=set)
     commit: Commit | None = None
@@ -265,7 +265,7 @@ class History:
                 case "committed":
                     worker.machine.committed()
                 case "fenced":
-                    worker.machine.fenced(self.now)
+                    worker.machine.append_refused(self.now)
                 case _:
                     self.workers[self.workers.index(worker)] = Worker()
         elif worker.resolving is not None:
@@ -397,18 +397,20 @@ def test_without_its_guards_the_same_histories_find_a_violation(setting):
 A, B = PARTITIONS
 
 
-def owning(*partitions: Partition, bounds: Bounds | None = None, end: int = END) -> Machine:
-    machine = Machine(bounds or Bounds(batch_rows_max=3))
+def owning(*partitions: Partition, bounds: Bounds | None = None, end: int = END) -> IngestMachine:
+    machine = IngestMachine(bounds or Bounds(batch_rows_max=3))
     for partition in partitions:
         machine.claimed(partition, Epoch(1), NextOffset(0), NextOffset(end))
     return machine
 
 
-def receive(machine: Machine, partition: Partition, *offsets: int, value: bytes = b"") -> None:
+def receive(
+    machine: IngestMachine, partition: Partition, *offsets: int, value: bytes = b""
+) -> None:
     machine.received(partition, [row_at(partition, offset, value) for offset in offsets])
 
 
-def write(machine: Machine, now: float = 0.0) -> Batch:
+def write(machine: IngestMachine, now: float = 0.0) -> Batch:
     step = machine.next_step(now)
     assert isinstance(step, Write)
     return step.batch
@@ -521,7 +523,7 @@ def test_the_rest_of_a_fenced_batch_is_written_without_the_fenced_partition():
     receive(machine, A, 0)
     receive(machine, B, 0)
     write(machine)
-    machine.fenced(0.0)
+    machine.append_refused(0.0)
     assert isinstance(machine.next_step(0.0), Resolve)
 
     outcome = machine.resolved({A: owned_at(2, 0), B: owned_at(1, 0)}, 0.0)
@@ -538,7 +540,7 @@ def test_a_fenced_partition_is_claimed_later_and_a_moved_partition_at_once():
         machine = owning(A, bounds=Bounds(reclaim_s_min=5.0))
         receive(machine, A, 0)
         write(machine)
-        machine.fenced(0.0)
+        machine.append_refused(0.0)
         machine.next_step(0.0)
         machine.resolved({A: stored}, 0.0)
         reclaims[name] = [machine.next_step(now) for now in (0.0, 4.9, 5.0, 5.1)]
@@ -550,13 +552,13 @@ def test_a_fenced_partition_is_claimed_later_and_a_moved_partition_at_once():
 
 
 def test_a_partition_that_is_taken_again_and_again_is_contested():
-    machine = Machine(Bounds(takeovers_max=3, takeovers_s=60.0, reclaim_s_min=5.0))
+    machine = IngestMachine(Bounds(takeovers_max=3, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
         receive(machine, A, 0)
         write(machine, now)
-        machine.fenced(now)
+        machine.append_refused(now)
         machine.next_step(now)
         machine.resolved({A: owned_at(epoch + 1, 0)}, now)
         now += 5.0
@@ -566,13 +568,13 @@ def test_a_partition_that_is_taken_again_and_again_is_contested():
 
 
 def test_old_takeovers_are_forgotten():
-    machine = Machine(Bounds(takeovers_max=2, takeovers_s=60.0, reclaim_s_min=5.0))
+    machine = IngestMachine(Bounds(takeovers_max=2, takeovers_s=60.0, reclaim_s_min=5.0))
     steps, now = [], 0.0
     for epoch in (1, 3, 5):
         machine.claimed(A, Epoch(epoch), NextOffset(0), NextOffset(END))
         receive(machine, A, 0)
         write(machine, now)
-        machine.fenced(now)
+        machine.append_refused(now)
         machine.next_step(now)
         machine.resolved({A: owned_at(epoch + 1, 0)}, now)
         now += 70.0

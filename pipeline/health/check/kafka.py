@@ -11,7 +11,9 @@ from pipeline.health import problem, problems
 from pipeline.health.check.database import is_loopback
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
-from pipeline.kafka import Access, Brokers, right_to_request, user_of, why_not_visible
+from pipeline.kafka.access import Access, right_to_request, user_of, why_not_visible
+from pipeline.kafka.metadata import Brokers
+from pipeline.kafka.reports import ClientReports
 from pipeline.log.installation import installation_id
 from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
 from pipeline.log.ranges import LoggedPartition, logged_partitions
@@ -50,7 +52,7 @@ def check_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Resul
     """
     servers = settings.kafka_client()["bootstrap.servers"]
     yield kafka_tls(str(servers), settings.kafka_security_protocol)
-    brokers = Brokers(settings)
+    brokers = Brokers(settings, ClientReports())
     try:
         counts = brokers.partition_counts()
         cluster = brokers.cluster_id()

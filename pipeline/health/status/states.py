@@ -94,9 +94,9 @@ def _state(
 
 
 def _kept_s(row: Row[Any], as_of: datetime) -> float | None:
-    if row.kept_until is None or not row.kept_until.is_finite():
+    if row.retention_deadline is None or not row.retention_deadline.is_finite():
         return None
-    return float(row.kept_until) - as_of.timestamp()
+    return float(row.retention_deadline) - as_of.timestamp()
 
 
 def _latest(*times: datetime | None) -> datetime | None:

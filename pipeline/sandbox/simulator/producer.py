@@ -1,6 +1,5 @@
 """Writes records to Kafka, and returns the offset of each."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from time import monotonic
@@ -12,7 +11,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.causes import KAFKA_CODES
 from pipeline.errors import ConfigurationError, TransientError
-from pipeline.kafka import client_created, on_client_error, translated
+from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import Offset
 from pipeline.redaction import without
 from pipeline.sandbox.simulator.records import Record
@@ -61,18 +60,15 @@ class Producer:
         on_delivery: Delivered | None = None,
         simulated_time: bool = False,
     ) -> None:
-        self._options = {
-            "logger": logging.getLogger("librdkafka"),
-            "error_cb": on_client_error,
-            **options,
-        }
+        self._reports = ClientReports()
+        self._options = {**self._reports.options, **options}
         self._on_delivery = on_delivery
         self._simulated_time = simulated_time
         self._failed: KafkaError | None = None
         self._topic_failed: str | None = None
         self._topic_last: str | None = None
         self._topics: dict[str, int] = {}
-        client_created(options)
+        self._reports.client_created(options)
         try:
             self._client = KafkaProducer(
                 {
@@ -114,7 +110,7 @@ class Producer:
                 if error.code() in _NOT_ALLOWED:
                     raise self._not_allowed("CREATE", topic, error) from None
                 if error.name() in KAFKA_CODES:
-                    raise translated(error) from None
+                    raise self._reports.translated(error) from None
                 raise ConfigurationError(f"topic {topic}: {error.str()}") from None
 
     def partitions(self, topic: str) -> int:
@@ -125,7 +121,7 @@ class Producer:
                 found = self._client.list_topics(timeout=_ANSWER_SECONDS_MAX).topics
             except KafkaException as failed:
                 self._client.poll(0)  # callbacks say why nobody answered
-                raise translated(failed.args[0]) from None
+                raise self._reports.translated(failed.args[0]) from None
             self._topics = {name: len(topic.partitions) for name, topic in found.items()}
         if topic not in self._topics:
             user = self._options.get("sasl.username")

@@ -182,7 +182,7 @@ def test_a_halted_partition_that_the_group_takes_and_returns_is_logged_as_resume
         until(lambda: 10 in next_offsets(database, name).values(), "the first worker reads it")
 
     [resumed] = [line["partitions"] for line in lines if line["event"] == "partitions_resumed"]
-    assert sorted(halted()[:2]) == [[f"{name}[0]"], [f"{name}[1]"]]
+    assert sorted(halted()[:2]) == [[f"{name}:0"], [f"{name}:1"]]
     assert halted()[2:] == [resumed]
 
 

@@ -25,9 +25,9 @@ def test_a_cause_is_one_line_with_its_partitions():
         halts.log_halted([*map(DeletedTopicError, PRICES), gap(ORDERS[0], 7), gap(ORDERS[1], 8)])
 
     assert logged(lines) == [
-        ("partitions_halted", ["Prices[0]", "Prices[1]", "Prices[2]"]),
-        ("partitions_halted", ["Orders[0]"]),
-        ("partitions_halted", ["Orders[1]"]),
+        ("partitions_halted", ["Prices:0", "Prices:1", "Prices:2"]),
+        ("partitions_halted", ["Orders:0"]),
+        ("partitions_halted", ["Orders:1"]),
     ]
     assert "7: 2 offsets are lost" in lines[1]["reason"]
 
@@ -39,7 +39,7 @@ def test_a_refusal_is_logged_once_and_another_one_of_the_same_partition_too():
     with capture_logs() as lines:
         halts.log_halted([DeletedTopicError(PRICES[0]), gap(ORDERS[0], 9)])
 
-    assert logged(lines) == [("partitions_halted", ["Orders[0]"])]
+    assert logged(lines) == [("partitions_halted", ["Orders:0"])]
 
 
 def test_what_the_line_about_the_topic_contains_is_not_repeated():
@@ -60,4 +60,4 @@ def test_a_halted_partition_is_resumed_when_it_is_claimed_and_only_then():
         halts.log_resumed([PRICES[2], PRICES[0], *ORDERS])
         halts.log_resumed([PRICES[2], PRICES[0], *ORDERS])
 
-    assert logged(lines) == [("partitions_resumed", ["Prices[0]", "Prices[2]"])]
+    assert logged(lines) == [("partitions_resumed", ["Prices:0", "Prices:2"])]

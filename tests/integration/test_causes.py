@@ -12,9 +12,9 @@ from confluent_kafka import KafkaError
 from psycopg import sql
 from sqlalchemy import text
 
-from pipeline import causes, db
+from pipeline import causes
 from pipeline.causes import Verdict
-from pipeline.db import open_engine, transaction
+from pipeline.db import address, open_engine, transaction
 from pipeline.errors import (
     ConfigurationError,
     ExitCode,
@@ -302,7 +302,7 @@ def test_the_code_of_the_same_refusal_is_requested_once(secured_postgres, login,
         return []
 
     monkeypatch.setattr(causes, "LIBPQ_WORDS", ())
-    monkeypatch.setattr(db, "sqlstates_of_refusal", nothing)
+    monkeypatch.setattr(address, "sqlstates_of_refusal", nothing)
     engine = open_engine(_no_database(secured_postgres, login), application="tests")
 
     for _ in range(3):

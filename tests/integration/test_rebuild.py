@@ -106,7 +106,7 @@ def test_a_check_restarts_when_its_table_is_truncated(projected: Given):
 def test_a_check_of_a_repeatedly_truncated_table_gives_up(projected: Given, monkeypatch):
     monkeypatch.setattr("pipeline.rebuild.rebuild.TRUNCATIONS_MAX", 1)
 
-    with pytest.raises(TransientError, match="was truncated 3 times"):
+    with pytest.raises(TransientError, match="orders was truncated"):
         check(
             projected.engine,
             orders,

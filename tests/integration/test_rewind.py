@@ -398,7 +398,7 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
     ("arguments", "expected"),
     [
         (["nowhere", "--to", "earliest"], "the log has no partition nowhere; it has none"),
-        (["a:0:7", "--to", "earliest"], "--to says from which offset on"),
+        (["a:0:7", "--to", "earliest"], "TOPIC or TOPIC:PARTITION"),
         (["a", "--to", "yesterday"], "a time such as"),
         (["a"], "Missing option '--to'"),
     ],

@@ -184,6 +184,8 @@ def test_a_policy_is_refused_by_name_where_it_applies_to_our_login(given):
     role = f"plain_{given.database.name}"
     given.execute("ALTER TABLE upvest.orders ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     given.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+    given.execute(f"GRANT USAGE ON SCHEMA pipeline TO {role}")
+    given.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pipeline TO {role}")
     address = given.database.dsn.rpartition("@")[2]
     engine = open_engine(f"postgresql+psycopg://{role}:x@{address}", application="test")
 

@@ -110,13 +110,13 @@ def test_a_setting_that_a_broker_does_not_report_is_no_error_and_no_guarantee(gi
 
     assert of(results, "error") == []
     unreported = of(results, "unknown")
-    for thing in ("how long it keeps", "whether it is compacted", "how large", "topic ids"):
+    for thing in ("retention.ms", "cleanup.policy", "max.message.bytes", "topic ids"):
         assert contains(unreported, thing)
     memory = status_of(results, Promise.BOUNDED_MEMORY)
     assert memory.state is PromiseState.NOT_KNOWN
-    assert memory.reasons == [
-        f"topic {TOPIC}: Kafka does not report how large a record may be",
-    ]
+    [reason] = memory.reasons
+    assert reason.startswith(f"topic {TOPIC}: ")
+    assert "max.message.bytes" in reason
 
 
 # ----------------------------------------------------------------------------------------- database
@@ -253,7 +253,7 @@ def test_kafka_without_tls_over_the_network_is_a_warning(servers, protocol, leve
 def test_a_missing_topic_is_an_error_and_the_existing_topics_are_named(check):
     [result] = [result for result in check(topic="Nonsense") if result.level == "error"]
 
-    assert result.problem.what == "Kafka has no topic Nonsense, or it is hidden from this client"
+    assert "Kafka has no topic Nonsense" in result.problem.what
     assert TOPIC in result.problem.fix
     assert result.exit_code == 78
 
@@ -367,10 +367,10 @@ def test_the_risky_settings_of_a_real_topic_are_reported(given, kafka, topic):
     results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
 
     loss = status_of(results, Promise.NO_SILENT_LOSS).reasons
-    for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one copy"):
+    for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one replica"):
         assert contains(loss, reason)
     [memory] = status_of(results, Promise.BOUNDED_MEMORY).reasons
-    assert "records of up to 20,000,000 bytes" in memory
+    assert "20,000,000 bytes" in memory
 
 
 @pytest.mark.both_postgres

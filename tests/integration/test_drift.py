@@ -25,7 +25,7 @@ def found(given) -> dict[str, set[str]]:
     check = [result.problem for result in check_database(given.engine, declared) if result.problem]
     verify = [drift.problem for drift in verify_declared(given.engine, declared) if drift.problem]
     return {
-        name: {problem.subject for problem in problems if problem.fix == "`pipeline migrate`"}
+        name: {problem.subject for problem in problems if "`pipeline migrate`" in problem.fix}
         for name, problems in (("status", status), ("check", check), ("verify", verify))
     }
 

@@ -47,9 +47,9 @@ def hostile(given):
     with given.database.connect() as db:
         for text in HOSTILE:
             db.execute(
-                "UPDATE pipeline.consumer_offsets SET problem = %s, owner_group = %s, "
-                "owner_member = %s, owner_host = %s WHERE topic = %s",
-                [text, text, text, text, f"topic {text}"],
+                "UPDATE pipeline.consumer_offsets SET problem = %s, problem_fix = %s, "
+                "owner_group = %s, owner_member = %s, owner_host = %s WHERE topic = %s",
+                [*[text] * 5, f"topic {text}"],
             )
             db.execute(
                 'INSERT INTO pipeline.gaps (topic, "partition", first_offset, end_offset, reason) '

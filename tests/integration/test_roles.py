@@ -557,7 +557,7 @@ def test_ingest_and_project_run_with_just_their_role(given, cast, broker, pipeli
     assert refused.code == 78
     assert "42501" in refused.err
     assert re.search("permission denied for table [a-z_]+", refused.err)
-    assert f"{given.database.name} for user {login} refuses a right" in refused.err
+    assert f"{given.database.name} for user {login} denies a right" in refused.err
 
 
 @pytest.mark.parametrize(

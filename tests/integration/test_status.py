@@ -141,7 +141,7 @@ def test_an_old_measurement_is_not_shown_as_current(log, pipeline):
     assert "lag and rate unknown" in result.out.splitlines()[0]
     assert "records/s" not in result.out
     assert re.search(r"(4[5-9]|[5-9]\d) s ago", result.out)
-    assert "state unknown since" in result.out
+    assert "its state is unknown" in result.out
     partition = partition_of(log)
     assert (partition.lag, partition.lag_s, partition.rate, seen(log).lag, seen(log).rate) == (
         None,
@@ -307,10 +307,10 @@ def test_read_models_that_no_process_projects_are_named(log):
 
     assert model(log).state == "catching up"
     assert (unattended.severity, attended.severity) == ("error", "warning")
-    assert unattended.what.startswith("no process projects it; it moved last at ")
-    assert unattended.what.endswith("and its lag is 1 records")
+    assert "no process projects it" in unattended.what
+    assert unattended.what.endswith("its lag is 1 record")
     assert unattended.fix == "start `pipeline run` or `pipeline project`"
-    assert attended.fix == "wait"
+    assert attended.fix.startswith("wait")
 
 
 def test_a_read_model_without_a_worker_is_an_error_at_once(log):

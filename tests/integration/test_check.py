@@ -90,7 +90,7 @@ def test_an_intact_installation_has_no_problem(given, kafka, topic):
     assert contains(well, "schema is current")
     assert contains(well, "append-only triggers on the log and its 0 segments")
     assert contains(well, "tables are refilled after TRUNCATE")
-    assert contains(well, f"topic {name}: 3 partitions")
+    assert contains(well, f"topic {name}: has 3 partitions")
     assert contains(well, f"topic {name}: keeps its records for 7 days")
     assert contains(well, "group pipeline may be used")
     assert {status.promise for status in promise_statuses(results)} == set(
@@ -135,7 +135,7 @@ def test_a_setting_that_a_broker_does_not_report_is_no_error_and_no_guarantee(gi
         (
             "UPDATE pipeline.projectors SET state = 'broken', problem = 'x' "
             "WHERE projector = 'orders'",
-            "orders: broken, halted: x",
+            "orders: broken, so it is halted: x",
         ),
     ],
     ids=["parent", "segment", "truncate", "broken"],
@@ -156,7 +156,7 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
 
     results = found_in(given.database.url)
 
-    assert contains(of(results, "warning"), "orders: its definition has changed")
+    assert contains(of(results, "warning"), "orders: stale: its definition has changed")
     assert status_of(results, Promise.CONVERGENCE).state is PromiseState.AT_RISK
 
 
@@ -191,9 +191,9 @@ def test_rights_that_are_missing_are_named(given, role):
     missing = of(found_in(url), "error")
 
     assert missing == [
-        "database: rights missing to ingest: INSERT on pipeline.events",
-        "database: rights missing to ingest: EXECUTE on pipeline.make_segment",
-        "database: rights missing to project: DELETE on upvest.orders",
+        "database: this role lacks rights to ingest: INSERT on pipeline.events",
+        "database: this role lacks rights to ingest: EXECUTE on pipeline.make_segment",
+        "database: this role lacks rights to project: DELETE on upvest.orders",
     ]
 
 
@@ -204,7 +204,7 @@ def test_a_login_that_may_only_read_has_no_purpose(given, role):
     given.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pipeline TO {prefix}login")
 
     assert of(found_in(url), "error") == [
-        "database: this role has neither the rights to ingest nor those to project"
+        "database: this role has neither the rights to ingest nor the rights to project"
     ]
 
 
@@ -214,13 +214,13 @@ def test_an_analyst_without_limits_is_a_warning(given, check, role):
     given.execute(f"GRANT {prefix}personal_data TO {prefix}login")
     given.execute(f"ALTER ROLE {prefix}login SET statement_timeout = '5min'")
 
-    [warning] = [text for text in of(check(), "warning") if "make others wait" in text]
+    [warning] = [text for text in of(check(), "warning") if "may block others" in text]
 
     assert f"{prefix}login" in warning
     assert "default_transaction_read_only, idle_in_transaction_session_timeout" in warning
     for name in ("default_transaction_read_only = on", "idle_in_transaction_session_timeout = 1"):
         given.execute(f"ALTER ROLE {prefix}login SET {name}")
-    assert not contains(of(check(), "warning"), "make others wait")
+    assert not contains(of(check(), "warning"), "may block others")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
 @pytest.mark.parametrize(
     ("recorded", "expected"),
     [
-        ("cluster_id = 'another'", "expected Kafka cluster another, found"),
+        ("cluster_id = 'another'", "read from Kafka cluster another"),
         (
             "next_offset = 99, first_offset = 0",
             "expected to continue at offset 99, found a topic that ends at 0",
@@ -292,7 +292,7 @@ def test_records_that_kafka_has_deleted_unread_are_an_error(given, check, broker
     broker.delete_records(TOPIC, 0, 7)
 
     assert of(check(), "error") == [
-        "Notifications:0: Kafka has deleted 6 offsets from 1 on before they were read"
+        "Notifications:0: Kafka's retention has deleted 6 offsets from 1 on before they were read"
     ]
 
 
@@ -324,7 +324,7 @@ def test_a_group_that_feeds_another_database_is_an_error(check, broker):
     consumer.commit(offsets=[coordinates], asynchronous=False)
     consumer.close()
 
-    assert contains(of(check(), "error"), f"group pipeline also feeds database {other}")
+    assert contains(of(check(), "error"), f"also feeds database {other}")
 
 
 def test_a_request_to_a_coordinator_that_moves_is_repeated(check, broker):
@@ -367,7 +367,12 @@ def test_the_risky_settings_of_a_real_topic_are_reported(given, kafka, topic):
     results = found(given.database.dsn, kafka.bootstrap_servers, topic=name)
 
     loss = status_of(results, Promise.NO_SILENT_LOSS).reasons
-    for reason in ("unclean.leader.election", "at most 1,000,000 bytes", "compacted", "one replica"):
+    for reason in (
+        "unclean.leader.election",
+        "at most 1,000,000 bytes",
+        "compacted",
+        "one replica",
+    ):
         assert contains(loss, reason)
     [memory] = status_of(results, Promise.BOUNDED_MEMORY).reasons
     assert "20,000,000 bytes" in memory
@@ -565,7 +570,7 @@ def test_no_schema_ends_with_78_and_kafka_is_examined_nevertheless(
 
     assert result.code == 78
     assert "run `pipeline migrate`" in result.out
-    assert "✓ ok       topic Notifications: 2 partitions" in result.out
+    assert "✓ ok       topic Notifications: has 2 partitions" in result.out
 
 
 def test_an_unavailable_broker_ends_with_69(given, pipeline):

@@ -85,7 +85,11 @@ def seen(**changed) -> TopicKeys:
         ({}, "user", "Up to 6 workers share"),
         ({"stray_users": 5}, "user", "Up to 6"),
         ({"stray_users": 60}, "entity", "keyed by entity"),
-        ({"stray_users": 60, "stray_entities": 300}, "mixed", "not keyed by tenant, user or entity"),
+        (
+            {"stray_users": 60, "stray_entities": 300},
+            "mixed",
+            "not keyed by tenant, user or entity",
+        ),
         ({"used": 1, "busiest": 4}, "tenant", "partition 4 of 6. Only one worker"),
         ({"partitions": 1, "used": 1}, "one partition", "more workers do not help"),
         ({"records": 99, "used": 1}, "too little", "99 recent records are too few"),

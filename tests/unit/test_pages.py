@@ -35,7 +35,11 @@ FILES = subprocess.run(
     str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()
 ]  # fmt: skip
 # Files that a reader writes by following the page.
-EXAMPLES = {"pipeline/projectors/topups.py"}
+EXAMPLES = {
+    "pipeline/projectors/withdrawals.py",
+    "pipeline/views/withdrawals_per_day.sql",
+    "tests/integration/test_withdrawals.py",
+}
 
 
 def name(page):
@@ -187,7 +191,7 @@ def test_every_setting_that_a_page_names_exists(page):
 def test_every_table_and_view_that_a_page_names_exists(page):
     declared = catalogue.load()
     readable = {table.name for model in declared.models for table in model.tables}
-    readable |= {*declared.views, "topups"}
+    readable |= {*declared.views, "withdrawals", "withdrawals_per_day"}
     migrations = "".join(path.read_text() for path in (ROOT / "migrations/versions").glob("*.py"))
 
     named = set(re.findall(r"\bupvest(?:_personal)?\.([a-z_]+)", page.read_text()))

@@ -222,18 +222,21 @@ def _begins_with(line: str, described: str) -> bool:
     return line.startswith(described) and not re.match(r"[\w$\"]", line[len(described) :], re.ASCII)
 
 
+_MISSING_TABLE = ("does not exist: somebody has dropped it", "restore it from a backup")
+_MISSING_READ_MODEL = (
+    "does not exist: it is new, or somebody has dropped it",
+    "run `pipeline migrate`, which creates it; a worker then fills it from the log",
+)
+
+
 def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Foreign]:
     """All that is wrong with these tables of ours in that way."""
     names = [f"{one.schema}.{one.name}" for one in tables]
+    read_models = {f"{one.schema}.{one.name}" for one in tables if "projector" in one.info}
     columns = [(f"{one.schema}.{one.name}", column) for one in tables for column in one.columns]
     keys = [(f"{one.schema}.{one.name}", one.primary_key) for one in tables if one.primary_key]
     missing = [
-        Foreign(
-            "missing",
-            name,
-            "does not exist: somebody has dropped it",
-            "restore it from a backup; a read model can then be filled by `pipeline rebuild`",
-        )
+        Foreign("missing", name, *_MISSING_READ_MODEL if name in read_models else _MISSING_TABLE)
         for name in dropped_tables(db, tables)
     ]
     constraints = [

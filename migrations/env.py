@@ -4,7 +4,8 @@ from alembic import context
 from sqlalchemy import text
 
 from pipeline.db import LOG_SCHEMA, metadata
-from pipeline.schema.migrate import declare_tables, open_from_settings
+from pipeline.schema.bookkeeping import declare_tables
+from pipeline.schema.revisions import open_from_settings
 
 
 def run() -> None:

@@ -7,13 +7,13 @@ error that names none of them. Without its primary key, a table may hold a row t
 """
 
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
-from sqlalchemy import Column, Connection, Table, text
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import Connection, Table, text
 
 from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA
+from pipeline.db.identifiers import type_name
 from pipeline.errors import ConfigurationError
 
 OUR_SCHEMAS = (LOG_SCHEMA, READ_SCHEMA, PERSONAL_SCHEMA)
@@ -250,7 +250,7 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
             "tables": names,
             "of_tables": [name for name, _ in columns],
             "columns": [column.name for _, column in columns],
-            "types": [_type_of(column) for _, column in columns],
+            "types": [type_name(column.type) for _, column in columns],
             "nullables": [column.nullable for _, column in columns],
             "keyed": [name for name, _ in keys],
             "keys": [", ".join(column.name for column in key.columns) for _, key in keys],
@@ -260,18 +260,20 @@ def foreign_objects(db: Connection, tables: Collection[Table]) -> Sequence[Forei
     return [*missing, *(_described(*row) for row in found)]
 
 
-def _type_of(column: Column[Any]) -> str:
-    """As PostgreSQL reads it; without the collation, which is no part of a type's name."""
-    return column.type.compile(dialect=_POSTGRES).partition(" COLLATE ")[0]
-
-
-_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
-
-
 def dropped_tables(db: Connection, tables: Collection[Table]) -> Sequence[str]:
     """Those of these tables that do not exist, with their schemas."""
     names = [f"{one.schema}.{one.name}" for one in tables]
     return db.execute(_MISSING, {"tables": names}).scalars().all()
+
+
+def changes_of(found: Iterable[Foreign]) -> str:
+    """What was changed, each with its table, for a message."""
+    return "; ".join(f"{foreign.table} {foreign.what}" for foreign in found)
+
+
+def fixes_of(found: Iterable[Foreign]) -> str:
+    """What fixes all of it, each statement once, for a message."""
+    return "; ".join(dict.fromkeys(foreign.fix for foreign in found))
 
 
 def refuse_foreign_objects(
@@ -294,7 +296,6 @@ def refuse_foreign_objects(
     """
     every = foreign_objects(db, [one for one in tables if one.schema in schemas])
     if found := [one for one in every if kinds is None or one.kind in kinds]:
-        named = "; ".join(f"{one.table} {one.what}" for one in found)
         since = (
             "Nothing was written"
             if kinds is None
@@ -303,8 +304,8 @@ def refuse_foreign_objects(
         )
         raise ConfigurationError(
             "somebody has changed tables of this program, so what it writes may be stored in "
-            f"another form, or not at all: {named}. {since}. To fix it: "
-            + "; ".join(dict.fromkeys(one.fix for one in found))
+            f"another form, or not at all: {changes_of(found)}. {since}. To fix it: "
+            f"{fixes_of(found)}"
         )
 
 

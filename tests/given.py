@@ -26,7 +26,7 @@ from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, Epoch, NextOffset, Offset, Partition, after
 from pipeline.projection.loop import Limits, run_projection
 from pipeline.readmodel import Projector
-from pipeline.schema import read_models
+from pipeline.schema import execute
 from tests.servers.databases import Database
 
 TOPIC = "Notifications"
@@ -246,7 +246,7 @@ def create_tables(engine: Engine, *projectors: Projector) -> None:
     declared = catalogue.load()
     models = sorted((*declared.models, *projectors), key=lambda model: model.name)
     with translated(), engine.connect() as db:
-        read_models.make(db, Catalogue(tuple(models), declared.views), lambda _step: None)
+        execute.make(db, Catalogue(tuple(models), declared.views), lambda _step: None)
 
 
 class Given:

@@ -145,18 +145,18 @@ BEGIN
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION pipeline.read_model_truncated() IS
-    'Trigger of each read-model table: its projector starts again, so that the table heals.';
+    'Trigger of each read-model table: its projector starts again and fills the table.';
 REVOKE ALL ON FUNCTION pipeline.read_model_truncated() FROM PUBLIC;
 
 CREATE FUNCTION pipeline.watch_read_model(read_model regclass, projector text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    EXECUTE format('CREATE TRIGGER heals_after_truncate AFTER TRUNCATE ON %s '
+    EXECUTE format('CREATE TRIGGER refill_after_truncate AFTER TRUNCATE ON %s '
                    'FOR EACH STATEMENT EXECUTE FUNCTION pipeline.read_model_truncated(%L)',
                    read_model, projector);
 END $$;
 COMMENT ON FUNCTION pipeline.watch_read_model(regclass, text) IS
-    'Makes a table heal by itself after TRUNCATE; called by the migration that makes the table.';
+    'Has a table filled again after TRUNCATE; called by `pipeline migrate` and by the swap of a rebuild.';
 REVOKE ALL ON FUNCTION pipeline.watch_read_model(regclass, text) FROM PUBLIC;
 
 CREATE VIEW pipeline.projection_lag AS

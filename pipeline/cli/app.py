@@ -250,7 +250,8 @@ def migrated_database_of(
         ConfigurationError: Another version of the program has migrated the database, or none.
     """
     from pipeline import catalogue
-    from pipeline.schema.migrate import check_schema, check_tables
+    from pipeline.schema.bookkeeping import check_tables
+    from pipeline.schema.revisions import check_schema
 
     with database_of(settings, command, **options) as engine:
         check_schema(engine)

@@ -35,8 +35,9 @@ from pipeline.outages import OutagePolicy
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
 from pipeline.rebuild.stale import StaleModels
-from pipeline.schema.migrate import check_schema, check_tables
+from pipeline.schema.bookkeeping import check_tables
 from pipeline.schema.objects import declared_fingerprints
+from pipeline.schema.revisions import check_schema
 from pipeline.settings import Settings
 from pipeline.signals import Stop, stopped_by_signals
 

@@ -12,7 +12,7 @@ from pipeline.errors import ExitCode
 from pipeline.printable import printable
 
 if TYPE_CHECKING:
-    from pipeline.schema.migrate import Migrated
+    from pipeline.schema.migrate import MigrationReport
 
 
 @command(
@@ -68,6 +68,7 @@ def migrate(
     """
     from pipeline import catalogue
     from pipeline.schema import migrate as schema
+    from pipeline.schema import revisions
 
     if sum((roles, print_roles, plan, sql)) > 1:
         raise typer.BadParameter("give only one of --roles, --print-roles, --plan and --sql")
@@ -83,11 +84,11 @@ def migrate(
         if as_json:
             emit(_as_json(due))
         elif sql:
-            _print_statements(due, schema.revision_sql(url) if due.applied else "")
+            _print_statements(due, revisions.revision_sql(url) if due.applied else "")
         else:
             _print_plan(due)
         raise typer.Exit(ExitCode.DONE if due.is_empty else ExitCode.FOUND)
-    done = schema.set_up(url, declared, with_roles=roles, role_prefix=role_prefix)
+    done = schema.migrate(url, declared, with_roles=roles, role_prefix=role_prefix)
     if as_json:
         emit(_as_json(done))
         return
@@ -99,7 +100,7 @@ def migrate(
         say(_WHAT_NEXT.format(prefix=done.role_prefix))
 
 
-def _as_json(migrated: "Migrated") -> dict[str, object]:
+def _as_json(migrated: "MigrationReport") -> dict[str, object]:
     return {
         "applied": migrated.applied,
         "steps": [
@@ -111,7 +112,7 @@ def _as_json(migrated: "Migrated") -> dict[str, object]:
     }
 
 
-def _lines(migrated: "Migrated") -> Iterator[str]:
+def _lines(migrated: "MigrationReport") -> Iterator[str]:
     if migrated.applied:
         yield f"Migrations: {', '.join(migrated.applied)}."
     for step in migrated.steps:
@@ -123,7 +124,7 @@ def _lines(migrated: "Migrated") -> Iterator[str]:
 _FOLLOWS = "Read models, views and rights follow from these migrations: plan again after them."
 
 
-def _print_plan(due: "Migrated") -> None:
+def _print_plan(due: "MigrationReport") -> None:
     for line in _lines(due):
         typer.echo(line)
     if due.applied:
@@ -131,7 +132,7 @@ def _print_plan(due: "Migrated") -> None:
     say("Nothing to do." if due.is_empty else "Nothing was changed. `pipeline migrate` does this.")
 
 
-def _print_statements(due: "Migrated", revisions: str) -> None:
+def _print_statements(due: "MigrationReport", revisions: str) -> None:
     typer.echo(revisions, nl=False)
     for step in due.steps:
         typer.echo(f"-- {printable(str(step))}")
@@ -154,7 +155,7 @@ Settings are not inherited from roles, so each login of an analyst needs its own
   ALTER ROLE anna SET idle_in_transaction_session_timeout = '1min';"""
 
 
-def _print_roles(planned: "Migrated", *, as_json: bool) -> None:
+def _print_roles(planned: "MigrationReport", *, as_json: bool) -> None:
     if as_json:
         emit({"rights": planned.grants, "role_prefix": planned.role_prefix})
         return

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from pipeline.catalogue import Catalogue
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
-from pipeline.foreign_objects import foreign_objects
+from pipeline.foreign_objects import changes_of, fixes_of, foreign_objects
 from pipeline.health import problems
 from pipeline.health.problem import Problem, of_refusal
 from pipeline.kafka.metadata import Brokers
@@ -304,8 +304,8 @@ def _changed_tables(engine: Engine, projector: Projector) -> Evidence:
     if changes:
         problem = problems.CHANGED_TABLE.of(
             projector.name,
-            changes="; ".join(f"{change.table} {change.what}" for change in changes),
-            fixes="; ".join(dict.fromkeys(change.fix for change in changes)),
+            changes=changes_of(changes),
+            fixes=fixes_of(changes),
         )
     examined = len(projector.tables)
     return Evidence("read models", projector.name, _UNCHANGED, examined, len(changes), problem)

@@ -17,10 +17,10 @@ from pipeline.db import transaction
 from pipeline.errors import (
     ConfigurationError,
     ForbiddenTopicError,
+    LockHeldError,
     RefusedError,
     RetentionGapError,
     SharedGroupError,
-    TransientError,
 )
 from pipeline.ingest.repeats import RepeatWindow
 from pipeline.kafka.access import why_not_readable
@@ -42,9 +42,6 @@ from pipeline.partitions import Epoch, NextOffset, Partition
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
-
-LOCK_NOT_AVAILABLE = "55P03"
-"""SQLSTATE of a claim that waits too long for a transaction of the former owner."""
 
 
 class Claimed(NamedTuple):
@@ -170,9 +167,9 @@ class Claimer:
             with transaction(self._engine) as db:
                 claim = claims.claim(db, partition, self._owner)
                 last = last_record(db, partition, claim.next_offset)
-        except TransientError as error:
-            if error.sqlstate == LOCK_NOT_AVAILABLE:
-                self._terminate_silent_owner(partition)
+        except LockHeldError:
+            # By a transaction of the former owner, for too long.
+            self._terminate_silent_owner(partition)
             raise
         # Only after the claim: it waited for a commit that may have advanced past an older reading,
         # and the topic would seem to end before our next offset.

@@ -350,9 +350,10 @@ _READ_MODELS = (
     ),
     LogEvent("rebuild_resumed", "info", "an interrupted rebuild continues"),
     LogEvent(
-        "rebuild_tables_locked",
+        "table_locked",
         "info",
-        "another session holds a lock on the tables of a rebuild; the rebuild tries again",
+        "another session holds a lock on a table that `migrate` or a rebuild must lock; the command "
+        "tries again",
     ),
 )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from pipeline.db import translated
+from pipeline.db import identifiers, translated
 from pipeline.errors import ExitCode, PipelineError, PoisonRecordError
 from pipeline.log.search import count_by_type
 from pipeline.partitions import Offset
@@ -55,8 +55,7 @@ def pin(db: Connection) -> None:
 
 def lock_tables(db: Connection, projector: Projector, mode: str) -> None:
     """Lock the projector's tables, always in the same order."""
-    names = ", ".join(sorted(f'"{table.schema}"."{table.name}"' for table in projector.tables))
-    db.execute(text(f"LOCK TABLE {names} IN {mode}"))
+    db.execute(text(f"LOCK TABLE {identifiers.listed(projector.tables)} IN {mode}"))
 
 
 def apply_batch(

@@ -13,7 +13,14 @@ from sqlalchemy import Connection, Engine
 from pipeline import failpoints
 from pipeline.db import descriptor, transaction, translated
 from pipeline.errors import ConfigurationError, InvariantError, LockHeldError
-from pipeline.foreign_objects import REFUSING, SILENT, Foreign, foreign_objects
+from pipeline.foreign_objects import (
+    REFUSING,
+    SILENT,
+    Foreign,
+    changes_of,
+    fixes_of,
+    foreign_objects,
+)
 from pipeline.log.search import count_by_type
 from pipeline.partitions import OffsetRange, Partition
 from pipeline.projection import checkpoints, dead_letters, registry
@@ -152,9 +159,10 @@ def _refuse_changed_tables(
 
 def why_broken(projector: str, found: Sequence[Foreign]) -> str:
     """What an operator reads about tables that somebody has changed."""
-    changed = "; ".join(f"{foreign.table} {foreign.what}" for foreign in found)
-    fixes = "; ".join(dict.fromkeys(foreign.fix for foreign in found))
-    return f"{changed}. To fix it: {fixes}. Then run `pipeline rebuild {projector}`"
+    return (
+        f"{changes_of(found)}. To fix it: {fixes_of(found)}. "
+        f"Then run `pipeline rebuild {projector}`"
+    )
 
 
 def break_changed(db: Connection, projectors: Collection[Projector]) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from sqlalchemy import TextClause, text
-from sqlalchemy.dialects import postgresql
 
+from pipeline.db.identifiers import literal, quote
 from pipeline.readmodel.batch import WHERE
 from pipeline.readmodel.fields import ELEMENT, Envelope, Field, Shape, columns_of
 from pipeline.readmodel.model import Children, Custom, Declared, Source
@@ -34,8 +34,6 @@ NO_NUMBER = "[^0-9.+-]"
 
 # Below every real time, and not -infinity, which Python and its data frames cannot read.
 NO_TIME = "CAST('1970-01-01 00:00:00+00' AS timestamptz)"
-
-_quote = postgresql.dialect().identifier_preparer.quote_identifier  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class _Names:
         self._schemas = {table.name: schema or str(table.schema) for table in projector.tables}
 
     def __getitem__(self, table: str) -> str:
-        return f"{_quote(self._schemas[table])}.{_quote(table)}"
+        return f"{quote(self._schemas[table])}.{quote(table)}"
 
 
 def table_name(projector: Custom, schema: str | None = None) -> str:
@@ -101,12 +99,8 @@ def table_name(projector: Custom, schema: str | None = None) -> str:
 # -------------------------------------------------------------------------------- reading an object
 
 
-def _literal(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
 def _columns(names: Iterable[str], prefix: str = "") -> str:
-    return ", ".join(prefix + _quote(name) for name in names)
+    return ", ".join(prefix + quote(name) for name in names)
 
 
 def _fenced(query: str) -> str:
@@ -127,18 +121,18 @@ def _text(of: str, path: str) -> str:
     if path == ELEMENT:
         return f"nullif({of} #>> '{{}}', '')"
     *around, last = _segments(path)
-    inner = "".join(f" -> {_literal(name)}" for name in around)
-    return f"nullif({of}{inner} ->> {_literal(last)}, '')"
+    inner = "".join(f" -> {literal(name)}" for name in around)
+    return f"nullif({of}{inner} ->> {literal(last)}, '')"
 
 
 def _json(of: str, path: str) -> str:
     """The member of a JSON value as JSON, NULL where it is unset."""
-    inner = "".join(f" -> {_literal(name)}" for name in _segments(path))
+    inner = "".join(f" -> {literal(name)}" for name in _segments(path))
     return f"nullif(nullif({of}{inner}, 'null'), '\"\"')"
 
 
 def _path(dotted: str) -> str:
-    return _literal("{" + dotted.replace(".", ",") + "}")
+    return literal("{" + dotted.replace(".", ",") + "}")
 
 
 _AS_JSON = (Shape.JSON, Shape.LIST)
@@ -152,13 +146,13 @@ def _value(field: Field, of: str) -> str:
     if field.only_if is None:
         return value
     path, wanted = field.only_if
-    return f"CASE WHEN {_text(of, path)} = {_literal(wanted)} THEN {value} END"
+    return f"CASE WHEN {_text(of, path)} = {literal(wanted)} THEN {value} END"
 
 
 def _by_event(field: Field) -> str:
     """The value that the type of the event says, NULL if it says none."""
     cases = " ".join(
-        f"WHEN {pattern.condition} THEN {_literal(word)}" for pattern, word in field.by_event
+        f"WHEN {pattern.condition} THEN {literal(word)}" for pattern, word in field.by_event
     )
     return f"CASE {cases} END"
 
@@ -295,7 +289,7 @@ def _events(projector: Declared, source: Source) -> str:
 def _elements(source: Source, each: str, events: str, *, check: bool) -> str:
     """The elements of an array in each object, with what they may lack of it."""
     inherited = "".join(
-        f", {_text('e.object', path)} AS {_quote('_' + column)}"
+        f", {_text('e.object', path)} AS {quote('_' + column)}"
         for column, path in source.inherit.items()
     )
     elements = _json("e.object", each)
@@ -318,11 +312,11 @@ def _members(projector: Declared, source: Source, fields: Sequence[Field], objec
     """What the fields read of each object, as text or JSON, and the arrays of the children."""
     selected = []
     for field in fields:
-        inherited = [f"e.{_quote('_' + field.column)}"] if field.column in source.inherit else []
+        inherited = [f"e.{quote('_' + field.column)}"] if field.column in source.inherit else []
         if field.paths or field.by_event:
             # The action of an event says nothing about the elements of an array inside.
             value = _read(field, "e.object", *inherited, by_event=not source.each)
-            selected.append(f"{value} AS {_quote(field.column)}")
+            selected.append(f"{value} AS {quote(field.column)}")
     selected += [
         "e.event_id AS _event_id, e.event_type AS _event_type, e.created_at AS _event_time",
         "e.entity_id AS _entity_id, e.ingested_at AS _ingested_at",
@@ -333,7 +327,7 @@ def _members(projector: Declared, source: Source, fields: Sequence[Field], objec
             f"{_json('e.object', child.path)} AS _list_{at}"
             for at, child in enumerate(projector.child_tables)
         ),
-        *(f"{_json('e.object', path)} AS {_quote('_in_' + path)}" for path in _objects(fields)),
+        *(f"{_json('e.object', path)} AS {quote('_in_' + path)}" for path in _objects(fields)),
     ]
     return f"SELECT {', '.join(selected)}\nFROM {_fenced(objects)} AS e"
 
@@ -357,10 +351,10 @@ def _typed(field: Field, value: str) -> str:
 
 def _values(projector: Declared, fields: Sequence[Field], members: str, *, check: bool) -> str:
     """The members as values of their types, with the row's version."""
-    texts = {field: f"o.{_quote(field.column)}" for field in fields}
+    texts = {field: f"o.{quote(field.column)}" for field in fields}
     arrays = [f"o._list_{at}" for at in range(len(projector.child_tables))]
     selected = [
-        *(f"{_typed(field, value)} AS {_quote(field.column)}" for field, value in texts.items()),
+        *(f"{_typed(field, value)} AS {quote(field.column)}" for field, value in texts.items()),
         f"o._event_id, o._event_type, o._event_time, o._ingested_at, {_version(projector, texts)}",
         "o._place",
         *arrays,
@@ -371,7 +365,7 @@ def _values(projector: Declared, fields: Sequence[Field], members: str, *, check
         for column in sorted(projector.only_with)
     ]
     if check:
-        checks = _checks(texts, [f"o.{_quote('_in_' + path)}" for path in _objects(fields)])
+        checks = _checks(texts, [f"o.{quote('_in_' + path)}" for path in _objects(fields)])
         checks += map(_check_children, projector.child_tables, arrays)
         conditions.append(_demand(["o._is_object", *checks]))
     return f"SELECT {', '.join(selected)}\nFROM {_fenced(members)} AS o" + _where(conditions)
@@ -383,7 +377,7 @@ def _version(projector: Declared, texts: Mapping[Field, str]) -> str:
         time = f"coalesce({_typed(projector.clock, texts[projector.clock])}, o._version_created)"
     if projector.status and projector.status.lifecycle:
         lifecycle = projector.status.lifecycle
-        states = " ".join(f"WHEN {_literal(name)} THEN {at}" for name, at in lifecycle.ranks)
+        states = " ".join(f"WHEN {literal(name)} THEN {at}" for name, at in lifecycle.ranks)
         rank = f"CASE {texts[projector.status]} {states} ELSE {lifecycle.unknown_rank} END"
     return (
         f"{time} AS _version_time, CAST({rank} AS smallint) AS _version_rank, "
@@ -399,7 +393,7 @@ def _best_first(projector: Declared) -> str:
     key = _columns(columns_of(projector.key_fields))
     if projector.keeps_first:
         return f"{key}, {_columns(COORDINATES)}"
-    newest = ", ".join(f"{_quote(name)} DESC" for name in VERSION_COLUMNS)
+    newest = ", ".join(f"{quote(name)} DESC" for name in VERSION_COLUMNS)
     return f"{key}, {newest}, _place DESC"
 
 
@@ -412,14 +406,14 @@ def _upsert(projector: Declared, names: _Names) -> str:
     sign = "<" if projector.keeps_first else ">"
     wins = f"({_columns(compared, 'excluded.')}) {sign} ({_columns(compared, 't.')})"
     selected = ", ".join(
-        f"min({_quote(name)}) OVER (PARTITION BY {_columns(key)}) AS {_quote(name)}"
+        f"min({quote(name)}) OVER (PARTITION BY {_columns(key)}) AS {quote(name)}"
         if name in lowest
-        else _quote(name)
+        else quote(name)
         for name in columns
     )
     changes = []
     for name in columns:
-        column = _quote(name)
+        column = quote(name)
         if name in lowest:
             changes.append(f"{column} = least(t.{column}, excluded.{column})")
         elif name not in key and lowest:
@@ -429,7 +423,7 @@ def _upsert(projector: Declared, names: _Names) -> str:
         elif name not in key:
             changes.append(f"{column} = excluded.{column}")
     lower = "".join(
-        f"\nOR least(t.{_quote(name)}, excluded.{_quote(name)}) IS DISTINCT FROM t.{_quote(name)}"
+        f"\nOR least(t.{quote(name)}, excluded.{quote(name)}) IS DISTINCT FROM t.{quote(name)}"
         for name in sorted(lowest)
     )
     return (
@@ -462,10 +456,10 @@ def _winners(projector: Declared, names: _Names) -> str:
     """Parents that carry coordinates of this range, each with its arrays."""
     rows = _rows(projector, whole=False)
     key = columns_of(projector.key_fields)
-    same = " AND ".join(f"t.{_quote(name)} = s.{_quote(name)}" for name in (*key, *COORDINATES))
+    same = " AND ".join(f"t.{quote(name)} = s.{quote(name)}" for name in (*key, *COORDINATES))
     order = ", ".join(
-        [*(f"s.{_quote(name)}" for name in key)]
-        + [f"s.{_quote(name)} DESC" for name in VERSION_COLUMNS]
+        [*(f"s.{quote(name)}" for name in key)]
+        + [f"s.{quote(name)} DESC" for name in VERSION_COLUMNS]
     )
     arrays = ", ".join(f"s._list_{at}" for at in range(len(projector.child_tables)))
     return (
@@ -479,7 +473,7 @@ def _winners(projector: Declared, names: _Names) -> str:
 
 def _delete_children(projector: Declared, names: _Names, child: Children) -> str:
     key = columns_of(projector.key_fields)
-    same = " AND ".join(f"c.{_quote(name)} = w.{_quote(name)}" for name in key)
+    same = " AND ".join(f"c.{quote(name)} = w.{quote(name)}" for name in key)
     return f"DELETE FROM {names[child.table]} AS c USING winners AS w WHERE {same} RETURNING 1"  # noqa: S608 - names
 
 
@@ -487,13 +481,13 @@ def _insert_children(projector: Declared, names: _Names, child: Children, at: in
     key = columns_of(projector.key_fields)
     columns = [*key, "position", *columns_of(child.fields), *EVENT_COLUMNS]
     selected = [
-        *(f"w.{_quote(name)}" for name in key),
+        *(f"w.{quote(name)}" for name in key),
         "CAST(i.place AS integer) AS position",
         *(
-            f"{_cast(field, _value(field, 'i.item'))} AS {_quote(field.column)}"
+            f"{_cast(field, _value(field, 'i.item'))} AS {quote(field.column)}"
             for field in child.fields
         ),
-        *(f"w.{_quote(name)}" for name in EVENT_COLUMNS),
+        *(f"w.{quote(name)}" for name in EVENT_COLUMNS),
     ]
     # Counted first, so that all old rows are gone before a new one comes.
     return (
@@ -584,7 +578,7 @@ def _rejected(
     around: str | None = None,
 ) -> str:
     columns, kinds, paths = (
-        "CAST(ARRAY[" + ", ".join(_literal(rule[at]) for rule in rules) + "] AS text[])"
+        "CAST(ARRAY[" + ", ".join(literal(rule[at]) for rule in rules) + "] AS text[])"
         for at in range(3)
     )
     is_set = "".join(f" AND {_read(field, around or item)} IS NOT NULL" for field in needed)

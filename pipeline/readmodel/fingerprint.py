@@ -4,16 +4,14 @@ import hashlib
 from collections.abc import Iterable
 
 from sqlalchemy import Table
-from sqlalchemy.dialects import postgresql
 
+from pipeline.db.identifiers import DIALECT
 from pipeline.readmodel.fields import Field
 from pipeline.readmodel.model import Custom, Declared, Projector, Source
 
 MEANING = 1
 """Of the compiler: raise it when the same declaration comes to mean other rows. A change of its SQL
 that gives the same rows does not raise it, or every user would have to rebuild for nothing."""
-
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 
 def fingerprint(projector: Projector) -> str:
@@ -34,7 +32,7 @@ def fingerprint(projector: Projector) -> str:
 
 def _table(table: Table) -> object:
     return table.name, [
-        (column.name, column.type.compile(_DIALECT), column.primary_key) for column in table.columns
+        (column.name, column.type.compile(DIALECT), column.primary_key) for column in table.columns
     ]
 
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
 )
 
 from pipeline.db import SHADOW_SCHEMA
+from pipeline.db.identifiers import qualified, quote
 from pipeline.readmodel.model import Projector
 
 
@@ -81,19 +82,15 @@ def repair(db: Connection, projector: Projector) -> None:
 
 def count_shadow(table: Table) -> str:
     """Counts the rows of the table that a rebuild has computed."""
-    return f'SELECT count(*) FROM "{SHADOW_SCHEMA}"."{table.name}"'  # noqa: S608 - declared names
-
-
-def _live(table: Table) -> str:
-    return f'"{table.schema}"."{table.name}"'
+    return f"SELECT count(*) FROM {_shadow(table)}"  # noqa: S608 - declared names
 
 
 def _shadow(table: Table) -> str:
-    return f'"{SHADOW_SCHEMA}"."{table.name}"'
+    return qualified(table, SHADOW_SCHEMA)
 
 
 def _key(table: Table) -> list[str]:
-    return [f'"{column.name}"' for column in table.primary_key]
+    return [quote(column.name) for column in table.primary_key]
 
 
 def _same_key(table: Table) -> str:
@@ -108,7 +105,7 @@ def _differs(table: Table) -> str:
     """Whether two rows differ in a byte: cheaper than to compare their images."""
     values = []
     for column in table.columns:
-        name = f'"{column.name}"'
+        name = quote(column.name)
         as_written = "" if isinstance(column.type, _WRITTEN_ALIKE) else "::text"
         values.append(f"t.{name}{as_written} IS DISTINCT FROM s.{name}{as_written}")
     return f"({' OR '.join(values)})"
@@ -122,31 +119,31 @@ def _compare(table: Table) -> str:
         f"count(*) FILTER (WHERE s.{key} IS NULL) AS surplus, "
         f"count(*) FILTER (WHERE t.{key} IS NOT NULL AND s.{key} IS NOT NULL "
         f"AND {_differs(table)}) "
-        f"AS changed FROM {_live(table)} AS t "
+        f"AS changed FROM {qualified(table)} AS t "
         f"FULL JOIN {_shadow(table)} AS s ON {_same_key(table)}"
     )
 
 
 def _delete(table: Table) -> str:
     return (
-        f"DELETE FROM {_live(table)} AS t WHERE NOT EXISTS "  # noqa: S608 - declared names
+        f"DELETE FROM {qualified(table)} AS t WHERE NOT EXISTS "  # noqa: S608 - declared names
         f"(SELECT FROM {_shadow(table)} AS s WHERE {_same_key(table)})"
     )
 
 
 def _change(table: Table) -> str:
-    columns = [f'"{column.name}"' for column in table.columns]
+    columns = [quote(column.name) for column in table.columns]
     changes = ", ".join(f"{name} = s.{name}" for name in columns)
     return (
-        f"UPDATE {_live(table)} AS t SET {changes} "  # noqa: S608 - declared names
+        f"UPDATE {qualified(table)} AS t SET {changes} "  # noqa: S608 - declared names
         f"FROM {_shadow(table)} AS s WHERE {_same_key(table)} AND {_differs(table)}"
     )
 
 
 def _insert(table: Table) -> str:
-    columns = ", ".join(f'"{column.name}"' for column in table.columns)
+    columns = ", ".join(quote(column.name) for column in table.columns)
     return (
-        f"INSERT INTO {_live(table)} ({columns}) "  # noqa: S608 - declared names
+        f"INSERT INTO {qualified(table)} ({columns}) "  # noqa: S608 - declared names
         f"SELECT {columns} FROM {_shadow(table)} AS s WHERE NOT EXISTS "
-        f"(SELECT FROM {_live(table)} AS t WHERE {_same_key(table)})"
+        f"(SELECT FROM {qualified(table)} AS t WHERE {_same_key(table)})"
     )

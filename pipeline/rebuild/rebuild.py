@@ -16,7 +16,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Engine, text
 
-from pipeline.db import transaction
+from pipeline.db import identifiers, table_locks, transaction
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.projection import registry
 from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
@@ -25,13 +25,11 @@ from pipeline.readmodel.model import Projector
 from pipeline.rebuild.comparison import Difference
 from pipeline.rebuild.shadow import (
     CHUNK_OFFSETS,
-    LOCK_WAIT,
     Observe,
     RebuildProgress,
     RebuildRunsError,
     Shadow,
     StoppedError,
-    retry_lock,
 )
 
 __all__ = [
@@ -108,9 +106,9 @@ def _fill_and_reconcile(
     stop: threading.Event,
     observe: Observe,
 ) -> Difference:
-    retry_lock(shadow.prepare, projector)
+    table_locks.retry(shadow.prepare, projector.name)
     shadow.advance(engine, jobs, stop, observe)
-    difference = retry_lock(shadow.reconcile, projector)
+    difference = table_locks.retry(shadow.reconcile, projector.name)
     log.info("read_model_rebuilt", **difference._asdict(), differing=difference.differing)
     return difference
 
@@ -131,7 +129,7 @@ def check(
     """
     with Shadow.exclusive(engine, projector, rejected_max, chunk_offsets) as shadow:
         for _ in range(TRUNCATIONS_MAX):
-            retry_lock(shadow.prepare, projector)
+            table_locks.retry(shadow.prepare, projector.name)
             shadow.advance(engine, jobs, stop or threading.Event(), observe, beyond_live=False)
             difference = shadow.compare()
             shadow.drop()
@@ -166,7 +164,7 @@ def rebuild_in_place(
     with Shadow.exclusive(engine, projector) as shadow:
         shadow.drop()
         _refuse_other_tables(engine, projector, shadow)
-        retry_lock(lambda: _truncate(engine, projector), projector)
+        table_locks.retry(lambda: _truncate(engine, projector), projector.name)
         run_projection(engine, [projector], limits, stop=stop, until_end=True, observe=observe)
 
 
@@ -175,7 +173,7 @@ def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -
     with transaction(engine) as db:
         if not registry.stale(db, {projector.name: fingerprint(projector)}):
             return
-    retry_lock(shadow.prepare, projector)
+    table_locks.retry(shadow.prepare, projector.name)
     is_replaced = shadow.must_replace()
     shadow.drop()
     if is_replaced:
@@ -188,6 +186,5 @@ def _refuse_other_tables(engine: Engine, projector: Projector, shadow: Shadow) -
 def _truncate(engine: Engine, projector: Projector) -> None:
     with transaction(engine) as db:
         registry.register(db, [projector.name])
-        db.execute(LOCK_WAIT)
-        names = ", ".join(sorted(f'"{table.schema}"."{table.name}"' for table in projector.tables))
-        db.execute(text(f"TRUNCATE {names}"))
+        table_locks.limit_wait(db)
+        db.execute(text(f"TRUNCATE {identifiers.listed(projector.tables)}"))

@@ -8,18 +8,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Self, TypeVar
+from datetime import UTC, datetime
+from typing import NamedTuple, Self
 
 import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline import failpoints
-from pipeline.db import SHADOW_SCHEMA, descriptor, locks, translated, use_one_snapshot
+from pipeline.db import SHADOW_SCHEMA, descriptor, locks, table_locks, translated, use_one_snapshot
+from pipeline.db.identifiers import qualified
 from pipeline.errors import (
     DEADLOCK,
     ConfigurationError,
     ExitCode,
-    LockHeldError,
     PipelineError,
     TransientError,
 )
@@ -37,11 +38,6 @@ log = structlog.get_logger(__name__)
 
 CHUNK_OFFSETS = 50_000
 """Most offsets of one range; fewer than these may be left to the last transaction."""
-SWAP_ATTEMPTS_MAX = 20
-"""How often the live table's lock is requested; each time for LOCK_WAIT."""
-
-# A waiting request for the lock makes later writers wait behind it, so it must give up soon.
-LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
 # What a crash of the server loses is computed again: its progress is lost with it.
 COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
 # For a row that another range writes too, however long that takes.
@@ -80,21 +76,6 @@ class RebuildProgress(NamedTuple):
 
 
 Observe = Callable[[RebuildProgress], None]
-_T = TypeVar("_T")
-
-
-def retry_lock(attempt: Callable[[], _T], projector: Projector) -> _T:
-    """Repeat what needs the lock of a table, up to ``SWAP_ATTEMPTS_MAX`` times.
-
-    Raises:
-        LockHeldError: Another session held the tables each time.
-    """
-    for number in range(1, SWAP_ATTEMPTS_MAX):
-        try:
-            return attempt()
-        except LockHeldError:
-            log.info("rebuild_tables_locked", projector=projector.name, attempt=number)
-    return attempt()
 
 
 class _ProgressReporter:
@@ -132,6 +113,8 @@ class Shadow:
         self._projector = projector
         self._rejected_max = rejected_max
         self._name = projector.name + REBUILD
+        # Of the rebuild that `prepare` begins or resumes; until then that of none.
+        self._since = datetime.min.replace(tzinfo=UTC)
 
     @classmethod
     @contextmanager
@@ -205,7 +188,7 @@ class Shadow:
 
     def _tables_exist(self) -> bool:
         return all(
-            self._db.execute(EXISTS, {"table": f'"{SHADOW_SCHEMA}"."{table.name}"'}).scalar_one()
+            self._db.execute(EXISTS, {"table": qualified(table, SHADOW_SCHEMA)}).scalar_one()
             for table in self._projector.tables
         )
 
@@ -231,8 +214,8 @@ class Shadow:
         """
         planned = self._chunk_offsets
         while planned >= self._chunk_offsets:
-            planned, total = retry_lock(
-                lambda: self._plan(beyond_live=beyond_live), self._projector
+            planned, total = table_locks.retry(
+                lambda: self._plan(beyond_live=beyond_live), self._projector.name
             )
             self._work_off(engine, jobs, stop, _ProgressReporter(observe, total))
             if stop.is_set() and self._left():
@@ -374,7 +357,7 @@ class Shadow:
         """Make the live tables equal and end the rebuild; the live projector waits meanwhile."""
         db, name = self._db, self._projector.name
         with translated(), self._transaction():
-            db.execute(LOCK_WAIT)
+            table_locks.limit_wait(db)
             lock_tables(db, self._projector, "SHARE ROW EXCLUSIVE MODE")
             pin(db)
             live = checkpoints.lock_all(db, name)

@@ -9,22 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alembic.migration import MigrationContext
-from alembic.operations import Operations, ops
 from sqlalchemy import Table
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateColumn
 
 from pipeline.catalogue import Catalogue
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA
+from pipeline.db.identifiers import DIALECT, literal
+from pipeline.db.identifiers import quote_if_needed as quote
 from pipeline.errors import ConfigurationError
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import personal_columns
 
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
-_quote = _DIALECT.identifier_preparer.quote
-
 _CREATE_VIEW = re.compile(r"CREATE VIEW ([a-z_]+)\.([a-z_0-9]+)\b")
+_COMMENT = re.compile(r"COMMENT ON VIEW \S+ IS '((?:[^']|'')*)'")
 _REVIEWED = re.compile(r"^-- Personal data: (none|shown)\b", re.MULTILINE)
 
 
@@ -51,9 +48,9 @@ class DeclaredTable:
     def definition(self) -> str:
         """Columns and key: what is between the parentheses of ``CREATE TABLE``."""
         columns = [
-            str(CreateColumn(column).compile(dialect=_DIALECT)) for column in self.table.columns
+            str(CreateColumn(column).compile(dialect=DIALECT)) for column in self.table.columns
         ]
-        key = ", ".join(_quote(column.name) for column in self.table.primary_key)
+        key = ", ".join(quote(column.name) for column in self.table.primary_key)
         return ",\n".join([*columns, f"PRIMARY KEY ({key})"])
 
     @property
@@ -68,7 +65,7 @@ class DeclaredTable:
                 **{column.name: column.comment for column in self.table.columns},
             },
             "indexes": {
-                str(index.name): ", ".join(_quote(column.name) for column in index.columns)
+                str(index.name): ", ".join(quote(column.name) for column in index.columns)
                 for index in self.table.indexes
             },
         }
@@ -86,14 +83,21 @@ class DeclaredView:
     Attributes:
         name: Schema and name.
         definition: The statements that make it, comments included.
+        comment: Its comment.
         of_table: The table of which it leaves out the personal columns; None for a file.
         shows_personal: Whether it shows personal data, so that only some may see it.
     """
 
     name: str
     definition: str
+    comment: str = ""
     of_table: DeclaredTable | None = None
     shows_personal: bool = False
+
+    @property
+    def replacement(self) -> str:
+        """The statements that make it in the place of one with the same first columns."""
+        return self.definition.replace("CREATE VIEW", "CREATE OR REPLACE VIEW", 1)
 
 
 def tables_of(catalogue: Catalogue) -> list[DeclaredTable]:
@@ -128,24 +132,25 @@ def plain_view(table: DeclaredTable, *, nulls: Iterable[tuple[str, str]] = ()) -
     kept = dict(nulls)
     order = [*kept, *(name for name in (c.name for c in shown) if name not in kept)]
     selected = ", ".join(
-        _quote(name) if name in names else f"CAST(NULL AS {kept[name]}) AS {_quote(name)}"
+        quote(name) if name in names else f"CAST(NULL AS {kept[name]}) AS {quote(name)}"
         for name in order
     )
-    name = f"{READ_SCHEMA}.{_quote(table.table.name)}"
+    name = f"{READ_SCHEMA}.{quote(table.table.name)}"
     hidden = ", ".join(table.personal)
     comment = (
         f"{table.table.comment} Without personal data: {hidden}. All columns are in {table.name}."
     )
     statements = [
         f"CREATE VIEW {name} AS\nSELECT {selected}\n"
-        f"FROM {PERSONAL_SCHEMA}.{_quote(table.table.name)}",
+        f"FROM {PERSONAL_SCHEMA}.{quote(table.table.name)}",
         f"COMMENT ON VIEW {name} IS {literal(comment)}",
         *(
-            f"COMMENT ON COLUMN {name}.{_quote(column.name)} IS {literal(column.comment or '')}"
+            f"COMMENT ON COLUMN {name}.{quote(column.name)} IS {literal(column.comment or '')}"
             for column in shown
         ),
     ]
-    return DeclaredView(f"{READ_SCHEMA}.{table.table.name}", ";\n".join(statements) + ";\n", table)
+    definition = ";\n".join(statements) + ";\n"
+    return DeclaredView(f"{READ_SCHEMA}.{table.table.name}", definition, comment, table)
 
 
 def _view(name: str, definition: str) -> DeclaredView:
@@ -167,37 +172,6 @@ def _view(name: str, definition: str) -> DeclaredView:
             f"{name}.sql: a view that shows personal data is in {PERSONAL_SCHEMA}, any other in "
             f"{READ_SCHEMA}; it says {reviewed[1]}, and makes {found[1]}.{name}"
         )
-    return DeclaredView(f"{found[1]}.{name}", definition, shows_personal=shows)
-
-
-def sql_of(*operations: ops.MigrateOperation) -> list[str]:
-    """The statements of operations of Alembic's, one each, without semicolon."""
-    written: list[str] = []
-    context = MigrationContext.configure(
-        dialect_name="postgresql",
-        # Or each percent sign is written twice.
-        dialect_opts={"paramstyle": "named"},
-        opts={"as_sql": True, "output_buffer": _Lines(written)},
-    )
-    with Operations.context(context) as executing:
-        for operation in operations:
-            executing.invoke(operation)
-    return [statement.strip().removesuffix(";") for statement in written if statement.strip()]
-
-
-class _Lines:
-    """Collects what Alembic would print."""
-
-    def __init__(self, into: list[str]) -> None:
-        self._into = into
-
-    def write(self, text: str) -> None:
-        self._into.append(text)
-
-    def flush(self) -> None:
-        """Everything is there already."""
-
-
-def literal(value: str) -> str:
-    """A text as SQL."""
-    return "'" + value.replace("'", "''") + "'"
+    comment = _COMMENT.search(definition)
+    words = comment[1].replace("''", "'") if comment else ""
+    return DeclaredView(f"{found[1]}.{name}", definition, words, shows_personal=shows)

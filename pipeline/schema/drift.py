@@ -8,15 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.types import TypeEngine
 
 from pipeline.catalogue import Catalogue
+from pipeline.db.identifiers import type_name
 from pipeline.projection.registry import stale
 from pipeline.schema import objects
 from pipeline.schema.declared import DeclaredTable, tables_of, views_of
-
-_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 COLUMNS = text("""
 SELECT n.nspname || '.' || c.relname AS name, a.attname AS column,
@@ -83,11 +80,6 @@ def _of_object(
 
 
 def _of_columns(table: DeclaredTable, types: Mapping[str, str]) -> str | None:
-    declared = {column.name: _written(column.type) for column in table.table.columns}
+    declared = {column.name: type_name(column.type).lower() for column in table.table.columns}
     different = sorted(name for name in declared if types.get(name) != declared[name])
     return f"other columns than declared: {', '.join(different)}" if different else None
-
-
-def _written(of: TypeEngine[Any]) -> str:
-    """As PostgreSQL shows the type."""
-    return of.compile(dialect=_DIALECT).partition(" COLLATE ")[0].lower()

@@ -19,11 +19,15 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    UpdateBase,
+    delete,
     text,
+    update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, OID
 
 from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, metadata
+from pipeline.db.identifiers import DIALECT
 
 READ_SCHEMAS = (READ_SCHEMA, PERSONAL_SCHEMA)
 """The schemas for readers, where tables and views are made from declarations."""
@@ -210,3 +214,19 @@ def forget(db: Connection, name: str) -> None:
 def note_change(db: Connection, name: str, statements: Sequence[str]) -> None:
     """Keep what was executed."""
     db.execute(NOTE_CHANGE, {"object": name, "statements": list(statements)})
+
+
+def rename_statement(before: str, after: str) -> str:
+    """As SQL of a plan: the object has another name, in another schema."""
+    of_name = declared_objects.c.name == before
+    return _as_sql(update(declared_objects).where(of_name).values(name=after))
+
+
+def forget_statement(name: str) -> str:
+    """As SQL of a plan: the object of this name is gone."""
+    return _as_sql(delete(declared_objects).where(declared_objects.c.name == name))
+
+
+def _as_sql(statement: UpdateBase) -> str:
+    # The values are names of declared objects.
+    return str(statement.compile(dialect=DIALECT, compile_kwargs={"literal_binds": True}))

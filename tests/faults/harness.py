@@ -23,7 +23,7 @@ from psycopg.sql import SQL, Identifier, Literal
 from pipeline import catalogue
 from pipeline.partitions import Partition
 from pipeline.sandbox.simulator import Books
-from pipeline.schema.migrate import set_up
+from pipeline.schema.migrate import migrate
 from pipeline.schema.roles import ROLES
 from tests import canaries, waiting
 from tests.faults.ledger import Feed, Headers, Ledger
@@ -245,11 +245,11 @@ class Bench:
         self._roles_in_store: list[str] = []
         with database.connect() as db:
             db.execute(AUDIT)
-        set_up(database.url, with_roles=True, role_prefix=self._prefix)
+        migrate(database.url, with_roles=True, role_prefix=self._prefix)
 
     def grant(self) -> None:
         """Let the product grant its roles their rights again."""
-        set_up(self.database.url)
+        migrate(self.database.url)
 
     def revoke(self, rights: str) -> None:
         """Take rights from the workers' roles, e.g. ``INSERT ON pipeline.events``."""

@@ -37,11 +37,11 @@ MIGRATE = """
 import os, sys
 from pathlib import Path
 from pipeline import failpoints, log_events
-from pipeline.schema import migrate
-migrate._folder = lambda: Path(sys.argv[1])
+from pipeline.schema import migrate, revisions
+revisions._folder = lambda: Path(sys.argv[1])
 log_events.configure()
 failpoints.arm(os.environ)
-print(*migrate.migrate(sys.argv[2]))
+print(*migrate.migrate(sys.argv[2]).applied)
 """
 
 

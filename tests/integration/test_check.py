@@ -19,7 +19,7 @@ from pipeline.health.check.database import _server, _session, check_database, is
 from pipeline.health.check.kafka import kafka_tls
 from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
-from pipeline.schema.migrate import set_up
+from pipeline.schema.migrate import migrate
 from pipeline.schema.roles import ROLES
 from pipeline.settings import Settings
 from tests.commands import Commands, InProcess, on_mock
@@ -129,7 +129,7 @@ def test_a_setting_that_a_broker_does_not_report_is_no_error_and_no_guarantee(gi
         ("ALTER TABLE pipeline.events DISABLE TRIGGER append_only", "pipeline.events can be"),
         ("DROP TRIGGER append_only ON pipeline_segments.{segment}", "{segment} can be changed"),
         (
-            "DROP TRIGGER heals_after_truncate ON upvest.orders",
+            "DROP TRIGGER refill_after_truncate ON upvest.orders",
             "orders: table upvest.orders is not refilled",
         ),
         (
@@ -164,7 +164,7 @@ def test_a_read_model_of_another_definition_is_a_warning(given):
 def role(given) -> Iterator[tuple[str, str]]:
     """The prefix of this database's roles, and the URL of a login that may ingest and project."""
     prefix = f"c{secrets.token_hex(4)}_"
-    set_up(given.database.url, with_roles=True, role_prefix=prefix)
+    migrate(given.database.url, with_roles=True, role_prefix=prefix)
     given.execute(f"CREATE ROLE {prefix}login LOGIN PASSWORD 'x'")
     given.execute(f"GRANT {prefix}ingest, {prefix}project TO {prefix}login")
     host = given.database.dsn.rpartition("@")[2]
@@ -417,7 +417,7 @@ def test_a_setting_that_this_program_does_not_know_is_a_warning():
 
 
 def test_a_missing_safeguard_breaks_only_its_promise(given):
-    given.execute("DROP TRIGGER heals_after_truncate ON upvest.orders")
+    given.execute("DROP TRIGGER refill_after_truncate ON upvest.orders")
 
     results = found_in(given.database.url)
 

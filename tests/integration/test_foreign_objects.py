@@ -12,7 +12,7 @@ from pipeline.errors import ConfigurationError
 from pipeline.projectors.orders import orders
 from pipeline.projectors.users import users
 from pipeline.rebuild.rebuild import rebuild
-from pipeline.schema.migrate import migrate, set_up
+from pipeline.schema.migrate import migrate
 from tests.declared import with_field, with_models, without_field
 from tests.given import order_event
 from tests.integration.test_roles import Cast, outcome
@@ -68,7 +68,7 @@ def test_an_object_of_another_owner_is_unchanged(given, cast, kind):
         given([order_event("NEW", at=1)]).project(orders)
 
         migrate(given.database.url)
-        set_up(given.database.url, with_roles=True)
+        migrate(given.database.url, with_roles=True)
         rebuild(given.engine, orders)
         given.execute("TRUNCATE upvest.orders")
 
@@ -104,8 +104,8 @@ def test_tables_and_views_are_recognised_after_a_restore(given, cast):
     given([order_event("NEW", at=1)]).project(orders)
     given.execute("UPDATE pipeline.declared_objects SET made_as = 1")
 
-    again = set_up(given.database.url)
-    changed = set_up(given.database.url, with_models(without_field(orders, "fit_acknowledged")))
+    again = migrate(given.database.url)
+    changed = migrate(given.database.url, with_models(without_field(orders, "fit_acknowledged")))
     rebuild(given.engine, without_field(orders, "fit_acknowledged"))
 
     assert (again.steps, again.grants) == ([], [])
@@ -122,7 +122,7 @@ def test_views_of_analysts_on_a_plain_view_survive_and_show_nothing(given, cast)
         db.execute("CREATE VIEW bi.mine AS SELECT user_id, status FROM upvest.users")
 
         migrate(given.database.url, changed)
-        again = set_up(given.database.url, changed)
+        again = migrate(given.database.url, changed)
         shown = given.scalar("SELECT pg_get_viewdef('upvest.users'::regclass)")
         mine = outcome(db, "SELECT * FROM bi.mine")
         direct = outcome(db, "SELECT status FROM upvest_personal.users")

@@ -94,7 +94,7 @@ def test_whatever_a_reader_can_lock_stops_no_command(given, analyst):
     # All that it can have at once, and keeps.
     analyst.execute(f"LOCK TABLE {', '.join(names)} IN ACCESS SHARE MODE".encode())
 
-    assert migrate(given.database.url) == []
+    assert migrate(given.database.url).applied == []
     assert rebuild(given.engine, orders).differing == 0
     with transaction(given.engine) as db:
         locks.lock(db, "begin somewhere")

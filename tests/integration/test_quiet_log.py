@@ -183,7 +183,7 @@ WEIGHED = {
     # Once per rebuild of what a new version of the program has changed.
     "projectors_current",
     # Once per attempt to get a lock, of which there are at most twenty.
-    "rebuild_tables_locked",
+    "table_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),
     # Once per change of the read models that are stale.

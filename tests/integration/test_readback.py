@@ -25,7 +25,7 @@ from pipeline.log.copying import encode
 from pipeline.log.segments import make_segment
 from pipeline.partitions import Advance, NextOffset, Partition
 from pipeline.sandbox.servers.broker import MockBroker
-from pipeline.schema.migrate import declare_tables
+from pipeline.schema.bookkeeping import declare_tables
 from tests.commands import Commands, InProcess, command_names, on_mock
 from tests.given import Given, event, some_id
 from tests.servers.databases import fresh_database

@@ -117,8 +117,8 @@ def test_a_check_of_a_repeatedly_truncated_table_gives_up(projected: Given, monk
 
 
 def test_a_table_that_stays_locked_ends_the_rebuild(projected: Given, monkeypatch):
-    monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.rebuild.shadow.SWAP_ATTEMPTS_MAX", 2)
+    monkeypatch.setattr("pipeline.db.table_locks.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.db.table_locks.ATTEMPTS_MAX", 2)
     with projected.database.connect(autocommit=False) as somebody:
         somebody.execute("LOCK TABLE upvest.orders IN ROW EXCLUSIVE MODE")
 
@@ -305,8 +305,8 @@ def test_a_rebuild_waits_for_a_session_that_locks_the_table(projected: Given, mo
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait(30)
-    monkeypatch.setattr("pipeline.rebuild.shadow.LOCK_WAIT", short_wait())
-    monkeypatch.setattr("pipeline.rebuild.shadow.log", LetGo("rebuild_tables_locked", requested))
+    monkeypatch.setattr("pipeline.db.table_locks.LOCK_WAIT", short_wait())
+    monkeypatch.setattr("pipeline.db.table_locks.log", LetGo("table_locked", requested))
 
     difference = rebuild(projected.engine, orders)
 

@@ -26,7 +26,7 @@ from pipeline.readmodel import text as text_field
 from pipeline.readmodel.fields import looks_personal
 from pipeline.readmodel.model import personal_columns
 from pipeline.rebuild.rebuild import StoppedError, rebuild
-from pipeline.schema.migrate import planned_roles, set_up
+from pipeline.schema.migrate import migrate, planned_roles
 from pipeline.schema.roles import ROLES
 from tests.commands import InProcess, on_mock
 from tests.declared import with_field, with_models
@@ -52,7 +52,7 @@ class Cast:
 
     def make(self) -> None:
         """As an operator does, with a superuser's login."""
-        set_up(self.database.url, with_roles=True, role_prefix=self.prefix)
+        migrate(self.database.url, with_roles=True, role_prefix=self.prefix)
 
     def login(self, *names: str, options: str = "") -> str:
         """A new login that has these roles; its name."""
@@ -124,7 +124,7 @@ def bare(database: Database) -> Iterator[Cast]:
 @pytest.fixture
 def other(empty_database: Database) -> Iterator[Cast]:
     """Another migrated database of the same server, without roles yet."""
-    set_up(empty_database.url)
+    migrate(empty_database.url)
     made = Cast(empty_database)
     yield made
     made.end()
@@ -150,7 +150,7 @@ ALTER TABLE pipeline.events DETACH PARTITION pipeline_segments.{segment}
 DROP TABLE pipeline.events
 DROP TABLE upvest.orders
 ALTER TABLE upvest.orders ADD COLUMN x text
-ALTER TABLE upvest.orders DISABLE TRIGGER heals_after_truncate
+ALTER TABLE upvest.orders DISABLE TRIGGER refill_after_truncate
 CREATE TRIGGER x BEFORE INSERT ON pipeline.events EXECUTE FUNCTION pipeline.refuse_change()
 CREATE TABLE pipeline.x ()
 CREATE TABLE pipeline_segments.x ()
@@ -438,7 +438,7 @@ def test_an_undeclared_view_is_readable_only_with_personal_rights(given, cast):
         ):
             db.execute(text(f"CREATE VIEW upvest.{view}"))
 
-    set_up(given.database.url)
+    migrate(given.database.url)
 
     may = {
         (view, role): given.scalar(
@@ -466,7 +466,7 @@ LETTERS = EntityTable(
 
 
 def test_a_new_read_model_gets_its_rights_automatically(given, cast):
-    set_up(given.database.url, with_models(LETTERS))
+    migrate(given.database.url, with_models(LETTERS))
 
     with cast.connect("project") as db:
         db.execute("SELECT count(*) FROM upvest_personal.letters")
@@ -489,12 +489,14 @@ def test_a_column_that_is_declared_personal_later_is_hidden_by_the_next_migrate(
     with cast.connect("analyst") as db:
         assert outcome(db, "SELECT execution_flow FROM upvest.orders") is None
 
-        set_up(given.database.url, with_models(with_field(orders, "execution_flow", personal=True)))
+        migrate(
+            given.database.url, with_models(with_field(orders, "execution_flow", personal=True))
+        )
         hidden = outcome(db, "SELECT execution_flow FROM upvest.orders")
         direct = outcome(db, "SELECT execution_flow FROM upvest_personal.orders")
         rest = outcome(db, "SELECT order_id, status FROM upvest.orders")
         book = outcome(db, "SELECT * FROM upvest.holdings")
-        set_up(given.database.url)
+        migrate(given.database.url)
 
         assert str(hidden).startswith("42703")
         assert str(direct).startswith("42501")
@@ -506,7 +508,7 @@ def test_a_table_that_the_program_does_not_know_is_not_for_every_analyst(given, 
     with cast.acting_as_owner() as owner, transaction(owner) as db:
         db.execute(text("CREATE TABLE upvest.relics (name text)"))
 
-    set_up(given.database.url)
+    migrate(given.database.url)
 
     with cast.connect("analyst") as db:
         assert outcome(db, "SELECT * FROM upvest.relics") is not None
@@ -518,8 +520,8 @@ def test_an_object_of_another_owner_in_the_schema_is_unchanged(given, cast):
     given.execute("CREATE VIEW upvest.strange AS SELECT * FROM upvest.users")
     given.execute(f"GRANT SELECT ON upvest.strange TO {cast.prefix}analyst")
 
-    assert set_up(given.database.url).grants == []
-    assert set_up(given.database.url, with_roles=True).grants == []
+    assert migrate(given.database.url).grants == []
+    assert migrate(given.database.url, with_roles=True).grants == []
 
 
 # ------------------------------------------------------------------------------- the real commands
@@ -754,8 +756,8 @@ def test_the_printed_sql_gives_the_same_rights_as_the_command(bare, other, pipel
 @pytest.mark.both_postgres
 def test_migrate_again_changes_nothing_and_repairs_changed_rights(given, cast):
     whole = rights(cast)
-    assert set_up(given.database.url).grants == []
-    assert set_up(given.database.url, with_roles=True).grants == []
+    assert migrate(given.database.url).grants == []
+    assert migrate(given.database.url, with_roles=True).grants == []
 
     for statement in (
         "GRANT UPDATE, DELETE ON pipeline.events TO {}ingest",
@@ -767,7 +769,7 @@ def test_migrate_again_changes_nothing_and_repairs_changed_rights(given, cast):
     ):
         given.execute(statement.format(cast.prefix))
     assert rights(cast) != whole
-    done = set_up(given.database.url)
+    done = migrate(given.database.url)
 
     assert done.grants != []
     assert rights(cast) == whole
@@ -777,7 +779,7 @@ def test_a_login_that_may_act_as_the_owner_is_enough_for_every_later_migrate(giv
     given.execute(f"REVOKE INSERT ON pipeline.events FROM {cast.prefix}ingest")
     deploy = cast.url("owner").replace("postgresql://", "postgresql+psycopg://")
 
-    done = set_up(deploy)
+    done = migrate(deploy)
 
     assert done.grants == [f"GRANT INSERT ON TABLE pipeline.events TO {cast.prefix}ingest"]
 
@@ -786,7 +788,7 @@ def test_a_login_that_may_not_act_as_the_owner_gets_an_error_with_the_fix(cast):
     stranger = cast.login()
 
     with pytest.raises(ConfigurationError, match=f"GRANT {cast.prefix}owner TO {stranger}"):
-        set_up(cast.url_of(stranger).replace("postgresql://", "postgresql+psycopg://"))
+        migrate(cast.url_of(stranger).replace("postgresql://", "postgresql+psycopg://"))
 
 
 @pytest.mark.both_postgres
@@ -822,7 +824,7 @@ def test_managed_postgresql_without_a_superuser_is_enough(empty_database, pipeli
 def test_two_installations_on_one_server_do_not_share_roles(cast, other):
     serves_already = f"serve database {cast.database.name}"
     with pytest.raises(ConfigurationError, match=serves_already):
-        set_up(other.database.url, with_roles=True, role_prefix=cast.prefix)
+        migrate(other.database.url, with_roles=True, role_prefix=cast.prefix)
     with pytest.raises(ConfigurationError, match=serves_already):
         planned_roles(other.database.url, cast.prefix)
 
@@ -834,13 +836,13 @@ def test_two_installations_on_one_server_do_not_share_roles(cast, other):
 
 def test_roles_keep_their_names(cast):
     with pytest.raises(ConfigurationError, match=f"are called {cast.prefix}"):
-        set_up(cast.database.url, with_roles=True, role_prefix="other_")
+        migrate(cast.database.url, with_roles=True, role_prefix="other_")
 
 
 @pytest.mark.parametrize("prefix", ["Big_", "with space", "x" * 41, "1st_", "a;b", ""])
 def test_a_prefix_that_is_no_name_is_refused(bare, prefix):
     with pytest.raises(ConfigurationError, match="role prefix"):
-        set_up(bare.database.url, with_roles=True, role_prefix=prefix)
+        migrate(bare.database.url, with_roles=True, role_prefix=prefix)
 
 
 def test_a_role_that_was_dropped_is_named(given, cast):
@@ -848,6 +850,6 @@ def test_a_role_that_was_dropped_is_named(given, cast):
     given.execute(f"DROP ROLE {cast.prefix}personal_data")
 
     with pytest.raises(ConfigurationError, match=f"role {cast.prefix}personal_data does not exist"):
-        set_up(given.database.url)
+        migrate(given.database.url)
 
-    assert set_up(given.database.url, with_roles=True).grants != []
+    assert migrate(given.database.url, with_roles=True).grants != []

@@ -16,7 +16,8 @@ from pipeline.projectors.users import users
 from pipeline.readmodel import EntityTable, text, uuid
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.rebuild.stale import StaleModels
-from pipeline.schema.migrate import check_tables, migrate
+from pipeline.schema.bookkeeping import check_tables
+from pipeline.schema.migrate import migrate
 from pipeline.schema.objects import declared_fingerprints
 from tests.declared import with_models, without_field
 from tests.given import Given, event, order_event, some_id

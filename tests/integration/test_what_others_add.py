@@ -16,7 +16,7 @@ from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.projectors.users import users
 from pipeline.sandbox.servers.broker import MockBroker
-from pipeline.schema import migrate
+from pipeline.schema import bookkeeping
 from tests.commands import InProcess, on_mock
 from tests.contract.logs import advance, row_at
 from tests.given import event, order_event, some_id
@@ -123,7 +123,7 @@ def broker():
 def test_our_own_tables_have_nothing_foreign(given):
     given([order_event("NEW", at=1)])
     given.execute("CREATE TABLE pipeline_segments.of_somebody (id int UNIQUE, key bytea NOT NULL)")
-    migrate.declare_tables()
+    bookkeeping.declare_tables()
 
     with transaction(given.engine) as db:
         assert foreign_objects(db, metadata.tables.values()) == []
@@ -136,7 +136,7 @@ def test_each_change_of_others_is_refused_by_name_before_anything_is_written(giv
     given.execute(statement)
 
     with pytest.raises(ConfigurationError) as refused:
-        migrate.check_tables(given.engine)
+        bookkeeping.check_tables(given.engine)
 
     assert words in str(refused.value)
     assert "Nothing was written" in str(refused.value)
@@ -189,9 +189,9 @@ def test_a_policy_is_refused_by_name_where_it_applies_to_our_login(given):
     address = given.database.dsn.rpartition("@")[2]
     engine = open_engine(f"postgresql+psycopg://{role}:x@{address}", application="test")
 
-    migrate.check_tables(given.engine)
+    bookkeeping.check_tables(given.engine)
     with pytest.raises(ConfigurationError, match=r"upvest\.orders has row level security"):
-        migrate.check_tables(engine)
+        bookkeeping.check_tables(engine)
 
     given.execute(f"GRANT USAGE ON SCHEMA upvest TO {role}")
     given.execute(f"GRANT ALL ON upvest.orders TO {role}")

@@ -21,7 +21,10 @@ from sqlalchemy import Connection, create_engine, text
 from pipeline.db import LOG_SCHEMA, SessionLimits, metadata, open_engine
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.schema import migrate as migrating
-from pipeline.schema.migrate import check_schema, declare_tables, migrate
+from pipeline.schema import revisions as applying
+from pipeline.schema.bookkeeping import declare_tables
+from pipeline.schema.migrate import migrate
+from pipeline.schema.revisions import check_schema
 from tests.commands import Commands, InProcess
 
 FOLDER = Path(__file__).resolve().parents[2] / "migrations"
@@ -189,7 +192,7 @@ def test_a_migration_that_a_fresh_process_generates_is_empty(database, tmp_path)
 def test_every_module_that_declares_a_table_is_imported_by_declare_tables():
     missing = in_a_fresh_process(
         "import pkgutil, pipeline; from importlib import import_module; "
-        "from pipeline.schema.migrate import declare_tables; from pipeline.db import metadata; "
+        "from pipeline.schema.bookkeeping import declare_tables; from pipeline.db import metadata; "
         "declare_tables(); known = set(metadata.tables); "
         "[import_module(it.name) for it in pkgutil.walk_packages(pipeline.__path__, 'pipeline.') "
         "if not it.name.endswith('__main__')]; print(sorted(set(metadata.tables) - known))"
@@ -223,15 +226,15 @@ def test_every_table_view_and_column_has_a_comment(migrated):
 
 @pytest.mark.both_postgres
 def test_migrating_twice_does_nothing_the_second_time(empty_database):
-    assert migrate(empty_database.url) == revisions()
-    assert migrate(empty_database.url) == []
+    assert migrate(empty_database.url).applied == revisions()
+    assert migrate(empty_database.url).applied == []
 
 
 def test_two_concurrent_migrations_change_the_schema_once(empty_database):
     with ThreadPoolExecutor(2) as pool:
-        applied = list(pool.map(migrate, [empty_database.url] * 2))
+        reports = list(pool.map(migrate, [empty_database.url] * 2))
 
-    assert sorted(applied, key=len) == [[], revisions()]
+    assert sorted((report.applied for report in reports), key=len) == [[], revisions()]
 
 
 def migrate_in_a_process(url: str, failpoint: str) -> int:
@@ -264,7 +267,7 @@ def test_a_migration_that_was_killed_half_way_is_completed_by_the_next(
     status = migrate_in_a_process(empty_database.url, f"mid_migration@{step}:kill")
 
     assert status == -signal.SIGKILL
-    assert migrate(empty_database.url) == revisions()[step - 1 :]
+    assert migrate(empty_database.url).applied == revisions()[step - 1 :]
     assert catalogue(connection) == whole
 
 
@@ -333,7 +336,7 @@ def test_a_migration_waits_for_no_lock_longer_than_it_may(empty_database, monkey
             migrate(empty_database.url)
 
     assert refused.value.sqlstate == "55P03"
-    assert migrate(empty_database.url) == []
+    assert migrate(empty_database.url).applied == []
 
 
 # ------------------------------------------------------------------- what others made on our tables
@@ -389,7 +392,7 @@ def test_a_migration_that_objects_of_others_block_names_them_and_their_owners(
 ):
     """Views, materialized views, functions, tables: whatever PostgreSQL refuses a change for."""
     shutil.copytree(FOLDER, tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(migrating, "_IN_WHEEL", tmp_path / "migrations")
+    monkeypatch.setattr(applying, "_IN_WHEEL", tmp_path / "migrations")
     newest = tmp_path / "migrations" / "versions" / "9999_change.py"
     before = catalogue(migrated)
     run = InProcess(monkeypatch, capsys)

@@ -27,7 +27,7 @@ from pipeline.projectors.orders import orders
 from pipeline.projectors.users import users
 from pipeline.readmodel import Children, EntityTable, date, integer, quantity, text, uuid
 from pipeline.rebuild.rebuild import rebuild, rebuild_in_place
-from pipeline.schema.migrate import migrate, planned, set_up
+from pipeline.schema.migrate import migrate, planned
 from tests.declared import with_field, with_models, with_more, without_field
 from tests.given import Event, Given, event, order_event, some_id
 
@@ -176,7 +176,7 @@ def test_one_file_adds_a_read_model_and_one_file_a_view(given, tmp_path):
     declared = catalogue.load((tmp_path,))
 
     due = planned(given.database.url, declared)
-    done = set_up(given.database.url, declared)
+    done = migrate(given.database.url, declared)
     given([letter(number) for number in range(6)]).project(declared.by_name["letters"])
 
     assert [str(step) for step in due.steps] == [
@@ -191,7 +191,7 @@ def test_one_file_adds_a_read_model_and_one_file_a_view(given, tmp_path):
     ]
     assert "CREATE TABLE upvest.letters (" in executed(given, "upvest.letters")
     assert "CREATE VIEW" in executed(given, "upvest.letters_per_stamp")
-    assert set_up(given.database.url, declared).is_empty
+    assert migrate(given.database.url, declared).is_empty
 
 
 def test_views_that_read_each_other_are_made_in_any_order(given):
@@ -222,7 +222,7 @@ def test_a_table_that_was_dropped_by_hand_is_recreated_and_filled(letters, table
         letters.rows(table),
         letters.query("TABLE upvest.holdings"),
     ) == before
-    assert set_up(letters.database.url, V1).is_empty
+    assert migrate(letters.database.url, V1).is_empty
 
 
 def test_a_view_that_was_changed_by_hand_is_restored(letters):
@@ -232,7 +232,7 @@ def test_a_view_that_was_changed_by_hand_is_restored(letters):
         "SELECT 'x'::text AS stamp, 1::bigint AS letters"
     )
 
-    steps = set_up(letters.database.url, V1).steps
+    steps = migrate(letters.database.url, V1).steps
 
     assert [str(step) for step in steps] == [
         "upvest.letters_per_stamp: replace view: somebody changed it"
@@ -251,7 +251,7 @@ def test_a_table_that_was_changed_by_hand_is_rebuilt_as_declared(letters, change
     rows = letters.rows("letters")
     letters.execute(change)
 
-    steps = set_up(letters.database.url, V1).steps
+    steps = migrate(letters.database.url, V1).steps
     marked = letters.scalar("SELECT fingerprint FROM pipeline.projectors")
     rebuild(letters.engine, LETTERS)
 
@@ -260,7 +260,7 @@ def test_a_table_that_was_changed_by_hand_is_rebuilt_as_declared(letters, change
     assert sorted(
         map(str, letters.query("SELECT letter_id, stamp, weight FROM upvest.letters"))
     ) == (sorted(str((row.letter_id, row.stamp, row.weight)) for row in rows))
-    assert set_up(letters.database.url, V1).is_empty
+    assert migrate(letters.database.url, V1).is_empty
 
 
 # ----------------------------------------------------------------------------------------- in place
@@ -276,7 +276,7 @@ def test_an_additive_change_is_made_in_place_under_an_analysts_view(letters, ann
     changed = with_field(changed, "weight", indexed=False)
     release = with_models(changed, letters_per_stamp=PER_STAMP)
 
-    done = set_up(letters.database.url, release)
+    done = migrate(letters.database.url, release)
     rebuild(letters.engine, changed)
 
     assert letters.scalar("SELECT 'upvest.letters'::regclass::oid") == before
@@ -294,7 +294,7 @@ def test_an_additive_change_is_made_in_place_under_an_analysts_view(letters, ann
         "drop index letters_weight_idx",
         "create index letters_stamp_idx",
     ]
-    assert set_up(letters.database.url, release).is_empty
+    assert migrate(letters.database.url, release).is_empty
 
 
 INDEXES = "SELECT indexname FROM pg_indexes WHERE tablename = 'letters' ORDER BY 1"
@@ -306,7 +306,7 @@ def test_an_index_that_a_kill_left_invalid_is_recreated(letters):
         "WHERE indexrelid = 'upvest.letters_weight_idx'::regclass"
     )
 
-    steps = set_up(letters.database.url, V1).steps
+    steps = migrate(letters.database.url, V1).steps
 
     assert [step.what for step in steps] == [
         "drop index letters_weight_idx",
@@ -315,7 +315,7 @@ def test_an_index_that_a_kill_left_invalid_is_recreated(letters):
     assert letters.scalar(
         "SELECT indisvalid FROM pg_index WHERE indexrelid = 'upvest.letters_weight_idx'::regclass"
     )
-    assert set_up(letters.database.url, V1).is_empty
+    assert migrate(letters.database.url, V1).is_empty
 
 
 # ------------------------------------------------------------------------------------- by a rebuild
@@ -325,7 +325,7 @@ def test_a_table_with_changed_types_is_built_separately_and_swapped_in_under_rea
     release = with_models(NUMBERS, letters_per_stamp=PER_STAMP)
     letters.execute("GRANT SELECT ON upvest.letters_per_stamp, upvest.letters TO pg_monitor")
     with reading(letters, "SELECT 1 / sign(sum(letters)) FROM upvest.letters_per_stamp") as errors:
-        steps = set_up(letters.database.url, release).steps
+        steps = migrate(letters.database.url, release).steps
         unchanged = letters.scalar("SELECT pg_typeof(weight)::text FROM upvest.letters LIMIT 1")
         difference = rebuild(letters.engine, NUMBERS)
 
@@ -340,7 +340,7 @@ def test_a_table_with_changed_types_is_built_separately_and_swapped_in_under_rea
         assert letters.scalar(may)
     letters.execute("TRUNCATE upvest.letters")
     assert len(letters.project(NUMBERS)) == 30
-    assert set_up(letters.database.url, release).is_empty
+    assert migrate(letters.database.url, release).is_empty
 
 
 @pytest.mark.parametrize("changed", [ANOTHER_KEY, without_field(LETTERS, "weight")])
@@ -356,7 +356,7 @@ def test_a_table_with_another_key_or_a_removed_column_is_swapped_in(letters, cha
     columns = {column.name for column in changed.tables[0].columns}
     assert set(letters.rows("letters")[0]._fields) == columns
     assert letters.scalar("SELECT sum(letters) FROM upvest.letters_per_stamp") == 30
-    assert set_up(letters.database.url, release).is_empty
+    assert migrate(letters.database.url, release).is_empty
 
 
 def test_a_view_that_needs_a_rebuilt_table_is_created_after_the_rebuild(letters):
@@ -378,7 +378,7 @@ def test_a_view_that_needs_a_rebuilt_table_is_created_after_the_rebuild(letters)
     assert before == 30
     # Added in place, and so empty until the rebuild; or in the view only after the swap.
     assert letters.scalar("SELECT sum(letters) FROM upvest.letters_per_stamp") == sum(range(30))
-    assert set_up(letters.database.url, release).is_empty
+    assert migrate(letters.database.url, release).is_empty
 
 
 OF_OTHERS = {
@@ -462,11 +462,11 @@ def test_a_table_moves_schema_when_a_column_becomes_personal_and_back(letters, a
     anna.execute("CREATE VIEW bi.mine AS SELECT weight FROM upvest.letters")
     before = state(letters)
 
-    moved = set_up(letters.database.url, secret)
+    moved = migrate(letters.database.url, secret)
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         anna.execute("SELECT * FROM bi.mine")
     shown = letters.query("SELECT * FROM upvest.letters LIMIT 1")[0]._fields
-    assert set_up(letters.database.url, secret).is_empty
+    assert migrate(letters.database.url, secret).is_empty
     anna.execute("DROP VIEW bi.mine")
     letters.execute("GRANT SELECT ON upvest.letters_per_stamp TO pg_monitor")
     migrate(letters.database.url, V1)
@@ -481,7 +481,79 @@ def test_a_table_moves_schema_when_a_column_becomes_personal_and_back(letters, a
     ]
     may = "SELECT has_table_privilege('pg_monitor', 'upvest.letters_per_stamp', 'SELECT')"
     assert letters.scalar(may)
-    assert set_up(letters.database.url, V1).is_empty
+    assert migrate(letters.database.url, V1).is_empty
+
+
+@pytest.mark.parametrize("is_personal", [False, True], ids=["moves in", "moves out"])
+def test_a_move_that_also_needs_a_replacement_is_refused_before_anything_moves(
+    letters, anna, is_personal
+):
+    secret = with_field(LETTERS, "weight", personal=True)
+    if is_personal:
+        migrate(letters.database.url, with_models(secret, letters_per_stamp=PER_STAMP))
+    anna.execute("RESET ROLE")
+    table = "upvest_personal.letters" if is_personal else "upvest.letters"
+    anna.execute(f"CREATE VIEW bi.mine AS SELECT weight FROM {table}".encode())
+    changed = NUMBERS if is_personal else with_field(NUMBERS, "weight", personal=True)
+    release = with_models(changed, letters_per_stamp=PER_STAMP)
+    before = state(letters)
+
+    for command in (planned, migrate):
+        with pytest.raises(ConfigurationError, match=r"letters must be replaced.*bi\.mine"):
+            command(letters.database.url, release)
+
+    assert state(letters) == before
+    anna.execute("DROP VIEW bi.mine")
+    due = planned(letters.database.url, release)
+    assert migrate(letters.database.url, release).steps == due.steps
+    rebuild(letters.engine, changed)
+    assert migrate(letters.database.url, release).is_empty
+
+
+def test_a_name_that_a_move_needs_and_somebody_else_has_is_refused_before_anything_moves(letters):
+    letters.execute("CREATE TABLE upvest_personal.letters (mine text)")
+    secret = with_models(with_field(LETTERS, "weight", personal=True), letters_per_stamp=PER_STAMP)
+    before = state(letters)
+
+    with pytest.raises(ConfigurationError, match=r"upvest_personal\.letters exists, and"):
+        migrate(letters.database.url, secret)
+
+    assert state(letters) == before
+
+
+HEAVY = """\
+-- Personal data: shown
+CREATE VIEW upvest_personal.heavy AS SELECT weight FROM upvest_personal.letters;
+"""
+
+
+def test_a_dbas_grants_stay_where_data_is_personal_no_more_and_go_where_it_becomes_personal(
+    letters, anna
+):
+    role = f"anna_{letters.database.name}"
+    views = {"letters_per_stamp": PER_STAMP, "heavy": HEAVY}
+    secret = with_models(with_field(LETTERS, "weight", personal=True), **views)
+    shown = HEAVY.replace("upvest_personal", "upvest").replace("shown", "none, reviewed 2026-11-29")
+    public = with_models(LETTERS, **{**views, "heavy": shown})
+    names = ("letters", "letters_per_stamp", "heavy")
+    anna.execute("RESET ROLE")
+    migrate(letters.database.url, secret)
+    anna.execute(f"GRANT SELECT ON upvest_personal.heavy TO {role}".encode())
+    anna.execute(f"GRANT SELECT ON upvest.letters, upvest.letters_per_stamp TO {role}".encode())
+
+    migrate(letters.database.url, public)
+    anna.execute(f"SET ROLE {role}".encode())
+    read = [anna.execute(f"SELECT count(*) FROM upvest.{name}".encode()) for name in names]
+    found = [rows.fetchone() for rows in read]
+    anna.execute("RESET ROLE")
+    migrate(letters.database.url, secret)
+
+    assert found == [(30,), (3,), (30,)]
+    may = f"SELECT has_table_privilege('{role}', :name, 'SELECT')"
+    assert not letters.scalar(may, name="upvest_personal.heavy")
+    assert not letters.scalar(may, name="upvest_personal.letters")
+    assert letters.scalar(may, name="upvest.letters_per_stamp")
+    assert migrate(letters.database.url, secret).is_empty
 
 
 @pytest.mark.parametrize("failpoint", ["after_closing", "mid_read_models"])
@@ -573,7 +645,7 @@ def test_migrate_killed_at_random_moments_ends_like_an_undisturbed_migrate(lette
     assert str(-signal.SIGKILL) in killed.stdout.split()
     assert state(letters)[0] == state(undisturbed)[0]
     assert comparable(letters) == comparable(undisturbed)
-    assert set_up(letters.database.url, BIG).is_empty
+    assert migrate(letters.database.url, BIG).is_empty
     undisturbed.close()
 
 
@@ -591,7 +663,7 @@ def test_two_concurrent_migrations_change_read_models_once_while_workers_run(let
         worker = pool.submit(project)
         letters([order_event("NEW", at=1)])
         try:
-            both = list(pool.map(lambda _: set_up(letters.database.url, BIG), range(2)))
+            both = list(pool.map(lambda _: migrate(letters.database.url, BIG), range(2)))
         finally:
             stop.set()
         worker.result()

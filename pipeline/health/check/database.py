@@ -22,8 +22,9 @@ from pipeline.log import protection
 from pipeline.projection import registry
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.schema.bookkeeping import our_tables
 from pipeline.schema.drift import drift
-from pipeline.schema.migrate import check_schema, our_tables
+from pipeline.schema.revisions import check_schema
 
 
 def check_database(engine: Engine, catalogue: Catalogue) -> Iterator[Result]:

@@ -123,7 +123,7 @@ class _Scenario:
         screen.fact("Kafka (a mock)", broker.bootstrap_servers, str(took))
         took = _Stopwatch()
         with screen.waiting("migrating"):
-            applied = migrate(postgres.url())
+            applied = migrate(postgres.url()).applied
         screen.fact("pipeline migrate", f"{len(applied)} migrations", str(took))
         self._engine = environment.open_engine()
         self._start_workers()

@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sqlalchemy import Connection, text
-from sqlalchemy.dialects import postgresql
 
 from pipeline.db import LOG_SCHEMA, translated
+from pipeline.db.identifiers import quote_if_needed as quote
+from pipeline.db.identifiers import statement as as_text
 from pipeline.errors import ConfigurationError
 from pipeline.schema.roles.rights import (
     MEMBERSHIPS,
@@ -148,8 +149,6 @@ SELECT attname::text FROM pg_attribute
 WHERE attrelid = to_regclass(:relation) AND attnum > 0 AND NOT attisdropped
 """)
 
-_quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
-
 
 def check_prefix(prefix: str) -> str:
     """The prefix, if roles may be called so.
@@ -184,7 +183,7 @@ def act_as_owner(db: Connection, prefix: str) -> None:
             f"{owner} owns the schemas, and this login may not act as it: GRANT {owner} TO {login}"
         )
     with translated():
-        db.execute(text(f"SET ROLE {_quote(owner)}"))
+        db.execute(text(f"SET ROLE {quote(owner)}"))
 
 
 def role_statements(db: Connection, prefix: str) -> list[str]:
@@ -258,7 +257,7 @@ def close_columns(
     may = [f"{prefix}{PERSONAL}"] if prefix else []
     there = list(db.execute(COLUMNS, {"relation": relation}).scalars())
     closed = [name for name in there if name in hidden]
-    rest = ", ".join(_quote(name) for name in there if name not in hidden)
+    rest = ", ".join(quote(name) for name in there if name not in hidden)
     statements: list[str] = []
     take, give = "REVOKE SELECT {}ON {} FROM {} CASCADE", "GRANT SELECT ({}) ON {} TO {}"
     for role in _readers(db, relation, may):
@@ -266,7 +265,7 @@ def close_columns(
         statements.append(give.format(rest, relation, role))
     for role, column in _readers_of_columns(db, relation, may):
         if column in closed:
-            statements.append(take.format(f"({_quote(column)}) ", relation, role))
+            statements.append(take.format(f"({quote(column)}) ", relation, role))
     exposing = db.execute(EXPOSING, {"relation": relation, "columns": closed}).scalars()
     for view in exposing.all():
         statements += [take.format("", view, role) for role in _readers(db, view, may)]
@@ -294,7 +293,7 @@ def missing_roles(db: Connection, prefix: str) -> list[str]:
 def execute(db: Connection, statements: Iterable[str]) -> None:
     """Run statements; they come from here."""
     for statement in statements:
-        db.execute(text(statement.replace(":", r"\:")))
+        db.execute(as_text(statement))
 
 
 def _difference(db: Connection, prefix: str, rights: set[Right], kinds: set[str]) -> list[str]:
@@ -310,9 +309,11 @@ def _difference(db: Connection, prefix: str, rights: set[Right], kinds: set[str]
     }
     surplus, missing = granted - rights, rights - granted
     # To take a right on a table is to take it on each of its columns too.
-    whole = {(one.name, one.role, one.privilege) for one in surplus if not one.column}
+    whole = {(right.name, right.role, right.privilege) for right in surplus if not right.column}
     missing |= {
-        one for one in rights if one.column and (one.name, one.role, one.privilege) in whole
+        right
+        for right in rights
+        if right.column and (right.name, right.role, right.privilege) in whole
     }
     signatures = {row.name: row.full for row in db.execute(SIGNATURES, {"schemas": list(SCHEMAS)})}
     return [
@@ -326,37 +327,39 @@ def _statements(
 ) -> Iterator[str]:
     """As few as it takes: objects with the same rights of the same role go together."""
     privileges: dict[tuple[str, str, str], dict[str, set[str]]] = defaultdict(dict)
-    for one in rights:
-        of_object = privileges[one.role, one.kind, one.name]
-        of_object.setdefault(one.privilege, set()).add(one.column)
+    for right in rights:
+        of_object = privileges[right.role, right.kind, right.name]
+        of_object.setdefault(right.privilege, set()).add(right.column)
     together: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for (role, kind, name), of_object in privileges.items():
-        said = ", ".join(_privilege(one, columns) for one, columns in sorted(of_object.items()))
-        together[role, kind, said].append(name)
-    for (role, kind, said), names in sorted(together.items()):
+        granted = ", ".join(
+            _privilege(name, columns) for name, columns in sorted(of_object.items())
+        )
+        together[role, kind, granted].append(name)
+    for (role, kind, granted), names in sorted(together.items()):
         grantee = prefix + role
         if kind == "DEFAULT":
             for schema in sorted(names):
                 yield (
                     f"ALTER DEFAULT PRIVILEGES FOR ROLE {prefix}{OWNER} IN SCHEMA {schema} "
-                    + form.format(f"{said} ON TABLES", grantee)
+                    + form.format(f"{granted} ON TABLES", grantee)
                 )
             continue
         objects = ", ".join(
             signatures[name] if kind == "FUNCTION" else _name(name, kind) for name in sorted(names)
         )
-        yield form.format(f"{said} ON {kind} {objects}", grantee)
+        yield form.format(f"{granted} ON {kind} {objects}", grantee)
 
 
 def _privilege(privilege: str, columns: set[str]) -> str:
     named = sorted(columns - {""})
     if not named:
         return privilege
-    listed = f"{privilege} ({', '.join(_quote(name) for name in named)})"
+    listed = f"{privilege} ({', '.join(quote(name) for name in named)})"
     return f"{privilege}, {listed}" if "" in columns else listed
 
 
 def _name(name: str, kind: str) -> str:
     if kind == "DATABASE":
-        return _quote(name)
-    return ".".join(_quote(part) for part in name.split("."))
+        return quote(name)
+    return ".".join(quote(part) for part in name.split("."))

@@ -1,4 +1,4 @@
-"""Read models and views, made as they are declared: the plan, and its execution step by step.
+"""Read models and views, made as they are declared: the plan, executed step by step.
 
 Each step is a transaction of its own and is planned from what is there, so the next command
 continues a killed one. What was executed is kept in ``pipeline.schema_changes``.
@@ -12,39 +12,19 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints
 from pipeline.catalogue import Catalogue
-from pipeline.db import READ_SCHEMA, translated
-from pipeline.errors import DEADLOCK, ConfigurationError, TransientError
-from pipeline.schema import objects, plan, roles
+from pipeline.db import READ_SCHEMA, table_locks, translated
+from pipeline.db.identifiers import relation, statement
+from pipeline.errors import ConfigurationError
+from pipeline.schema import objects, plan, plan_tables, plan_views, roles
 from pipeline.schema.declared import DeclaredTable, DeclaredView, plain_view, tables_of, views_of
-from pipeline.schema.plan import Step
+from pipeline.schema.step import Step
 
 log = structlog.get_logger(__name__)
 
-LOCK_ATTEMPTS_MAX = 20
-"""How often a step asks for the locks that it needs; each time for LOCK_WAIT."""
-# A waiting request makes later readers and writers wait behind it, so it must give up soon.
-LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
-# The lock was not to be had in time, or the session lost a deadlock with a worker's.
-_LOCKS = frozenset({"55P03", DEADLOCK})
 # A column or relation that a later step makes: that view is made after it.
 _NOT_YET = frozenset({"42P01", "42703"})
 # CREATE OR REPLACE VIEW cannot drop or rename columns.
 _OTHER_COLUMNS = "42P16"
-
-
-def planned(db: Connection, catalogue: Catalogue) -> list[Step]:
-    """What ``make`` would do now; nothing is changed.
-
-    Raises:
-        ConfigurationError: Objects of others are in the way; the text names each.
-    """
-    moves = list(plan.moves(db, tables_of(catalogue)))
-    moved = {step.name for step in moves}
-    staying = [table for table in tables_of(catalogue) if table.name not in moved]
-    views = [view for view in views_of(catalogue) if view.name.partition(".")[2] not in {
-        name.partition(".")[2] for name in moved
-    }]  # fmt: skip
-    return [*moves, *plan.tables(db, staying), *plan.views(db, views)]
 
 
 def make(db: Connection, catalogue: Catalogue, done: Callable[[Step], None]) -> None:
@@ -57,13 +37,18 @@ def make(db: Connection, catalogue: Catalogue, done: Callable[[Step], None]) -> 
 
     Raises:
         ConfigurationError: Objects of others are in the way; nothing was done to what they are on.
-        TransientError: The server is unavailable, or a lock was not to be had; repeat.
+        TransientError: The server is unavailable, or a table stayed locked; repeat.
     """
-    declared = tables_of(catalogue)
+    tables, views = tables_of(catalogue), views_of(catalogue)
     with db.begin():
         # Everything that would be refused is refused before anything changes.
-        planned(db, catalogue)
-    for steps in (lambda: plan.moves(db, declared), lambda: plan.tables(db, declared)):
+        plan.planned(db, catalogue)
+    phases: list[Callable[[], Iterable[Step]]] = [
+        lambda: plan.moves(db, tables),
+        lambda: plan_views.moves_out(db, views),
+        lambda: plan_tables.tables(db, tables),
+    ]
+    for steps in phases:
         for step in _read(db, steps):
             _execute(db, step)
             done(step)
@@ -85,19 +70,18 @@ def close_personal_columns(db: Connection, prefix: str | None, catalogue: Catalo
     Returns:
         The statements, executed.
     """
-    recorded, there = objects.recorded(db), objects.relations(db, plan.SCHEMAS)
+    recorded, found = objects.recorded(db), objects.relations(db, objects.READ_SCHEMAS)
     closed: list[str] = []
     for table in tables_of(catalogue):
         name = f"{READ_SCHEMA}.{table.table.name}"
-        if not table.personal or name not in there or name not in recorded:
+        if not table.personal or name not in found or name not in recorded:
             continue
-        if there[name].kind == "r":
-            closed += roles.close_columns(db, prefix, plan.quoted(name), table.personal)
-        elif recorded[name].is_ours and plan.shows(db, there[name].oid, table.personal):
-            kept = plan.with_kept_columns(db, plain_view(table), there[name].oid)
-            statement = kept.definition.replace("CREATE VIEW", "CREATE OR REPLACE VIEW", 1)
-            _run(db, [statement])
-            closed.append(statement)
+        if found[name].kind == "r":
+            closed += roles.close_columns(db, prefix, relation(name), table.personal)
+        elif recorded[name].is_ours and plan_views.shows(db, found[name].oid, table.personal):
+            view = plan_views.with_kept_columns(db, plain_view(table), found[name].oid)
+            _run(db, [view.replacement])
+            closed.append(view.replacement)
     return closed
 
 
@@ -113,22 +97,22 @@ def _execute(db: Connection, step: Step) -> None:
 
     def attempt() -> None:
         with translated(), db.begin():
-            db.execute(LOCK_WAIT)
+            table_locks.limit_wait(db)
             _run(db, step.statements)
             _record(db, step)
             failpoints.reach("mid_read_models")
 
-    _with_locks(step, attempt)
+    table_locks.retry(attempt, step.name)
 
 
 def _execute_beside(db: Connection, step: Step) -> None:
     """A statement that PostgreSQL refuses in a transaction; what it leaves if killed is found."""
     with translated():
-        alone = db.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        with alone:
-            alone.execute(text(f"SET ROLE {db.execute(CURRENT_ROLE).scalar_one()}"))
+        beside = db.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        with beside:
+            beside.execute(text(f"SET ROLE {db.execute(CURRENT_ROLE).scalar_one()}"))
             db.rollback()
-            _run(alone, step.statements)
+            _run(beside, step.statements)
     with translated(), db.begin():
         _record(db, step)
 
@@ -136,23 +120,9 @@ def _execute_beside(db: Connection, step: Step) -> None:
 CURRENT_ROLE = text("SELECT quote_ident(current_user)")
 
 
-def _with_locks(step: Step, attempt: Callable[[], None]) -> None:
-    """Repeat what needs the lock of a table that workers and readers use."""
-    for number in range(1, LOCK_ATTEMPTS_MAX):
-        try:
-            attempt()
-        except TransientError as error:
-            if error.sqlstate not in _LOCKS:
-                raise
-            log.warning("waiting_for_lock", object=step.name, attempt=number, reason=str(error))
-        else:
-            return
-    attempt()
-
-
 def _run(db: Connection, statements: Iterable[str]) -> None:
-    for statement in statements:
-        db.execute(text(statement.replace(":", r"\:")))
+    for sql in statements:
+        db.execute(statement(sql))
 
 
 def _record(db: Connection, step: Step) -> None:
@@ -178,7 +148,7 @@ def _make_views(db: Connection, catalogue: Catalogue) -> Iterator[Step]:
 
     Where a rebuild must replace a table first, a view that reads its new columns waits for that.
     """
-    waiting = _read(db, lambda: plan.views(db, views_of(catalogue)))
+    waiting = _read(db, lambda: plan_views.views(db, views_of(catalogue)))
     while waiting:
         later: list[tuple[Step, str]] = []
         for step in waiting:
@@ -208,7 +178,7 @@ def _leave_to_rebuild(
     """
     step, reason = waiting[0]
     with db.begin():
-        tables = plan.awaiting_rebuild(db, tables_of(catalogue))
+        tables = plan_tables.awaiting_rebuild(db, tables_of(catalogue))
         if not tables:
             raise ConfigurationError(
                 f"view {step.name} cannot be made: {reason}. Correct its file, then repeat "
@@ -234,7 +204,7 @@ def _execute_view(db: Connection, step: Step) -> None:
 
     def attempt() -> None:
         with translated(), db.begin():
-            db.execute(LOCK_WAIT)
+            table_locks.limit_wait(db)
             try:
                 _replace(db, view)
             except DBAPIError as error:
@@ -245,7 +215,7 @@ def _execute_view(db: Connection, step: Step) -> None:
             objects.record(db, step.name, "view", view.definition, {})
             failpoints.reach("mid_read_models")
 
-    _with_locks(step, attempt)
+    table_locks.retry(attempt, step.name)
 
 
 def _primary(error: DBAPIError) -> str:
@@ -255,21 +225,20 @@ def _primary(error: DBAPIError) -> str:
 
 def _replace(db: Connection, view: DeclaredView) -> None:
     """Make the view, in place where its columns allow it; views of ours on it are made again."""
-    in_place = view.definition.replace("CREATE VIEW", "CREATE OR REPLACE VIEW", 1)
     try:
         with db.begin_nested():
-            _run(db, [in_place])
+            _run(db, [view.replacement])
     except DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) != _OTHER_COLUMNS:
             raise
     else:
         return
-    there = objects.relations(db, plan.SCHEMAS)[view.name]
-    ours, others = plan.dependents(db, there.oid)
+    found = objects.relations(db, objects.READ_SCHEMAS)
+    oid = found[view.name].oid
+    ours, others = plan_views.dependents(db, oid)
     if others and view.of_table is not None:
-        kept = plan.with_kept_columns(db, view, there.oid)
         log.warning("view_keeps_columns", view=view.name, needed_by=others)
-        _run(db, [kept.definition.replace("CREATE VIEW", "CREATE OR REPLACE VIEW", 1)])
+        _run(db, [plan_views.with_kept_columns(db, view, oid).replacement])
         return
     if others:
         raise ConfigurationError(
@@ -277,13 +246,11 @@ def _replace(db: Connection, view: DeclaredView) -> None:
             f"{'; '.join(others)}. It is left as it is. Have their owners drop them, repeat "
             "`pipeline migrate`, and make them again"
         )
-    recorded, relations = objects.recorded(db), objects.relations(db, plan.SCHEMAS)
+    recorded = objects.recorded(db)
     grants = [
-        statement
-        for name in [view.name, *ours]
-        for statement in plan.grants_on(db, relations[name].oid)
+        grant for name in [view.name, *ours] for grant in plan_views.grants_on(db, found[name].oid)
     ]
-    _run(db, [f"DROP VIEW {plan.quoted(name)}" for name in [*reversed(ours), view.name]])
+    _run(db, [f"DROP VIEW {relation(name)}" for name in [*reversed(ours), view.name]])
     _run(db, [view.definition])
     for name in ours:
         _run(db, [recorded[name].definition])

@@ -88,8 +88,6 @@ BEGIN
      WHERE o.name = pipeline.read_model_name(read_model);
     of_schema := split_part(entry.name, '.', 1);
     live := entry.name::regclass;
-    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', live);
-    grants := pipeline.grants_of(live);
     our_views := pipeline.own_views_on(live);
     SELECT coalesce(array_agg(g.statement ORDER BY v.place), '{}') INTO view_grants
       FROM unnest(our_views) WITH ORDINALITY AS v(name, place)
@@ -98,6 +96,9 @@ BEGIN
                  ORDER BY v.place DESC LOOP
         EXECUTE format('DROP VIEW %s', part.name::regclass);
     END LOOP;
+    -- Last, as a reader of a view locks the view before the table: else each waits for the other.
+    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', live);
+    grants := pipeline.grants_of(live);
     EXECUTE format('DROP TABLE %s', live);
     EXECUTE format('ALTER TABLE pipeline_shadow.%I SET SCHEMA %I', read_model, of_schema);
     FOR part IN SELECT key AS name, value AS columns

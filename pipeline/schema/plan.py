@@ -5,6 +5,7 @@ named and the plan refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -57,23 +58,22 @@ def moves(db: Connection, tables: Iterable[DeclaredTable]) -> Iterator[Step]:
             f"ALTER TABLE {relation(before)} SET SCHEMA {table.table.schema}",
             objects.rename_statement(before, table.name),
         ]
+        ours, others = dependents(db, found[before].oid)
+        renamed = [recorded[name] for name in ours if name != table.name]
         if table.personal:
-            ours, others = dependents(db, found[before].oid)
-            views = [recorded[name] for name in ours]
             closed = (
                 f"; no longer readable: {', '.join(others)}, unless the owner may read personal "
                 "data. A materialized view keeps its copy until it is refreshed or dropped"
             )
             what = f"move from {before}, as a column is personal{closed if others else ''}"
-            # They show the table's new name; what somebody changed in them stays to be found.
-            renamed = tuple(
-                DeclaredView(view.name, view.definition)
-                for view in views
-                if view.query == view.details.get("query")
-            )
-            yield Step(table.name, what, tuple(move), table, remade=renamed)
+            step = Step(table.name, what, tuple(move), table)
         else:
-            yield _move_out(db, table, before, move, recorded, found)
+            step = _move_out(db, table, before, move, recorded, found)
+        # They show the table's new name. What somebody changed in them stays to be found.
+        unchanged = [view for view in renamed if view.query == view.details.get("query")]
+        views = {view.name: DeclaredView(view.name, view.definition) for view in unchanged}
+        views |= {view.name: view for view in step.remade}
+        yield replace(step, remade=tuple(views.values()))
 
 
 def _move_out(

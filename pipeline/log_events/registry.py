@@ -352,8 +352,8 @@ _READ_MODELS = (
     LogEvent(
         "table_locked",
         "info",
-        "another session holds a lock on a table that `migrate` or a rebuild must lock; the command "
-        "tries again",
+        "another session holds a lock on a table that `migrate` or a rebuild must lock; the "
+        "command tries again",
     ),
 )
 

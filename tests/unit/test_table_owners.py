@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pipeline
 from pipeline.db import metadata
-from pipeline.schema.migrate import declare_tables
+from pipeline.schema.bookkeeping import declare_tables
 
 PACKAGE = Path(pipeline.__file__).parent
 

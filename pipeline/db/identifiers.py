@@ -1,9 +1,9 @@
-"""Names, texts and types, as SQL of PostgreSQL writes them."""
+"""Names, texts, types and whole statements, as text of PostgreSQL's SQL."""
 
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Table, TextClause, text
+from sqlalchemy import Table, TextClause, UpdateBase, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeEngine
 
@@ -44,6 +44,11 @@ def literal(value: str) -> str:
 def statement(sql: str) -> TextClause:
     """A statement without parameters: a colon in it is a colon."""
     return text(sql.replace(":", r"\:"))
+
+
+def as_sql(statement: UpdateBase) -> str:
+    """A statement with its values written in it, which are names of declared objects."""
+    return str(statement.compile(dialect=DIALECT, compile_kwargs={"literal_binds": True}))
 
 
 def type_name(of: TypeEngine[Any]) -> str:

@@ -18,10 +18,10 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert
 
 from pipeline.db import LOG_SCHEMA, metadata
+from pipeline.db.identifiers import as_sql
 
 projectors = Table(
     "projectors",
@@ -50,7 +50,6 @@ projectors = Table(
     comment="Each projector that has ever run. NAME@rebuild is a rebuild in progress.",
 )
 
-DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 LIVE = (
     select(projectors.c.projector).where(projectors.c.state == "live").subquery("live_projectors")
@@ -144,7 +143,7 @@ def stale_statement(projector: str) -> str:
         .where(projectors.c.projector == projector)
         .values(fingerprint="changed by hand")
     )
-    return str(stale.compile(dialect=DIALECT, compile_kwargs={"literal_binds": True}))
+    return as_sql(stale)
 
 
 def note_build_begun(db: Connection, projector: str, fingerprint: str) -> None:

@@ -25,7 +25,6 @@ RECHECK_S = 0.5
 """How often a migration looks whether another one has ended."""
 LOG_WAIT_S = 30.0
 """How often it logs that it waits."""
-HAS_LOCKS = text("SELECT to_regclass('pipeline.locks') IS NOT NULL")
 # Unique violation, duplicate schema, duplicate table: somebody was quicker.
 _MADE_BY_ANOTHER = frozenset({"23505", "42P06", "42P07"})
 # Rebuilds make and drop tables meanwhile: what should be granted and what is are seen at once.
@@ -205,7 +204,7 @@ def _make_lock_table(db: Connection) -> None:
     """Have the table of locks before any migration. Others may make it at the same time."""
     for _ in range(FIRST_TRIES_MAX):
         try:
-            if not db.execute(HAS_LOCKS).scalar_one():
+            if not locks.has_table(db):
                 db.execute(text(f"CREATE SCHEMA IF NOT EXISTS {LOG_SCHEMA}"))
                 locks.make_table(db)
             db.commit()

@@ -19,7 +19,6 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
-    UpdateBase,
     delete,
     text,
     update,
@@ -27,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, OID
 
 from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, metadata
-from pipeline.db.identifiers import DIALECT
+from pipeline.db.identifiers import as_sql
 
 READ_SCHEMAS = (READ_SCHEMA, PERSONAL_SCHEMA)
 """The schemas for readers, where tables and views are made from declarations."""
@@ -219,14 +218,9 @@ def note_change(db: Connection, name: str, statements: Sequence[str]) -> None:
 def rename_statement(before: str, after: str) -> str:
     """As SQL of a plan: the object has another name, in another schema."""
     of_name = declared_objects.c.name == before
-    return _as_sql(update(declared_objects).where(of_name).values(name=after))
+    return as_sql(update(declared_objects).where(of_name).values(name=after))
 
 
 def forget_statement(name: str) -> str:
     """As SQL of a plan: the object of this name is gone."""
-    return _as_sql(delete(declared_objects).where(declared_objects.c.name == name))
-
-
-def _as_sql(statement: UpdateBase) -> str:
-    # The values are names of declared objects.
-    return str(statement.compile(dialect=DIALECT, compile_kwargs={"literal_binds": True}))
+    return as_sql(delete(declared_objects).where(declared_objects.c.name == name))

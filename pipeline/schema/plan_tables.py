@@ -17,6 +17,7 @@ from sqlalchemy.schema import SchemaItem
 from pipeline.db import metadata
 from pipeline.db.identifiers import literal, quote, relation
 from pipeline.errors import ConfigurationError
+from pipeline.projection import registry
 from pipeline.schema import objects
 from pipeline.schema.declared import DeclaredTable
 from pipeline.schema.step import Step, refuse_others
@@ -129,7 +130,8 @@ def _alter(
     by_hand = [column for column in added if column in details.get("made", ())]
     if is_recorded:
         by_hand += replaced
-    mark = [_mark_stale(table)] if by_hand and _is_built(db, table) else []
+    is_built = registry.is_built(db, table.projector, table.fingerprint)
+    mark = [registry.stale_statement(table.projector)] if by_hand and is_built else []
     if replaced:
         _refuse_dependents(db, table, replaced)
         if not is_recorded or mark:
@@ -180,23 +182,6 @@ def _sorted(
 
 def _comparable(details: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in details.items() if not name.startswith("made")}
-
-
-IS_BUILT = text(
-    "SELECT EXISTS (SELECT FROM pipeline.projectors WHERE projector = :of AND fingerprint = :code)"
-)
-
-
-def _is_built(db: Connection, table: DeclaredTable) -> bool:
-    found = db.execute(IS_BUILT, {"of": table.projector, "code": table.fingerprint})
-    return bool(found.scalar_one())
-
-
-def _mark_stale(table: DeclaredTable) -> str:
-    return (
-        "UPDATE pipeline.projectors SET fingerprint = 'changed by hand' "  # noqa: S608 - declared
-        f"WHERE projector = {literal(table.projector)}"
-    )
 
 
 def awaiting_rebuild(db: Connection, declared: Sequence[DeclaredTable]) -> list[str]:

@@ -193,7 +193,9 @@ def test_while_kafka_is_unavailable_log_and_status_report_how_long_it_keeps_unre
         until(lambda: has_recorded_retention(database), "how long Kafka keeps it is recorded")
         private_kafka.pause()
         until(lambda: len(seconds_left(impatient, "Kafka")) > 2, "it is logged repeatedly")
-        until(lambda: "Kafka may delete the oldest unread event" in of_status(), "status reports it")
+        until(
+            lambda: "Kafka may delete the oldest unread event" in of_status(), "status reports it"
+        )
         until(lambda: 0 in seconds_left(impatient, "Kafka"), "the time is over")
         until(
             lambda: "may have deleted events" in of_status(), "status reports that the time is over"

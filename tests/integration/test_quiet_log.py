@@ -180,8 +180,6 @@ WEIGHED = {
     *("started", "stop_requested", "stopped", "workers_started", "workers_ended"),
     # Once per command on a read model or a topic.
     *("read_model_rebuilt", "read_model_compared", "rebuild_resumed", "partition_rewound"),
-    # Once per rebuild of what a new version of the program has changed.
-    "projectors_current",
     # Once per attempt to get a lock, of which there are at most twenty.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.

@@ -125,6 +125,9 @@ class GroupConsumer:
         self._client_id = str(config["client.id"])
         self._session_timeout_s = int(config.get("session.timeout.ms", SESSION_MS_DEFAULT)) / 1000
         self._listener: RebalanceListener | None = None
+        # Stored, because the commit of the last batch is sent from within close(): there the client
+        # may never answer memberid(), which holds the interpreter's lock (seen with librdkafka 2.16).
+        self._assigned_to = ""
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()
 
@@ -331,7 +334,7 @@ class GroupConsumer:
         """
         if not offsets:
             return
-        metadata = f"{COMMIT_METADATA}{installation}:{heartbeat}:{self.member_id}"
+        metadata = f"{COMMIT_METADATA}{installation}:{heartbeat}:{self._assigned_to}"
         commits = [
             TopicPartition(partition.topic, partition.number, offset, metadata)
             for partition, offset in offsets.items()
@@ -349,6 +352,7 @@ class GroupConsumer:
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         partitions = _partitions(assigned)
+        self._assigned_to = self.member_id
         try:
             starts = self._listener_of_group().on_assign(partitions)
         except Exception as error:  # noqa: BLE001 - stored for poll(), which raises it

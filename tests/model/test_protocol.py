@@ -82,7 +82,7 @@ def test_the_log_has_every_record_once_in_every_reachable_state(protocol, space)
     ],
 )
 def test_without_a_guard_the_same_search_finds_a_violation(protocol, space):
-    with pytest.raises(Violation, match=r"orders\[0\] below \d holds") as found:
+    with pytest.raises(Violation, match=r"orders:0 below \d holds") as found:
         Model(protocol, space).explore()
 
     print(found.value)

@@ -4,6 +4,10 @@ PYTHON ?= python3
 # Tests wait more than they work; each process has servers of its own.
 PROCESSES ?= 2
 BIN := .venv/bin
+# The order of the tests and what they choose at random follow from it: make test SEED=7 repeats a run.
+SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal \
+  --randomly-seed=$(SEED) --hypothesis-seed=$(SEED)
 UV := $(shell command -v uv 2>/dev/null)
 ifdef UV
 VENV := $(UV) venv --quiet --python $(PYTHON) .venv
@@ -14,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit soak check format coverage bench bench-quick migration lock clean
+.PHONY: help install demo test test-faults test-unit soak check format coverage bench bench-quick migration lock clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -31,14 +35,17 @@ install: .venv/.installed ## Everything into .venv, by the hashes of requirement
 demo: install ## A day at a broker, from Kafka into tables worth querying; nothing to set up
 	$(BIN)/pipeline demo
 
-test: check ## Everything: `make check`, then all tests, on real servers where they are to be had
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
+test: check ## `make check`, then the core of every promise and all quick tests, on real servers
+	$(PYTEST) -m "not benchmark and (core or not faults)"
+
+test-faults: install ## All other tests: faults, odd surroundings, five minutes of soak
+	$(PYTEST) -m "not benchmark and faults and not core"
 
 test-unit: install ## The tests that need no server; seconds
 	$(BIN)/python -m pytest tests/unit
 
 soak: install ## Everything at once under random faults, then judged: make soak MINUTES=60 SEED=7
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),5) --seed $(SEED)
 
 check: install ## Format, lint, types, import rules
 	$(BIN)/ruff format --check .

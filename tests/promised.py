@@ -6,12 +6,18 @@ last lines of the run report.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "guarantees.md"
+
+CORE = "not benchmark and (core or not faults)"
+"""What ``make test`` runs: of each promise at least one test."""
+REST = "not benchmark and faults and not core"
+"""What ``make test-faults`` runs: all other tests."""
 
 # On the command line, each of these options leaves tests out on purpose.
 _PARTS = ("keyword", "lf", "deselect", "ignore", "ignore_glob", "collectonly", "stepwise")
@@ -34,6 +40,7 @@ class PromisedTests:
         self._page = page
         self._passed: set[str] = set()
         self._others: dict[str, str] = {}
+        self._deselected: set[str] = set()
         self._unkept: Mapping[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -46,18 +53,38 @@ class PromisedTests:
         elif report.when == "call":
             self._passed.add(name)
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Under pytest-xdist only the workers collect tests; all collect the same."""
+        self._deselected |= {name_of(item.nodeid) for item in items}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take from a worker which tests it left out."""
+        self._deselected |= set(getattr(node, "workeroutput", {}).get("deselected", ()))
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Fail the run when a promised test did not run."""
-        if hasattr(self._config, "workerinput") or not self._is_whole(session):
+        if (output := getattr(self._config, "workeroutput", None)) is not None:
+            output["deselected"] = sorted(self._deselected)
             return
-        named = dict.fromkeys(re.findall(r"`(test_\w+)`", self._page.read_text()))
+        if not self._is_whole(session):
+            return
+        text = self._page.read_text()
         left_out = {name for names in self._not_run.values() for name in names}
+        if self._is_part():
+            left_out |= self._deselected
         self._unkept = {
             name: self._others.get(name, "did not run")
-            for name in named
+            for name in _tests(text)
             if name not in left_out and (name not in self._passed or name in self._others)
         }
+        if self._config.getoption("markexpr") == CORE:
+            self._unkept |= {
+                heading: "has no test in this run"
+                for heading, promise in _promises(text)
+                if _tests(promise) and set(_tests(promise)) <= self._deselected
+            }
         if self._unkept and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -77,7 +104,21 @@ class PromisedTests:
         wanted = {Path(given).resolve() for given in self._config.args}
         roots = {(root / path).resolve() for path in self._config.getini("testpaths")}
         by_marker = self._config.getoption("markexpr") in ("", "not benchmark")
-        return by_marker and wanted == roots and not session.shouldfail
+        return (by_marker or self._is_part()) and wanted == roots and not session.shouldfail
+
+    def _is_part(self) -> bool:
+        return self._config.getoption("markexpr") in (CORE, REST)
+
+
+def _tests(text: str) -> Sequence[str]:
+    return list(dict.fromkeys(re.findall(r"`(test_\w+)`", text)))
+
+
+def _promises(text: str) -> Iterator[tuple[str, str]]:
+    """Each promise of the page: its heading and its text."""
+    for promise in re.split(r"(?m)^(?=\*\*\d+\. |#)", text):
+        if heading := re.match(r"\*\*(\d+\. [^*]+)\*\*", promise):
+            yield heading[1], promise
 
 
 def name_of(nodeid: str) -> str:

@@ -125,8 +125,8 @@ class GroupConsumer:
         self._client_id = str(config["client.id"])
         self._session_timeout_s = int(config.get("session.timeout.ms", SESSION_MS_DEFAULT)) / 1000
         self._listener: RebalanceListener | None = None
-        # Stored, because the commit of the last batch is sent from within close(): there the client
-        # may never answer memberid(), which holds the interpreter's lock (seen with librdkafka 2.16).
+        # Stored, because the last commit is sent from within close(): there memberid() may never
+        # return, and it holds the interpreter's lock (seen with librdkafka 2.16).
         self._assigned_to = ""
         self._raised: BaseException | None = None
         self._paused: set[Partition] = set()

@@ -10,14 +10,11 @@ from tests.faults.harness import Bench
 from tests.servers import FAST_AND_UNSAFE, Kafka, PostgresServer
 from tests.servers.databases import Database, fresh_database
 
-HERE = Path(__file__).parent
 PARTITIONS = 4
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.faults)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.faults)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_a_dropped_table_halts_only_its_read_model(bench: Bench):
     bench.judge_read_models(feed.books)
 
 
+@pytest.mark.core
 def test_a_rebuild_that_is_killed_at_any_step_is_resumed(bench: Bench):
     with bench.feed(events=1500) as feed:
         sent = feed.wait()

@@ -26,6 +26,7 @@ STEPS = (
 )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("step", STEPS)
 def test_a_crash_at_any_step_neither_loses_nor_repeats_a_record(bench: Bench, step: str):
     crashing = bench.worker(fail=f"{step}:kill")

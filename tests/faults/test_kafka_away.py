@@ -89,6 +89,7 @@ def settings_of(database: Database, broker: MockBroker) -> Settings:
     )
 
 
+@pytest.mark.core
 @pytest.mark.timeout(240)
 def test_a_batch_is_committed_only_after_kafka_confirms_its_topic(
     private_kafka: KafkaServer, database: Database, tmp_path: Path

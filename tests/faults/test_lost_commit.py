@@ -35,6 +35,7 @@ def proxy(bench: Bench) -> Iterator[Proxy]:
         yield made
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("loss", [Loss.REQUEST, Loss.ANSWER])
 def test_a_lost_commit_or_answer_neither_loses_nor_repeats_a_record(
     bench: Bench, proxy: Proxy, loss: Loss

@@ -27,6 +27,7 @@ main()
 """The program with a shorter grace period."""
 
 
+@pytest.mark.core
 @pytest.mark.timeout(240)
 def test_the_same_process_continues_after_five_crashes_of_postgresql(
     shaky_postgres: Bench, private_postgres: PostgresServer

@@ -46,6 +46,7 @@ def test_workers_may_start_and_stop_continuously(bench: Bench, way: str):
     )
 
 
+@pytest.mark.core
 def test_partitions_that_are_paused_when_revoked_are_read_when_assigned_again(
     bench: Bench,
 ):

@@ -37,6 +37,7 @@ def test_a_worker_may_be_stopped_at_any_moment(bench: Bench):
     bench.finish(feed.ledger)
 
 
+@pytest.mark.core
 def test_a_worker_that_stops_hands_its_partitions_over_at_once(bench: Bench):
     first, second = (
         bench.worker(kafka_options=LONG_SESSION),

@@ -43,6 +43,7 @@ def next_offsets(bench: Bench, topic: str) -> dict[int, int]:
     }
 
 
+@pytest.mark.core
 def test_no_record_of_a_topic_recreated_under_a_running_worker_enters_the_log(
     bench: Bench, kafka: Kafka, topic: Callable[..., str], ledger: Ledger
 ):

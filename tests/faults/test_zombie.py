@@ -19,6 +19,7 @@ def resume_and_find_fenced(bench: Bench, zombie: Worker, next_owner: Worker) -> 
     zombie.wait_for_log("partitions_fenced", "member_timed_out")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_worker_stopped_past_its_session_writes_nothing_afterwards(bench: Bench, protocol: str):
     zombie = bench.worker(kafka_group_protocol=protocol)

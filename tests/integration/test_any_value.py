@@ -266,6 +266,7 @@ LETTERS = """
 """
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(400)
 @pytest.mark.both_postgres
 def test_each_event_is_applied_by_the_rules_or_rejected_for_a_wrong_column(

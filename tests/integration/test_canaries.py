@@ -222,6 +222,7 @@ def test_every_command_has_a_run_among_canaries():
     assert sorted(command_names()) == sorted(RUNS)
 
 
+@pytest.mark.faults
 def test_a_long_run_shows_no_canary_to_its_log_to_other_processes_or_in_a_crash(house):
     output = house.first_run.err
 
@@ -341,6 +342,7 @@ def test_no_command_shows_the_password_of_a_database_that_refuses_it(
     assert shown(*results) == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("command", ["check", "ingest", "simulate"])
 def test_a_login_that_kafka_refuses_shows_no_password(house, pipeline, monkeypatch, command):
     # A login takes the client a second or two, so questions get some more.

@@ -188,6 +188,7 @@ POSTGRES = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.postgres
 @pytest.mark.parametrize(("broken", "code", "words"), POSTGRES)
 def test_a_connection_to_postgresql_that_fails_is_named(
@@ -409,6 +410,7 @@ KAFKA = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.kafka
 @pytest.mark.parametrize(("how", "code", "words"), KAFKA)
 def test_a_connection_to_kafka_that_fails_is_named(secured_kafka, acme, database, how, code, words):

@@ -142,6 +142,7 @@ def test_the_second_signal_ends_at_once(commands, broker, database):
     assert count(database) == 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("failure", "event"),
     [
@@ -227,6 +228,7 @@ def test_several_workers_read_their_settings_from_the_named_file(commands, broke
     assert events == ["workers_started", "workers_ended"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("command", [["run"], ["project"], ["run", "--workers", "2"]])
 def test_stale_read_models_are_rebuilt_first(commands, broker, given, command):
     produce(broker)
@@ -642,6 +644,7 @@ def _examples(pipeline):
                 yield line.partition("#")[0].partition("|")[0].strip()
 
 
+@pytest.mark.faults
 def test_every_example_in_the_help_works(kafka, topic, given, pipeline):
     for partition in range(4):
         given([order_event("NEW", at=1, cash_amount="12,5")], partition=partition)

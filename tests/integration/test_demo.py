@@ -120,6 +120,7 @@ def test_the_demo_ends_with_every_check_held_and_leaves_nothing(room):
     assert re.search(r"All \d+ checks hold", ended.stdout)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("moment", ["1  Servers and workers", "2  A day at a broker"])
 def test_ctrl_c_before_the_end_leaves_nothing(room, moment):
     with subprocess.Popen(DEMO, env=room.environment, stdout=subprocess.PIPE, text=True) as running:
@@ -133,6 +134,7 @@ def test_ctrl_c_before_the_end_leaves_nothing(room, moment):
     assert room.is_empty(), room.processes()
 
 
+@pytest.mark.faults
 def test_a_killed_demo_leaves_nothing(room):
     with subprocess.Popen(DEMO, env=room.environment, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -142,6 +144,7 @@ def test_a_killed_demo_leaves_nothing(room):
     until(room.is_empty, "processes and folders of a killed demo go")
 
 
+@pytest.mark.faults
 def test_the_demo_fails_if_an_amount_is_wrong_by_a_cent(room):
     with subprocess.Popen(DEMO, env=room.environment, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -165,6 +168,7 @@ def test_the_demo_fails_if_an_amount_is_wrong_by_a_cent(room):
     assert not room.processes()
 
 
+@pytest.mark.faults
 def test_on_a_terminal_the_demo_runs_until_ctrl_c(room):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 92, 0, 0))

@@ -55,6 +55,7 @@ ORDERS = with_models(with_field(orders, "execution_flow", personal=True))
 """A release that declares one more column personal."""
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_object_of_another_owner_is_unchanged(given, cast, kind):
     anna = cast.login("analyst")
@@ -134,6 +135,7 @@ def test_views_of_analysts_on_a_plain_view_survive_and_show_nothing(given, cast)
     assert str(direct).startswith("42501")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("to", ["PUBLIC", "a role of the DBA", "one column"])
 def test_access_that_was_granted_otherwise_is_revoked_too(given, cast, to):
     login = cast.login()
@@ -150,6 +152,7 @@ def test_access_that_was_granted_otherwise_is_revoked_too(given, cast, to):
     )
 
 
+@pytest.mark.faults
 def test_a_personal_column_is_hidden_although_migrate_is_killed(given, cast):
     script = (
         "import os, sys; from pipeline import failpoints; from pipeline.schema import migrate; "

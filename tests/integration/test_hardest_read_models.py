@@ -28,7 +28,7 @@ from tests.planned_read_models import (
     tax_wrappers,
 )
 
-pytestmark = pytest.mark.both_postgres
+pytestmark = [pytest.mark.both_postgres, pytest.mark.faults]
 
 # ----------------------------------------------------------------------------------------- stories
 

@@ -117,6 +117,7 @@ def test_records_that_retention_deleted_halt_only_their_partition(
     assert logged(database, name) == ledger.without(lambda at: at[1] == 1 and 10 <= at[2] < 17)
 
 
+@pytest.mark.faults
 def test_retention_that_overtakes_a_running_ingest_halts_the_partition_until_the_gap_is_accepted(
     kafka, topic, database, settings, ledger, frequent_checks
 ):

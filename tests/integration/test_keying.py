@@ -45,6 +45,7 @@ def test_the_keying_changes_no_event():
     assert values[0] == values[1] == values[2]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("keying", Keying)
 def test_check_reports_by_what_a_topic_is_keyed_and_the_log_holds_each_record(
     keying, given, mock_broker

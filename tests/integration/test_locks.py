@@ -19,6 +19,8 @@ from tests.commands import on_mock
 from tests.given import order_event
 from tests.waiting import until
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).resolve().parents[2]
 MODES = (
     "ACCESS SHARE",

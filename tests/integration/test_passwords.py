@@ -17,7 +17,7 @@ from tests import waiting
 from tests.commands import Commands
 from tests.integration.ingesting import Ledger, Running, logged
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.faults]
 WAIT_S_MAX = 40.0
 REFUSED_MAX = 10
 """Most refused logins at first: the member of the group and two clients beside it, each with up to

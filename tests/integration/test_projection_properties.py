@@ -114,6 +114,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.faults
 @pytest.mark.both_postgres
 def test_one_log_gives_one_set_of_tables_however_it_is_projected(harder: Given, pg_version):
     """Interleaved otherwise, in other batches, some partitions late, stopped and resumed."""
@@ -139,6 +140,7 @@ def test_one_log_gives_one_set_of_tables_however_it_is_projected(harder: Given, 
     same_tables()
 
 
+@pytest.mark.faults
 @pytest.mark.both_postgres
 def test_a_rebuild_by_several_jobs_equals_a_rebuild_by_one(harder: Given, pg_version):
     """Ranges of one partition at once, in any order, with the same keys and parents in many."""

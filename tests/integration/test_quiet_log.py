@@ -37,6 +37,7 @@ def commands(database, mock_broker):
     return on_mock(database, mock_broker)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("is_idle", [False, True], ids=["ten events per second", "idle"])
 def test_a_quiet_worker_logs_at_most_one_line_per_minute(commands, database, mock_broker, is_idle):
     with Quiet(commands, "run") as run:

@@ -352,6 +352,7 @@ def test_any_value_of_a_producer_is_shown_as_stored(log, run, taken):
 
 @MANY
 @over(data=st.data())
+@pytest.mark.faults
 def test_any_value_that_a_column_can_hold_is_shown_as_stored(log, run, data):
     given = log()
     append(given, [reading.Record("orders", 0, 0, b"{}", None, None, None, 0)])
@@ -376,6 +377,7 @@ def test_any_value_that_a_column_can_hold_is_shown_as_stored(log, run, data):
 
 @settings(MANY, max_examples=2)
 @over(data=st.data())
+@pytest.mark.faults
 def test_any_value_that_a_column_can_hold_stops_no_command_that_reads_kafka(
     log, shared, monkeypatch, capsys, kafka_of_orders, data
 ):

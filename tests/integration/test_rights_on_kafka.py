@@ -20,7 +20,7 @@ from tests.servers.databases import Database
 from tests.servers.secured import SecuredKafka
 
 # Each test runs up to eight commands, which take ten times as long on a busy machine.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.faults]
 WAIT_S_MAX = 40.0
 GOOD = [b'{"n": %d}' % n for n in range(5)]
 

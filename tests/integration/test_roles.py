@@ -594,6 +594,7 @@ def test_run_requires_both_roles_and_no_more(given, cast, broker, pipeline):
     assert given.scalar("SELECT min(next_offset) FROM pipeline.projection_checkpoints") > 0
 
 
+@pytest.mark.faults
 @pytest.mark.both_postgres
 def test_an_operator_has_the_rights_for_every_repair(given, cast, broker, pipeline):
     bad = order_event("NEW", at=2, order="bad", cash_amount="no number", name="bad")
@@ -656,6 +657,7 @@ def test_a_truncated_table_is_filled_again_by_a_role_without_rights_on_the_log(g
     assert len(given.rows("orders")) == 5
 
 
+@pytest.mark.faults
 def test_a_login_that_ingests_and_projects_may_rewind_and_verify(given, cast, broker, pipeline):
     produce(broker, sample_events())
     both = on_mock(given.database, broker).with_(database_url=cast.url("ingest", "project"))
@@ -671,6 +673,7 @@ def test_a_login_that_ingests_and_projects_may_rewind_and_verify(given, cast, br
     assert given.scalar("SELECT count(*) FROM upvest.orders") > 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("role", ["ingest", "project", "operator"])
 def test_a_login_with_only_one_of_the_rights_fills_nothing(given, cast, broker, pipeline, role):
     produce(broker, sample_events())

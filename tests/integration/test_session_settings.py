@@ -288,6 +288,7 @@ def usual_run(pipeline, server, broker: MockBroker) -> Run:
 WAYS = {18: ["role", "environment"], 15: ["database", "url"]}
 
 
+@pytest.mark.faults
 @pytest.mark.both_postgres
 @pytest.mark.timeout(240)
 def test_odd_values_of_all_settings_at_once_change_nothing(
@@ -455,6 +456,7 @@ def latin_database(postgres_server_18):
         db.execute(f"DROP DATABASE {name} (FORCE)")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("command", NEEDS_DATABASE)
 def test_every_command_reports_a_database_that_is_not_utf_8(
     pipeline, latin_database, full_broker, command
@@ -486,6 +488,7 @@ def test_a_database_without_conversion_to_utf_8_is_reported_too(postgres_server_
 # ----------------------------------------------------------------------------------------- poolers
 
 
+@pytest.mark.faults
 @pytest.mark.pgbouncer
 @pytest.mark.timeout(240)
 def test_session_pooling_works_with_pgbouncers_default_settings(

@@ -16,6 +16,8 @@ from tests.commands import SCRIPT, Commands, Process, on_mock, wait
 from tests.given import order_event
 from tests.servers.databases import Database
 
+pytestmark = pytest.mark.faults
+
 TOPIC = "Notifications"
 
 UNTIL_STOPPED = {

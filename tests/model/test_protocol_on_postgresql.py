@@ -43,7 +43,7 @@ from tests.model.protocol import NOW, WITHOUT_WAITS, BlindRetry
 from tests.servers.databases import Database
 from tests.waiting import until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.faults]
 
 PARTITION = Partition("Notifications", 0)
 OFFSETS = (0, 1, 3, 4, 7, 8, 9, 12)

@@ -16,6 +16,8 @@ from tests.soak.availability import Availability
 from tests.soak.journal import Journal
 from tests.soak.judge import Judgement, compare, judge
 
+pytestmark = pytest.mark.faults
+
 PARTITIONS = 2
 EVENTS = 400
 SPOT = "ctid = (SELECT min(ctid) FROM {})"

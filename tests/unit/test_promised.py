@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.promised import CORE, REST
+
 ROOT = Path(__file__).parents[2]
 CONFTEST = """
 from pathlib import Path
@@ -39,6 +41,15 @@ def test_is_half_skipped(n):
 
 def test_not_named():
     pass
+
+@pytest.mark.faults
+def test_kills():
+    pass
+
+@pytest.mark.faults
+@pytest.mark.core
+def test_kills_quickly():
+    pass
 """
 GREEN = "`test_holds` `test_holds_twice` `test_wants_a_broker`"
 RED = f"{GREEN} `test_is_skipped` `test_is_half_skipped` `test_is_gone`"
@@ -58,7 +69,7 @@ def run(tmp_path):
     suite.mkdir()
     (suite / "conftest.py").write_text(CONFTEST)
     (suite / "test_some.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\nmarkers = faults\n core\n")
     (tmp_path / "tests_of_the_pipeline.py").write_text((ROOT / "tests/promised.py").read_text())
 
     def run(page, *arguments):
@@ -110,3 +121,26 @@ def test_a_run_of_some_tests_is_not_judged(run, part):
 
     assert status == pytest.ExitCode.OK
     assert "promised in" not in output
+
+
+@with_and_without_workers
+@pytest.mark.parametrize("part", [CORE, REST], ids=["core", "rest"])
+def test_each_part_of_the_suite_is_judged_by_the_promised_tests_that_it_runs(run, part, workers):
+    whole = "`test_holds` `test_kills` `test_kills_quickly`"
+
+    green = run(f"**1. It holds.** {whole}", "-m", part, *workers)
+    red = run(f"**1. It holds.** {whole} `test_is_gone`", "-m", part, *workers)
+
+    assert green[0] == pytest.ExitCode.OK, green[1]
+    assert red[0] == pytest.ExitCode.TESTS_FAILED
+    assert "test_is_gone did not run" in red[1]
+
+
+@with_and_without_workers
+def test_the_core_needs_a_test_of_each_promise(run, workers):
+    page = "**1. It holds.** `test_holds`\n\n**2. A kill is harmless.** `test_kills`\n"
+
+    status, output = run(page, "-m", CORE, *workers)
+
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "2. A kill is harmless. has no test in this run" in output

@@ -21,8 +21,8 @@ from pipeline.schema.step import Step
 
 log = structlog.get_logger(__name__)
 
-# A column or relation that a later step makes: that view is made after it.
-_NOT_YET = frozenset({"42P01", "42703"})
+# Syntax, names and types: what a later step or a rebuild changes. That view is made after it.
+_NOT_YET = "42"
 # CREATE OR REPLACE VIEW cannot drop or rename columns.
 _OTHER_COLUMNS = "42P16"
 
@@ -208,7 +208,7 @@ def _execute_view(db: Connection, step: Step) -> None:
             try:
                 _replace(db, view)
             except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) in _NOT_YET:
+                if str(getattr(error.orig, "sqlstate", "")).startswith(_NOT_YET):
                     raise _NotYetError(_primary(error)) from None
                 raise
             objects.note_change(db, step.name, [view.definition])

@@ -14,7 +14,7 @@ from pipeline.catalogue import Catalogue
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA
 from pipeline.db.identifiers import relation
 from pipeline.errors import ConfigurationError
-from pipeline.schema import objects, plan_tables, plan_views
+from pipeline.schema import objects, plan_tables, plan_views, trial
 from pipeline.schema.declared import DeclaredTable, DeclaredView, tables_of, views_of
 from pipeline.schema.plan_views import dependents, grants_on
 from pipeline.schema.step import Step, refuse_others
@@ -24,8 +24,10 @@ def planned(db: Connection, catalogue: Catalogue) -> list[Step]:
     """Every step that is due, in order; nothing is changed.
 
     Raises:
-        ConfigurationError: Objects of others are in the way; the text names each.
+        ConfigurationError: Objects of others are in the way, or a view of a file cannot be made;
+            the text names each.
     """
+    trial.refuse_bad_views(db, catalogue)
     tables, views = tables_of(catalogue), views_of(catalogue)
     moved = list(moves(db, tables))
     names = {step.name: _before(step.name) for step in moved}

@@ -194,13 +194,86 @@ def test_one_file_adds_a_read_model_and_one_file_a_view(given, tmp_path):
     assert migrate(given.database.url, declared).is_empty
 
 
+SECRET = replace(LETTERS, fields=[*LETTERS.fields, text("street", "Where to.", personal=True)])
+NONE = "-- Personal data: none, reviewed 2026-11-29.\nCREATE VIEW upvest.bad AS\nSELECT "
+SHOWN = "-- Personal data: shown.\nCREATE VIEW upvest_personal.secret AS\nSELECT street FROM "
+SHOWN += "upvest_personal.letters;\nCOMMENT ON VIEW upvest_personal.secret IS 'S.';\n"
+SHOWN += "COMMENT ON COLUMN upvest_personal.secret.street IS 'S.';"
+BAD_VIEWS = [
+    ("stamp FRM upvest.letters", 'bad.sql:3: view upvest.bad cannot be created: syntax error'),
+    ("stamp upvest.letters", 'near "."'),
+    ("stamp,\n  wieght FROM upvest.letters", "bad.sql:4: view upvest.bad cannot be created: "
+     'column "wieght" does not exist. Perhaps you meant to reference the column "letters.we'),
+    ("stamp FROM upvest.leters", 'bad.sql:3: view upvest.bad cannot be created: relation "upvest.'),
+    ("u.a FROM upvest_personal.usrs u", 'relation "upvest_personal.usrs" does not exist'),
+    ("lenght(stamp) FROM upvest.letters", "bad.sql:3: view upvest.bad cannot be created: function"),
+    ("stamp, weight FROM upvest.letters GROUP BY 1", "must appear in the GROUP BY clause"),
+    ("CAST(stamp AS txt) FROM upvest.letters", 'type "txt" does not exist'),
+    ("stamp + 1 FROM upvest.letters", "operator does not exist"),
+    ("stamp FROM upvest.letters, upvest_personal.letters l", 'reference "stamp" is ambig'),
+    ("stamp FROM upvest.letters; COMMENT ON COLUMN upvest.bad.stmp IS 'x'", '"stmp" of rel'),
+    ("street FROM upvest_personal.letters", "reads personal data: upvest_personal.letters.street."),
+    ("1 AS a FROM upvest_personal.letters WHERE street > ''", "upvest_personal.letters.street"),
+    ("to_jsonb(l) AS l FROM upvest_personal.letters l", "whole rows of upvest_personal.letters"),
+    ("street AS a FROM upvest_personal.secret", "reads personal data: upvest_personal.secret"),
+    ("stamp FROM upvest.letters", "Add to the file: COMMENT ON VIEW upvest.bad IS '…'; "
+     "COMMENT ON COLUMN upvest.bad.stamp IS '…';"),
+    ("stamp FROM upvest.letters; COMMENT ON VIEW upvest.bad IS ' '", "COMMENT ON VIEW upvest.bad"),
+]  # fmt: skip
+
+
+def test_a_view_that_cannot_be_made_or_shown_is_refused_before_anything_changes(given):
+    """By a plan too: the views are tried over empty tables as declared, and not as they are."""
+    migrate(given.database.url, V1)
+    before = state(given)
+    refused: dict[str, set[str]] = {}
+
+    for query, _ in BAD_VIEWS:
+        release = with_models(SECRET, bad=f"{NONE}{query};", secret=SHOWN, aaa=OF_BAD)
+        for command in (planned, migrate):
+            with pytest.raises(ConfigurationError) as error:
+                command(given.database.url, release)
+            refused.setdefault(query, set()).add(str(error.value))
+
+    assert {query: text for query, text in refused.items() if len(text) > 1} == {}
+    missing = [
+        (query, refused[query]) for query, what in BAD_VIEWS if what not in min(refused[query])
+    ]
+    assert missing == []
+    assert state(given) == before
+
+
+OF_BAD = (
+    "-- Personal data: none, reviewed.\nCREATE VIEW upvest.aaa AS SELECT 1 AS n FROM upvest.bad;\n"
+    "COMMENT ON VIEW upvest.aaa IS 'A.';\nCOMMENT ON COLUMN upvest.aaa.n IS 'N.';"
+)
+"""A view that reads the bad one: the bad one is named."""
+
+
+def test_a_view_that_the_rebuilt_table_would_not_allow_is_refused_at_once(letters):
+    """The sum of what is a text from the next rebuild on."""
+    total = PER_STAMP.replace("count(*)", "sum(weight)")
+    migrate(letters.database.url, with_models(NUMBERS))
+    rebuild(letters.engine, NUMBERS)
+    numbers = with_models(NUMBERS, letters_per_stamp=total)
+    migrate(letters.database.url, numbers)
+
+    with pytest.raises(
+        ConfigurationError, match=r"letters_per_stamp\.sql:3: .* function sum\(text\)"
+    ):
+        migrate(letters.database.url, with_models(LETTERS, letters_per_stamp=total))
+
+    assert planned(letters.database.url, numbers).is_empty
+
+
 def test_views_that_read_each_other_are_made_in_any_order(given):
     views = {
         "aaa": PER_STAMP.replace("letters_per_stamp", "aaa").replace(
             "upvest.letters ", "upvest.z "
         ),
         "z": "-- Personal data: none, reviewed 2026-11-29.\n"
-        "CREATE VIEW upvest.z AS SELECT * FROM upvest.letters;\n",
+        "CREATE VIEW upvest.z AS SELECT stamp FROM upvest.letters;\n"
+        "COMMENT ON VIEW upvest.z IS 'Z.';\nCOMMENT ON COLUMN upvest.z.stamp IS 'Stamp.';\n",
     }
 
     migrate(given.database.url, with_models(LETTERS, **views))
@@ -435,6 +508,7 @@ def test_a_view_with_other_columns_on_which_others_depend_is_named_and_nothing_c
         "stamp.letters", "stamp.number"
     )
     longer = PER_STAMP.replace("AS letters FROM", "AS letters, max(weight) AS heaviest FROM")
+    longer += "COMMENT ON COLUMN upvest.letters_per_stamp.heaviest IS 'Grams.';\n"
     more = with_more(LETTERS, date("sent_on", "Day."))
     before = state(letters)
 

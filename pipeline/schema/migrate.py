@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints
 from pipeline.catalogue import Catalogue, load
-from pipeline.db import LOG_SCHEMA, locks, open_engine, transaction, translated
+from pipeline.db import LOG_SCHEMA, locks, open_engine, transaction, translated, use_one_snapshot
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.schema import execute, plan, revisions, roles
 from pipeline.schema.step import Step
@@ -27,8 +27,6 @@ LOG_WAIT_S = 30.0
 """How often it logs that it waits."""
 # Unique violation, duplicate schema, duplicate table: somebody was quicker.
 _MADE_BY_ANOTHER = frozenset({"23505", "42P06", "42P07"})
-# Rebuilds make and drop tables meanwhile: what should be granted and what is are seen at once.
-_ONE_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 class MigrationReport(NamedTuple):
@@ -131,7 +129,7 @@ def planned(url: str, catalogue: Catalogue | None = None) -> MigrationReport:
     engine = open_engine(url, application="pipeline migrate")
     try:
         with transaction(engine) as db:
-            db.execute(_ONE_SNAPSHOT)
+            use_one_snapshot(db)
             revisions.refuse_newer(db)
             found = roles.found_prefix(db)
             missing = revisions.missing(db)
@@ -158,7 +156,7 @@ def planned_roles(url: str, role_prefix: str | None = None) -> MigrationReport:
     try:
         revisions.check_schema(engine)
         with transaction(engine) as db:
-            db.execute(_ONE_SNAPSHOT)
+            use_one_snapshot(db)
             found = _found_roles(db, role_prefix) or role_prefix or roles.PREFIX_DEFAULT
             statements = roles.role_statements(db, found)
             return MigrationReport([], [], [*statements, *roles.grant_statements(db, found)], found)
@@ -259,7 +257,8 @@ def _grant_rights(db: Connection, prefix: str | None) -> list[str]:
     if prefix is None:
         return []
     with db.begin():
-        db.execute(_ONE_SNAPSHOT)
+        # Rebuilds make and drop tables meanwhile: rights due and rights given are seen at once.
+        use_one_snapshot(db)
         if missing := roles.missing_roles(db, prefix):
             raise ConfigurationError(
                 f"role {', '.join(missing)} does not exist: run `pipeline migrate --roles`"

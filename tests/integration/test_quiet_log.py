@@ -181,7 +181,7 @@ WEIGHED = {
     *("started", "stop_requested", "stopped", "workers_started", "workers_ended"),
     # Once per command on a read model or a topic.
     *("read_model_rebuilt", "read_model_compared", "rebuild_resumed", "partition_rewound"),
-    # Once per attempt to get a lock, of which there are at most twenty.
+    # Once per table whose lock is requested repeatedly.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import structlog
@@ -11,12 +12,23 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline import failpoints
 from pipeline.catalogue import Catalogue, load
-from pipeline.db import LOG_SCHEMA, locks, open_engine, transaction, translated, use_one_snapshot
+from pipeline.db import (
+    LOG_SCHEMA,
+    SessionLimits,
+    locks,
+    open_engine,
+    transaction,
+    translated,
+    use_one_snapshot,
+)
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.schema import execute, plan, revisions, roles
 from pipeline.schema.step import Step
 
 log = structlog.get_logger(__name__)
+
+# Declarations and tables are compared within a transaction, which takes long on a busy machine.
+LIMITS = SessionLimits(idle_in_transaction=timedelta(minutes=1))
 
 FIRST_TRIES_MAX = 5
 """How often several may begin with an empty database at once."""
@@ -78,7 +90,7 @@ def migrate(
         TransientError: The server is unavailable or a lock was not to be had; repeat.
     """
     declared = catalogue or load()
-    engine = open_engine(url, application="pipeline migrate")
+    engine = open_engine(url, application="pipeline migrate", limits=LIMITS)
     applied: list[str] = []
     steps: list[Step] = []
 

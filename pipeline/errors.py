@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from pipeline import causes
 from pipeline.causes import Cause
+from pipeline.counts import count
 from pipeline.partitions import Epoch, NextOffset, Partition
 
 
@@ -139,7 +140,7 @@ class RetentionGapError(RefusedError):
         super().__init__(
             partition,
             f"expected to continue at offset {expected}, but Kafka's first record is at {low}: "
-            f"{low - expected} offsets are lost",
+            f"{count(low - expected, 'offset is', 'offsets are')} lost",
             "See `pipeline gaps list`; to continue after them: "
             f"`pipeline gaps accept {partition.topic}:{partition.number}`",
         )

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _open_standard_streams()
     for argument in sys.argv[1:] if arguments is None else arguments:
         if not _is_text(argument):
-            say(f"pipeline: the argument {argument!a} is not UTF-8")
+            say(f"pipeline: the argument {argument!a} is not UTF-8. Use UTF-8 text.")
             sys.exit(ExitCode.USAGE)
     try:
         app(arguments)
@@ -159,10 +159,10 @@ def root(
     To use it: set PIPELINE_DATABASE_URL and PIPELINE_KAFKA_BOOTSTRAP_SERVERS, then run
     pipeline migrate, pipeline check, pipeline run.
 
-    Data goes to stdout; logs, progress and messages go to stderr. Exit codes: 0 done; 1 a check
+    Data goes to stdout; logs, progress and messages go to stderr. Exit codes: 0 done; 1 the command
     found a problem; 2 wrong usage; 65 refused, to protect data; 69 a server is unavailable; 70 an
-    invariant is violated; 75 another process has the work; 78 a setting, a right or the schema is
-    wrong; 128 + N ended by signal N.
+    unexpected error, a defect of this program; 75 another process does the same work; 78 a setting,
+    a right or the schema is wrong; 128 + N ended by signal N.
     """
     ctx.obj = config
 

@@ -8,6 +8,7 @@ import typer
 from pipeline.cli.app import settings_of
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import emit, say
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 from pipeline.printable import printable
 
@@ -17,19 +18,19 @@ if TYPE_CHECKING:
 
 @command(
     {
-        ExitCode.DONE: "no problem; risks may be listed",
-        ExitCode.FOUND: "there is a problem, and a guarantee is broken",
+        ExitCode.DONE: "no error; there may be warnings",
+        ExitCode.FOUND: "there is an error; a guarantee may be broken",
     },
     servers=Servers.BOTH,
 )
 def check(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Show problems and risks on both sides, with what to do.
+    """Examine PostgreSQL and Kafka; list problems and fixes.
 
-    Of PostgreSQL: version, durability, TLS, login, rights, schema, append-only triggers, read
-    models. Of Kafka: login, topics, group, replication, retention against
-    PIPELINE_LONGEST_OUTAGE_HOURS, and whether it is the Kafka that was read before. Then the state
-    of each guarantee: holds, at risk, broken or not known, and why.
-    It changes nothing and joins no group.
+    In PostgreSQL it examines version, durability, TLS, login, rights, schema, append-only triggers
+    and read models. In Kafka it examines login, topics, consumer group, replication and retention,
+    and whether this is the cluster that was read before. Retention must be longer than
+    PIPELINE_LONGEST_OUTAGE_HOURS. Then it shows the state of each guarantee, with the reasons:
+    holds, at risk, broken or not known. It changes nothing and joins no consumer group.
 
     \b
     $ pipeline check
@@ -53,10 +54,11 @@ def check(ctx: typer.Context, as_json: AsJson = False) -> None:
             _show_promise(promise)
         levels = Counter(result.level for result in results)
         counts = Counter(promise.state for promise in promises)
+        states = ", ".join(f"{counts[state]} {state}" for state in PromiseState if counts[state])
         say(
-            f"{levels['ok']} ok, {levels['unknown']} unknown, {levels['warning']} warnings, "
-            f"{levels['error']} errors. Guarantees: "
-            f"{', '.join(f'{counts[state]} {state}' for state in PromiseState if counts[state])}."
+            f"{levels['ok']:,} ok, {levels['unknown']:,} unknown, "
+            f"{count(levels['warning'], 'warning')}, {count(levels['error'], 'error')}. "
+            f"Guarantees: {states}."
         )
     raise typer.Exit(exit_code(results))
 

@@ -11,6 +11,7 @@ from pipeline.cli.arguments import parse_coordinates, read_models
 from pipeline.cli.command import AsJson, Family, Servers, command
 from pipeline.cli.events import document_of, print_event
 from pipeline.cli.output import emit, say, table
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 from pipeline.printable import printable
 
@@ -26,11 +27,12 @@ _REASONS = {
     "22008": "not a time or date",
     "22023": "not a list or an object",
     "22P02": "not of the column's type",
-    "23502": "missing",
+    "23502": "value is missing",
 }
 
 _Names = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME...", help="Only of these read models.")
+    list[str] | None,
+    typer.Argument(metavar="NAME...", help="Only dead letters of these read models."),
 ]
 
 
@@ -66,7 +68,7 @@ def list_letters(ctx: typer.Context, names: _Names = None, as_json: AsJson = Fal
             for letter in letters
         ],
     )
-    say(f"{len(letters):,} dead letters.")
+    say(f"{count(len(letters), 'dead letter')}.")
 
 
 @command(
@@ -76,7 +78,11 @@ def list_letters(ctx: typer.Context, names: _Names = None, as_json: AsJson = Fal
 def show(
     ctx: typer.Context,
     coordinates: Annotated[
-        str, typer.Argument(metavar="TOPIC:PARTITION:OFFSET", help="As `list` shows it.")
+        str,
+        typer.Argument(
+            metavar="TOPIC:PARTITION:OFFSET",
+            help="Coordinates of the event, as `pipeline dead-letters list` shows them.",
+        ),
     ],
     payload: Annotated[
         bool,
@@ -96,11 +102,16 @@ def show(
 
     at = parse_coordinates(coordinates)
     if at.offsets is None or at.offsets.span != 1:
-        raise typer.BadParameter("TOPIC:PARTITION:OFFSET, as `pipeline dead-letters list` shows it")
+        raise typer.BadParameter(
+            "must be TOPIC:PARTITION:OFFSET, as `pipeline dead-letters list` shows it"
+        )
     with migrated_database_of(settings_of(ctx), "dead-letters", read_only=True) as engine:
         letters = [letter for letter in _listed(engine, []) if _coordinates(letter) == coordinates]
         if not letters:
-            say(f"pipeline: {coordinates} is not a dead letter")
+            say(
+                f"pipeline: no read model has rejected {coordinates}. See "
+                "`pipeline dead-letters list`."
+            )
             raise typer.Exit(ExitCode.FOUND)
         with transaction(engine) as db:
             # The event is missing if its segment was detached.
@@ -127,9 +138,9 @@ def show(
     servers=Servers.DATABASE,
 )
 def retry(ctx: typer.Context, names: _Names = None, as_json: AsJson = False) -> None:
-    """Apply dead letters again, after a fix of the projector.
+    """Apply dead letters again, after you fixed the read model.
 
-    The result is the same as if each had been applied in its turn.
+    The rows are then the same as if the read model had never rejected these events.
 
     \b
     $ pipeline dead-letters retry orders
@@ -145,14 +156,17 @@ def retry(ctx: typer.Context, names: _Names = None, as_json: AsJson = False) -> 
     if as_json:
         emit({"applied": applied, "rejected": rejected})
     else:
-        say(f"{applied:,} dead letters were applied, {rejected:,} are still rejected.")
+        say(
+            f"{count(applied, 'dead letter was', 'dead letters were')} applied, "
+            f"{count(rejected, 'is', 'are')} still rejected."
+        )
     if rejected:
         raise typer.Exit(ExitCode.FOUND)
 
 
 dead_letters = Family(
-    "Events that a read model rejected, with the reason. The read model continues without them; "
-    "`retry` applies them after a fix.",
+    "List, show and retry dead letters: rejected events. A read model continues without the events "
+    "that it rejected; `retry` applies them after a fix.",
     [list_letters, show, retry],
 )
 

@@ -10,32 +10,32 @@ from pipeline.errors import ConfigurationError, ExitCode
 
 @command(
     {
-        ExitCode.DONE: "every claim was found true",
-        ExitCode.FOUND: "a claim was not",
+        ExitCode.DONE: "all checks hold",
+        ExitCode.FOUND: "a check failed",
         ExitCode.CONFIGURATION: "a server could not be started on this machine",
     },
     servers=Servers.NONE,
 )
 def demo(
     events: Annotated[
-        int, typer.Option(min=2000, help="How many events the simulated day has.")
+        int, typer.Option(min=2000, help="Number of events of the simulated day.")
     ] = 24_000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same day.")] = 7,
     stay: Annotated[
         bool | None,
         typer.Option(
             "--stay/--end",
-            help="Keep the servers for queries with psql, or end at once. The default is --stay "
-            "on a terminal.",
+            help="--stay keeps the servers running, so that you can query them with psql; --end "
+            "stops them at once. The default is --stay on a terminal, otherwise --end.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Show everything, on servers of its own. It needs no configuration.
+    """Show the whole program with a simulated broker. It needs no configuration.
 
-    A day at a broker flows from Kafka into tables; a table is truncated, a read model rebuilt, a
-    worker killed; every number is checked. It takes less than a minute and leaves nothing on the
-    machine.
+    It starts its own servers, and ingests and projects the events of a simulated day. Then it
+    truncates a table, rebuilds a read model and kills a worker. At the end it checks all data. It
+    takes less than a minute and leaves no files on the machine.
 
     \b
     $ pipeline demo

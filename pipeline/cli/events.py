@@ -36,12 +36,13 @@ def events(
     identity: Annotated[
         UUID | None,
         typer.Argument(
-            metavar="ID", help="Id of an event, or of an entity: all events about it, in order."
+            metavar="ID",
+            help="Id of an event, or of an entity (an order, for example): shows all its events.",
         ),
     ] = None,
     event_type: Annotated[
         str | None,
-        typer.Option("--type", help="A type, ORDER.FILLED, or a whole category, ORDER."),
+        typer.Option("--type", help="A type (ORDER.FILLED), or a whole category (ORDER)."),
     ] = None,
     at: Annotated[
         Coordinates | None,
@@ -56,7 +57,8 @@ def events(
         typer.Option(
             parser=parse_time,
             metavar="TIME",
-            help="Only events written to the log since then: a time, or 15m, 2h, 7d.",
+            help="Only events written to the log since this time: 2026-01-31T08:00:00Z, or 15m, "
+            "2h, 7d before now.",
         ),
     ] = None,
     until: Annotated[
@@ -64,7 +66,7 @@ def events(
         typer.Option(
             parser=parse_time,
             metavar="TIME",
-            help="Only events written to the log before then.",
+            help="Only events written to the log before this time.",
         ),
     ] = None,
     bad: Annotated[
@@ -93,8 +95,9 @@ def events(
 ) -> None:
     """Find events in the log, or follow it.
 
-    Shows the newest events that match, oldest first; with --json, one document per line. A search
-    by type or with --bad covers the last 24 hours unless --since is given. A standby is enough.
+    It shows the newest events that match, oldest first; with --json, one document per line. With
+    --type or --bad it searches only the last 24 hours, unless you give --since. It works on a
+    standby.
 
     \b
     $ pipeline events
@@ -131,7 +134,7 @@ def events(
             for found in found_all:
                 show(found, with_content=payload)
             if not found_all:
-                say("No events found" + (f" since {moment(since)}." if since else "."))
+                say("No events were found" + (f" since {moment(since)}." if since else "."))
         except KeyboardInterrupt:
             return
 

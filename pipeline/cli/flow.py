@@ -144,7 +144,7 @@ def _warn_of_too_many(settings: Settings, workers: int) -> None:
             "workers_without_partition",
             workers=workers,
             partitions=partitions,
-            effect="each partition is read by one worker; the others are idle",
+            effect="only one worker can read a partition; the additional workers are idle",
         )
 
 
@@ -290,7 +290,7 @@ def show_projection(gauge: Gauge) -> Callable[[Projected], None]:
 
     def observe(progress: Projected) -> None:
         nonlocal taken_before
-        gauge.show(progress.taken, max(progress.taken, taken_before + progress.behind))
+        gauge.show(progress.taken, max(progress.taken, taken_before + progress.lag))
         taken_before = progress.taken
 
     return observe

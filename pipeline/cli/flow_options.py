@@ -13,8 +13,8 @@ UntilEnd = Annotated[
     bool,
     typer.Option(
         "--until-end",
-        help="Stop after everything that was there at the start; exit with 0, or with 65 if a "
-        "partition is halted.",
+        help="End when everything that existed at the start is done. The exit code is then 0, or "
+        "65 if a partition is halted.",
     ),
 ]
 
@@ -24,20 +24,23 @@ Workers = Annotated[
         "--workers",
         min=1,
         max=WORKERS_MAX,
-        help="How many processes share the work; one that dies is restarted.",
+        help="Number of worker processes that share the partitions. A worker that dies is "
+        "restarted.",
     ),
 ]
 
 EXITS: Mapping[ExitCode, str] = {
     ExitCode.DONE: "stopped by SIGTERM or Ctrl-C after the current batch, or, with --until-end, "
     "at the end",
-    ExitCode.REFUSED: "with --until-end, a partition is halted to protect data",
+    ExitCode.REFUSED: "the consumer group feeds another database or a copy of this one, or, with "
+    "--until-end, a partition is halted to protect data (not with `project`)",
     ExitCode.UNAVAILABLE: "with --until-end, a server was unavailable for a minute; without it, "
     "the command waits",
-    ExitCode.INVARIANT: "an invariant is violated",
-    ExitCode.FENCED: "another process has our partitions",
+    ExitCode.INVARIANT: "an unexpected error, a defect of this program",
+    ExitCode.FENCED: "another process repeatedly takes the partitions of this one",
 }
 BY_SIGNAL = (
-    "128 + N stopped by another signal N, so that a supervisor restarts it. With --workers, 75 and "
-    "78 of a worker end all workers, and the highest code is the exit code"
+    "128 + N stopped by another signal N, so that a supervisor restarts it. With --workers, if a "
+    "worker ends with 65, 75 or 78, all workers end (with --until-end, not after 65); the exit "
+    "code is the highest of all workers"
 )

@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.app import migrated_database_of, settings_of
-from pipeline.cli.arguments import parse_partitions
+from pipeline.cli.arguments import logged_partitions, parse_partitions
 from pipeline.cli.command import AsJson, Family, Servers, command
 from pipeline.cli.output import Mark, emit, say, table
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 
 
@@ -47,14 +48,15 @@ def list_gaps(ctx: typer.Context, as_json: AsJson = False) -> None:
         ],
     )
     undecided = sum(gap["accepted_at"] is None for gap in gaps)
-    say(f"{len(gaps):,} gaps, {undecided:,} of them open.")
+    say(f"{count(len(gaps), 'gap')}, {undecided:,} open.")
 
 
 @command(
     {
         ExitCode.DONE: "done, or there was no gap to accept",
         ExitCode.USAGE: "wrong usage, or the log has no such partition",
-        ExitCode.INVARIANT: "the partition has moved meanwhile",
+        ExitCode.INVARIANT: "the next offset of the partition has changed meanwhile; see "
+        "`pipeline gaps list`",
     },
     servers=Servers.DATABASE,
 )
@@ -66,23 +68,23 @@ def accept(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Continue after lost offsets. They stay lost; the decision is kept in pipeline.gaps.
+    """Accept a gap, so that ingest continues after the lost offsets.
 
-    A running `pipeline run` continues within seconds.
+    The offsets stay lost. The table pipeline.gaps records who accepted the gap, and when. A running
+    `pipeline run` continues within seconds.
 
     \b
     $ pipeline gaps accept Notifications:3
     """
     from pipeline.db import transaction
     from pipeline.log.gaps import accept_gap
-    from pipeline.log.ranges import ranges
 
     wanted = parse_partitions(partitions)
-    with migrated_database_of(settings_of(ctx), "gaps") as engine, transaction(engine) as db:
-        chosen = [partition for partition in ranges(db) if wanted.includes(partition)]
-        if not chosen:
-            raise typer.BadParameter(f"the log has no partition {partitions}")
-        accepted = [(partition, gap) for partition in chosen if (gap := accept_gap(db, partition))]
+    with migrated_database_of(settings_of(ctx), "gaps") as engine:
+        chosen = logged_partitions(engine, wanted, partitions)
+        with transaction(engine) as db:
+            found = [(partition, accept_gap(db, partition)) for partition in chosen]
+    accepted = [(partition, gap) for partition, gap in found if gap]
     if as_json:
         emit(
             [
@@ -98,15 +100,15 @@ def accept(
         return
     for partition, gap in accepted:
         say(
-            f"{partition}: continues at offset {gap.end}; {gap.end - gap.first:,} offsets from "
-            f"{gap.first} on are lost."
+            f"{partition}: the gap is accepted. Ingest continues at offset {gap.end}; "
+            f"{count(gap.end - gap.first, 'offset')} from {gap.first} on: lost."
         )
     if not accepted:
         say(f"{partitions} has no open gap. Nothing was changed.")
 
 
 gaps = Family(
-    "Lost offsets, and the decision to continue after them. Kafka deleted these records before "
-    "they were read. Nothing is ever skipped without this decision.",
+    "List and accept gaps: offsets that are lost. Kafka deleted these records before they were "
+    "read. Ingest continues after a gap only when you accept it.",
     [list_gaps, accept],
 )

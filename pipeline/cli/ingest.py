@@ -12,7 +12,7 @@ def ingest(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1
 
     \b
     $ pipeline ingest
-    $ pipeline ingest --until-end  # write what is there now, then end
+    $ pipeline ingest --until-end  # write the records that Kafka has now, then end
     """
     from pipeline.cli.flow import ingest_to_the_end, ingest_until_stopped, started
 

@@ -8,6 +8,7 @@ import typer
 from pipeline.cli.app import settings_of
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import emit, say
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 from pipeline.printable import printable
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @command(
     {
         ExitCode.DONE: "schema and rights are current",
-        ExitCode.FOUND: "with --plan or --sql, something is due",
+        ExitCode.FOUND: "with --plan or --sql, there is something to do",
         ExitCode.CONFIGURATION: "a setting or a right is wrong, a newer version of the program has "
         "migrated the database, or objects of others prevent a change",
     },
@@ -30,7 +31,7 @@ def migrate(
         bool,
         typer.Option(
             "--roles",
-            help="Create the database roles too, and make their owner the owner of the schemas. "
+            help="Also create the database roles, and make PREFIXowner the owner of the schemas. "
             "Needed once; requires CREATEROLE.",
         ),
     ] = False,
@@ -41,13 +42,13 @@ def migrate(
     role_prefix: Annotated[
         str | None,
         typer.Option(
-            help="Prefix of the roles' names, the first time; pipeline_ by default. Each database "
-            "of a server needs its own.",
+            help="Prefix of the names of the roles; pipeline_ by default. Give it only with the "
+            "first --roles. Each database on the same server needs its own prefix.",
             metavar="PREFIX",
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print what would be done; change nothing.")
+        bool, typer.Option("--plan", help="Print what this command would do; change nothing.")
     ] = False,
     sql: Annotated[
         bool, typer.Option("--sql", help="Print the statements, for a DBA; change nothing.")
@@ -71,7 +72,7 @@ def migrate(
     from pipeline.schema import revisions
 
     if sum((roles, print_roles, plan, sql)) > 1:
-        raise typer.BadParameter("give only one of --roles, --print-roles, --plan and --sql")
+        raise typer.BadParameter("use only one of --roles, --print-roles, --plan and --sql")
     if role_prefix is not None and not (roles or print_roles):
         raise typer.BadParameter("--role-prefix needs --roles or --print-roles")
     settings = settings_of(ctx)
@@ -118,10 +119,13 @@ def _lines(migrated: "MigrationReport") -> Iterator[str]:
     for step in migrated.steps:
         yield printable(str(step))
     if migrated.grants:
-        yield f"Roles {migrated.role_prefix}*: {len(migrated.grants)} statements."
+        yield f"Roles {migrated.role_prefix}*: {count(len(migrated.grants), 'statement')}."
 
 
-_FOLLOWS = "Read models, views and rights follow from these migrations: plan again after them."
+_FOLLOWS = (
+    "The steps for read models, views and rights are only known after these migrations. Run "
+    "`pipeline migrate`, or print the plan again after them."
+)
 
 
 def _print_plan(due: "MigrationReport") -> None:

@@ -8,7 +8,7 @@ from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 
 @command(EXITS, servers=Servers.DATABASE, by_signal=BY_SIGNAL)
 def project(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1) -> None:
-    """Build the read models from the log: the other half of `run`. It needs the database only.
+    """Build the read models from the log: the other half of `run`. It needs no Kafka.
 
     \b
     $ pipeline project

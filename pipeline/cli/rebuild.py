@@ -12,6 +12,7 @@ from pipeline.cli.app import migrated_database_of, projection_limits, settings_o
 from pipeline.cli.arguments import read_models
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say, table
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ JOBS_MAX = 64
 
 @command(
     {
-        ExitCode.DONE: "done, or stopped by SIGTERM or Ctrl-C: the same command continues from "
-        "there",
+        ExitCode.DONE: "done, or stopped by SIGTERM or Ctrl-C: repeat the command to resume",
         ExitCode.FOUND: "--check found rows that differ",
         ExitCode.UNAVAILABLE: "the database is unavailable, or the tables are in use",
         ExitCode.FENCED: "another rebuild of the read model is running",
@@ -46,7 +46,8 @@ def rebuild(
         bool,
         typer.Option(
             "--in-place",
-            help="Truncate and refill the live table: needs less space, but readers see it fill.",
+            help="Truncate and refill the live table. It needs less disk space, but readers see an "
+            "incomplete table meanwhile.",
         ),
     ] = False,
     only_check: Annotated[
@@ -59,17 +60,17 @@ def rebuild(
             "-j",
             min=1,
             max=JOBS_MAX,
-            help="Connections that work in parallel, not with --in-place; each keeps a core of the "
-            "database busy.",
+            help="Number of connections that work in parallel; each uses one core of the database "
+            "server. --in-place uses only one.",
         ),
     ] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Recompute read models from the log, and count differences.
 
-    Each is computed beside the live table, which is then made equal. Until then readers see the old
-    rows, and `run` continues. The number of rows that differed is the proof (0) or the alarm. After
-    a stop or a kill, the same command continues from there.
+    Each read model is computed beside its live table; then the rows that differ are repaired. Until
+    then readers see the old rows, and `run` continues. If 0 rows differed, the live table was
+    right. After a stop or a kill, repeat the command to resume.
 
     \b
     $ pipeline rebuild orders
@@ -80,9 +81,9 @@ def rebuild(
     from pipeline.signals import stopped_by_signals
 
     if bool(names) == everything:
-        raise typer.BadParameter("name read models, or give --all")
+        raise typer.BadParameter("give either names of read models or --all")
     if in_place and only_check:
-        raise typer.BadParameter("--check changes nothing; give it without --in-place")
+        raise typer.BadParameter("--check changes nothing, so it cannot be used with --in-place")
     settings = settings_of(ctx)
     chosen = read_models(settings, names or [])
     done: dict[str, Difference] = {}
@@ -189,7 +190,9 @@ def _refill(
             stop=stop,
             observe=show_projection(gauge),
         )
-    _raise_if(stop, f"{projector.name}: stopped. `pipeline run` continues to fill it")
+    _raise_if(
+        stop, f"{projector.name}: stopped before it was filled. `pipeline run` fills the rest"
+    )
     say(f"{projector.name}: refilled.")
 
 
@@ -211,14 +214,13 @@ def _show_differences(done: "Sequence[Difference]", *, repaired: bool, as_json: 
         [(d.projector, d.rows, d.missing, d.changed, d.surplus, d.dead_letters) for d in done],
     )
     differing = sum(found.differing for found in done)
-    say(
-        "0 rows differ."
-        if not differing
-        else f"{differing:,} rows {'differed and were repaired' if repaired else 'differ'}."
-    )
+    if differing and repaired:
+        say(f"{count(differing, 'row that differed was', 'rows that differed were')} repaired.")
+    else:
+        say(f"{count(differing, 'row differs', 'rows differ')}.")
     for found in done:
-        if found.behind:
+        if found.lag:
             say(
-                f"{found.projector}: it was {found.behind:,} records behind, so that some of these "
-                "rows are no error."
+                f"{found.projector}: its lag was {count(found.lag, 'record')}, so some of these "
+                "rows may differ only because of the lag. Repeat the command when the lag is 0."
             )

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.app import migrated_database_of, settings_of
-from pipeline.cli.arguments import Coordinates, parse_partitions, parse_time
+from pipeline.cli.arguments import logged_partitions, parse_partitions, parse_time
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say, table
+from pipeline.counts import count
 from pipeline.errors import ExitCode
-from pipeline.partitions import NextOffset, OffsetRange, Partition
+from pipeline.partitions import NextOffset, OffsetRange
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
-
     from pipeline.log.compare import Comparison
     from pipeline.rewind import Goal, Step
 
@@ -50,19 +49,21 @@ def rewind(
         str,
         typer.Option(
             metavar="WHERE",
-            help="earliest (the first record in Kafka), an offset, or a time: "
-            "2026-01-31T08:00:00Z, 7d.",
+            help="Where to start: earliest (the first record in Kafka), an offset, or a time "
+            "(2026-01-31T08:00:00Z, or 7d before now).",
         ),
     ],
     do_it: Annotated[
-        bool, typer.Option("--execute", help="Do it. By default, only the plan is shown.")
+        bool,
+        typer.Option("--execute", help="Execute the plan. Without it, the plan is only shown."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read Kafka again, and add the records that the log lacks.
 
-    Missing records are added to the log, once, and read models apply them. Records in the log do
-    not change. Ingest may run meanwhile, and continues where it is.
+    It adds each missing record to the log once; workers then apply it to the read models. It does
+    not change records that are in the log. Ingest may run meanwhile, and its next offsets do not
+    change.
 
     \b
     $ pipeline rewind Notifications --to earliest            # the plan
@@ -82,7 +83,7 @@ def rewind(
         migrated_database_of(settings, "rewind", writes_read_models=True) as engine,
         closing(Brokers(settings, ClientReports())) as brokers,
     ):
-        steps = plan(engine, brokers, _partitions(engine, wanted, partitions), goal)
+        steps = plan(engine, brokers, logged_partitions(engine, wanted, partitions), goal)
         if not as_json:
             _show_plan(steps)
         if do_it:
@@ -98,29 +99,14 @@ def rewind(
     elif do_it:
         _show_done(done)
     else:
-        say("This is the plan. Nothing was changed. Add --execute to do it.")
+        say("This is the plan. Nothing was changed. Add --execute to execute it.")
     if any(found.changed.count for _, found in done):
         raise typer.Exit(ExitCode.FOUND)
 
 
-def _partitions(engine: "Engine", wanted: Coordinates, text: str) -> Sequence[Partition]:
-    from pipeline.db import transaction
-    from pipeline.log.ranges import ranges
-
-    with transaction(engine) as db:
-        logged = ranges(db)
-    chosen = [partition for partition in logged if wanted.includes(partition)]
-    if not chosen:
-        names = ", ".join(f"{partition.topic}:{partition.number}" for partition in logged)
-        raise typer.BadParameter(
-            f"the log has no partition {text}; it has {names or 'none: run `pipeline ingest`'}"
-        )
-    return chosen
-
-
 def _show_plan(steps: "Sequence[Step]") -> None:
     table(
-        ["partition", "in the log", "in Kafka", "to read", "offsets", "of these in the log"],
+        ["partition", "in the log", "in Kafka", "to read", "offsets", "already in the log"],
         [
             (
                 str(step.partition),
@@ -158,21 +144,23 @@ def _show_done(done: "Sequence[tuple[Step, Comparison]]") -> None:
     )
     filled = sum(found.missing.count for _, found in done)
     say(
-        f"{filled:,} records were added to the log. Read models apply them automatically."
+        f"{count(filled, 'record was', 'records were')} added to the log. Workers apply "
+        "them to the read models."
         if filled
         else "No record was missing."
     )
     for step, found in done:
         if found.changed.count:
             say(
-                f"{step.partition}: {found.changed.count:,} records in the log differ from those "
-                f"in Kafka, at {offsets(found.changed.ranges)}. They were not changed. Run "
-                "`pipeline verify`."
+                f"{step.partition}: {count(found.changed.count, 'record')} with other bytes in the "
+                f"log than in Kafka, at {offsets(found.changed.ranges)}. The log was not "
+                "changed. Run `pipeline verify`."
             )
         if found.surplus.count:
             say(
-                f"{step.partition}: {found.surplus.count:,} records are in the log and not in "
-                f"Kafka, at {offsets(found.surplus.ranges)}. Was the topic compacted?"
+                f"{step.partition}: {count(found.surplus.count, 'record is', 'records are')} "
+                f"in the log and not in Kafka, at {offsets(found.surplus.ranges)}. Find out "
+                "whether the topic was compacted, or deleted and recreated."
             )
 
 

@@ -8,11 +8,12 @@ from pipeline.cli.flow_options import BY_SIGNAL, EXITS, UntilEnd, Workers
 
 @command(EXITS, servers=Servers.BOTH, by_signal=BY_SIGNAL)
 def run(ctx: typer.Context, until_end: UntilEnd = False, workers: Workers = 1) -> None:
-    """Ingest and project, until stopped: the main job.
+    """Ingest and project until stopped. This is the main command.
 
-    Each batch of records of PIPELINE_TOPICS is written to pipeline.events in one transaction with
-    its next offset; read models follow. A read model whose definition has changed is rebuilt beside
-    its live table. Any number of these commands, on any number of machines, share the partitions.
+    It writes each batch of records of PIPELINE_TOPICS to pipeline.events in one transaction with
+    the next offset, then applies the events to the read models. A read model whose definition has
+    changed is rebuilt beside its live table. You can run this command any number of times, on any
+    number of machines: the processes share the partitions.
 
     \b
     $ pipeline run

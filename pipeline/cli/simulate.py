@@ -9,6 +9,7 @@ import typer
 from pipeline.cli.app import settings_of
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import Gauge, emit, say
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def simulate(
     ctx: typer.Context,
     events: Annotated[
         int | None,
-        typer.Option(min=1, help="How many events; until Ctrl-C by default.", show_default=False),
+        typer.Option(min=1, help="Number of events; by default, until Ctrl-C.", show_default=False),
     ] = None,
     rate: Annotated[
         float | None,
@@ -73,10 +74,10 @@ def simulate(
     ] = KeyBy.USER,
     as_json: AsJson = False,
 ) -> None:
-    """Produce realistic Upvest events to Kafka. Never use it on real topics.
+    """Produce realistic Upvest events to Kafka, for tests. Never use it on real topics.
 
-    Users are onboarded and checked, fund accounts, and place orders that settle; the simulator
-    keeps books, so that balances are consistent.
+    Simulated users pass checks, pay in cash and place orders that settle. The balances are
+    consistent with the orders.
 
     \b
     $ pipeline simulate --events 10000 --create-topics
@@ -117,7 +118,7 @@ def simulate(
     if as_json:
         emit({"produced": sent, "topics": topics, "chaos": counts})
     else:
-        say(f"Produced {sent:,} records to {', '.join(topics)}.")
+        say(f"Produced {count(sent, 'record')} to {', '.join(topics)}.")
         if chaos:
             say(f"Chaos: {', '.join(f'{count} {kind}' for kind, count in counts.items())}.")
     raise typer.Exit(stop.exit_code)

@@ -12,6 +12,7 @@ import typer
 from pipeline.cli.app import migrated_database_of, settings_of
 from pipeline.cli.command import AsJson, Servers, command
 from pipeline.cli.output import NOTHING, Cell, Mark, age, emit, moment, out, say, table
+from pipeline.counts import count
 from pipeline.durations import duration
 from pipeline.errors import ExitCode, TransientError
 from pipeline.partitions import Partition
@@ -41,9 +42,9 @@ _STYLES = {
 @command(
     {
         ExitCode.DONE: "events arrive in the tables; warnings may be listed",
-        ExitCode.FOUND: "they do not, or this is unknown: a partition is STOP (also after a stop, "
-        "after --until-end, and in a new installation), UNKNOWN, STALL or ERR; a read model is "
-        "broken, stalled, or unattended while it lags; a standby has applied nothing for 30 s",
+        ExitCode.FOUND: "events do not arrive in the tables, or this is unknown: a partition is "
+        "STOP, UNKNOWN, STALL or ERR, or none was read yet; a read model is broken, stalled, or "
+        "unattended while it lags; a standby has applied nothing for 30 s",
     },
     servers=Servers.DATABASE,
 )
@@ -55,14 +56,14 @@ def status(
 ) -> None:
     """Show lag, throughput, freshness, owners and problems.
 
-    Reads the database only; a standby is enough, and the age of its data is shown. All ages are
-    by the clock of the database. `lag` counts offsets; `behind` is the age of the newest record in
-    the log, while Kafka has newer ones; `seen` is the age of our knowledge of Kafka's end.
-    States of a partition: OK; WARN, more than a minute behind; STALL, behind and no commit for a
-    minute; UNKNOWN, Kafka's end was not read for 30 s, so that lag and rate are unknown; STOP, no
-    process reads it; ERR, halted until an operator decides.
-    States of a read model that need attention: unattended, no process projects it; stalled, it is
-    behind and had no commit for a minute; broken.
+    It reads only the database, and works on a standby. All ages use the clock of the database.
+    `lag` counts offsets. `lag time` is the age of the newest record in the log, if Kafka has newer
+    records. `seen` says how long ago Kafka's end offset was recorded.
+    States of a partition: OK; WARN, it lags by more than a minute; STALL, it lags and there was no
+    commit for a minute; UNKNOWN, Kafka's end offset was not recorded for 30 s, so that lag and rate
+    are unknown; STOP, no process reads it; ERR, halted until an operator resolves the cause.
+    States of a read model that need action: unattended, no process projects it; stalled, it lags
+    and its checkpoint has not moved for a minute; broken, it is halted.
 
     \b
     $ pipeline status
@@ -98,7 +99,10 @@ def _watch(read: "Callable[[], Status]", every: float, show: "Callable[[Status],
             if console.is_terminal:
                 console.clear()
             since = f" since {moment(newest.as_of)}" if newest else ""
-            say(f"pipeline: status unknown{since}: {error}. The next attempt is in {every:g} s.")
+            say(
+                f"pipeline: the status is unknown{since}: {error}. This command tries again in "
+                f"{every:g} s."
+            )
         else:
             if console.is_terminal:
                 console.clear()
@@ -107,24 +111,27 @@ def _watch(read: "Callable[[], Status]", every: float, show: "Callable[[Status],
 
 
 def _show(status: "Status") -> None:
-    behind = "caught up" if not status.lag else f"{status.lag:,} behind Kafka"
+    lag = "caught up" if not status.lag else f"lag {count(status.lag, 'record')}"
     flow = "lag and rate unknown"
     if status.lag is not None and status.rate is not None:
-        flow = f"{behind}, {status.rate:,.1f} records/s over the last minute"
-    typer.echo(f"Log: {status.offsets:,} offsets, {flow}. {moment(status.as_of)}")
+        flow = f"{lag}, {status.rate:,.1f} records/s over the last minute"
+    typer.echo(f"Log: {count(status.offsets, 'offset')}, {flow}. {moment(status.as_of)}")
     if status.standby is not None:
         replayed = age(status.standby.replayed_at, status.as_of)
-        typer.echo(f"This database is a standby. Its newest transaction was committed {replayed}.")
+        typer.echo(
+            "This database is a standby. The newest transaction that it has applied was committed "
+            f"{replayed}."
+        )
     typer.echo()
     if not status.partitions:
         typer.echo("No partition was read yet.")
     table(
-        ["partition", "state", "next offset", "end", "lag", "behind", "rec/s", "seen", "reader"],
+        ["partition", "state", "next offset", "end", "lag", "lag time", "rec/s", "seen", "reader"],
         (_partition_row(partition, status.as_of) for partition in status.partitions),
     )
     typer.echo()
     table(
-        ["read model", "state", "lag", "behind", "dead letters", "last moved"],
+        ["read model", "state", "lag", "lag time", "dead letters", "last moved"],
         (_projector_row(projector, status.as_of) for projector in status.projectors),
     )
     typer.echo()
@@ -194,14 +201,16 @@ def _age(seconds: float | None) -> Cell:
 def _show_recent(recent: "Recent") -> None:
     bad = sum(sum(reasons.values()) for reasons in recent.bad.values())
     typer.echo(
-        f"Of the last {recent.records:,} records (an hour at most): {recent.repeats:,} repeats, "
-        f"{bad:,} bad, {sum(recent.unknown_types.values()):,} of types without a read model."
+        f"The last {count(recent.records, 'record')} (of at most one hour): "
+        f"{count(recent.repeats, 'repeat')}, "
+        f"{bad:,} could not be decoded, {sum(recent.unknown_types.values()):,} of a type without "
+        "a read model."
     )
     for topic, reasons in sorted(recent.bad.items()):
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-            typer.echo(printable(f"  {count:>6,}  {topic}: {reason}"))
+        for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
+            typer.echo(printable(f"  {number:>6,}  {topic}: {reason}"))
     most = sorted(recent.unknown_types.items(), key=lambda item: -item[1])
-    for event_type, count in most[:TYPES_MAX]:
-        typer.echo(printable(f"  {count:>6,}  {event_type}"))
+    for event_type, number in most[:TYPES_MAX]:
+        typer.echo(printable(f"  {number:>6,}  {event_type}"))
     if len(most) > TYPES_MAX:
-        typer.echo(f"          … and {len(most) - TYPES_MAX} other types; all with --json")
+        typer.echo(f"          … and {len(most) - TYPES_MAX} other types; --json shows all")

@@ -177,7 +177,7 @@ class _Parent:
 
 
 def _end_after_batch() -> None:
-    log.warning("parent_ended", effect="this worker ends after its batch")
+    log.warning("parent_ended", effect="this worker ends after its current batch")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_S_MAX)
     os._exit(ExitCode.INVARIANT)

@@ -42,7 +42,7 @@ class Tally:
     def of_projection(self) -> Callable[[Projected], None]:
         """The function to which a projection reports its progress."""
         counter = self._counter("projected", "projection_lag")
-        return lambda progress: counter(progress.taken, progress.behind)
+        return lambda progress: counter(progress.taken, progress.lag)
 
     def _counter(self, name: str, name_of_lag: str) -> Callable[[int, int], None]:
         counted = 0

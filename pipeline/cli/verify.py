@@ -37,20 +37,21 @@ def verify(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME...", help="Only these read models."),
+        typer.Argument(metavar="NAME...", help="Verify only these read models."),
     ] = None,
     only: Annotated[
         list[_Proof] | None,
-        typer.Option(help="Only this proof; may be given more than once."),
+        typer.Option(help="Run only this comparison; you can give this option several times."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove the guarantees on the data.
+    """Verify the guarantees on the data.
 
-    The result is one verdict, with evidence. It compares the log with its own bookkeeping; the log
-    with Kafka, record by record, as far back as Kafka has them; each read model with a replay of
-    the log. It changes nothing, and the service may run meanwhile. It reads all data once; on a
-    large log, run it at night or one proof at a time.
+    It compares the log with its own bookkeeping; the log with Kafka, record by record, for all
+    records that Kafka still has; and each read model with a replay of the log. It shows each claim
+    with its evidence, then whether all claims hold. It changes nothing, and workers may run
+    meanwhile. It reads all data once; if the log is large, run it at night, or run one comparison
+    at a time with --only.
 
     \b
     $ pipeline verify
@@ -123,7 +124,7 @@ def _show(found: "Iterable[Evidence]") -> None:
 
 def _verdict(wrong: "Sequence[Evidence]", unexamined: "Sequence[Evidence]") -> str:
     if not wrong and unexamined:
-        return "Every claim that was examined holds. Some could not be examined; see above."
+        return "All examined claims hold. Some claims could not be examined; see above."
     if not wrong:
         return "Every claim holds."
     claims = len({(evidence.part, evidence.claim) for evidence in wrong})

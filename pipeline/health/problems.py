@@ -45,13 +45,13 @@ NO_READER = Kind(
 )
 INGEST_STALLED = Kind(
     "error",
-    "its lag is {lag:,} records, and the last commit was at {since}",
+    "its lag is {lag}, and the last commit was at {since}",
     "read the log of its reader, {reader}: it says what the reader waits for (a full disk, a lock, "
     "a right in the database, Kafka)",
 )
 INGEST_LAGS = Kind(
     "warning",
-    "its lag is {lag:,} records and {length}",
+    "its lag is {lag} and {length}",
     "wait, or start another worker: `pipeline ingest`",
 )
 RETENTION_ENDS = Kind(
@@ -65,10 +65,23 @@ RETENTION_ENDED = Kind(
     "resolve the other problems now. If events were deleted, the partition is then halted, and "
     "`pipeline gaps list` shows their offsets",
 )
+_RECORDS_DELETED = "Kafka's retention has deleted {deleted} from {first} on before they were read"
 RECORDS_DELETED = Kind(
     "error",
-    "Kafka's retention has deleted {count:,} offsets from {first} on before they were read",
-    "run `pipeline ingest`, then see `pipeline gaps list`",
+    _RECORDS_DELETED,
+    "start `pipeline run`: it halts this partition and records the gap. Then see "
+    "`pipeline gaps list`",
+)
+RECORDS_DELETED_AND_HALTED = Kind(
+    "error",
+    _RECORDS_DELETED,
+    "see `pipeline gaps list`; to continue without them: `pipeline gaps accept {subject}`",
+)
+BAD_RECORDS = Kind(
+    "warning",
+    "{bad} of the last hour could not be decoded: {reasons}. The log has them; no read model takes "
+    "them",
+    "run `pipeline events --bad`",
 )
 LOG_NOT_PROTECTED = Kind(
     "error",
@@ -83,8 +96,7 @@ LOG_NOT_PROTECTED_BY_RIGHTS = Kind(
 )
 KEYING_UNKNOWN = Kind(
     "unknown",
-    "its key (tenant, user or entity) is not known: {records:,} recent records are too few to "
-    "decide",
+    "its key (tenant, user or entity) is not known: {records} too few to decide",
     "run `pipeline check` again when there are more records",
 )
 
@@ -128,7 +140,7 @@ NOT_COMPARED = Kind("unknown", "{error}", "resolve this, then run `pipeline veri
 BROKEN = Kind(
     "error",
     "broken, so it is halted: {why}",
-    f"fix the cause (the projector, or what somebody changed), then run {_REBUILD}",
+    f"fix the cause (its declaration, or what somebody changed), then run {_REBUILD}",
 )
 STALE = Kind(
     "warning",
@@ -141,18 +153,18 @@ REBUILDING = Kind(
 )
 CATCHING_UP = Kind(
     "warning",
-    "its lag is {lag:,} records; the oldest of them came into the log {length} ago",
+    "its lag is {lag}, of which the oldest came into the log {length} ago",
     "wait; if the lag grows, start another worker",
 )
 PROJECTION_STALLED = Kind(
     "error",
-    "its lag is {lag:,} records, and one of its checkpoints has not moved since {since}",
+    "its lag is {lag}, and one of its checkpoints has not moved since {since}",
     "read the log of the process that projects it: it says what the process waits for (a lock, a "
     "full disk, a right in the database)",
 )
 NOT_PROJECTED = Kind(
     "error",
-    "no process projects it; its checkpoint last moved at {since}, and its lag is {lag:,} records",
+    "no process projects it; its checkpoint last moved at {since}, and its lag is {lag}",
     "start `pipeline run` or `pipeline project`",
 )
 NOT_PROJECTED_WITHOUT_LAG = Kind(
@@ -162,7 +174,7 @@ NOT_PROJECTED_WITHOUT_LAG = Kind(
 )
 DEAD_LETTERS = Kind(
     "warning",
-    "it rejected {count:,} events, which are dead letters",
+    "it has {letters}: events that it rejected",
     "run `pipeline dead-letters list {subject}`; after a fix, `pipeline dead-letters retry "
     "{subject}`",
 )
@@ -174,7 +186,7 @@ NOT_REFILLED = Kind(
 CHANGED_TABLE = Kind("error", "{changes}", "{fixes}. Then run `pipeline rebuild {subject}`")
 DIFFERS_FROM_REPLAY = Kind(
     "error",
-    "{missing:,} rows are missing, {changed:,} are not the same, {surplus:,} should not exist",
+    "{missing}, {changed}, {surplus:,} should not exist",
     _REBUILD,
 )
 

@@ -15,6 +15,7 @@ from typing import Literal
 from sqlalchemy import Engine
 
 from pipeline.catalogue import Catalogue
+from pipeline.counts import count
 from pipeline.db import transaction
 from pipeline.errors import PipelineError, TransientError
 from pipeline.foreign_objects import changes_of, fixes_of, foreign_objects
@@ -216,7 +217,10 @@ def _of_comparison(
     subject = str(partition)
     note = None
     if is_compacted and found.surplus.count:
-        note = f"{found.surplus.count:,} more are only in the log: the topic is compacted"
+        note = (
+            f"{count(found.surplus.count, 'more is', 'more are')} only in the log: the topic is "
+            "compacted"
+        )
     if not any(intervals.count for intervals in differing.values()):
         yield Evidence("kafka", subject, _FAITHFUL, found.read, note=note)
     for kind, intervals in differing.items():
@@ -292,7 +296,10 @@ def verify_read_models(
         difference = None
         if found.differing:
             difference = problems.DIFFERS_FROM_REPLAY.of(
-                name, missing=found.missing, changed=found.changed, surplus=found.surplus
+                name,
+                missing=count(found.missing, "row is missing", "rows are missing"),
+                changed=count(found.changed, "is not the same", "are not the same"),
+                surplus=found.surplus,
             )
         yield Evidence("read models", name, _REPLAYED, found.rows, found.differing, difference)
 

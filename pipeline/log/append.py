@@ -6,6 +6,7 @@ import psycopg
 from sqlalchemy import Connection, text
 
 from pipeline import failpoints
+from pipeline.counts import count
 from pipeline.db import translated
 from pipeline.errors import ConfigurationError, InvariantError, PoisonRecordError
 from pipeline.events import EncodedRow, Row
@@ -103,9 +104,9 @@ def _copy(connection: psycopg.Connection, rows: Sequence[EncodedRow], statement:
         info = connection.info
         raise ConfigurationError(
             f"PostgreSQL at {info.host}:{info.port}/{info.dbname} for user {info.user} stored "
-            f"{stored:,} of {len(rows):,} rows of the log, without an error: a trigger or rule of "
-            "somebody else leaves rows out. The batch was rolled back, and nothing is lost. "
-            "`pipeline check` names the trigger, with its owner"
+            f"{stored:,} of {count(len(rows), 'row')} of the log, without an error: a trigger or "
+            "rule of somebody else leaves rows out. The batch was rolled back, and nothing is "
+            "lost. `pipeline check` names the trigger, with its owner"
         )
 
 

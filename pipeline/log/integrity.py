@@ -14,7 +14,7 @@ BYTES_ROWS = 200
 
 # Each returns, per subject, how many rows were examined, how many are wrong, and where.
 BOUNDS = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
+SELECT format('%s:%s', topic, "partition") AS subject, count(*) AS examined,
        count(*) FILTER (WHERE outside) AS wrong,
        min("offset") FILTER (WHERE outside) AS first, max("offset") FILTER (WHERE outside) AS last
 FROM (SELECT e.topic, e."partition", e."offset",
@@ -25,7 +25,7 @@ FROM (SELECT e.topic, e."partition", e."offset",
 GROUP BY topic, "partition" ORDER BY topic, "partition"
 """)
 ENVELOPES = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
+SELECT format('%s:%s', topic, "partition") AS subject, count(*) AS examined,
        count(*) FILTER (WHERE differs) AS wrong,
        min("offset") FILTER (WHERE differs) AS first, max("offset") FILTER (WHERE differs) AS last
 FROM (SELECT topic, "partition", "offset",
@@ -35,7 +35,7 @@ FROM (SELECT topic, "partition", "offset",
 GROUP BY topic, "partition" ORDER BY topic, "partition"
 """)
 REPEATS = text("""
-SELECT format('%s[%s]', topic, "partition") AS subject, count(*) AS examined,
+SELECT format('%s:%s', topic, "partition") AS subject, count(*) AS examined,
        count(*) FILTER (WHERE differs) AS wrong,
        min("offset") FILTER (WHERE differs) AS first, max("offset") FILTER (WHERE differs) AS last
 FROM (SELECT e.topic, e."partition", e."offset",

@@ -52,6 +52,9 @@ TOPICS = select(consumer_offsets.c.topic).distinct()
 LOGGED = select(consumer_offsets.c.topic, consumer_offsets.c.partition, *LOGGED_COLUMNS).order_by(
     consumer_offsets.c.topic, consumer_offsets.c.partition
 )
+HALTED = select(consumer_offsets.c.topic, consumer_offsets.c.partition).where(
+    consumer_offsets.c.problem.is_not(None)
+)
 REACHED = select(consumer_offsets.c.partition).where(
     *THIS_PARTITION,
     or_(
@@ -71,6 +74,11 @@ def logged_partitions(db: Connection) -> dict[Partition, LoggedPartition]:
         Partition(topic, number): LoggedPartition(*rest)
         for topic, number, *rest in db.execute(LOGGED)
     }
+
+
+def halted_partitions(db: Connection) -> frozenset[Partition]:
+    """The partitions that do not continue until an operator decides."""
+    return frozenset(Partition(*row) for row in db.execute(HALTED))
 
 
 def ranges(db: Connection) -> Mapping[Partition, OffsetRange]:

@@ -304,14 +304,14 @@ _READ_MODELS = (
         "run `pipeline dead-letters list`",
     ),
     LogEvent(
-        "projector_broken",
+        "read_model_broken",
         "error",
         "a read model is halted: it rejected so many events that its definition must be wrong, or "
         "somebody changed its table; the other read models continue",
         "do what the reason says, then run `pipeline rebuild NAME`",
     ),
     LogEvent(
-        "projectors_stale",
+        "read_models_stale",
         "warning",
         "the definition of these read models has changed since their tables were built. Events are "
         "not applied to them until they are rebuilt; readers see the old rows",
@@ -319,7 +319,7 @@ _READ_MODELS = (
         "`rebuild_failed`",
     ),
     LogEvent(
-        "projectors_current",
+        "read_models_current",
         "info",
         "these read models were rebuilt; events are applied to them again",
         "nothing",

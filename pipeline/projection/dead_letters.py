@@ -5,7 +5,7 @@ is in the log.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
+    func,
     select,
     text,
     update,
@@ -31,6 +32,7 @@ from pipeline.log import search
 from pipeline.partitions import NextOffset, Offset, OffsetRange, Partition, after
 from pipeline.projection import registry
 from pipeline.projection.apply import RejectedEvent, apply_batch, lock_tables, pin
+from pipeline.projection.checkpoints import REBUILD
 from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
@@ -143,6 +145,12 @@ LIST = select(
     dead_letters.c.partition,
     dead_letters.c.offset,
 )
+COUNTS = (
+    select(dead_letters.c.projector, func.count())
+    .where(~dead_letters.c.projector.endswith(REBUILD, autoescape=True))
+    .group_by(dead_letters.c.projector)
+    .order_by(dead_letters.c.projector)
+)
 LOCK = select(dead_letters.c.offset).where(*_this).with_for_update()
 REMOVE = delete(dead_letters).where(*_this)
 FORGET = delete(dead_letters).where(dead_letters.c.projector == bindparam("of_projector"))
@@ -188,6 +196,11 @@ def listed(db: Connection, projectors: Iterable[str] | None = None) -> Sequence[
         )
         for row in db.execute(query)
     ]
+
+
+def counts(db: Connection) -> Mapping[str, int]:
+    """How many dead letters each read model has; without those of a rebuild in progress."""
+    return {row[0]: row[1] for row in db.execute(COUNTS)}
 
 
 def lock(db: Connection, letter: DeadLetter) -> bool:

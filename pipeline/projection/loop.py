@@ -66,11 +66,11 @@ class ProjectionProgress(NamedTuple):
 
     Attributes:
         taken: Offsets taken by this process, counted per range, not per projector.
-        behind: Offsets that the most lagging projector still has to take, over all partitions.
+        lag: Offsets that the most lagging projector still has to take, over all partitions.
     """
 
     taken: int
-    behind: int
+    lag: int
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class _Loop:
         stale = registry.stale(db, self._fingerprints)
         if stale - self._stale:
             log.warning(
-                "projectors_stale",
+                "read_models_stale",
                 projectors=sorted(stale),
                 effect="left out until they are rebuilt; readers see their tables as they were",
             )
         if self._stale - stale:
-            log.info("projectors_current", projectors=sorted(self._stale - stale))
+            log.info("read_models_current", projectors=sorted(self._stale - stale))
         self._stale = stale
         return [name for name in self._projectors if name not in stale]
 

@@ -177,4 +177,4 @@ def break_changed(db: Connection, projectors: Collection[Projector]) -> None:
 
 def _note_broken(db: Connection, projector: str, reason: str) -> None:
     if registry.note_broken(db, projector, reason):
-        log.error("projector_broken", projector=projector, reason=reason)
+        log.error("read_model_broken", projector=projector, reason=reason)

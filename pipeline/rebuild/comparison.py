@@ -33,7 +33,7 @@ class Difference(NamedTuple):
         missing: Rows that the live tables lack.
         changed: Rows that differ, to the last byte.
         surplus: Rows that the log does not give.
-        behind: Offsets that the live projector had not taken yet, so that some rows differ for
+        lag: Offsets that the live projector had not taken yet, so that some rows differ for
             that reason; 0 where both have the same checkpoints.
         dead_letters: Events that the rebuild rejected.
         is_replaced: The live tables had other columns, so they were replaced and not compared.
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
     missing: int
     changed: int
     surplus: int
-    behind: int
+    lag: int
     dead_letters: int
     is_replaced: bool = False
 
@@ -54,13 +54,13 @@ class Difference(NamedTuple):
         return self.missing + self.changed + self.surplus
 
 
-def measure(db: Connection, projector: Projector, *, behind: int, dead_letters: int) -> Difference:
+def measure(db: Connection, projector: Projector, *, lag: int, dead_letters: int) -> Difference:
     """Count, row by row, what differs now.
 
     Args:
         db: An open transaction, in which no other session writes to either.
         projector: Whose tables.
-        behind: See ``Difference``.
+        lag: See ``Difference``.
         dead_letters: See ``Difference``.
     """
     rows = missing = changed = surplus = 0
@@ -70,7 +70,7 @@ def measure(db: Connection, projector: Projector, *, behind: int, dead_letters: 
         missing += found.missing
         changed += found.changed
         surplus += found.surplus
-    return Difference(projector.name, rows, missing, changed, surplus, behind, dead_letters)
+    return Difference(projector.name, rows, missing, changed, surplus, lag, dead_letters)
 
 
 def repair(db: Connection, projector: Projector) -> None:

@@ -351,7 +351,7 @@ class Shadow:
             ):
                 return None
             self._catch_up(SHADOW_SCHEMA, self._name, shadow, live)
-            return self._measured(behind=0)
+            return self._measured(records_lag=0)
 
     def reconcile(self) -> Difference:
         """Make the live tables equal and end the rebuild; the live projector waits meanwhile."""
@@ -369,19 +369,19 @@ class Shadow:
                 for partition in live | shadow
             }
             self._catch_up(SHADOW_SCHEMA, self._name, shadow, goal)
-            behind = sum(
+            records_lag = sum(
                 lag(live.get(partition, NextOffset(0)), end) for partition, end in goal.items()
             )
             is_replaced = self._must_swap()
-            is_followed = behind < self._chunk_offsets and registry.is_live(db, name)
+            is_followed = records_lag < self._chunk_offsets and registry.is_live(db, name)
             if is_followed and not is_replaced:
                 self._catch_up(None, name, live, goal)
-                behind = 0
+                records_lag = 0
             failpoints.reach("before_swap", connection_fd=descriptor(db))
             if is_replaced:
-                difference = self._swap(behind=behind)
+                difference = self._swap(records_lag=records_lag)
             else:
-                difference = self._measured(behind=behind)
+                difference = self._measured(records_lag=records_lag)
                 if difference.differing:
                     repair(db, self._projector)
             dead_letters.forget(db, name)
@@ -404,7 +404,7 @@ class Shadow:
             for table in self._projector.tables
         )
 
-    def _swap(self, *, behind: int) -> Difference:
+    def _swap(self, *, records_lag: int) -> Difference:
         """Put the tables in the place of the live ones; readers wait for this instant only.
 
         Raises:
@@ -422,8 +422,10 @@ class Shadow:
             rows += self._db.execute(text(count_shadow(table))).scalar_one()
             self._db.execute(SWAP, {"table": table.name})
         letters = len(dead_letters.listed(self._db, [self._name]))
-        return Difference(self._projector.name, rows, 0, 0, 0, behind, letters, is_replaced=True)
+        return Difference(
+            self._projector.name, rows, 0, 0, 0, records_lag, letters, is_replaced=True
+        )
 
-    def _measured(self, *, behind: int) -> Difference:
+    def _measured(self, *, records_lag: int) -> Difference:
         letters = len(dead_letters.listed(self._db, [self._name]))
-        return measure(self._db, self._projector, behind=behind, dead_letters=letters)
+        return measure(self._db, self._projector, lag=records_lag, dead_letters=letters)

@@ -179,7 +179,7 @@ class Settings(BaseSettings):
         default=1000,
         ge=0,
         le=1_000_000,
-        description="Maximum rejected events per pass before the projector is marked broken",
+        description="Maximum rejected events per pass before the read model is marked broken",
     )
 
     longest_outage_hours: int = Field(

@@ -54,7 +54,7 @@ def test_a_dropped_table_halts_only_its_read_model(bench: Bench):
     with bench.feed(rate=PER_SECOND) as feed:
         until(lambda: bench.query("SELECT FROM upvest.orders LIMIT 1"), "there are orders")
         bench.execute("ALTER TABLE upvest.orders RENAME TO gone")
-        worker.wait_for_log("projector_broken")
+        worker.wait_for_log("read_model_broken")
         before = len(bench.query("SELECT FROM upvest.executions"))
         until(
             lambda: len(bench.query("SELECT FROM upvest.executions")) > before,
@@ -64,7 +64,7 @@ def test_a_dropped_table_halts_only_its_read_model(bench: Bench):
         code, output = rebuild(bench, "orders")
         assert code == 0, output
 
-    assert "upvest.orders does not exist" in worker.logged("projector_broken")[0]["reason"]
+    assert "upvest.orders does not exist" in worker.logged("read_model_broken")[0]["reason"]
     bench.wait_until_projected(feed.ledger)
     bench.finish(feed.ledger)
     assert worker.exit_code == 0

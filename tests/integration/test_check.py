@@ -18,6 +18,7 @@ from pipeline.health.check import Promise, PromiseState, promise_statuses, run_c
 from pipeline.health.check.database import _server, _session, check_database, is_loopback
 from pipeline.health.check.kafka import kafka_tls
 from pipeline.health.check.promises import NOT_OF_AN_INSTALLATION
+from pipeline.projectors.orders import orders
 from pipeline.sandbox.servers.postgres import PostgresServer, free_port
 from pipeline.schema.migrate import migrate
 from pipeline.schema.roles import ROLES
@@ -89,7 +90,7 @@ def test_an_intact_installation_has_no_problem(given, kafka, topic):
     assert contains(well, "PostgreSQL 1")
     assert contains(well, "schema is current")
     assert contains(well, "append-only triggers on the log and its 0 segments")
-    assert contains(well, "tables are refilled after TRUNCATE")
+    assert contains(well, "refilled after TRUNCATE")
     assert contains(well, f"topic {name}: has 3 partitions")
     assert contains(well, f"topic {name}: keeps its records for 7 days")
     assert contains(well, "group pipeline may be used")
@@ -258,6 +259,44 @@ def test_a_missing_topic_is_an_error_and_the_existing_topics_are_named(check):
     assert result.exit_code == 78
 
 
+def test_a_missing_topic_puts_no_guarantee_about_memory_at_risk(check):
+    results = check(topic=f"{TOPIC},Nonsense")
+
+    reasons = status_of(results, Promise.BOUNDED_MEMORY).reasons
+    assert contains(status_of(results, Promise.NO_SILENT_LOSS).reasons, "Nonsense")
+    assert not contains(reasons, "Nonsense")
+
+
+def test_dead_letters_and_bad_records_are_warnings_with_the_commands_that_show_them(given, check):
+    broken = order_event("NEW", at=1, order="bad", cash_amount="12,5")
+    given([broken, b"{", b"{", b"\xff"]).project(orders)
+
+    problems = [result.problem for result in check() if result.level == "warning"]
+
+    [letters] = [problem for problem in problems if "dead-letters list" in problem.fix]
+    [bad] = [problem for problem in problems if problem.fix == "run `pipeline events --bad`"]
+    assert (letters.subject, bad.subject) == ("orders", f"topic {TOPIC}")
+    assert letters.what.startswith("it has 1 dead letter: ")
+    assert bad.what.startswith("3 records of the last hour could not be decoded: 2 not JSON, ")
+
+
+def test_the_text_of_an_unavailable_database_is_shown_once(broker, pipeline):
+    port = free_port()
+    commands = Commands(
+        database_url=f"postgresql://nobody@127.0.0.1:{port}/none",
+        kafka_bootstrap_servers=broker.bootstrap_servers,
+        kafka_security_protocol="PLAINTEXT",
+        topics=TOPIC,
+    )
+
+    result = pipeline(commands, "check")
+
+    assert result.code == 69
+    assert result.out.count(f"127.0.0.1:{port}") == 1
+    assert "The log is faithful: the database does not answer, see above" in result.out
+    assert "1 error. Guarantees: " in result.err
+
+
 def test_short_retention_and_compaction_are_warnings(given, kafka, topic):
     name = topic(config={"retention.ms": "3600000", "cleanup.policy": "compact,delete"})
 
@@ -291,9 +330,19 @@ def test_records_that_kafka_has_deleted_unread_are_an_error(given, check, broker
     _produce(broker, 10)
     broker.delete_records(TOPIC, 0, 7)
 
-    assert of(check(), "error") == [
-        "Notifications:0: Kafka's retention has deleted 6 offsets from 1 on before they were read"
-    ]
+    [deleted] = errors_of(check())
+    given.execute("UPDATE pipeline.consumer_offsets SET problem = 'a gap', problem_fix = 'accept'")
+    [halted] = errors_of(check())
+
+    what = "Kafka's retention has deleted 6 offsets from 1 on before they were read"
+    assert deleted.what == halted.what == what
+    assert (deleted.subject, halted.subject) == ("Notifications:0", "Notifications:0")
+    assert deleted.fix.startswith("start `pipeline run`")
+    assert halted.fix.endswith("to continue without them: `pipeline gaps accept Notifications:0`")
+
+
+def errors_of(results):
+    return [result.problem for result in results if result.level == "error"]
 
 
 def _produce(broker, records):

@@ -261,7 +261,7 @@ def test_a_gap_is_listed_accepted_and_then_skipped(commands, broker, pipeline):
     again = commands.run("run", "--until-end")
 
     assert refused.code == 65
-    assert f"gaps accept {TOPIC}:0" in refused.log[-1]["reason"]
+    assert any(f"gaps accept {TOPIC}:0" in str(line) for line in refused.log)
     [gap] = listed.json
     assert (gap["topic"], gap["partition"], gap["accepted_at"]) == (TOPIC, 0, None)
     assert gap["end_offset"] == _end(broker, 0) - 5
@@ -297,7 +297,27 @@ def test_accepting_without_a_gap_is_reported_and_an_unknown_partition_is_wrong_u
     assert (nothing.code, nothing.out) == (0, "")
     assert "no open gap" in nothing.err
     assert unknown.code == 2
-    assert "no partition" in unknown.err
+    assert f"the log has no partition {TOPIC}:7; the log has partitions 0 of {TOPIC}" in _words(
+        unknown.err
+    )
+
+
+@pytest.mark.parametrize("arguments", [["gaps", "accept"], ["rewind", "--to", "earliest"]])
+def test_a_partition_in_brackets_is_refused_with_the_way_to_write_it(
+    commands, given, pipeline, arguments
+):
+    for partition in (0, 1, 2, 4):
+        given([order_event("NEW", at=1, order=f"order {partition}")], partition=partition)
+
+    refused = pipeline(commands, *arguments, f"{TOPIC}[1]")
+
+    assert refused.code == 2
+    assert f"write it as {TOPIC}:1; the log has partitions 0-2, 4 of {TOPIC}" in _words(refused.err)
+
+
+def _words(text):
+    """Without the frame and the line breaks of a usage error."""
+    return " ".join(text.replace("│", " ").split())
 
 
 # ------------------------------------------------------------------------------------ read models

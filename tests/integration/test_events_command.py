@@ -108,7 +108,7 @@ def test_since_and_until_are_times_of_ingestion(given, find):
     assert types(later) == ["ORDER.FILLED"]
     assert types(earlier) == ["ORDER.NEW"]
     assert types(recent) == ["ORDER.NEW", "ORDER.FILLED"]
-    assert (nothing.out, nothing.err[:15]) == ("", "No events found")
+    assert (nothing.out, nothing.err[:15]) == ("", "No events were found")
 
 
 def test_a_search_without_an_index_covers_one_day_by_default(given, find):
@@ -119,7 +119,7 @@ def test_a_search_without_an_index_covers_one_day_by_default(given, find):
     )
 
     assert find("--bad").out == ""
-    assert "No events found since" in find("--bad").err
+    assert "No events were found since" in find("--bad").err
     assert find("--bad", "--since", "3d", "--json").lines[0]["problem"] == "not JSON"
     assert types(find("--at", f"{TOPIC}:0:1", "--type", "ORDER", "--json")) == ["ORDER.NEW"]
 

@@ -207,7 +207,7 @@ def test_a_log_that_begins_late_costs_no_empty_passes(given: Given):
         given.engine, [orders], Limits(batch_offsets_max=10), until_end=True, observe=seen.append
     )
 
-    assert [progress.behind for progress in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+    assert [progress.lag for progress in seen] == [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
     assert next_offsets(given) == {("orders", 0): 5100}
 
 
@@ -264,7 +264,7 @@ def test_a_stale_projector_is_named_and_left_out_until_it_is_rebuilt(given: Give
     given([order_event("NEW", at=2, order="a third")])
 
     ((name, values),) = logged
-    assert name == "projectors_stale"
+    assert name == "read_models_stale"
     assert values["projectors"] == ["orders"]
     assert len(before) == 1
     given.project(*BOTH)

@@ -84,7 +84,7 @@ def test_every_read_model_equals_its_rebuild(broker: Broker, projector: Projecto
     difference = check(broker.given.engine, projector, chunk_offsets=333)
 
     assert difference.rows > 0 or projector.name not in broker.books.tables
-    assert (difference.differing, difference.behind) == (0, 0)
+    assert (difference.differing, difference.lag) == (0, 0)
 
 
 def test_only_events_with_bad_amounts_are_dead_letters(broker: Broker):

@@ -50,7 +50,7 @@ def test_a_rebuild_of_intact_tables_finds_no_difference(projected: Given, projec
 
     assert difference.differing == 0
     assert difference.rows == sum(len(before[table.name]) for table in projector.tables)
-    assert difference.behind == 0
+    assert difference.lag == 0
     assert contents(projected.engine, BOTH) == before
     assert nothing_is_left_behind(projected)
 
@@ -83,7 +83,7 @@ def test_a_check_reports_and_changes_nothing(projected: Given):
     difference = check(projected.engine, orders, chunk_offsets=100)
 
     assert difference == Difference(
-        "orders", len(damaged["orders"]), 0, changed, 0, behind=0, dead_letters=0
+        "orders", len(damaged["orders"]), 0, changed, 0, lag=0, dead_letters=0
     )
     assert contents(projected.engine, BOTH) == damaged
     assert nothing_is_left_behind(projected)
@@ -354,9 +354,7 @@ def test_rebuilds_during_live_traffic_find_no_difference(given: Given):
         for thread in threads:
             thread.join()
 
-    assert [(difference.differing, difference.behind) for difference in found] == [(0, 0)] * len(
-        found
-    )
+    assert [(difference.differing, difference.lag) for difference in found] == [(0, 0)] * len(found)
     given.project(*BOTH)
     assert [check(given.engine, projector).differing for projector in BOTH] == [0, 0]
 

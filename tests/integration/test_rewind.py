@@ -397,7 +397,7 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nowhere", "--to", "earliest"], "the log has no partition nowhere; it has none"),
+        (["nowhere", "--to", "earliest"], "the log has no partition nowhere; the log is empty"),
         (["a:0:7", "--to", "earliest"], "TOPIC or TOPIC:PARTITION"),
         (["a", "--to", "yesterday"], "a time such as"),
         (["a"], "Missing option '--to'"),

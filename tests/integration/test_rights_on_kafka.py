@@ -192,7 +192,7 @@ def test_a_missing_topic_of_the_default_list_is_a_warning_and_a_configured_one_i
     assert "PIPELINE_TOPICS=Notifications" in warned
     checked = default.run("check")
     assert checked.code == 0, checked.out
-    assert "Prices needs a contract" in " ".join(checked.out.split())
+    assert "Prices needs a separate contract" in " ".join(checked.out.split())
 
     explicit = default.with_(topics="Notifications,Prices")
     for command in (["check"], ["ingest", "--until-end"]):

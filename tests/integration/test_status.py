@@ -11,8 +11,8 @@ from pipeline import catalogue
 from pipeline.cli.status import _age
 from pipeline.db import transaction
 from pipeline.health import problems
+from pipeline.health.recent import RECENT_OFFSETS_MAX
 from pipeline.health.status import read_status
-from pipeline.health.status.queries import RECENT_OFFSETS_MAX
 from pipeline.log.search import first_since
 from pipeline.partitions import Partition
 from pipeline.projectors.orders import orders
@@ -131,6 +131,17 @@ def test_a_halted_partition_shows_its_reason_and_its_fix(log):
         "halted: records are gone",
         "accept it",
     )
+
+
+def test_a_halted_partition_shows_its_reason_and_not_the_end_of_retention(log):
+    lagging = "high_watermark = 15, retention_ms = 3600000, owner_member = NULL"
+    offsets(log, lagging)
+    unread = {problem.fix for problem in seen(log).problems if problem.subject == f"{TOPIC}:0"}
+    offsets(log, "problem = 'records are gone', problem_fix = 'accept it'")
+    halted = {problem.fix for problem in seen(log).problems if problem.subject == f"{TOPIC}:0"}
+
+    assert unread == {problems.NO_READER.fix, problems.RETENTION_ENDS.fix}
+    assert halted == {"accept it"}
 
 
 def test_an_old_measurement_is_not_shown_as_current(log, pipeline):

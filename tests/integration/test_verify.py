@@ -146,28 +146,28 @@ TAMPERED = {
         f"DELETE FROM pipeline.events WHERE {ROW} AND \"offset\" BETWEEN 7 AND 9",
     ),
     "another payload": (
-        KAFKA, "not the same",
+        KAFKA, "differ between Kafka and the log",
         "UPDATE pipeline.events SET payload = jsonb_set(payload, '{object}', '{}') "
         f"WHERE {ROW} AND \"offset\" = 7",
     ),
     "another key": (
-        KAFKA, "not the same",
+        KAFKA, "differ between Kafka and the log",
         f"UPDATE pipeline.events SET key = 'x' WHERE {ROW} AND \"offset\" = 7"
     ),
     "other headers": (
-        KAFKA, "not the same",
+        KAFKA, "differ between Kafka and the log",
         f"UPDATE pipeline.events SET headers = '[[\"a\", \"b\"]]' WHERE {ROW} AND \"offset\" = 7",
     ),
     "another time": (
-        KAFKA, "not the same",
+        KAFKA, "differ between Kafka and the log",
         f"UPDATE pipeline.events SET kafka_timestamp = now() WHERE {ROW} AND \"offset\" = 7",
     ),
     "content that is missing": (
-        KAFKA, "not the same",
+        KAFKA, "differ between Kafka and the log",
         f"UPDATE pipeline.events SET payload = NULL, raw = NULL WHERE {ROW} AND \"offset\" = 7",
     ),
     "rows of a read model that are missing": (
-        READ_MODELS, "rows are missing", "DELETE FROM upvest.orders",
+        READ_MODELS, "missing", "DELETE FROM upvest.orders",
     ),
     "rows of a read model that were changed": (
         READ_MODELS, "not the same", "UPDATE upvest.cash_balances SET balance = balance + 0.01"
@@ -231,7 +231,7 @@ def test_missing_records_are_reported_as_intervals_with_the_command_that_fills_t
 
     assert result.code == ExitCode.FOUND
     assert "4 wrong at 7-9, 11" in result.out
-    assert f"`pipeline rewind {day.topic}:0 --to 7`" in result.out
+    assert f"`pipeline rewind {day.topic}:0 --to 7 --execute`" in result.out
     assert pipeline("rewind", f"{day.topic}:0", "--to", "7", "--execute").code == 0
     assert pipeline("verify", "--only", "kafka").code == 0
 
@@ -248,7 +248,7 @@ def test_records_deleted_by_retention_are_reported_as_not_examined(
 
     assert result.code == ExitCode.FOUND
     assert "not examined: offsets 0 to 19 are no longer in Kafka" in result.out
-    assert result.err.endswith("Some could not be examined; see above.\n")
+    assert result.err.endswith("Some claims could not be examined; see above.\n")
 
 
 def test_an_empty_log_and_a_deleted_topic_are_not_examined(given, kafka, monkeypatch, capsys):
@@ -286,7 +286,7 @@ def test_a_compacted_topic_may_have_less_than_the_log(kafka, topic, database, mo
     result = on(database, kafka, InProcess(monkeypatch, capsys))("verify", "--only", "kafka")
 
     assert result.code == 0, result.out
-    assert "1 more are only in the log: the topic is compacted" in result.out
+    assert "1 more is only in the log: the topic is compacted" in result.out
 
 
 def test_one_read_model_alone_may_be_verified(pipeline):

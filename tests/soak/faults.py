@@ -397,7 +397,7 @@ def _rebuild_to_the_end(lane: Lane, projector: Projector) -> None:
         lane.world.see_off(running)
         if code == 0:
             [found] = json.loads(running.output.read_text())
-            if found["differing"] and not found["behind"]:
+            if found["differing"] and not found["lag"]:
                 lane.journal.fail(f"a rebuild has found {found}")
             return
         # Its server was unavailable, or the session of its predecessor still runs.

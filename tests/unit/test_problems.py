@@ -1,6 +1,7 @@
 """The closed list of problems: each is reported somewhere, with the facts that its texts name."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
@@ -51,6 +52,13 @@ def test_every_kind_of_problem_is_reported_with_exactly_its_facts():
 def test_every_kind_of_problem_has_a_fix():
     assert all(kind.what and kind.fix for kind in KINDS.values())
     assert {kind.severity for kind in KINDS.values()} == {"error", "warning", "unknown"}
+
+
+def test_a_fix_is_a_sentence_of_its_own_and_no_text_names_a_count_without_its_noun():
+    for name, kind in KINDS.items():
+        assert not kind.fix.startswith(("or ", "and ")), name
+        assert not re.search(r"\{\w+:,\} (?!bytes|should)[a-z]+", kind.what), name
+        assert not re.search(r"\bbehind\b|\bprojectors?\b", kind.what), name
 
 
 def test_no_other_module_writes_the_text_of_a_problem():

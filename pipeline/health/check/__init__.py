@@ -13,7 +13,7 @@ from pipeline.health import problems
 from pipeline.health.check.database import check_database
 from pipeline.health.check.kafka import Recorded, check_kafka
 from pipeline.health.check.promises import Promise, PromiseState, PromiseStatus
-from pipeline.health.check.result import Result, exit_code, found, promise_statuses
+from pipeline.health.check.result import NotExamined, Result, exit_code, promise_statuses
 from pipeline.settings import Settings
 
 __all__ = [
@@ -63,4 +63,5 @@ def run_checks(settings: Settings, catalogue: Catalogue) -> Iterator[Result]:
 def _failed(subject: str, error: PipelineError, touched: Sequence[Promise]) -> Result:
     is_outage = isinstance(error, TransientError)
     kind = problems.SERVER_UNAVAILABLE if is_outage else problems.SERVER_ERROR
-    return found(kind.of(subject, error=error), *touched, code=error.exit_code)
+    problem = kind.of(subject, error=error)
+    return NotExamined(subject, None, problem, error.exit_code, touched)

@@ -8,6 +8,7 @@ import psycopg
 from sqlalchemy import Connection, Engine, Row, text
 
 from pipeline.catalogue import Catalogue
+from pipeline.counts import count
 from pipeline.db import LOG_SCHEMA, PERSONAL_SCHEMA, READ_SCHEMA, transaction
 from pipeline.db.session import NEWEST
 from pipeline.db.session_settings import is_sorted
@@ -18,8 +19,12 @@ from pipeline.health.check.keying import check_keying
 from pipeline.health.check.promises import Promise
 from pipeline.health.check.result import Result, found, ok
 from pipeline.health.check.rights import check_rights
+from pipeline.health.recent import bad_records, read_recent
 from pipeline.log import protection
-from pipeline.projection import registry
+from pipeline.log.ranges import ranges
+from pipeline.log.search import first_since
+from pipeline.partitions import OffsetRange
+from pipeline.projection import dead_letters, registry
 from pipeline.readmodel import Projector
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.schema.bookkeeping import our_tables
@@ -41,6 +46,7 @@ def check_database(engine: Engine, catalogue: Catalogue) -> Iterator[Result]:
         yield from _foreign_objects(db, catalogue)
         yield from _log(db)
         yield from check_keying(db)
+        yield from _bad_records(db, catalogue.models)
         yield from _read_models(db, catalogue.models)
         yield from _drift(db, catalogue)
 
@@ -59,8 +65,7 @@ SELECT current_setting('server_version_num')::int / 10000 AS major,
        current_setting('log_min_messages') AS log_min_messages,
        (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()) AS tls
 """)
-
-
+HOUR_AGO = text("SELECT now() - interval '1 hour'")
 OWN_SETTINGS = text("""
 SELECT name FROM pg_settings
 WHERE context IN ('user', 'superuser', 'backend', 'superuser-backend') ORDER BY 1
@@ -208,9 +213,21 @@ def _log(db: Connection) -> Iterator[Result]:
     if not unguarded:
         yield ok(
             "log",
-            f"append-only triggers on the log and its {segments} segments",
+            f"append-only triggers on the log and its {count(segments, 'segment')}",
             Promise.FAITHFUL_LOG,
         )
+
+
+def _bad_records(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:
+    """Records that could not be decoded are in the log; no promise depends on them."""
+    hour_ago = db.execute(HOUR_AGO).scalar_one()
+    began = first_since(db, [hour_ago])
+    came = {
+        partition: OffsetRange(began.get((partition, hour_ago), logged.end), logged.end)
+        for partition, logged in ranges(db).items()
+    }
+    for problem in bad_records(read_recent(db, came, projectors)):
+        yield found(problem)
 
 
 # ----------------------------------------------------------------------------------- read models
@@ -237,7 +254,7 @@ def _read_models(db: Connection, projectors: Sequence[Projector]) -> Iterator[Re
     if not not_watched:
         yield ok(
             "read models",
-            f"all {len(tables)} tables are refilled after TRUNCATE",
+            f"{count(len(tables), 'table is', 'tables are')} refilled after TRUNCATE",
             Promise.DISPOSABLE,
         )
     yield from _definitions(db, projectors)
@@ -250,7 +267,9 @@ def _drift(db: Connection, catalogue: Catalogue) -> Iterator[Result]:
         yield found(problems.NOT_AS_DECLARED.of(name, what=what), Promise.CONVERGENCE)
     if not drifted:
         views = len(catalogue.views)
-        yield ok("read models", f"tables and {views} views are as declared", Promise.CONVERGENCE)
+        yield ok(
+            "read models", f"tables and {count(views, 'view')} are as declared", Promise.CONVERGENCE
+        )
 
 
 def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Result]:
@@ -261,7 +280,14 @@ def _definitions(db: Connection, projectors: Sequence[Projector]) -> Iterator[Re
         problem = problems.BROKEN.of(model.name, why=reasons[model.name])
         yield found(problem, Promise.ONE_BAD_EVENT)
     if not broken:
-        yield ok("read models", f"{len(projectors)} projectors, none broken", Promise.ONE_BAD_EVENT)
+        yield ok(
+            "read models",
+            f"{count(len(projectors), 'read model')}, none broken",
+            Promise.ONE_BAD_EVENT,
+        )
+    for name, number in dead_letters.counts(db).items():
+        letters = count(number, "dead letter")
+        yield found(problems.DEAD_LETTERS.of(name, letters=letters))
     built = registry.fingerprints(db)
     stale = [
         model for model in projectors if built.get(model.name) not in (None, fingerprint(model))

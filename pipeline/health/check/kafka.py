@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from sqlalchemy import Connection
 
+from pipeline.counts import count
 from pipeline.errors import ExitCode
 from pipeline.health import problem, problems
 from pipeline.health.check.database import is_loopback
@@ -16,8 +17,8 @@ from pipeline.kafka.metadata import Brokers
 from pipeline.kafka.reports import ClientReports
 from pipeline.log.installation import installation_id
 from pipeline.log.origin import KafkaPartition, LastRecord, last_record, why_other_topic
-from pipeline.log.ranges import LoggedPartition, logged_partitions
-from pipeline.partitions import Partition
+from pipeline.log.ranges import LoggedPartition, halted_partitions, logged_partitions
+from pipeline.partitions import NextOffset, Partition
 from pipeline.settings import Settings
 
 
@@ -27,6 +28,7 @@ class Recorded:
 
     installation: object
     partitions: Mapping[Partition, LoggedPartition]
+    halted: Collection[Partition]
     last: Mapping[Partition, LastRecord | None]
 
     @classmethod
@@ -37,7 +39,7 @@ class Recorded:
             partition: last_record(db, partition, logged.next_offset)
             for partition, logged in partitions.items()
         }
-        return cls(installation_id(db), partitions, last)
+        return cls(installation_id(db), partitions, halted_partitions(db), last)
 
 
 def check_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Result]:
@@ -57,7 +59,9 @@ def check_kafka(settings: Settings, recorded: Recorded | None) -> Iterator[Resul
         counts = brokers.partition_counts()
         cluster = brokers.cluster_id()
         yield ok(
-            "kafka", f"cluster {cluster} at {servers} answers, {len(counts)} topics are visible"
+            "kafka",
+            f"cluster {cluster} at {servers} answers, "
+            f"{count(len(counts), 'topic is', 'topics are')} visible",
         )
         yield from _topics(brokers, settings, counts)
         mine = [Partition(t, n) for t in settings.topics for n in range(counts.get(t, 0))]
@@ -89,7 +93,7 @@ def _topics(brokers: Brokers, settings: Settings, counts: Mapping[str, int]) -> 
             why = why_not_visible(settings, topic, access.get(topic, Access.ABSENT))
             yield missing_topic(settings, topic, why, absent, counts)
             continue
-        yield ok(_name(topic), f"has {counts[topic]} partitions")
+        yield ok(_name(topic), f"has {count(counts[topic], 'partition')}")
         yield may_read(brokers, settings, topic)
         reported = brokers.topic_settings(topic)
         yield from retention(topic, reported, timedelta(hours=settings.longest_outage_hours))
@@ -105,15 +109,15 @@ def missing_topic(
     settings: Settings, topic: str, why: str, absent: Sequence[str], counts: Collection[str]
 ) -> Result:
     """A topic of the default list may be missing; one that somebody configured may not."""
-    touched = (Promise.NO_SILENT_LOSS, Promise.BOUNDED_MEMORY)
+    touched = Promise.NO_SILENT_LOSS
     if "topics" not in settings.model_fields_set and len(absent) < len(settings.topics):
         rest = ",".join(name for name in settings.topics if name not in absent)
         kind = problems.DEFAULT_TOPIC_MISSING
-        return found(kind.of(_name(topic), why=why, rest=rest), *touched)
+        return found(kind.of(_name(topic), why=why, rest=rest), touched)
     visible = ", ".join(sorted(name for name in counts if name[:2] != "__")[:20])
     return found(
         problems.TOPIC_MISSING.of(_name(topic), why=why, visible=visible or "no topic"),
-        *touched,
+        touched,
         code=ExitCode.CONFIGURATION,
     )
 
@@ -195,7 +199,9 @@ def replication(topic: str, reported: Mapping[str, str], replicas: int) -> Itera
         yield found(problems.ONE_CONFIRMS.of(name, in_sync=in_sync), touched)
     elif unclean == "false" and in_sync is not None:
         yield ok(
-            name, f"has {replicas} replicas; at least {in_sync} must confirm a record", touched
+            name,
+            f"has {count(replicas, 'replica')}; at least {in_sync} must confirm a record",
+            touched,
         )
 
 
@@ -268,10 +274,7 @@ def _origins(
             if refusal is not None:
                 wrong = problem.of_refusal(refusal)
             elif logged.next_offset < source.low:
-                count = source.low - logged.next_offset
-                wrong = problems.RECORDS_DELETED.of(
-                    partition, count=count, first=logged.next_offset
-                )
+                wrong = _deleted(partition, recorded, logged.next_offset, source.low)
             else:
                 continue
             is_right = False
@@ -282,3 +285,12 @@ def _origins(
             f"cluster {cluster} has the topics of the log, and the next record of each partition",
             Promise.NO_SILENT_LOSS,
         )
+
+
+def _deleted(
+    partition: Partition, recorded: Recorded, first: NextOffset, low: int
+) -> problem.Problem:
+    deleted = count(low - first, "offset")
+    if partition in recorded.halted:
+        return problems.RECORDS_DELETED_AND_HALTED.of(partition, deleted=deleted, first=first)
+    return problems.RECORDS_DELETED.of(partition, deleted=deleted, first=first)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sqlalchemy import Connection
 
+from pipeline.counts import count
 from pipeline.health import problems
 from pipeline.health.check.result import Result, found, ok
 from pipeline.log.keying import TopicKeys, topic_keys
@@ -56,24 +57,28 @@ def result_of(seen: TopicKeys) -> Result:
         case "tenant":
             return ok(
                 of,
-                f"is keyed by tenant: all of the last {seen.records:,} records are in "
+                f"is keyed by tenant: all of the last {count(seen.records, 'record')} are in "
                 f"partition {seen.busiest} of {seen.partitions}. {_ONE[0].upper()}{_ONE[1:]}",
             )
         case "too little":
-            return found(problems.KEYING_UNKNOWN.of(of, records=seen.records))
+            return found(
+                problems.KEYING_UNKNOWN.of(
+                    of, records=count(seen.records, "recent record is", "recent records are")
+                )
+            )
         case "mixed":
             return ok(
                 of,
                 "is not keyed by tenant, user or entity: "
-                f"{seen.stray_users:,} of {seen.users:,} users and "
-                f"{seen.stray_entities:,} of {seen.entities:,} entities are in several partitions. "
-                f"{_shared(seen)}",
+                f"{seen.stray_users:,} of {count(seen.users, 'user')} and "
+                f"{seen.stray_entities:,} of {count(seen.entities, 'entity', 'entities')} are in "
+                f"several partitions. {_shared(seen)}",
             )
         case keying:
             return ok(
                 of,
                 f"is keyed by {keying}: {seen.used} of {seen.partitions} partitions hold the "
-                f"last {seen.records:,} records. {_shared(seen)}",
+                f"last {count(seen.records, 'record')}. {_shared(seen)}",
             )
 
 

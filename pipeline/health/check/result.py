@@ -36,6 +36,11 @@ class Result:
         return str(self.problem or f"{self.subject}: {self.right}")
 
     @property
+    def reason(self) -> str:
+        """Why the promises that it touches do not hold, or are not known."""
+        return str(self.problem)
+
+    @property
     def level(self) -> Literal["ok"] | Severity:
         """``ok``, or the severity of the problem."""
         return "ok" if self.problem is None else self.problem.severity
@@ -57,6 +62,18 @@ class Result:
                     if self.exit_code is ExitCode.FOUND
                     else PromiseState.NOT_KNOWN
                 )
+
+
+@dataclass(frozen=True)
+class NotExamined(Result):
+    """A server that could not be examined: many promises have this reason, in few words."""
+
+    @property
+    def reason(self) -> str:
+        """The message of the problem was shown before."""
+        server = "Kafka" if self.subject == "kafka" else f"the {self.subject}"
+        is_outage = self.exit_code is ExitCode.UNAVAILABLE
+        return f"{server} {'does not answer' if is_outage else 'was not examined'}, see above"
 
 
 def ok(subject: str, right: str, *promises: Promise) -> Result:
@@ -82,7 +99,7 @@ def _status(promise: Promise, results: Sequence[Result]) -> PromiseStatus:
     if not touching:
         return PromiseStatus(promise, PromiseState.NOT_KNOWN, ["nothing was examined"])
     worst = max((result.state for result in touching), key=list(PromiseState).index)
-    reasons = [str(result.problem) for result in touching if result.problem]
+    reasons = [result.reason for result in touching if result.problem]
     return PromiseStatus(promise, worst, reasons)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from pipeline.counts import count
 from pipeline.durations import duration
 from pipeline.health import problems
 from pipeline.health.problem import Problem
@@ -48,10 +49,12 @@ def _of_partition(partition: PartitionStatus, as_of: datetime) -> Problem | None
             return problems.NO_READER.of(name, since=since)
         case "STALL":
             moved = _when(partition.committed_at, as_of)
-            return problems.INGEST_STALLED.of(name, lag=partition.lag, since=moved, reader=reader)
+            return problems.INGEST_STALLED.of(
+                name, lag=_records(partition.lag), since=moved, reader=reader
+            )
         case "WARN":
             return problems.INGEST_LAGS.of(
-                name, lag=partition.lag, length=duration(partition.lag_s or 0)
+                name, lag=_records(partition.lag), length=duration(partition.lag_s or 0)
             )
         case "OK":
             return None
@@ -62,7 +65,8 @@ def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Problem]:
     kept = [
         (partition.kept_s, str(Partition(partition.topic, partition.partition)))
         for partition in partitions
-        if partition.kept_s is not None and partition.state not in ("OK", "WARN")
+        # A halted partition shows its own reason: what Kafka has deleted, if that is why.
+        if partition.kept_s is not None and partition.state not in ("OK", "WARN", "ERR")
     ]
     if not kept:
         return
@@ -79,7 +83,9 @@ def of_projectors(models: Iterable[ProjectorStatus], as_of: datetime) -> Iterabl
         if found := _of_projector(model, as_of):
             yield found
         if model.dead_letters:
-            yield problems.DEAD_LETTERS.of(model.projector, count=model.dead_letters)
+            yield problems.DEAD_LETTERS.of(
+                model.projector, letters=count(model.dead_letters, "dead letter")
+            )
 
 
 def _of_projector(model: ProjectorStatus, as_of: datetime) -> Problem | None:
@@ -92,17 +98,23 @@ def _of_projector(model: ProjectorStatus, as_of: datetime) -> Problem | None:
         case "rebuilding":
             return problems.REBUILDING.of(name)
         case "catching up":
-            return problems.CATCHING_UP.of(name, lag=model.lag, length=duration(model.lag_s))
+            return problems.CATCHING_UP.of(
+                name, lag=_records(model.lag), length=duration(model.lag_s)
+            )
         case "stalled":
             since = _when(model.stuck_since, as_of)
-            return problems.PROJECTION_STALLED.of(name, lag=model.lag, since=since)
+            return problems.PROJECTION_STALLED.of(name, lag=_records(model.lag), since=since)
         case "unattended":
             since = _when(model.moved_at, as_of)
             if model.lag:
-                return problems.NOT_PROJECTED.of(name, since=since, lag=model.lag)
+                return problems.NOT_PROJECTED.of(name, since=since, lag=_records(model.lag))
             return problems.NOT_PROJECTED_WITHOUT_LAG.of(name, since=since)
         case "live" | "never run" | "not in this program":
             return None
+
+
+def _records(lag: int | None) -> str:
+    return count(lag or 0, "record")
 
 
 def _when(moment: datetime | None, as_of: datetime) -> str:

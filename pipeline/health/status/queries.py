@@ -4,8 +4,8 @@ Whatever the size of the log, a status costs a few index searches per partition,
 bounded number of the newest rows.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, Row, text
@@ -13,15 +13,14 @@ from sqlalchemy import Connection, Engine, Row, text
 from pipeline.catalogue import Catalogue
 from pipeline.db import transaction
 from pipeline.health import problems
+from pipeline.health.recent import RECENT_SPAN, bad_records, read_recent
 from pipeline.health.status import find_problems, states
 from pipeline.health.status.report import (
     ProjectingWorker,
     ProjectorStatus,
-    Recent,
     Standby,
     Status,
 )
-from pipeline.log.recent import recent_counts
 from pipeline.log.search import first_since
 from pipeline.log.watermarks import partition_rows
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
@@ -30,11 +29,6 @@ from pipeline.projection.progress import projector_rows
 from pipeline.projection.workers import EXPIRES_AFTER, LiveWorker, living, shared_out
 from pipeline.readmodel import Projector
 from pipeline.schema.drift import drift
-
-RECENT_SPAN = timedelta(hours=1)
-"""How far back bad records and repeats are counted."""
-RECENT_OFFSETS_MAX = 10_000
-"""And at most so many offsets of each partition."""
 
 _Row = Row[tuple[object, ...]]
 
@@ -68,10 +62,14 @@ def read_status(engine: Engine, catalogue: Catalogue) -> Status:
             )
             for row in rows
         ]
-        hour_began = {
-            _place(row): since.get((_place(row), an_hour_ago), row.next_offset) for row in rows
+        came_lately = {
+            _place(row): OffsetRange(
+                NextOffset(since.get((_place(row), an_hour_ago), row.next_offset)),
+                NextOffset(row.next_offset),
+            )
+            for row in rows
         }
-        recent = _recent(db, rows, hour_began, projectors)
+        recent = read_recent(db, came_lately, projectors)
         members = living(db)
         models = _models(db, projectors, as_of, members, standby)
         workers = _workers(members, {_place(row) for row in rows}, projectors)
@@ -82,6 +80,7 @@ def read_status(engine: Engine, catalogue: Catalogue) -> Status:
         *find_problems.of_retention(partitions),
         *find_problems.of_projectors(models, as_of),
         *(problems.NOT_AS_DECLARED.of(name, what=what) for name, what in drifted),
+        *bad_records(recent),
     ]
     return Status(
         as_of=as_of,
@@ -182,35 +181,3 @@ def _workers(
         )
         for member in members
     ]
-
-
-# -------------------------------------------------------------------------- recent records
-
-
-def _recent(
-    db: Connection,
-    rows: Iterable[_Row],
-    since: Mapping[Partition, NextOffset],
-    projectors: Sequence[Projector],
-) -> Recent:
-    spans = {}
-    for row in rows:
-        first = since[_place(row)]
-        first = max(first, row.next_offset - RECENT_OFFSETS_MAX)
-        spans[_place(row)] = OffsetRange(NextOffset(first), NextOffset(row.next_offset))
-    records = repeats = 0
-    bad: dict[str, dict[str, int]] = {}
-    unknown: dict[str, int] = {}
-    for count in recent_counts(db, spans):
-        records += count.records
-        repeats += count.records if count.is_repeat else 0
-        if count.problem is not None:
-            reasons = bad.setdefault(count.topic, {})
-            reasons[count.problem] = reasons.get(count.problem, 0) + count.records
-        if count.event_type and not _is_taken(count.event_type, projectors):
-            unknown[count.event_type] = unknown.get(count.event_type, 0) + count.records
-    return Recent(records, repeats, bad, unknown)
-
-
-def _is_taken(event_type: str, projectors: Iterable[Projector]) -> bool:
-    return any(model.takes(event_type) for model in projectors)

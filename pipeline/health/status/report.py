@@ -19,12 +19,13 @@ The state of a read model:
 - ``unattended``: no process projects it
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from pipeline.health.problem import Problem
+from pipeline.health.recent import Recent
 from pipeline.partitions import Partition
 
 PartitionState = Literal["OK", "WARN", "STALL", "UNKNOWN", "STOP", "ERR"]
@@ -128,23 +129,6 @@ class ProjectingWorker:
     pid: int
     since: datetime
     partitions: Sequence[Partition]
-
-
-@dataclass(frozen=True)
-class Recent:
-    """What came within the last hour, and at most 10,000 offsets of each partition.
-
-    Attributes:
-        records: How many records were examined.
-        repeats: How many of them repeat another one.
-        bad: How many could not be read, or not as an event, by topic and reason.
-        unknown_types: How many are of a type that no projector takes, by type.
-    """
-
-    records: int
-    repeats: int
-    bad: Mapping[str, Mapping[str, int]]
-    unknown_types: Mapping[str, int]
 
 
 @dataclass(frozen=True)

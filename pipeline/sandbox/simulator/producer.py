@@ -10,6 +10,7 @@ from confluent_kafka import Producer as KafkaProducer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from pipeline.causes import KAFKA_CODES
+from pipeline.counts import count
 from pipeline.errors import ConfigurationError, TransientError
 from pipeline.kafka.reports import ClientReports
 from pipeline.partitions import Offset
@@ -169,7 +170,7 @@ class Producer:
             elif monotonic() > until:
                 raise TransientError(
                     f"a record was not delivered: for {patience:,.0f} s Kafka has confirmed none "
-                    f"of {left:,} records"
+                    f"of {count(left, 'record')}"
                 )
         self._check()
 

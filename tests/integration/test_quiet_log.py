@@ -185,6 +185,8 @@ WEIGHED = {
     "table_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "partitions_not_released"),
+    # Once per change of the read models that are stale.
+    "read_models_current",
     # Once per change of what is halted.
     "partitions_resumed",
     # At most once per minute.

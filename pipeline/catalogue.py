@@ -110,7 +110,8 @@ class _Found:
             module = point.load()
         if not isinstance(module, ModuleType):
             raise ConfigurationError(
-                f"{source} names no module. Name the module or package that declares read models"
+                f"{source} is not a module. Name the module or package that declares the read "
+                "models"
             )
         self.add_package(module, source)
         if hasattr(module, "__path__"):
@@ -169,8 +170,8 @@ class _Found:
                     near = get_close_matches(target, tables, 1)
                     meant = f"Did you mean {near[0]}?" if near else "Write uuid(…) instead"
                     raise ConfigurationError(
-                        f"{file}: {column.table.name}.{column.name} refers to {target}, which no "
-                        f"read model makes. {meant}"
+                        f"{file}: {column.table.name}.{column.name} refers to {target}, but no "
+                        f"read model has this table. {meant}"
                     )
 
 

@@ -197,8 +197,9 @@ def _rewind(
             return found
     raise RefusedError(
         partition,
-        f"Kafka's retention deletes from offset {step.offsets.first} on faster than it can be read",
-        "Rewind to a later offset",
+        f"Kafka's retention deletes records from offset {step.offsets.first} on faster than this "
+        "program reads them",
+        "Run `pipeline rewind` with a later offset",
     )
 
 

@@ -217,7 +217,8 @@ def _refuse_difference(
         if values[name] in (value, None):
             continue
         raise ConfigurationError(
-            f"setting {name} is {values[name]!r} in our session with {_place(connection)}, and "
+            f"setting {name} is {values[name]!r} in the session of this program with "
+            f"{_place(connection)}, and "
             f"must be {value!r}: another value {PINNED[name].why if name in PINNED else _WAITS}. "
             f"{_remedy(connection, name)}"
         )
@@ -265,7 +266,7 @@ def _decide_read_only(connection: Connection, ours: Ours, found: _Found) -> None
     source = connection.execute(_SOURCE, ["default_transaction_read_only"]).fetchone()
     if source is None or source[0] not in _OVERRULED:
         raise TransientError(
-            f"PostgreSQL is unavailable: {_place(connection)}: it is read-only, as "
+            f"PostgreSQL is unavailable: {_place(connection)}: it is read-only, because "
             "default_transaction_read_only is on in the server's configuration"
         )
     connection.execute(_MAY_WRITE)
@@ -348,7 +349,7 @@ def login_refused(error: psycopg.Error, where: str) -> ConfigurationError | None
         return ConfigurationError(
             f"the pooler at {where} refuses the startup parameter {match[1]}: "
             f"{_WHERE_FROM.get(match[1], 'remove it from the environment')}, or add it to "
-            "ignore_startup_parameters of PgBouncer; a session gets its settings from us anyway"
+            "ignore_startup_parameters of PgBouncer; this program sets these settings itself"
         )
     if match := re.search(r"conversion between (?:UTF8 and )?(\w+)", message):
         return ConfigurationError(encoding_refused(where, match[1]))

@@ -304,6 +304,6 @@ def _log_move(was: Server, now: Server) -> None:
         "database_moved",
         was=str(was),
         now=str(now),
-        effect="no worker of the former database is in the group, so this one continues; if it is "
-        "a copy of a database that is only stopped, give it a PIPELINE_GROUP_ID of its own",
+        effect="no worker of the former database is in the group, so this one continues; if this "
+        "database is a copy of one that is only stopped, give it a PIPELINE_GROUP_ID of its own",
     )

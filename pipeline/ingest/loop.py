@@ -239,8 +239,8 @@ class IngestLoop:
                     self._membership.reclaim([partition])
                 case Contested(partition):
                     raise GroupFencedError(
-                        f"{partition}: another process keeps claiming it. Is a second pipeline "
-                        "running on this database with another PIPELINE_GROUP_ID?"
+                        f"{partition}: another process keeps claiming it. Find out whether another "
+                        "process uses this database with another PIPELINE_GROUP_ID"
                     )
         return has_stepped or outcome is not None
 

@@ -275,6 +275,6 @@ def log_fenced(partitions: Collection[Partition]) -> None:
             "partitions_fenced",
             partitions=sorted(map(str, partitions)),
             reason="another process has claimed them, or their next offsets were moved",
-            effect="nothing of ours was written; they are claimed again if the group leaves them "
-            "to us",
+            effect="this process wrote nothing to them; it claims them again if the group still "
+            "assigns them to it",
         )

@@ -148,7 +148,8 @@ class Ingest:
         self._replaced_at = [at for at in self._replaced_at if now - at < REPLACED_S] + [now]
         if len(self._replaced_at) >= REPLACED_MAX:
             raise GroupFencedError(
-                f"{error}. Is another process running with the same PIPELINE_GROUP_INSTANCE_ID, "
-                f"{self._settings.group_instance_id!r}?"
+                f"{error}. Find out whether another process runs with the same "
+                "PIPELINE_GROUP_INSTANCE_ID, "
+                f"{self._settings.group_instance_id!r}"
             ) from None
         log.warning("member_replaced", reason=str(error), effect="joining the group again")

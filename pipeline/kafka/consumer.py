@@ -203,7 +203,7 @@ class GroupConsumer:
                 topics=absent,
                 reason=reasons,
                 effect=f"continuing with {rest}",
-                action="have Upvest provide the topic (Prices needs a contract of its own), or set "
+                action="have Upvest provide the topic (Prices needs a separate contract), or set "
                 f"PIPELINE_TOPICS={rest}",
             )
             return

@@ -73,7 +73,7 @@ class RewindRunsError(PipelineError):
     def __init__(self, partition: Partition, holder: locks.Holder | None) -> None:
         detail = f": {holder}" if holder else ""
         super().__init__(
-            f"{partition}: another rewind of it is running{detail}. Nothing was changed"
+            f"{partition}: another rewind of this partition is running{detail}. Nothing was changed"
         )
 
 

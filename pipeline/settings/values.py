@@ -17,9 +17,9 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
 from pydantic import SecretStr
 
-_NO_FOREIGN_CODE = "foreign code is never loaded"
+_NO_FOREIGN_CODE = "this program loads no code of others"
 _OLD_PROTOCOL = "older protocols have neither headers nor transactions"
-_OURS_TO_SET = "the program sets it"
+_OURS_TO_SET = "this program sets it"
 _WHO_ANSWERS = "may not switch {} off: the identity of the brokers would not be verified"
 _OFFSETS_ARE_OURS = "offsets are stored in PostgreSQL, with the rows they belong to"
 # Options of the connection, and options on which the guarantees depend: what to use instead, or
@@ -35,7 +35,7 @@ _REFUSED_OPTIONS: Mapping[str, str] = {
     "group.id": "use PIPELINE_GROUP_ID",
     "group.instance.id": "use PIPELINE_GROUP_INSTANCE_ID",
     "group.protocol": "use PIPELINE_KAFKA_GROUP_PROTOCOL",
-    "auto.offset.reset": "use PIPELINE_START; a lost offset is always an error, never skipped",
+    "auto.offset.reset": "use PIPELINE_START; this program never skips lost offsets",
     "enable.auto.commit": _OFFSETS_ARE_OURS,
     "auto.commit.enable": _OFFSETS_ARE_OURS,
     "auto.commit.interval.ms": _OFFSETS_ARE_OURS,
@@ -43,34 +43,34 @@ _REFUSED_OPTIONS: Mapping[str, str] = {
     "offset.store.method": _OFFSETS_ARE_OURS,
     "offset.store.path": _OFFSETS_ARE_OURS,
     "isolation.level": "records of an aborted transaction are never read",
-    "enable.partition.eof": "the command sets it as it needs it",
-    "default.topic.config": "set its options themselves",
+    "enable.partition.eof": "this program sets it",
+    "default.topic.config": "set the options that it contains one by one",
     "offset.store.sync.interval.ms": _OFFSETS_ARE_OURS,
     "plugin.library.paths": _NO_FOREIGN_CODE,
     "ssl.engine.location": _NO_FOREIGN_CODE,
     "ssl.engine.id": _NO_FOREIGN_CODE,
     "ssl.providers": _NO_FOREIGN_CODE,
-    "sasl.kerberos.kinit.cmd": "no command is run",
-    "enable.sasl.oauthbearer.unsecure.jwt": "an unsigned token proves nothing",
+    "sasl.kerberos.kinit.cmd": "this program runs no command",
+    "enable.sasl.oauthbearer.unsecure.jwt": "an unsigned token does not prove who the client is",
     "api.version.request": _OLD_PROTOCOL,
     "api.version.fallback.ms": _OLD_PROTOCOL,
     "broker.version.fallback": _OLD_PROTOCOL,
     "allow.auto.create.topics": "only the owner of a topic creates it",
     "topic.blacklist": "use PIPELINE_TOPICS",
     "internal.termination.signal": "the program handles signals",
-    "log.queue": "nothing reads that queue, so that no message would be logged",
+    "log.queue": "nothing reads this queue, so no message would be logged",
     "enabled_events": _OURS_TO_SET,
     "interceptors": _OURS_TO_SET,
     "opaque": _OURS_TO_SET,
     "logger": _OURS_TO_SET,
     "on_commit": _OURS_TO_SET,
     "on_delivery": _OURS_TO_SET,
-    "default_topic_conf": "set its options themselves",
+    "default_topic_conf": "set the options that it contains one by one",
 }
 # Families of options, by prefix or suffix.
 _REFUSED_FAMILIES: Mapping[re.Pattern[str], str] = {
     re.compile(r".*_cb"): _OURS_TO_SET,
-    re.compile(r"test\.mock\..*|ut_.*"): "it would read from brokers that are not yours",
+    re.compile(r"test\.mock\..*|ut_.*"): "it replaces your brokers with simulated ones",
     # Their values become part of a shell command.
     re.compile(r"sasl\.kerberos\..*"): "no mechanism of PIPELINE_KAFKA_SASL_MECHANISM uses it",
 }
@@ -81,7 +81,7 @@ _ALLOWED_VALUES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "ssl.endpoint.identification.algorithm": (re.compile(r"https"), _WHO_ANSWERS),
     "topic.metadata.refresh.interval.ms": (
         re.compile(r"\d+"),
-        "may not switch {} off: a partition that is added would not be noticed",
+        "may not switch {} off: the program would not detect added partitions",
     ),
     "debug": (
         re.compile(r"(?!.*\b(all|conf|security)\b).*"),

@@ -391,7 +391,7 @@ def test_only_one_rewind_of_a_partition_at_a_time(topic, database, settings, led
     engine.dispose()
 
     assert result.code == ExitCode.FENCED
-    assert "another rewind of it is running: 'another rewind', process" in result.err
+    assert "another rewind of this partition is running: 'another rewind', process" in result.err
 
 
 @pytest.mark.parametrize(

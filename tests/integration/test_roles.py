@@ -825,7 +825,7 @@ def test_managed_postgresql_without_a_superuser_is_enough(empty_database, pipeli
 
 
 def test_two_installations_on_one_server_do_not_share_roles(cast, other):
-    serves_already = f"serve database {cast.database.name}"
+    serves_already = f"already belong to database {cast.database.name}"
     with pytest.raises(ConfigurationError, match=serves_already):
         migrate(other.database.url, with_roles=True, role_prefix=cast.prefix)
     with pytest.raises(ConfigurationError, match=serves_already):

@@ -239,7 +239,7 @@ def test_a_machine_without_an_account_for_postgres_is_reported_to_root(monkeypat
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr("pwd.getpwnam", nobody_is_known)
 
-    with pytest.raises(BinariesMissingError, match="run this as an ordinary user"):
+    with pytest.raises(BinariesMissingError, match="Run this as an ordinary user"):
         PostgresServer(18)
 
 

@@ -174,13 +174,16 @@ def _librdkafka() -> ctypes.CDLL:
     """
     found = _shipped_library() or ctypes.util.find_library("rdkafka")
     if found is None:
-        raise MockBrokerError("no librdkafka: neither in the confluent-kafka wheel nor installed")
+        raise MockBrokerError(
+            "found no librdkafka, neither in the confluent-kafka wheel nor on this machine. "
+            "Install the confluent-kafka wheel"
+        )
     library = ctypes.CDLL(str(found))
     missing = [name for name in _FUNCTIONS if not hasattr(library, name)]
     if missing:
         raise MockBrokerError(
-            f"{found} has no mock cluster that we know (without {', '.join(missing)}); "
-            "use a real Kafka, or the confluent-kafka that requirements.txt names"
+            f"{found} has no mock cluster that this program can use: {', '.join(missing)} are "
+            "missing. Use a real Kafka, or the version of confluent-kafka in requirements.txt"
         )
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)

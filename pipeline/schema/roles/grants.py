@@ -158,7 +158,8 @@ def check_prefix(prefix: str) -> str:
     """
     if not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(
-            f"role prefix {prefix!r} is not possible: up to 40 of a-z, 0-9 and _, a letter first"
+            f"role prefix {prefix!r} is not allowed: use up to 40 of a-z, 0-9 and _, beginning "
+            "with a letter"
         )
     return prefix
 
@@ -199,8 +200,8 @@ def role_statements(db: Connection, prefix: str) -> list[str]:
         elsewhere = db.execute(ELSEWHERE, {"owner": owner}).scalars().all()
         if elsewhere:
             raise ConfigurationError(
-                f"roles {prefix}* serve database {', '.join(elsewhere)} already: whoever has them "
-                "would have both. Choose other names with --role-prefix"
+                f"roles {prefix}* already belong to database {', '.join(elsewhere)}: their members "
+                "could use both databases. Choose another prefix with --role-prefix"
             )
     missing = missing_roles(db, prefix)
     statements = []

@@ -71,9 +71,9 @@ MISTAKES = [
     ({"field": f"text('{LONG[:60]}', 'A.', indexed=True)"}, 3, f"index debits_{LONG[:60]}_idx"),
     ({"table": "table='Debits', comment='A.',"}, 3, "'Debits' is not a name for a table; a name"),
     # What other files make.
-    ({"field": "refers_to('acounts', 'A.')"}, None, "debits.acount_id refers to acounts, which "
-     "no read model makes. Did you mean accounts?"),
-    ({"more": CHILD.format("refers_to('zzz', 'A.')")}, None, "taken.zzz_id refers to zzz, which"),
+    ({"field": "refers_to('acounts', 'A.')"}, None, "debits.acount_id refers to acounts, but "
+     "no read model has this table. Did you mean accounts?"),
+    ({"more": CHILD.format("refers_to('zzz', 'A.')")}, None, "taken.zzz_id refers to zzz, but"),
     ({"table": "table='orders', comment='A.',"}, None, "two tables or views are called orders: "),
 ]  # fmt: skip
 

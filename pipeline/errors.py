@@ -3,7 +3,7 @@
 No message carries a payload, a key, a header or a secret.
 """
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 from pipeline import causes
 from pipeline.causes import Cause
@@ -24,6 +24,13 @@ class ExitCode(IntEnum):
     CONFIGURATION = 78
 
 
+class Server(StrEnum):
+    """The servers that this program waits for."""
+
+    POSTGRESQL = "PostgreSQL"
+    KAFKA = "Kafka"
+
+
 class PipelineError(Exception):
     """Everything that this program raises on purpose."""
 
@@ -35,13 +42,29 @@ class ConfigurationError(PipelineError):
 
     Attributes:
         is_login: A server refused our login. Each further attempt counts against the account.
+        server: The server concerned.
+        address: Where it is; empty where not known.
     """
 
     exit_code = ExitCode.CONFIGURATION
 
-    def __init__(self, message: str, *, is_login: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_login: bool = False,
+        server: Server = Server.POSTGRESQL,
+        address: str = "",
+    ) -> None:
         super().__init__(message)
         self.is_login = is_login
+        self.server = server
+        self.address = address
+
+    @property
+    def server_name(self) -> str:
+        """The server with its address."""
+        return _named(self.server, self.address)
 
 
 class TransientError(PipelineError):
@@ -49,13 +72,33 @@ class TransientError(PipelineError):
 
     Attributes:
         sqlstate: PostgreSQL's code, None where the connection broke without one.
+        server: The server concerned.
+        address: Where it is; empty where not known.
     """
 
     exit_code = ExitCode.UNAVAILABLE
 
-    def __init__(self, message: str, *, sqlstate: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        sqlstate: str | None = None,
+        server: Server = Server.POSTGRESQL,
+        address: str = "",
+    ) -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
+        self.server = server
+        self.address = address
+
+    @property
+    def server_name(self) -> str:
+        """The server with its address."""
+        return _named(self.server, self.address)
+
+
+def _named(server: Server, address: str) -> str:
+    return f"{server} at {address}" if address else str(server)
 
 
 class LockHeldError(TransientError):
@@ -260,30 +303,39 @@ def is_poison(sqlstate: str) -> bool:
     return sqlstate.startswith("22") or sqlstate in POISON_SQLSTATES
 
 
-def from_sqlstate(sqlstate: str, message: str, *, column: str | None = None) -> PipelineError:
+def from_sqlstate(
+    sqlstate: str, message: str, *, column: str | None = None, address: str = ""
+) -> PipelineError:
     """The branch of the tree that a PostgreSQL error belongs to.
 
     Args:
         sqlstate: Five characters, as in PostgreSQL's appendix A.
         message: A text without data of any row.
         column: Column that was refused, where known.
+        address: Where the server is.
     """
     if sqlstate == "55P03":
-        return LockHeldError(message, sqlstate=sqlstate)
+        return LockHeldError(message, sqlstate=sqlstate, address=address)
     if is_poison(sqlstate):
         return PoisonRecordError(message, sqlstate=sqlstate, column=column)
     cause = causes.of_sqlstate(sqlstate)
     if cause is None:
         return InvariantError(message)
-    return server_error(cause, message, sqlstate=sqlstate)
+    return server_error(cause, message, sqlstate=sqlstate, address=address)
 
 
 def server_error(
-    cause: Cause, message: str, *, sqlstate: str | None = None
+    cause: Cause,
+    message: str,
+    *,
+    sqlstate: str | None = None,
+    server: Server = Server.POSTGRESQL,
+    address: str = "",
 ) -> TransientError | ConfigurationError:
     """The error of a server that does not serve us, by what a command must do."""
     match cause.verdict:
         case causes.Verdict.OUTAGE:
-            return TransientError(message, sqlstate=sqlstate)
+            return TransientError(message, sqlstate=sqlstate, server=server, address=address)
         case causes.Verdict.MISCONFIGURED:
-            return ConfigurationError(message, is_login=cause in causes.LOGINS)
+            is_login = cause in causes.LOGINS
+            return ConfigurationError(message, is_login=is_login, server=server, address=address)

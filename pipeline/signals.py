@@ -60,6 +60,11 @@ class Stop(threading.Event):
         self.set()
 
     @property
+    def reason(self) -> str:
+        """The signal's name; for another part of the process that ended, that."""
+        return signal.Signals(self.number).name if self.number else "a part of the process ended"
+
+    @property
     def exit_code(self) -> int:
         """Of a command that runs until stopped: 0, unless an interruption set it."""
         return exit_code_of(self.number) if self.number else 0
@@ -91,7 +96,9 @@ def stopped_by_signals(*, second_ends: bool = True) -> Iterator[Stop]:
             if stop.is_set():
                 continue
             log.info(
-                "stop_requested", signal=signal.Signals(number).name, effect="after this batch"
+                "stop_requested",
+                signal=signal.Signals(number).name,
+                effect="ends after the current batch",
             )
             stop.by(number)
             failpoints.reach("on_sigterm")

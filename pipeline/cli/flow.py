@@ -25,13 +25,13 @@ from pipeline.cli.supervisor import become_worker
 from pipeline.cli.tally import Tally
 from pipeline.db import LOG_SCHEMA
 from pipeline.db.session import address_of
-from pipeline.errors import PipelineError, RefusedError, TransientError
+from pipeline.errors import PipelineError, RefusedError, Server, TransientError
 from pipeline.foreign_objects import OUR_SCHEMAS
 from pipeline.ingest.process import Progress as Ingested
 from pipeline.ingest.service import Ingest
 from pipeline.kafka.metadata import Brokers
 from pipeline.kafka.reports import ClientReports
-from pipeline.outages import OutagePolicy
+from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.projection.loop import run_projection
 from pipeline.rebuild.stale import StaleModels
@@ -56,6 +56,7 @@ class Job:
     Attributes:
         worker: Which of several workers this process is; None if it is the only one.
         tally: Counts records, for the log.
+        outages: Logs the outages of this process.
     """
 
     settings: Settings
@@ -63,6 +64,7 @@ class Job:
     stop: Stop
     worker: int | None
     tally: Tally
+    outages: OutageLog
 
 
 # ------------------------------------------------------------------------------------- the frame
@@ -85,14 +87,15 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
         stopped_by_signals(second_ends=worker is None) as stop,
     ):
         log.info("started", command=command, **_who(settings), **versions())
-        started_at, tally = time.monotonic(), Tally()
+        started_at, outages = time.monotonic(), OutageLog()
+        tally = Tally(outages)
         try:
             schemas = (LOG_SCHEMA,) if command == "ingest" else OUR_SCHEMAS
             declared = catalogue.load(settings.read_models)
-            _wait_for_schema(engine, stop, schemas, declared, until_end=until_end)
+            _wait_for_schema(engine, stop, schemas, declared, outages, until_end=until_end)
             if worker == 1 and command != "project":
                 _warn_of_too_many(settings, workers)
-            yield Job(settings, engine, stop, worker, tally)
+            yield Job(settings, engine, stop, worker, tally, outages)
         except PipelineError as error:
             log.error(  # noqa: TRY400 - a traceback is for defects
                 "stopped",
@@ -108,7 +111,7 @@ def started(ctx: typer.Context, command: str, workers: int, *, until_end: bool) 
         log.info(
             "stopped",
             command=command,
-            reason="signal" if stop.is_set() else "reached the end",
+            reason=stop.reason if stop.is_set() else "reached the end",
             after_s=round(time.monotonic() - started_at, 1),
             **tally.totals,
             exit_code=stop.exit_code,
@@ -153,11 +156,12 @@ def _wait_for_schema(
     stop: threading.Event,
     schemas: Sequence[str],
     declared: catalogue.Catalogue,
+    log_of_outages: OutageLog,
     *,
     until_end: bool,
 ) -> None:
     """Check the schema as soon as the database is available; return if a stop is requested."""
-    outages = OutagePolicy(waits_forever=not until_end)
+    outages = OutagePolicy(waits_forever=not until_end, outages=log_of_outages)
     while not stop.is_set():
         try:
             check_schema(engine)
@@ -165,7 +169,7 @@ def _wait_for_schema(
         except TransientError as error:
             stop.wait(outages.on_error(error))
         else:
-            outages.on_success()
+            outages.on_success(Server.POSTGRESQL)
             return
 
 
@@ -192,6 +196,7 @@ def ingest_until_stopped(job: Job) -> None:
         stop=job.stop,
         observe=job.tally.of_ingest(),
         collect_garbage=gc.collect,
+        outages=job.outages,
     )
     with _tuned_interpreter():
         ingest.run()
@@ -232,6 +237,7 @@ def project_until_stopped(job: Job, stop: threading.Event) -> None:
             projection_limits(job.settings),
             stop=stop,
             observe=job.tally.of_projection(),
+            outages=job.outages,
         )
     finally:
         ended.set()
@@ -258,6 +264,7 @@ def _stale_models(job: Job, *, waits_forever: bool) -> StaleModels:
         declared_fingerprints,
         rejected_max=job.settings.dead_letter_budget,
         waits_forever=waits_forever,
+        outages=job.outages,
     )
 
 
@@ -281,6 +288,7 @@ def project_to_the_end(job: Job) -> None:
             stop=job.stop,
             until_end=True,
             observe=observe,
+            outages=job.outages,
         )
 
 
@@ -312,6 +320,7 @@ def ingest_to_the_end(job: Job) -> None:
             until_end=True,
             observe=observe,
             collect_garbage=gc.collect,
+            outages=job.outages,
         )
         with _tuned_interpreter():
             ingest.run()

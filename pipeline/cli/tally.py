@@ -6,23 +6,31 @@ from collections.abc import Callable
 
 import structlog
 
+from pipeline.errors import Server
 from pipeline.ingest.process import Progress as Ingested
+from pipeline.outages import OutageLog
 from pipeline.projection.loop import ProjectionProgress as Projected
 
 log = structlog.get_logger("pipeline.cli")
 
 LOG_S = 60.0
 """How often the number of records is logged."""
+_MEASURED_WITH = {"ingest_lag": set(Server), "projection_lag": {Server.POSTGRESQL}}
+"""The servers that are needed to measure a lag."""
 
 
 class Tally:
     """Counts the records of both halves; each of them reports here from its own thread.
 
+    Args:
+        outages: Which servers are unavailable: then a lag is not known, and logged as null.
+
     A line is logged at most every ``LOG_S``, and none if there were no records: the reason, for
     example an outage, has lines of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outages: OutageLog) -> None:
+        self._outages = outages
         self._lock = threading.Lock()
         self._totals: dict[str, int] = {}
         self._lags: dict[str, int] = {}
@@ -65,5 +73,13 @@ class Tally:
             return
         fresh = {name: total - self._logged.get(name, 0) for name, total in self._totals.items()}
         if any(fresh.values()):
-            log.info("events_processed", seconds=round(seconds), **fresh, **self._lags)
+            log.info("events_processed", seconds=round(seconds), **fresh, **self._known_lags())
         self._logged, self._logged_at = dict(self._totals), now
+
+    def _known_lags(self) -> dict[str, int | None]:
+        """The lags; None where a server that is needed to measure one is unavailable."""
+        unavailable = self._outages.unavailable
+        return {
+            name: None if unavailable & _MEASURED_WITH[name] else lag
+            for name, lag in self._lags.items()
+        }

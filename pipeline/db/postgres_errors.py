@@ -51,11 +51,12 @@ def add_address(error: psycopg.Error, where: str) -> None:
 
 def translate(error: psycopg.Error) -> PipelineError:
     """Our error for an exception of the driver."""
-    where = getattr(error, "where", None)
+    where: str | None = getattr(error, "where", None)
     server = f"PostgreSQL at {where}" if where else "PostgreSQL"
+    address = where.partition(" for user ")[0] if where else ""
     sqlstate = error.sqlstate
     if sqlstate is None:
-        return _without_sqlstate(error, server)
+        return _without_sqlstate(error, server, address)
     message = f"{server}: {type(error).__name__} ({sqlstate})"
     if table := error.diag.table_name:
         message += f" in {table}"
@@ -72,7 +73,8 @@ def translate(error: psycopg.Error) -> PipelineError:
         message += f", {named}. {cause.fix}" if named else f". {cause.fix}"
     # The holder of the lock that we waited for: see ``connection``.
     message += "".join(f": {note}" for note in getattr(error, "__notes__", ()))
-    return from_sqlstate(sqlstate, message, column=error.diag.column_name)
+    column = error.diag.column_name
+    return from_sqlstate(sqlstate, message, column=column, address=address)
 
 
 # The messages of these codes name objects of the schema, never a value.
@@ -96,16 +98,17 @@ def _object_of(error: psycopg.Error) -> str:
     return error.diag.message_primary or ""
 
 
-def _without_sqlstate(error: psycopg.Error, server: str) -> PipelineError:
+def _without_sqlstate(error: psycopg.Error, server: str, address: str) -> PipelineError:
     if isinstance(error, SilentServerError):
-        return TransientError(f"{server} hangs: {error}. Check its disk and its processes")
+        message = f"{server} hangs: {error}. Check its disk and its processes"
+        return TransientError(message, address=address)
     if isinstance(error, UnreachableError):
         cause = error.cause
         message = f"{server} {cause.what}. Cause: {_shortened(error.words)}. {cause.fix}"
-        return server_error(cause, message)
+        return server_error(cause, message, address=address)
     if isinstance(error, psycopg.OperationalError):
         cause = causes.of_libpq(str(error)) or causes.POSTGRES_BROKE
-        return server_error(cause, f"{server} {cause.what}. {cause.fix}")
+        return server_error(cause, f"{server} {cause.what}. {cause.fix}", address=address)
     return InvariantError(f"psycopg: {type(error).__name__}")
 
 
@@ -113,7 +116,9 @@ def _shortened(words: str) -> str:
     """Libpq's reasons, without the addresses, each once."""
     reasons = []
     for line in words.splitlines():
-        reason = re.sub(r".*(?:failed: |FATAL:\s+|ERROR:\s+)", "", line).strip(" \t-")
+        if line.endswith("?"):  # libpq also asks whether the server runs
+            continue
+        reason = re.sub(r".*(?:failed: |FATAL:\s+|ERROR:\s+)", "", line).strip(" \t-.")
         if reason and "Multiple connection attempts" not in reason and reason not in reasons:
             reasons.append(reason)
     return redacted("; ".join(reasons))[:WORDS_MAX]

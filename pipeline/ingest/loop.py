@@ -18,7 +18,7 @@ from uuid import UUID
 import structlog
 
 from pipeline import failpoints
-from pipeline.errors import GroupFencedError, RefusedError
+from pipeline.errors import GroupFencedError, RefusedError, Server
 from pipeline.events import read
 from pipeline.ingest import state, writer
 from pipeline.ingest.claim import Claimer
@@ -38,9 +38,9 @@ from pipeline.ingest.writer import (
     no_topics,
 )
 from pipeline.kafka.consumer import GroupConsumer, OutOfRange, Polled, ReachedEnd
+from pipeline.log import workers
 from pipeline.log.copying import encode
 from pipeline.log.origin import replaced_topics
-from pipeline.log.workers import Server
 from pipeline.partitions import Partition
 from pipeline.settings import Settings
 
@@ -78,7 +78,7 @@ class IngestLoop:
         consumer: GroupConsumer,
         *,
         installation: UUID,
-        server: Server,
+        server: workers.Server,
         was_replaced: bool,
     ) -> None:
         self._process = process
@@ -280,7 +280,7 @@ class IngestLoop:
 
     def _after_batch(self, outcome: state.BatchResult) -> None:
         if not self._machine.is_failing:
-            self._process.outages.on_success()
+            self._process.outages.on_success(Server.POSTGRESQL)
         self._process.count_written(outcome.records)
         log_fenced(outcome.fenced)
         failpoints.reach("after_commit")
@@ -307,6 +307,7 @@ class IngestLoop:
         self._process.collect_garbage()
         if self._machine.is_failing:
             return
+        self._best_effort.begin_round()
         self._membership.record_releases()
         self._best_effort.run(lambda: self._copies.send_heartbeat(self._machine.stored))
         if self._process.until_end:
@@ -314,9 +315,11 @@ class IngestLoop:
             self._consumer.brokers.cluster_id()
         self._checks.run()
         if self._checks.kafka_error is None:
-            self._process.kafka_outages.on_success()
+            self._process.kafka_outages.on_success(Server.KAFKA)
         else:
             self._process.kafka_outages.on_error(self._checks.kafka_error)
+            self._best_effort.failed(Server.KAFKA)
+        self._best_effort.end_round()
         if arrived := self._checks.take_arrived():
             log.info("topic_available", topics=sorted(arrived))
             self._consumer.subscribe(arrived)

@@ -15,7 +15,13 @@ from sqlalchemy import Engine
 
 from pipeline import failpoints
 from pipeline.db import transaction
-from pipeline.errors import ConfigurationError, RefusedError, SharedGroupError, TransientError
+from pipeline.errors import (
+    ConfigurationError,
+    RefusedError,
+    Server,
+    SharedGroupError,
+    TransientError,
+)
 from pipeline.ingest.claim import Claimed, Claimer
 from pipeline.ingest.copies import CopyCheck
 from pipeline.ingest.halts import HaltLog
@@ -31,6 +37,9 @@ log = structlog.get_logger(__name__)
 
 ASSIGN_S_MAX = 240.0
 """Maximum wait of an assignment for a server; below Kafka's max.poll.interval.ms."""
+NOT_RECORDED = (
+    "PostgreSQL is unavailable and has not recorded this; the next owner claims them all the same"
+)
 
 
 class Membership:
@@ -157,7 +166,7 @@ class Membership:
                     raise
                 self._stop.wait(self._outages.on_error(error))
             else:
-                self._outages.on_success()
+                self._outages.on_success(*Server)
                 return results
 
     def _start(self, partition: Partition, claimed: Claimed) -> None:
@@ -229,8 +238,9 @@ class Membership:
             log.warning(
                 "member_timed_out",
                 partitions=sorted(map(str, visible)),
-                reason="this process did not poll Kafka for too long, so the group has given these "
-                "partitions to another member",
+                reason="Kafka did not answer this process for its session timeout, or this process "
+                "was paused, so the group may give its partitions to another worker",
+                effect="nothing is lost; this process joins the group again by itself",
             )
         self.release(partitions, "partitions_lost")
 
@@ -247,25 +257,30 @@ class Membership:
         for partition in partitions:
             self._windows.pop(partition, None)
             self._halted.pop(partition, None)
-        if owned:
-            log.info(event, partitions=sorted(map(str, owned)), records_dropped=dropped)
         self._unrecorded_releases |= owned
-        if not was_failing:
-            self.record_releases()
+        is_recorded = not was_failing and self.record_releases()
+        if owned:
+            log.info(
+                event,
+                partitions=sorted(map(str, owned)),
+                records_to_read_again=dropped,
+                **({} if is_recorded else {"effect": NOT_RECORDED}),
+            )
 
-    def record_releases(self) -> None:
-        """Record in the database what we no longer own; best effort: others can claim it anyway."""
+    def record_releases(self) -> bool:
+        """Record in the database what we no longer own; best effort: others can claim it anyway.
+
+        Returns:
+            Whether the database has recorded it.
+        """
         if releases := self._unrecorded_releases:
             self._unrecorded_releases = {}
             try:
                 with transaction(self._engine) as db:
                     claims.release(db, releases.items())
-            except (TransientError, ConfigurationError) as error:
-                log.info(
-                    "partitions_not_released",
-                    partitions=sorted(map(str, releases)),
-                    reason=str(error),
-                )
+            except (TransientError, ConfigurationError):
+                return False
+        return True
 
 
 def log_fenced(partitions: Collection[Partition]) -> None:

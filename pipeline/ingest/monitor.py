@@ -19,6 +19,7 @@ from pipeline.errors import (
     ForbiddenTopicError,
     PipelineError,
     RefusedError,
+    Server,
     TransientError,
 )
 from pipeline.foreign_objects import SILENT, refuse_foreign_objects
@@ -43,13 +44,25 @@ class BestEffort:
 
     Args:
         engine: The database.
-        outages: How long to wait for it.
+        outages: How long to wait for it, and for Kafka.
     """
 
     def __init__(self, engine: Engine, outages: OutagePolicy) -> None:
         self._engine = engine
         self._outages = outages
-        self._has_failed = False
+        self._failed: set[Server] = set()
+
+    def begin_round(self) -> None:
+        """Begin a round of work that uses both servers."""
+        self._failed.clear()
+
+    def failed(self, server: Server) -> None:
+        """A server did not answer in this round."""
+        self._failed.add(server)
+
+    def end_round(self) -> None:
+        """End a round: a server that failed in none of its work is available."""
+        self._outages.on_success(*(server for server in Server if server not in self._failed))
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work, or leave it for the next time.
@@ -60,12 +73,8 @@ class BestEffort:
         try:
             work()
         except (TransientError, ConfigurationError) as error:
-            self._has_failed = True
+            self._failed.add(error.server)
             self._outages.on_error(error)
-        else:
-            if self._has_failed:
-                self._has_failed = False
-                self._outages.on_success()
 
     def query(self, work: Callable[[Connection], None]) -> None:
         """``run``, with a transaction of its own."""

@@ -34,7 +34,7 @@ class ProcessState(NamedTuple):
         until_end: Return when the log holds what Kafka had at the start.
         writer: The writer's thread.
         outages: How long to wait for the database, and for Kafka where it is needed.
-        kafka_outages: How to log that Kafka does not answer; waits for ever.
+        kafka_outages: How to log that Kafka does not answer the checks; waits forever.
         kafka_reports: What the Kafka clients report about their connections.
         retention: When Kafka deletes the oldest record that is not in the log.
         halts: Logs which partitions are halted and resumed.

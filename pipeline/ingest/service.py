@@ -24,7 +24,7 @@ from pipeline.kafka.consumer import GroupConsumer
 from pipeline.kafka.reports import ClientReports
 from pipeline.log import workers
 from pipeline.log.installation import installation_id
-from pipeline.outages import OutagePolicy
+from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -45,6 +45,7 @@ class Ingest:
         until_end: Return when the log holds what Kafka had at the start.
         observe: Called after each poll, from this thread.
         collect_garbage: Called every few seconds, for a process without automatic collection.
+        outages: Where outages are logged, for a process that also does other work.
     """
 
     def __init__(
@@ -56,14 +57,18 @@ class Ingest:
         until_end: bool = False,
         observe: Callable[[Progress], None] = lambda _progress: None,
         collect_garbage: Callable[[], object] = lambda: None,
+        outages: OutageLog | None = None,
     ) -> None:
         self._settings = settings
         self._stop = stop
         self._until_end = until_end
         self._written = 0
         self._retention = RetentionDeadline()
+        outages = outages or OutageLog()
         self._outages = OutagePolicy(
-            waits_forever=not until_end, time_left=self._retention.requested_time_left
+            waits_forever=not until_end,
+            time_left=self._retention.requested_time_left,
+            outages=outages,
         )
         self._process = ProcessState(
             engine=engine,
@@ -71,7 +76,9 @@ class Ingest:
             until_end=until_end,
             writer=Writer(engine, segment_span=settings.segment_offsets),
             outages=self._outages,
-            kafka_outages=OutagePolicy(waits_forever=True, time_left=self._retention.time_left),
+            kafka_outages=OutagePolicy(
+                waits_forever=True, time_left=self._retention.time_left, outages=outages
+            ),
             kafka_reports=ClientReports(),
             retention=self._retention,
             halts=HaltLog(),

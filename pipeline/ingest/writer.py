@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeGuard
 
 from sqlalchemy import Engine
 
@@ -43,7 +43,7 @@ class TopicsReplaced(NamedTuple):
 class Failed(NamedTuple):
     """The database failed; whether the batch is in the log is unknown."""
 
-    error: PipelineError
+    error: TransientError | ConfigurationError
 
 
 class Resolved(NamedTuple):
@@ -199,7 +199,7 @@ class Writer:
                     covered.append(make_segment(db, topic, offset, self._span))
 
 
-def _may_pass(error: PipelineError) -> bool:
+def _may_pass(error: PipelineError) -> TypeGuard[TransientError | ConfigurationError]:
     """Whether waiting may help: a server becomes available, a right or a password is corrected."""
     return isinstance(error, TransientError | ConfigurationError)
 

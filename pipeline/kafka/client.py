@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaException
 
-from pipeline.errors import ConfigurationError
+from pipeline.errors import ConfigurationError, Server
 from pipeline.events import UNREADABLE_HEADERS, Record
 from pipeline.kafka.reports import ClientReports
 from pipeline.redaction import without
@@ -100,7 +100,9 @@ def create(client: Callable[[], _Client], settings: Settings, reports: ClientRep
         return client()
     except KafkaException as refused:
         reason = without(refused.args[0].str(), settings.kafka_client().values())
-        raise ConfigurationError(f"PIPELINE_KAFKA_OPTIONS: {reason.strip()}") from None
+        raise ConfigurationError(
+            f"PIPELINE_KAFKA_OPTIONS: {reason.strip()}", server=Server.KAFKA
+        ) from None
 
 
 def close(client: Consumer) -> bool:

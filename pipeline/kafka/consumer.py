@@ -10,7 +10,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import ClusterMetadata
 
-from pipeline.errors import ConfigurationError, InvariantError, TransientError
+from pipeline.errors import ConfigurationError, InvariantError, Server, TransientError
 from pipeline.events import Record
 from pipeline.kafka.access import Access, why_not_visible
 from pipeline.kafka.client import (
@@ -209,7 +209,8 @@ class GroupConsumer:
             return
         names = ", ".join(sorted(name for name in shown if name[:2] != "__")[:20])
         raise ConfigurationError(
-            f"PIPELINE_TOPICS: {reasons}. The brokers show {names or 'no topic'}"
+            f"PIPELINE_TOPICS: {reasons}. The brokers show {names or 'no topic'}",
+            server=Server.KAFKA,
         )
 
     def subscribe(self, topics: Collection[str]) -> None:

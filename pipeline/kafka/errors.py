@@ -26,6 +26,8 @@ POLLED_TOO_LATE = KafkaError._MAX_POLL_EXCEEDED  # noqa: SLF001 - public
 """The client gives its partitions up, reports them by ``on_lost``, and joins again by itself."""
 VAGUE = frozenset({"_TRANSPORT", "_TIMED_OUT", "_ALL_BROKERS_DOWN", "_WAIT_COORD", "_FAIL"})
 """Names of errors that do not contain the reason."""
+UNAVAILABLE = frozenset({"_TRANSPORT", "_ALL_BROKERS_DOWN"})
+"""Names of errors of a connection; if one lasts, our own requests fail and are logged."""
 
 
 def is_replaced(error: KafkaError) -> bool:

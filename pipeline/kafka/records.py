@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from pipeline.errors import ForbiddenTopicError, TransientError
+from pipeline.errors import ForbiddenTopicError, Server, TransientError
 from pipeline.events import Record
 from pipeline.kafka.access import why_not_readable
 from pipeline.kafka.client import Config, RecordMessage, close, reader_config, record_of
@@ -97,7 +97,10 @@ class RecordReader:
             if error.code() in {PARTITION_END, *OUT_OF_RANGE}:
                 return None
             _raise_unless_about_group(error, partition, self._settings, self._reports)
-        raise TransientError(f"Kafka: {partition}: no answer about the record at offset {offset}")
+        raise TransientError(
+            f"Kafka: {partition}: no answer about the record at offset {offset}",
+            server=Server.KAFKA,
+        )
 
     def may_read(self, topic: str) -> bool:
         """Whether Kafka lets this user read a topic; requests one record to find out.
@@ -185,7 +188,8 @@ def _read_until_out_of_range(
             received_at = time.monotonic()
         elif time.monotonic() - received_at > READ_S_MAX:
             raise TransientError(
-                f"Kafka: {partition}: no record within {READ_S_MAX:.0f} s, at offset {begin}"
+                f"Kafka: {partition}: no record within {READ_S_MAX:.0f} s, at offset {begin}",
+                server=Server.KAFKA,
             )
         if records and _end_of(records) == offsets.end:
             end = offsets.end
@@ -214,5 +218,8 @@ def _end_of(records: Sequence[Record]) -> NextOffset:
 def _offset(message: Message) -> int:
     offset = message.offset()
     if offset is None:
-        raise TransientError("Kafka: the client reported the end of a partition without its offset")
+        raise TransientError(
+            "Kafka: the client reported the end of a partition without its offset",
+            server=Server.KAFKA,
+        )
     return offset

@@ -14,8 +14,14 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException
 
 from pipeline import causes, handshakes
-from pipeline.errors import InvariantError, MemberReplacedError, PipelineError, server_error
-from pipeline.kafka.errors import VAGUE, is_replaced
+from pipeline.errors import (
+    InvariantError,
+    MemberReplacedError,
+    PipelineError,
+    Server,
+    server_error,
+)
+from pipeline.kafka.errors import UNAVAILABLE, VAGUE, is_replaced
 from pipeline.rate_limit import RateLimit
 
 log = structlog.get_logger(__name__)
@@ -132,7 +138,10 @@ class ClientReports:
         what = cause.what.format(group=repr(self.endpoint.group))
         where = self.endpoint.describe(words)
         return server_error(
-            cause, f"Kafka at {where} {what}. Cause: {name}, {_without_address(words)}. {cause.fix}"
+            cause,
+            f"Kafka at {where} {what}. Cause: {name}, {_without_address(words)}. {cause.fix}",
+            server=Server.KAFKA,
+            address=self.endpoint.servers,
         )
 
     def _reason(self, error: KafkaError) -> tuple[str, str]:
@@ -156,12 +165,13 @@ class ClientReports:
         if times := self._client_errors.occurrences_to_log(error.name()):
             words, cause = _explained(self.endpoint, error.name(), error.str())
             is_ours = cause.verdict is causes.Verdict.MISCONFIGURED
-            (log.error if is_ours else log.warning)(
+            is_outage = error.name() in UNAVAILABLE
+            (log.error if is_ours else log.info if is_outage else log.warning)(
                 "kafka_client_error",
                 error=error.name(),
                 reason=words,
                 action=cause.fix,
-                times_since=times,
+                occurrences=times,
             )
 
     def on_commit_failure(self, error: KafkaError, topics: Collection[str] = ()) -> None:
@@ -188,14 +198,14 @@ class ClientReports:
                 effect="events still arrive; the next time that this process joins the group, "
                 "Kafka refuses it",
                 action=cause.fix,
-                times_since=times,
+                occurrences=times,
             )
             return
         log.info(
             "kafka_commit_skipped",
             error=error.name(),
-            effect="monitoring only",
-            times_since=times,
+            effect="only the offsets that Kafka's tools show are late; no event is affected",
+            occurrences=times,
         )
 
 

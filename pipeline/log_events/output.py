@@ -124,13 +124,20 @@ def _route(handler: logging.Handler, level: int) -> None:
 
 
 class _OncePerMinute(logging.Filter):
-    """Passes each text of a library once per minute."""
+    """Passes each text of librdkafka once per minute; a broken connection is no error of its own.
+
+    Of that, the client also reports the code, and we log it as ``kafka_client_error``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._limit = RateLimit(SAME_TEXT_S_MIN)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith("FAIL "):
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            if not logging.getLogger(record.name).isEnabledFor(logging.INFO):
+                return False
         return bool(self._limit.occurrences_to_log(without_numbers(record.getMessage())))
 
 

@@ -38,7 +38,8 @@ _COMMANDS = (
         "events_processed",
         "info",
         "how many records this process ingested and projected since the last such line, and the "
-        "lags that remain (`ingest_lag`, `projection_lag`); at most once per minute",
+        "lags that remain (`ingest_lag`, `projection_lag`), at most once per minute. A lag is null "
+        "while a server that is needed to measure it is unavailable",
     ),
     LogEvent(
         "stop_requested",
@@ -92,9 +93,9 @@ _SERVERS = (
     LogEvent(
         "server_unavailable",
         "warning",
-        "PostgreSQL or Kafka is unavailable; the reason names the server, the cause and what to "
-        "do. The process waits for the server, see "
-        "[below](#a-server-is-unavailable-or-refuses-us)",
+        "PostgreSQL or Kafka is unavailable: the line has the server, the cause and what to do. "
+        "The process waits for the server, see [below](#a-server-is-unavailable-or-refuses-us). "
+        "All loops of a process share one line per cause, and causes within 10 s share one line",
         "if it lasts, do what the reason says",
     ),
     LogEvent(
@@ -107,7 +108,8 @@ _SERVERS = (
     LogEvent(
         "server_available",
         "info",
-        "the server is available again; the line says after how many seconds",
+        "`server` is available again, and everything in this process that waited for it has used "
+        "it; the line says after how many seconds",
     ),
     LogEvent(
         "password_reloaded",
@@ -132,11 +134,12 @@ _SERVERS = (
     ),
     LogEvent(
         "kafka_client_error",
-        ("warning", "error"),
+        ("info", "warning", "error"),
         "Kafka's client reports an error of a connection. Each kind of error is logged at most "
-        "once per minute; `times_since` says how often it occurred. The level is `error` if a "
-        "setting or a right is wrong",
-        "do what `action` in the line says; run `pipeline check`",
+        "once per minute; `occurrences` says how often it occurred. The level is `error` if a "
+        "setting or a right is wrong, and `info` if a broker cannot be reached: if that lasts, "
+        "`server_unavailable` follows",
+        "at `warning` or `error`, do what `action` in the line says; run `pipeline check`",
     ),
     LogEvent(
         "kafka_commit_refused",
@@ -148,8 +151,8 @@ _SERVERS = (
     LogEvent(
         "kafka_commit_skipped",
         "info",
-        "the offsets of the group in Kafka were not updated; the program uses them for monitoring "
-        "only",
+        "the offsets that Kafka's tools show are late, usually because the group moved "
+        "partitions between workers; no event is affected",
     ),
     LogEvent(
         "library_log",
@@ -170,7 +173,12 @@ _INGEST = (
         "Kafka has assigned these partitions to this process, which reads them from these offsets "
         "on",
     ),
-    LogEvent("partitions_released", "info", "this process ends and has released its partitions"),
+    LogEvent(
+        "partitions_released",
+        "info",
+        "this process ends and has released its partitions; the next owner reads the "
+        "`records_to_read_again`, which were received but not written",
+    ),
     LogEvent(
         "partitions_revoked", "info", "Kafka has assigned these partitions to another process"
     ),
@@ -179,12 +187,6 @@ _INGEST = (
         "info",
         "the consumer group has excluded this process, which joins again; it wrote nothing since "
         "then",
-    ),
-    LogEvent(
-        "partitions_not_released",
-        "info",
-        "the database did not answer when this process released its partitions; the next owner "
-        "claims them",
     ),
     LogEvent(
         "partitions_fenced",
@@ -247,9 +249,10 @@ _INGEST = (
     LogEvent(
         "member_timed_out",
         "warning",
-        "this process did not poll Kafka for too long, or Kafka did not answer it. The consumer "
-        "group gives its partitions to another member; this process wrote nothing since then",
-        "find out what stopped this process",
+        "Kafka did not answer this process for its session timeout, or this process was paused. "
+        "The group may give its partitions to another worker; nothing is lost, and this process "
+        "joins again by itself",
+        "if Kafka was available: find out what paused this process",
     ),
     LogEvent(
         "member_replaced",
@@ -301,7 +304,7 @@ _READ_MODELS = (
         "warning",
         "a read model rejected these events. They are dead letters now; the other events were "
         "applied",
-        "run `pipeline dead-letters list`",
+        "run `pipeline dead-letters list NAME`, as `action` in the line says",
     ),
     LogEvent(
         "read_model_broken",

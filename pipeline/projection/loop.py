@@ -22,9 +22,9 @@ import structlog
 from sqlalchemy import Connection, Engine, text
 
 from pipeline.db import transaction, translated
-from pipeline.errors import ConfigurationError, TransientError
+from pipeline.errors import ConfigurationError, Server, TransientError
 from pipeline.log.append import CHANNEL
-from pipeline.outages import OutagePolicy
+from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.partitions import NextOffset, OffsetRange, Partition
 from pipeline.projection import checkpoints, registry
 from pipeline.projection.checkpoints import ProjectorProgress
@@ -98,6 +98,7 @@ def run_projection(
     stop: threading.Event | None = None,
     until_end: bool = False,
     observe: Callable[[ProjectionProgress], None] = lambda _: None,
+    outages: OutageLog | None = None,
 ) -> None:
     """Bring read models up to the log, and keep them there.
 
@@ -111,6 +112,7 @@ def run_projection(
         stop: Set it to finish the present pass and return.
         until_end: Return when every live projector has what was in the log at the start.
         observe: Called after each round.
+        outages: Where outages are logged, for a process that also does other work.
 
     Raises:
         TransientError: With ``until_end``: the server stayed unavailable.
@@ -118,7 +120,8 @@ def run_projection(
         InvariantError: An invariant of the log is violated.
     """
     limits, stop = limits or Limits(), stop or threading.Event()
-    _Loop(engine, projectors, limits, stop, observe, until_end=until_end).run()
+    policy = OutagePolicy(waits_forever=not until_end, outages=outages)
+    _Loop(engine, projectors, limits, stop, observe, policy, until_end=until_end).run()
 
 
 class _Loop:
@@ -129,6 +132,7 @@ class _Loop:
         limits: Limits,
         stop: threading.Event,
         observe: Callable[[ProjectionProgress], None],
+        outages: OutagePolicy,
         *,
         until_end: bool,
     ) -> None:
@@ -143,7 +147,7 @@ class _Loop:
         self._until_end = until_end
         self._goal: dict[Partition, NextOffset] | None = None
         self._taken = 0
-        self._outages = OutagePolicy(waits_forever=not until_end)
+        self._outages = outages
         self._caught_up = CaughtUp(limits.batch_offsets_max)
         self._check_tables_at = 0.0
 
@@ -177,7 +181,7 @@ class _Loop:
                     break_changed(db, self._projectors.values())
                 self._check_tables_at = begun + TABLE_CHECK_S
             moved = self._round(self._registry.share(lagging))
-            self._outages.on_success()
+            self._outages.on_success(Server.POSTGRESQL)
             self._observe(ProjectionProgress(self._taken, _lag_of_partitions(lagging)))
             lag_max = max((progress.lag for progress in lagging), default=0)
             self._caught_up.observe(lag_max, time.monotonic())

@@ -131,6 +131,8 @@ def _apply_to_live_tables(
             count=len(rejected),
             sqlstates=sorted({event.sqlstate for event in rejected}),
             columns=sorted({event.column for event in rejected if event.column}),
+            effect="they are dead letters now; the other events were applied",
+            action=f"pipeline dead-letters list {projector.name}",
         )
     return Result.DONE
 

@@ -12,8 +12,8 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from pipeline.db import transaction
-from pipeline.errors import PipelineError, TransientError
-from pipeline.outages import OutagePolicy
+from pipeline.errors import PipelineError, Server, TransientError
+from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.projection import registry
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
@@ -39,6 +39,7 @@ class StaleModels:
         declared: Reads the fingerprints that ``pipeline migrate`` recorded.
         rejected_max: Most events that may be rejected in one range.
         waits_forever: Whether an unavailable server is waited for without limit.
+        outages: Where outages are logged, for a process that also does other work.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class StaleModels:
         *,
         rejected_max: int,
         waits_forever: bool,
+        outages: OutageLog | None = None,
     ) -> None:
         self._engine = engine
         self._projectors = projectors
         self._declared = declared
         self._rejected_max = rejected_max
-        self._outages = OutagePolicy(waits_forever=waits_forever)
+        self._outages = OutagePolicy(waits_forever=waits_forever, outages=outages)
         self._left: dict[str, str | None] = {}
 
     def rebuild(self, database: Database, stop: threading.Event) -> None:
@@ -71,12 +73,13 @@ class StaleModels:
         """
         while not stop.is_set():
             try:
-                if not self._round(database, stop):
-                    return
+                is_waiting = self._round(database, stop)
             except TransientError as error:
                 stop.wait(self._outages.on_error(error))
             else:
-                self._outages.on_success()
+                self._outages.on_success(Server.POSTGRESQL)
+                if not is_waiting:
+                    return
                 stop.wait(CHECK_S)
 
     def _round(self, database: Database, stop: threading.Event) -> bool:

@@ -113,7 +113,7 @@ def test_a_signal_ends_run_with_0_after_the_current_batch(commands, broker, data
         code = run.wait()
 
     assert code == 0, "".join(run.err)
-    assert '"reason": "signal"' in run.err[-1]
+    assert f'"reason": "{stopping.name}"' in run.err[-1]
     with database.connect() as db:
         stored = db.execute("SELECT sum(next_offset) FROM pipeline.consumer_offsets").fetchone()[0]
         owned = db.execute("SELECT count(owner_pid) FROM pipeline.consumer_offsets").fetchone()[0]
@@ -539,7 +539,7 @@ def test_run_waits_for_an_unavailable_database_and_can_be_stopped(broker, comman
         code = waiting.wait()
 
     assert code == 0, "".join(waiting.err)
-    assert '"reason": "signal"' in waiting.err[-1]
+    assert '"reason": "SIGTERM"' in waiting.err[-1]
 
 
 def test_an_unexpected_error_ends_with_70_and_is_logged(empty_database, broker):

@@ -15,7 +15,9 @@ import structlog
 
 import pipeline
 from pipeline.cli.tally import Tally
+from pipeline.errors import Server, TransientError
 from pipeline.ingest.process import Progress as Ingested
+from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.projection.loop import CAUGHT_UP_S_MIN, CaughtUp
 from pipeline.projection.loop import ProjectionProgress as Projected
 from pipeline.sandbox.simulator import Simulation
@@ -121,7 +123,7 @@ def clock(monkeypatch):
 
 
 def test_both_halves_share_one_line_per_minute(clock):
-    counted = Tally()
+    counted = Tally(OutageLog())
     ingested, projected = counted.of_ingest(), counted.of_projection()
 
     with structlog.testing.capture_logs() as lines:
@@ -143,8 +145,36 @@ def test_both_halves_share_one_line_per_minute(clock):
     assert counted.totals == {"ingested": 3000, "projected": 3000}
 
 
+@pytest.mark.parametrize(
+    ("server", "lags"),
+    [
+        (Server.KAFKA, {"ingest_lag": None, "projection_lag": 5}),
+        (Server.POSTGRESQL, {"ingest_lag": None, "projection_lag": None}),
+    ],
+)
+def test_a_lag_is_no_number_while_a_server_that_measures_it_is_unavailable(clock, server, lags):
+    outages = OutageLog()
+    policy, counted = OutagePolicy(waits_forever=True, outages=outages), Tally(outages)
+    ingested, projected = counted.of_ingest(), counted.of_projection()
+
+    with structlog.testing.capture_logs() as lines:
+        projected(Projected(10, 5))
+        policy.on_error(TransientError("unavailable", server=server))
+        clock[0] += 61
+        ingested(Ingested(10, 3))
+        policy.on_success(server)
+        clock[0] += 61
+        ingested(Ingested(20, 3))
+
+    logged = [line for line in lines if line["event"] == "events_processed"]
+    assert [{name: line[name] for name in lags if name in line} for line in logged] == [
+        {"ingest_lag": lags["ingest_lag"], "projection_lag": lags["projection_lag"]},
+        {"ingest_lag": 3, "projection_lag": 5},
+    ]
+
+
 def test_counts_continue_when_half_of_run_restarts(clock):
-    counted = Tally()
+    counted = Tally(OutageLog())
     for _ in range(2):
         counted.of_projection()(Projected(70, 0))
 
@@ -184,7 +214,7 @@ WEIGHED = {
     # Once per table whose lock is requested repeatedly.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.
-    *("partitions_claimed", "partitions_not_released"),
+    "partitions_claimed",
     # Once per change of the read models that are stale.
     "read_models_current",
     # Once per change of what is halted.

@@ -10,18 +10,25 @@ from structlog.testing import capture_logs
 
 from pipeline import outages
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
-from pipeline.errors import ConfigurationError, PipelineError, TransientError
+from pipeline.errors import ConfigurationError, PipelineError, Server, TransientError
 from pipeline.outages import (
+    CAUSES_S_MIN,
     GRACE_S,
     REPORTS_S,
     UNAVAILABLE_S_MAX,
+    OutageLog,
     OutagePolicy,
 )
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 STEP_S = 5.0
-AWAY = TransientError("Kafka at kafka:9092 refuses connections")
+AWAY = TransientError("PostgreSQL at db:5432 refuses connections", address="db:5432/upvest")
 SLOW = TransientError("PostgreSQL at db:5432 did not answer in time")
+KAFKA_AWAY = TransientError(
+    "Kafka at broker-2:9092 refuses connections",
+    server=Server.KAFKA,
+    address="broker-1:9092,broker-2:9092",
+)
 REFUSED = ConfigurationError("PostgreSQL at db:5432 refused the login", is_login=True)
 NO_RIGHT = ConfigurationError("PostgreSQL at db:5432 refuses a right")
 REFUSALS = [REFUSED, NO_RIGHT]
@@ -44,10 +51,10 @@ def clock(monkeypatch):
     return clock
 
 
-def policy(*, waits_forever=True, has_run=True, time_left=lambda: None):
-    made = OutagePolicy(waits_forever=waits_forever, time_left=time_left)
+def policy(*, waits_forever=True, has_run=True, time_left=lambda: None, outages=None):
+    made = OutagePolicy(waits_forever=waits_forever, time_left=time_left, outages=outages)
     if has_run:
-        made.on_success()
+        made.on_success(*Server)
     return made
 
 
@@ -85,6 +92,84 @@ def test_a_new_cause_of_the_same_outage_is_logged_at_once(clock):
     assert (at, line["reason"]) == (0, str(SLOW))
 
 
+def test_causes_that_follow_within_seconds_share_a_line_unless_one_lasts(clock):
+    """A server that is stopped ends sessions, then refuses them, then refuses connections."""
+    stopping = [TransientError(f"PostgreSQL at db:5432 {what}") for what in ("ends", "refuses")]
+
+    lines = outage(clock, policy(), *stopping, AWAY, AWAY, AWAY, AWAY, lasts_s=12, step_s=2)
+    lines += outage(clock, policy(), AWAY, REFUSED, lasts_s=2, step_s=1)
+
+    assert [line["reason"] for _, line in lines[:2]] == [str(stopping[0]), str(AWAY)]
+    assert lines[1][0] >= CAUSES_S_MIN
+    assert [line["reason"] for _, line in lines[2:]] == [str(AWAY), str(REFUSED)]
+
+
+# ------------------------------------------------------------------ two servers, several loops
+
+
+def test_an_outage_of_one_server_does_not_end_when_the_other_answers(clock):
+    waiting = policy()
+    outage(clock, waiting, KAFKA_AWAY, lasts_s=STEP_S)
+
+    with capture_logs() as logged:
+        waiting.on_success(Server.POSTGRESQL)
+    again = outage(clock, waiting, KAFKA_AWAY, lasts_s=30)
+    with capture_logs() as ended:
+        waiting.on_success(Server.KAFKA)
+
+    assert logged == again == []
+    assert [(line["event"], line["server"], line["unavailable_s"]) for line in ended] == [
+        ("server_available", "Kafka at broker-1:9092,broker-2:9092", 35.0)
+    ]
+
+
+def test_both_lines_of_an_outage_name_the_server_in_the_same_words(clock):
+    waiting = policy()
+    with capture_logs() as logged:
+        for error in (AWAY, KAFKA_AWAY, REFUSED):
+            waiting.on_error(error)
+        waiting.on_success(*Server)
+
+    names = [(line["event"], line["server"]) for line in logged]
+    assert names == [
+        ("server_unavailable", "PostgreSQL at db:5432/upvest"),
+        ("server_unavailable", "Kafka at broker-1:9092,broker-2:9092"),
+        ("access_refused", "PostgreSQL at db:5432/upvest"),
+        ("server_available", "PostgreSQL at db:5432/upvest"),
+        ("server_available", "Kafka at broker-1:9092,broker-2:9092"),
+    ]
+
+
+def test_the_loops_of_a_process_log_an_outage_once_and_it_ends_when_all_are_through(clock):
+    shared = OutageLog()
+    ingest, projection, rebuild = (policy(outages=shared) for _ in range(3))
+
+    begun = [
+        line
+        for loop in (ingest, projection, rebuild)
+        for _, line in outage(clock, loop, AWAY, SLOW, lasts_s=4, step_s=2)
+    ]
+    assert shared.unavailable == {Server.POSTGRESQL}
+    with capture_logs() as ended:
+        for loop in (ingest, projection, rebuild, rebuild):
+            loop.on_success(Server.POSTGRESQL)
+
+    assert [line["reason"] for line in begun] == [str(AWAY), str(SLOW)]
+    assert [line["event"] for line in ended] == ["server_available"]
+    assert shared.unavailable == frozenset()
+
+
+def test_a_loop_that_succeeds_does_not_end_the_grace_period_of_another(clock):
+    shared = OutageLog()
+    ingest, projection = policy(outages=shared), policy(outages=shared)
+
+    for _ in range(round(GRACE_S / STEP_S) + 1):
+        outage(clock, ingest, NO_RIGHT, lasts_s=STEP_S)
+        projection.on_success(Server.POSTGRESQL)
+    with pytest.raises(ConfigurationError):
+        ingest.on_error(NO_RIGHT)
+
+
 @pytest.mark.parametrize("errors", [(AWAY,), (AWAY, SLOW), (AWAY, SLOW, AWAY)], ids=len)
 def test_a_long_outage_is_logged_again_at_growing_intervals(clock, errors):
     lines = outage(clock, policy(), *errors, lasts_s=4 * HOUR_S)
@@ -114,8 +199,8 @@ def test_the_end_of_an_outage_is_logged_with_its_length_and_the_next_one_is_new(
     outage(clock, waiting, AWAY, lasts_s=90)
 
     with capture_logs() as ended:
-        waiting.on_success()
-        waiting.on_success()
+        waiting.on_success(*Server)
+        waiting.on_success(*Server)
     clock.now += 1
     again = outage(clock, waiting, AWAY, lasts_s=STEP_S)
 
@@ -163,7 +248,7 @@ def test_waits_double_up_to_a_limit_and_differ_between_processes(clock):
         assert SERVER.first_s * 2**number / 2 <= pause <= SERVER.first_s * 2**number
     assert all(SERVER.longest_s / 2 <= pause <= SERVER.longest_s for pause in pauses[7:])
     assert len(set(pauses[7:])) > 100
-    waiting.on_success()
+    waiting.on_success(*Server)
     assert waiting.on_error(AWAY) <= SERVER.first_s
 
 
@@ -210,7 +295,7 @@ def test_a_refusal_that_ends_in_time_is_forgotten(clock):
 
     for _ in range(10):
         outage(clock, waiting, REFUSED, lasts_s=GRACE_S - STEP_S)
-        waiting.on_success()
+        waiting.on_success(*Server)
 
 
 def test_a_refusal_before_a_long_outage_is_forgotten(clock):
@@ -258,12 +343,13 @@ def test_every_outage_is_logged_rarely_and_ends_in_time(attempts, waits_forever)
         since: float | None = None
         causes: set[PipelineError] = set()
         lines: list[object] = []
+        logged_at = 0.0
 
         for error, then_s in attempts:
             clock.now += then_s
             with capture_logs() as logged:
                 if error is None:
-                    waiting.on_success()
+                    waiting.on_success(*Server)
                     since, causes, lines = None, set(), []
                     continue
                 since = clock.now if since is None else since
@@ -280,8 +366,11 @@ def test_every_outage_is_logged_rarely_and_ends_in_time(attempts, waits_forever)
             assert waits_forever or lasts_s <= UNAVAILABLE_S_MAX
             assert 0 < pause <= max(SERVER.longest_s, LOGIN_RETRY_S)
             lines += logged
-            assert bool(logged) or error in causes, "a new cause is logged at once"
-            causes.add(error)
+            if logged:
+                causes.add(error)
+                logged_at = clock.now
+            assert error in causes or clock.now - logged_at < CAUSES_S_MIN, "a new cause is logged"
+            assert error in causes or error not in REFUSALS, "a refusal is logged at once"
             again = len(REPORTS_S) + lasts_s / REPORTS_S[-1]
             # A refusal after a while is a new one, whose end is announced.
             assert len(lines) <= len(causes) + again + lasts_s / GRACE_S

@@ -308,7 +308,7 @@ def test_a_row_that_differs_from_kafka_is_reported_and_kept(
     result = pipeline("rewind", name, "--to", "earliest", "--execute")
 
     assert result.code == ExitCode.FOUND
-    assert "3 records in the log differ from those in Kafka, at 7-8, 20" in result.err
+    assert "3 records with other bytes in the log than in Kafka, at 7-8, 20" in result.err
     assert payloads(database, name)[name, 0, 20][0] == '{"n": 0}'
 
 

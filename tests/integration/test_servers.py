@@ -597,5 +597,7 @@ def test_without_a_broker_its_tests_are_counted_last_or_fail_where_it_is_require
     else:
         assert run.returncode == 0, run.stdout
         last = run.stdout.strip().splitlines()[-4:]
-        assert last[0].startswith("NOT RUN: 1 test wants a real Apache Kafka: Java is not installed.")
+        assert last[0].startswith(
+            "NOT RUN: 1 test wants a real Apache Kafka: Java is not installed."
+        )
         assert [line.strip()[:2] for line in last[1:]] == ["1.", "2.", "3."]

@@ -65,8 +65,7 @@ def of_retention(partitions: Iterable[PartitionStatus]) -> Iterable[Problem]:
     kept = [
         (partition.kept_s, str(Partition(partition.topic, partition.partition)))
         for partition in partitions
-        # A halted partition shows its own reason: what Kafka has deleted, if that is why.
-        if partition.kept_s is not None and partition.state not in ("OK", "WARN", "ERR")
+        if partition.kept_s is not None and partition.state not in ("OK", "WARN")
     ]
     if not kept:
         return

@@ -29,7 +29,7 @@ from tests.servers import (
     why_no_postgres,
 )
 from tests.servers.certificates import why_no_certificates
-from tests.servers.databases import Database, fresh_database
+from tests.servers.databases import Database, fresh_database, templates
 from tests.servers.pgbouncer import find_pgbouncer
 from tests.servers.secured import (
     SecuredKafka,
@@ -90,19 +90,14 @@ def postgres_server(pg_version: int, request: pytest.FixtureRequest) -> Postgres
 @pytest.fixture(scope="session")
 def _templates(_servers: ExitStack) -> Callable[[Postgres], Database]:
     """One migrated database per server, made at its first use."""
-    made: dict[int, Database] = {}
 
-    def template(server: Postgres) -> Database:
-        if id(server) not in made:
-            # Tests without a database need no migrations.
-            from pipeline.schema.migrate import migrate
+    def prepare(database: Database) -> None:
+        # Tests without a database need no migrations.
+        from pipeline.schema.migrate import migrate
 
-            empty = _servers.enter_context(fresh_database(server))
-            migrate(empty.url)
-            made[id(server)] = empty
-        return made[id(server)]
+        migrate(database.url)
 
-    return template
+    return templates(_servers, prepare)
 
 
 @pytest.fixture

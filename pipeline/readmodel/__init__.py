@@ -8,7 +8,6 @@ does not handle how the log is read, divided into batches, checked, repeated and
 from pipeline.readmodel.fields import (
     ELEMENT,
     Field,
-    Lifecycle,
     boolean,
     by_event_type,
     date,
@@ -29,6 +28,7 @@ from pipeline.readmodel.fields import (
     time,
     uuid,
 )
+from pipeline.readmodel.lifecycle import Lifecycle
 from pipeline.readmodel.model import (
     Children,
     Custom,

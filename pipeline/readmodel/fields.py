@@ -5,15 +5,18 @@ casts alone would accept ``now``, ``infinity``, ``NaN`` or ``12.01.2026``.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, auto
 from functools import cached_property
 from typing import Any
 
 from sqlalchemy import Boolean, Date, DateTime, Integer, Numeric, Text, Uuid
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import TypeEngine
+
+from pipeline.readmodel.event_pattern import EventPattern
+from pipeline.readmodel.lifecycle import Lifecycle
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _COLUMN = re.compile(r"[a-z][a-z0-9_]*")
@@ -29,49 +32,6 @@ PERSONAL_REMARK = " Personal data."
 
 ELEMENT = ""
 """As the path of a child's field: the element of the array itself, not one of its members."""
-
-
-class EventPattern(str):
-    """Event types: ``ORDER.NEW``, a category ``ORDER.*``, an action of any ``*.NEW``, or all ``*``.
-
-    Raises:
-        ValueError: The text is none of these.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, text: str) -> "EventPattern":
-        """Check the text."""
-        if not _EVENTS.fullmatch(text):
-            raise ValueError(f"{text!r} is not an event type like ORDER.NEW, ORDER.*, *.NEW or *")
-        return super().__new__(cls, text)
-
-    def matches(self, event_type: str) -> bool:
-        """Whether events of this type are among them."""
-        category, _, action = self.partition(".")
-        if self == "*":
-            return True
-        if action == "*":
-            return event_type.startswith(f"{category}.")
-        if category == "*":
-            return event_type.split(".")[1:2] == [action]
-        return self == event_type
-
-    @property
-    def condition(self) -> str:
-        """The same as SQL on ``pipeline.events e``."""
-        category, _, action = self.partition(".")
-        if self == "*":
-            return "e.event_type IS NOT NULL"
-        if action == "*":
-            return f"starts_with(e.event_type, '{category}.')"
-        if category == "*":
-            return f"split_part(e.event_type, '.', 2) = '{action}'"
-        return f"e.event_type = '{self}'"
-
-
-_STATE = re.compile(r"[A-Z][A-Z_]*")
-_EVENTS = re.compile(r"\*|[A-Z][A-Z_]*\.(\*|[A-Z_]+)|\*\.[A-Z_]+")
 
 
 class Shape(Enum):
@@ -119,66 +79,13 @@ _LIST = Kind(ARRAY(Text()), Shape.LIST, _TEXT_LIST)
 
 
 class Envelope(Enum):
-    """Parts of an event outside its object, as SQL on ``pipeline.events e``."""
+    """Parts of an event outside its object."""
 
-    EVENT_ID = "e.event_id"
-    EVENT_TYPE = "e.event_type"
-    EVENT_TIME = "e.created_at"
-    ENTITY_ID = "e.entity_id"
-    CATEGORY = "split_part(e.event_type, '.', 1)"
-
-
-class Lifecycle:
-    """The states of an entity, in the order in which it reaches them.
-
-    The newest version of an entity is decided by its status where times cannot decide: a later
-    state wins over an earlier one, and a state that we do not know ranks after all steps and before
-    all ends.
-
-    Args:
-        steps: States that may be left again, in order; a set holds states of equal rank.
-        ends: States that are final: a set if they are of equal rank, else a sequence in order.
-    """
-
-    def __init__(
-        self, *steps: str | Set[str], ends: Sequence[str | Set[str]] | Set[str] = ()
-    ) -> None:
-        last = [ends] if isinstance(ends, Set) and ends else [*ends]
-        levels = [*steps, None, *last]
-        self._ranks = tuple(
-            (state, rank)
-            for rank, level in enumerate(levels, start=1)
-            if level is not None
-            for state in ([level] if isinstance(level, str) else sorted(level))
-        )
-        if len(dict(self._ranks)) != len(self._ranks) or not self._ranks:
-            raise ValueError("a lifecycle needs states, each once")
-        if wrong := [state for state in self.states if not _STATE.fullmatch(state)]:
-            raise ValueError(f"{wrong[0]!r} is not a state like PENDING_APPROVAL")
-        self.unknown_rank = len(steps) + 1
-
-    @property
-    def ranks(self) -> tuple[tuple[str, int], ...]:
-        """Each state with its rank, in order."""
-        return self._ranks
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """The states, in order."""
-        return tuple(state for state, _ in self._ranks)
-
-    def __str__(self) -> str:
-        *others, last = self.states
-        return f"{', '.join(others)} or {last}" if others else last
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Lifecycle) and (self.ranks, self.unknown_rank) == (
-            other.ranks,
-            other.unknown_rank,
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.ranks, self.unknown_rank))
+    EVENT_ID = auto()
+    EVENT_TYPE = auto()
+    EVENT_TIME = auto()
+    ENTITY_ID = auto()
+    CATEGORY = auto()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from sqlalchemy import Connection, Table
 
 from pipeline.readmodel import tables
-from pipeline.readmodel.fields import EventPattern, Field, Shape, columns_of, event_id
+from pipeline.readmodel.event_pattern import EventPattern
+from pipeline.readmodel.fields import Field, Shape, columns_of, event_id
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 NAME_BYTES_MAX = 63

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from pipeline.readmodel.fields import (
     Field,
-    Lifecycle,
     Path,
     enum,
     event_time,
@@ -17,6 +16,7 @@ from pipeline.readmodel.fields import (
     time,
     uuid,
 )
+from pipeline.readmodel.lifecycle import Lifecycle
 from pipeline.readmodel.model import Children
 
 HOLDER = Lifecycle("PENDING_APPROVAL", {"ACTIVE", "LOCKED"}, "CLOSING", ends={"CLOSED"})

@@ -23,14 +23,8 @@ from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild.comparison import Difference
-from pipeline.rebuild.shadow import (
-    CHUNK_OFFSETS,
-    Observe,
-    RebuildProgress,
-    RebuildRunsError,
-    Shadow,
-    StoppedError,
-)
+from pipeline.rebuild.fill import Observe, RebuildProgress, RebuildRunsError, StoppedError
+from pipeline.rebuild.shadow import CHUNK_OFFSETS, Shadow
 
 __all__ = [
     "Difference",

@@ -5,11 +5,10 @@ Their checkpoints, dead letters and work list are kept under the projector's nam
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from typing import NamedTuple, Self
+from typing import Self
 
 import structlog
 from sqlalchemy import Connection, Engine, text
@@ -18,30 +17,29 @@ from pipeline import failpoints
 from pipeline.db import SHADOW_SCHEMA, descriptor, locks, table_locks, translated, use_one_snapshot
 from pipeline.db.identifiers import qualified
 from pipeline.errors import (
-    DEADLOCK,
     ConfigurationError,
-    ExitCode,
-    PipelineError,
-    TransientError,
 )
 from pipeline.partitions import NextOffset, OffsetRange, Partition, lag
 from pipeline.projection import checkpoints, dead_letters, registry
-from pipeline.projection.apply import apply_batch, lock_tables, pin
+from pipeline.projection.apply import lock_tables, pin
 from pipeline.projection.checkpoints import REBUILD
-from pipeline.readmodel.batch import Batch
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild import work_list
 from pipeline.rebuild.comparison import Difference, count_shadow, measure, repair
+from pipeline.rebuild.fill import (
+    Fill,
+    Observe,
+    ProgressReporter,
+    RebuildRunsError,
+    StoppedError,
+    bring_in,
+)
 
 log = structlog.get_logger(__name__)
 
 CHUNK_OFFSETS = 50_000
 """Most offsets of one range; fewer than these may be left to the last transaction."""
-# What a crash of the server loses is computed again: its progress is lost with it.
-COMMIT_LAZILY = text("SET LOCAL synchronous_commit = off")
-# For a row that another range writes too, however long that takes.
-WAIT_FOR_OTHERS = text("SET LOCAL lock_timeout = 0")
 EXISTS = text("SELECT to_regclass(:table) IS NOT NULL")
 # Functions of the owner, so that any login may resume the rebuild of another one.
 MAKE = text("SELECT pipeline.make_shadow(:table)")
@@ -49,46 +47,6 @@ DROP = text("SELECT pipeline.drop_shadow(:table)")
 OTHERS_ON = text("SELECT pipeline.others_on(:table)")
 MUST_SWAP = text("SELECT pipeline.must_swap(:table)")
 SWAP = text("SELECT pipeline.swap_read_model(:table)")
-
-
-class RebuildRunsError(PipelineError):
-    """Another process rebuilds or checks the same read model. Nothing was done; wait for it."""
-
-    exit_code = ExitCode.FENCED
-
-    def __init__(self, projector: str, holder: locks.Holder | None = None) -> None:
-        detail = f": {holder}" if holder else ""
-        super().__init__(f"{projector}: another rebuild or check of it is running{detail}")
-        self.projector = projector
-
-
-class StoppedError(PipelineError):
-    """The rebuild was stopped. What it has computed is kept; the same command resumes it."""
-
-    exit_code = ExitCode.DONE
-
-
-class RebuildProgress(NamedTuple):
-    """Offsets taken, and offsets of the log in all."""
-
-    done: int
-    total: int
-
-
-Observe = Callable[[RebuildProgress], None]
-
-
-class _ProgressReporter:
-    """Reports the progress of a rebuild, one thread after the other."""
-
-    def __init__(self, observe: Observe, total: int) -> None:
-        self._observe = observe
-        self._total = total
-        self._lock = threading.Lock()
-
-    def report(self, left: int) -> None:
-        with self._lock:
-            self._observe(RebuildProgress(max(0, self._total - left), self._total))
 
 
 class Shadow:
@@ -217,7 +175,8 @@ class Shadow:
             planned, total = table_locks.retry(
                 lambda: self._plan(beyond_live=beyond_live), self._projector.name
             )
-            self._work_off(engine, jobs, stop, _ProgressReporter(observe, total))
+            fill = Fill(self._projector, self._since, self._rejected_max)
+            fill.run(self._db, engine, jobs, stop, ProgressReporter(observe, total))
             if stop.is_set() and self._left():
                 name = self._projector.name
                 raise StoppedError(
@@ -256,67 +215,6 @@ class Shadow:
         with translated(), self._db.begin():
             return work_list.left(self._db, self._name)
 
-    def _work_off(
-        self, engine: Engine, jobs: int, stop: threading.Event, reporter: "_ProgressReporter"
-    ) -> None:
-        """Take what is on the list, by several connections; the first error ends them all."""
-        failed = threading.Event()
-
-        def work(db: Connection) -> None:
-            try:
-                while not (stop.is_set() or failed.is_set()) and self._take_range(db, reporter):
-                    pass
-            except BaseException:
-                failed.set()
-                raise
-
-        def work_on_new_connection() -> None:
-            with translated(), engine.connect() as db:
-                work(db)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(work, self._db)]
-            futures += [pool.submit(work_on_new_connection) for _ in range(jobs - 1)]
-        for future in futures:
-            future.result()
-
-    def _take_range(self, db: Connection, reporter: "_ProgressReporter") -> bool:
-        """Bring a range of the list into the tables; False if none is left to take."""
-        try:
-            with translated(), db.begin():
-                db.execute(COMMIT_LAZILY)
-                db.execute(WAIT_FOR_OTHERS)
-                pin(db)
-                if not registry.is_building(db, self._name, self._since):
-                    raise RebuildRunsError(self._projector.name)
-                taken = work_list.take(db, self._name)
-                if taken is None:
-                    return False
-                self._apply(db, SHADOW_SCHEMA, self._name, taken.partition, taken.offsets)
-                failpoints.reach("mid_rebuild", connection_fd=descriptor(db))
-                work_list.remove(db, self._name, taken)
-        except TransientError as error:
-            # Ranges with rejected events write some rows twice, so not in the order of their keys.
-            if error.sqlstate != DEADLOCK:
-                raise
-            return True
-        with translated(), db.begin():
-            reporter.report(work_list.left(db, self._name))
-        return True
-
-    def _apply(
-        self,
-        db: Connection,
-        schema: str | None,
-        name: str,
-        partition: Partition,
-        offsets: OffsetRange,
-    ) -> None:
-        """Bring a range into the tables of a schema, with its dead letters."""
-        batch = Batch(partition, offsets)
-        rejected = apply_batch(db, self._projector, schema, batch, rejected_max=self._rejected_max)
-        dead_letters.put_aside(db, name, partition, rejected)
-
     def _catch_up(
         self,
         schema: str | None,
@@ -330,7 +228,14 @@ class Shadow:
                 begin = NextOffset(0)
                 checkpoints.set_next_offsets(self._db, name, {partition: begin})
             if begin < end:
-                self._apply(self._db, schema, name, partition, OffsetRange(begin, end))
+                bring_in(
+                    self._db,
+                    self._projector,
+                    (schema, name),
+                    partition,
+                    OffsetRange(begin, end),
+                    self._rejected_max,
+                )
                 checkpoints.move_together(self._db, [name], partition, OffsetRange(begin, end))
 
     # --------------------------------------------------------------------------------- comparing

@@ -113,6 +113,7 @@ def _execute_beside(db: Connection, step: Step) -> None:
             beside.execute(text(f"SET ROLE {db.execute(CURRENT_ROLE).scalar_one()}"))
             db.rollback()
             _run(beside, step.statements)
+    failpoints.reach("mid_read_models")
     with translated(), db.begin():
         _record(db, step)
 

@@ -284,6 +284,8 @@ def test_each_event_is_applied_by_the_rules_or_rejected_for_a_wrong_column(
         batch=st.sampled_from([1, 1000]),
     )
     def agree(sent, batch) -> None:
+        # Alone, each event takes a pass of its own.
+        sent = sent[:5] if batch == 1 else sent
         given.execute("TRUNCATE upvest.animals, upvest.animal_friends, upvest.animal_toys")
         given.execute("TRUNCATE upvest.animal_log")
         offsets = given.log.append(

@@ -21,7 +21,7 @@ from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.readmodel import Children, Custom, EntityTable, EventTable, integer, uuid
 from pipeline.readmodel import text as text_field
-from pipeline.readmodel.compiler import USUAL, USUAL_DATE, USUAL_DIGITS
+from pipeline.readmodel.checking import USUAL, USUAL_DATE, USUAL_DIGITS
 from pipeline.rebuild.rebuild import rebuild
 from tests.given import (
     Given,

@@ -6,7 +6,7 @@ them, and is rebuilt.
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from tests.planned_read_models import (
     tax_exemptions,
     tax_wrappers,
 )
+from tests.servers import Postgres
+from tests.servers.databases import Database, fresh_database, templates
 
 pytestmark = [pytest.mark.both_postgres, pytest.mark.faults]
 
@@ -245,9 +247,24 @@ def shown(row: Any, columns: Sequence[str]) -> tuple[Any, ...]:
     return tuple(plain(getattr(row, column)) for column in columns)
 
 
-def start(given: Given, projector: Projector) -> None:
-    if projector is not instrument_isins:
-        create_tables(given.engine, projector)
+@pytest.fixture(scope="module")
+def with_planned(_servers, _templates) -> Callable[[Postgres], Database]:
+    """A migrated database of each server, with the tables of all planned read models."""
+
+    def prepare(database: Database) -> None:
+        planned = Given(database)
+        create_tables(planned.engine, *PLANNED)
+        planned.close()
+
+    return templates(_servers, prepare, _templates)
+
+
+@pytest.fixture
+def given(postgres_server, with_planned) -> Iterator[Given]:
+    with fresh_database(postgres_server, template=with_planned(postgres_server)) as database:
+        made = Given(database)
+        yield made
+        made.close()
 
 
 def content(given: Given, story: Story) -> Mapping[str, list[tuple[Any, ...]]]:
@@ -260,7 +277,6 @@ def content(given: Given, story: Story) -> Mapping[str, list[tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_read_model_is_the_same_in_any_order_of_events(given: Given, name):
     story = STORIES[name]
-    start(given, story.projector)
     expected = {"rows": sorted(story.rows, key=repr), "children": list(story.children)}
     tables = ", ".join(table.fullname for table in story.projector.tables)
     orders = list(permutations(story.sent))
@@ -280,7 +296,6 @@ def test_wrong_events_are_named_with_their_column_and_the_others_are_applied(
     given: Given, name, batch
 ):
     story = STORIES[name]
-    start(given, story.projector)
     events = [*(wrong for wrong, _, _ in story.wrong), *story.sent]
 
     given(events).project(story.projector, limits=Limits(batch_offsets_max=batch))
@@ -296,7 +311,6 @@ def test_wrong_events_are_named_with_their_column_and_the_others_are_applied(
 
 
 def test_all_hard_read_models_apply_the_same_log(given: Given):
-    create_tables(given.engine, *PLANNED)
     events = [sent for name in NAMES for sent in STORIES[name].sent]
     random.Random(3).shuffle(events)
 

@@ -189,6 +189,56 @@ def test_a_migration_that_a_fresh_process_generates_is_empty(database, tmp_path)
     assert "op." not in file.read_text().partition("def upgrade")[2]
 
 
+NEW_TABLE = """
+import sys
+from pathlib import Path
+from sqlalchemy import BigInteger, Column, DateTime, Identity, Table, Text, text
+from pipeline.db import metadata
+from tests.new_migration import write
+
+Table(
+    "fees", metadata,
+    Column("fee_id", BigInteger, Identity(), primary_key=True, comment="In order."),
+    Column("topic", Text(collation="C"), nullable=False, comment="Kafka topic."),
+    Column("at", DateTime(timezone=True), server_default=text("now()"), comment="When."),
+    schema="pipeline", comment="100% of the fees.",
+)
+write(sys.argv[1], sys.argv[3], Path(sys.argv[2]))
+"""
+
+
+def test_a_generated_migration_makes_a_new_table_of_the_bookkeeping_and_the_next_is_empty(
+    database, tmp_path, monkeypatch
+):
+    folder = tmp_path / "migrations"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(applying, "_IN_WHEEL", folder)
+    number = len(revisions()) + 1
+
+    in_a_fresh_process(NEW_TABLE, database.url, str(folder), "add fees")
+    applied = migrate(database.url).applied
+    in_a_fresh_process(NEW_TABLE, database.url, str(folder), "nothing")
+
+    assert applied == [f"{number:04}"]
+    [generated] = folder.glob(f"versions/{number:04}_add_fees.py")
+    assert "import pipeline" not in generated.read_text()
+    [empty] = folder.glob(f"versions/{number + 1:04}_nothing.py")
+    assert "op." not in empty.read_text().partition("def upgrade")[2]
+    with database.connect() as db:
+        found = db.execute(
+            "SELECT column_name, data_type, is_nullable, collation_name, "
+            "col_description('pipeline.fees'::regclass, ordinal_position::int) "
+            "FROM information_schema.columns WHERE table_name = 'fees' ORDER BY ordinal_position"
+        ).fetchall()
+        comment = db.execute("SELECT obj_description('pipeline.fees'::regclass)").fetchone()
+    assert found == [
+        ("fee_id", "bigint", "NO", None, "In order."),
+        ("topic", "text", "NO", "C", "Kafka topic."),
+        ("at", "timestamp with time zone", "YES", None, "When."),
+    ]
+    assert comment == ("100% of the fees.",)
+
+
 def test_every_module_that_declares_a_table_is_imported_by_declare_tables():
     missing = in_a_fresh_process(
         "import pkgutil, pipeline; from importlib import import_module; "

@@ -4,12 +4,12 @@ Each test is a later release: a catalogue in which something differs from what i
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +30,9 @@ from pipeline.rebuild.rebuild import rebuild, rebuild_in_place
 from pipeline.schema.migrate import migrate, planned
 from tests.declared import with_field, with_models, with_more, without_field
 from tests.given import Event, Given, event, order_event, some_id
+from tests.servers import Postgres
+from tests.servers.databases import Database, fresh_database, templates
 
-SEED = int(os.environ.get("SEED") or time.time_ns() % 1_000_000)
 FOLDER = Path(__file__).resolve().parents[2]
 
 LETTERS = EntityTable(
@@ -92,17 +93,32 @@ def given(database) -> Iterator[Given]:
     made.close()
 
 
-@pytest.fixture
-def letters(given: Given) -> Given:
+@pytest.fixture(scope="module")
+def release_before(_servers, _templates) -> Callable[[Postgres], Database]:
     """A database of the release before, with letters."""
-    migrate(given.database.url, V1)
-    given([letter(number) for number in range(30)]).project(LETTERS)
-    return given
+
+    def prepare(database: Database) -> None:
+        migrate(database.url, V1)
+        made = Given(database)
+        made([letter(number) for number in range(30)]).project(LETTERS)
+        made.close()
+
+    return templates(_servers, prepare, _templates)
 
 
 @pytest.fixture
-def anna(given) -> Iterator[psycopg.Connection]:
-    """An analyst with a schema of her own."""
+def letters(postgres_server, release_before) -> Iterator[Given]:
+    """A database of the release before, with letters, for one test."""
+    with fresh_database(postgres_server, template=release_before(postgres_server)) as database:
+        made = Given(database)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def anna(request) -> Iterator[psycopg.Connection]:
+    """An analyst with a schema of her own, in the test's database."""
+    given = request.getfixturevalue("letters" if "letters" in request.fixturenames else "given")
     name = f"anna_{given.database.name}"
     with given.database.connect() as db:
         db.execute(f"CREATE ROLE {name}")
@@ -679,48 +695,50 @@ BIG = with_models(
 """A release with a change of each kind that is made in place."""
 
 
-KILLS = 6
 KILLING = """
-import os, random, signal, sys, time
+import os, sys
+from pipeline import failpoints
 from pipeline.schema.migrate import migrate
 from tests.migrations.test_read_models import BIG
 
-url, seed, usual_s, kills = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
-chosen = random.Random(seed)
-for _ in range(kills):
+code = -1
+while code:
     child = os.fork()
     if not child:
-        migrate(url, BIG)
+        failpoints.arm({"PIPELINE_ENABLE_FAILPOINTS": "1",
+                        "PIPELINE_FAILPOINT": "mid_read_models@2:kill"})
+        migrate(sys.argv[1], BIG)
         os._exit(0)
-    time.sleep(chosen.uniform(0.1, 1.0) * usual_s)
-    os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code)
 """
+"""Each process ends one step and is killed in the next one, before its commit."""
 
 
-def test_migrate_killed_at_random_moments_ends_like_an_undisturbed_migrate(letters, empty_database):
-    print(f"SEED={SEED}")
-    undisturbed = Given(empty_database)
-    migrate(empty_database.url, V1)
-    begun = time.monotonic()
-    migrate(empty_database.url, BIG)
-    usual_s = time.monotonic() - begun
+def test_migrate_killed_in_each_step_ends_like_an_undisturbed_migrate(
+    letters, postgres_server, release_before
+):
+    with fresh_database(postgres_server, template=release_before(postgres_server)) as database:
+        undisturbed = Given(database)
+        steps = migrate(database.url, BIG).steps
 
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLING, letters.database.url, str(SEED), str(usual_s), str(KILLS)],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=100,
-    )
-    migrate(letters.database.url, BIG)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLING, letters.database.url],
+            cwd=FOLDER,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        )
 
-    assert str(-signal.SIGKILL) in killed.stdout.split()
-    assert state(letters)[0] == state(undisturbed)[0]
-    assert comparable(letters) == comparable(undisturbed)
-    assert migrate(letters.database.url, BIG).is_empty
-    undisturbed.close()
+        ends = [int(line) for line in killed.stdout.splitlines() if re.fullmatch(r"-?\d+", line)]
+        # An index stays although the process was killed after its statement.
+        indexes = sum(not step.in_transaction for step in steps)
+        assert ends == [-signal.SIGKILL] * (len(steps) - 1 - indexes) + [0]
+        assert state(letters)[0] == state(undisturbed)[0]
+        assert comparable(letters) == comparable(undisturbed)
+        assert migrate(letters.database.url, BIG).is_empty
+        undisturbed.close()
 
 
 def comparable(given: Given) -> object:
@@ -735,13 +753,13 @@ def test_two_concurrent_migrations_change_read_models_once_while_workers_run(let
 
     with ThreadPoolExecutor(3) as pool:
         worker = pool.submit(project)
-        letters([order_event("NEW", at=1)])
+        letters([order_event("NEW", at=1)], partition=1)
         try:
             both = list(pool.map(lambda _: migrate(letters.database.url, BIG), range(2)))
         finally:
             stop.set()
         worker.result()
-        letters([letter(99)])
+        letters([letter(99)], partition=1)
 
     assert sorted(done.is_empty for done in both) == [False, True]
     changed = BIG.by_name["letters"]

@@ -1,8 +1,8 @@
 """Databases on a test server: fresh ones, most of them copied from a migrated template."""
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import psycopg
@@ -50,6 +50,31 @@ def fresh_database(server: Postgres, *, template: Database | None = None) -> Ite
         yield database
     finally:
         _administer(server, SQL("DROP DATABASE {} (FORCE)").format(Identifier(database.name)))
+
+
+def templates(
+    stack: ExitStack,
+    prepare: Callable[[Database], None],
+    source: Callable[[Postgres], Database] | None = None,
+) -> Callable[[Postgres], Database]:
+    """Gives one prepared database of each server, made when it is first needed, to be copied.
+
+    Args:
+        stack: At its end the databases go.
+        prepare: Fills a database, and leaves no connection to it.
+        source: Gives the database that this one is a copy of; by default it is empty.
+    """
+    made: dict[int, Database] = {}
+
+    def template(server: Postgres) -> Database:
+        if id(server) not in made:
+            of = source(server) if source else None
+            database = stack.enter_context(fresh_database(server, template=of))
+            prepare(database)
+            made[id(server)] = database
+        return made[id(server)]
+
+    return template
 
 
 def _administer(server: Postgres, statement: psycopg.sql.Composed) -> None:

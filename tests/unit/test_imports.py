@@ -122,3 +122,12 @@ def test_a_pure_module_loads_no_library_for_input_or_output(module):
     forbidden = set(PURE["forbidden_modules"]) - sys.stdlib_module_names
     assert {"confluent_kafka", "sqlalchemy"} <= forbidden
     assert forbidden.isdisjoint(json.loads(done.stdout))
+
+
+def test_a_projector_imports_the_declarations_and_nothing_else():
+    files = list((ROOT / "pipeline/projectors").glob("[!_]*.py"))
+    names = [(file, name) for file in files for name in names_imported(ast.parse(file.read_text()))]
+
+    assert len(files) > 10
+    others = [(file, name) for file, name in names if not name.startswith("pipeline.readmodel.")]
+    assert [(file.name, name) for file, name in others] == []

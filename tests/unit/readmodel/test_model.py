@@ -26,7 +26,7 @@ from pipeline.readmodel import (
     uuid,
 )
 from pipeline.readmodel.compiler import compile_declared
-from pipeline.readmodel.fields import EventPattern
+from pipeline.readmodel.event_pattern import EventPattern
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.upvest import key_of
 
@@ -225,7 +225,7 @@ def test_equivalent_sql_of_the_compiler_changes_no_fingerprint(monkeypatch):
     """Else every installation would have to rebuild; what means something else is counted."""
     before = fingerprint(kites())
 
-    monkeypatch.setattr("pipeline.readmodel.compiler.USUAL", "____")
+    monkeypatch.setattr("pipeline.readmodel.checking.USUAL", "____")
     assert fingerprint(kites()) == before
 
     monkeypatch.setattr("pipeline.readmodel.fingerprint.MEANING", 0)

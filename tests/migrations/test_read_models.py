@@ -614,6 +614,8 @@ def test_a_name_that_a_move_needs_and_somebody_else_has_is_refused_before_anythi
 HEAVY = """\
 -- Personal data: shown
 CREATE VIEW upvest_personal.heavy AS SELECT weight FROM upvest_personal.letters;
+COMMENT ON VIEW upvest_personal.heavy IS 'Weights.';
+COMMENT ON COLUMN upvest_personal.heavy.weight IS 'Grams.';
 """
 
 

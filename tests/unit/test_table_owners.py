@@ -42,6 +42,7 @@ EXCEPTIONS = {
     ("projection/progress.py", "dead_letters"): _JOIN,
     ("projection/progress.py", "events"): _JOIN,
     ("readmodel/compiler.py", "events"): "every compiled statement reads the log's events",
+    ("readmodel/screening.py", "events"): "every screening reads the log's events",
     ("views/order_status_history.sql", "events"): "a view that shows the log to analysts",
     ("foreign_objects.py", "events"): "reports what segments inherit for the log's table",
     ("sandbox/demo/queries.py", "events"): "proves the promises as an outsider would",

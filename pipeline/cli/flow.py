@@ -45,8 +45,6 @@ log = structlog.get_logger("pipeline.cli")
 
 LAST_PASS_S_MAX = 10.0
 """Maximum wait for the current pass of the projection, when a stop is requested."""
-RECHECK_S = 10.0
-"""How often a worker checks whether a read model must be rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,10 @@ def project_until_stopped(job: Job, stop: threading.Event) -> None:
     """Project until ``stop`` is set; meanwhile rebuild what another definition built."""
     ended = threading.Event()
     rebuilding = threading.Thread(
-        target=_keep_current, args=[job, ended], name="rebuild", daemon=True
+        target=_stale_models(job, waits_forever=True).keep_current,
+        args=[lambda: database_of(job.settings, "rebuild"), ended],
+        name="rebuild",
+        daemon=True,
     )
     rebuilding.start()
     try:
@@ -242,19 +243,6 @@ def project_until_stopped(job: Job, stop: threading.Event) -> None:
     finally:
         ended.set()
         rebuilding.join(LAST_PASS_S_MAX)
-
-
-def _keep_current(job: Job, ended: threading.Event) -> None:
-    models = _stale_models(job, waits_forever=True)
-    while not ended.is_set():
-        try:
-            models.rebuild(lambda: database_of(job.settings, "rebuild"), ended)
-        except PipelineError as error:
-            # The projection uses the same database, and ends the command where it must end.
-            log.warning(
-                "rebuild_postponed", reason=str(error), effect=f"retried in {RECHECK_S:g} s"
-            )
-        ended.wait(RECHECK_S)
 
 
 def _stale_models(job: Job, *, waits_forever: bool) -> StaleModels:

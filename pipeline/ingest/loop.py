@@ -320,6 +320,7 @@ class IngestLoop:
             self._process.kafka_outages.on_error(self._checks.kafka_error)
             self._best_effort.failed(Server.KAFKA)
         self._best_effort.end_round()
+        self._membership.log_pending(kafka_answers=self._checks.kafka_error is None)
         if arrived := self._checks.take_arrived():
             log.info("topic_available", topics=sorted(arrived))
             self._consumer.subscribe(arrived)

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 ASSIGN_S_MAX = 240.0
 """Maximum wait of an assignment for a server; below Kafka's max.poll.interval.ms."""
+PENDING_S = 10.0
+"""After this time without an assignment, while Kafka answers, that is logged."""
 NOT_RECORDED = (
     "PostgreSQL is unavailable and has not recorded this; the next owner claims them all the same"
 )
@@ -89,6 +91,7 @@ class Membership:
         self._halted: dict[Partition, RefusedError] = {}
         self._topic_ids: dict[str, str] = {}
         self._unrecorded_releases: dict[Partition, Epoch] = {}
+        self._unassigned_since: float | None = None
         self.was_assigned = False
 
     def join(self) -> frozenset[str]:
@@ -100,17 +103,35 @@ class Membership:
         """
         with transaction(self._engine) as db:
             known_topics = ranges.topics(db)
-        return self._consumer.join(
+        absent = self._consumer.join(
             RebalanceListener(self._on_assign, self._on_revoke, self._on_lost),
             known_topics,
             self._copies.before_joining,
         )
+        self._unassigned_since = time.monotonic()
+        return absent
+
+    def log_pending(self, *, kafka_answers: bool) -> None:
+        """Log once that the group, although Kafka answers, has assigned nothing yet."""
+        if self._unassigned_since is None:
+            return
+        now = time.monotonic()
+        if not kafka_answers:
+            self._unassigned_since = now
+        elif now - self._unassigned_since > PENDING_S:
+            self._unassigned_since = None
+            log.info(
+                "assignment_pending",
+                reason="Kafka has assigned no partition to this process yet; it waits for former "
+                "members of the group for up to their session timeout",
+            )
 
     # ----------------------------------------------------------------------------------- assignment
 
     def _on_assign(self, partitions: Collection[Partition]) -> Mapping[Partition, NextOffset]:
         failpoints.reach("in_on_assign")
         self.was_assigned = True
+        self._unassigned_since = None
         if partitions:
             self._copies.after_assignment()
         starts = self._claim_and_start(partitions)
@@ -227,6 +248,7 @@ class Membership:
 
     def _on_lost(self, partitions: Collection[Partition]) -> None:
         failpoints.reach("in_on_lost")
+        self._unassigned_since = time.monotonic()
         # For a topic that is deleted or hidden, the periodic checks log the reason.
         access = self._consumer.brokers.access({partition.topic for partition in partitions})
         visible = [

@@ -26,6 +26,7 @@ from pipeline.kafka.client import (
 )
 from pipeline.kafka.errors import (
     LOGIN_REFUSED,
+    NOT_FETCHING,
     OUT_OF_RANGE,
     PARTITION_END,
     POLLED_TOO_LATE,
@@ -306,10 +307,15 @@ class GroupConsumer:
         return None
 
     def seek(self, partition: Partition, to: NextOffset) -> None:
-        """Continue reading at ``to``."""
-        self._reports.request(
-            lambda: self._consumer.seek(TopicPartition(partition.topic, partition.number, to))
-        )
+        """Continue reading at ``to``, also where the client fetches no more."""
+        start = TopicPartition(partition.topic, partition.number, to)
+        try:
+            self._consumer.seek(start)
+        except KafkaException as error:
+            if error.args[0].code() != NOT_FETCHING or not self._is_cooperative:
+                raise self._reports.translated(error.args[0]) from None
+            self._consumer.incremental_unassign([start])
+            self._consumer.incremental_assign([start])
 
     def pause(self, partitions: Iterable[Partition]) -> None:
         """Stop fetching these partitions; records that were fetched are fetched again later."""

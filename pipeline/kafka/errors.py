@@ -13,6 +13,8 @@ OUT_OF_RANGE = frozenset(
         KafkaError.OFFSET_OUT_OF_RANGE,
     }
 )
+NOT_FETCHING = KafkaError._STATE  # noqa: SLF001 - public
+"""Seeking is refused: after an offset that Kafka does not have, the client stops fetching."""
 TOPIC_ERRORS = frozenset(
     {
         KafkaError.UNKNOWN_TOPIC_OR_PART,

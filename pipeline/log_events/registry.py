@@ -174,6 +174,12 @@ _INGEST = (
         "on",
     ),
     LogEvent(
+        "assignment_pending",
+        "info",
+        "Kafka answers, and has assigned no partition to this process for 10 s: it waits for "
+        "former members of the group for up to their session timeout (45 s unless you set another)",
+    ),
+    LogEvent(
         "partitions_released",
         "info",
         "this process ends and has released its partitions; the next owner reads the "
@@ -329,9 +335,9 @@ _READ_MODELS = (
     ),
     LogEvent(
         "rebuild_postponed",
-        "warning",
+        ("debug", "warning"),
         "the rebuild of a stale read model failed with an error of the database; it is retried "
-        "every 10 s",
+        "every 10 s. Each cause is logged once; at `debug` if no read model is stale",
         "do what the reason says",
     ),
     LogEvent(

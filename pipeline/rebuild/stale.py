@@ -15,6 +15,7 @@ from pipeline.db import transaction
 from pipeline.errors import PipelineError, Server, TransientError
 from pipeline.outages import OutageLog, OutagePolicy
 from pipeline.projection import registry
+from pipeline.rate_limit import without_numbers
 from pipeline.readmodel.fingerprint import fingerprint
 from pipeline.readmodel.model import Projector
 from pipeline.rebuild.rebuild import RebuildRunsError, StoppedError, rebuild_if_stale
@@ -23,6 +24,8 @@ log = structlog.get_logger(__name__)
 
 Database = Callable[[], AbstractContextManager[Engine]]
 
+RECHECK_S = 10.0
+"""How often a worker checks whether a read model must be rebuilt."""
 CHECK_S = 2.0
 """How often a worker checks whether another one has finished a rebuild."""
 
@@ -58,6 +61,33 @@ class StaleModels:
         self._rejected_max = rejected_max
         self._outages = OutagePolicy(waits_forever=waits_forever, outages=outages)
         self._left: dict[str, str | None] = {}
+        self._is_stale = False
+        self._postponed: set[str] = set()
+
+    def keep_current(self, database: Database, stop: threading.Event) -> None:
+        """Rebuild what is stale, again and again, until ``stop`` is set.
+
+        An error is left to the projection, which uses the same database and ends the command where
+        it must end.
+        """
+        while not stop.is_set():
+            try:
+                self.rebuild(database, stop)
+            except PipelineError as error:
+                self._log_postponed(error)
+            else:
+                self._postponed.clear()
+            stop.wait(RECHECK_S)
+
+    def _log_postponed(self, error: PipelineError) -> None:
+        """Log each cause once, and without a stale read model for debugging only."""
+        cause = without_numbers(str(error))
+        is_news = self._is_stale and cause not in self._postponed
+        if is_news:
+            self._postponed.add(cause)
+        (log.warning if is_news else log.debug)(
+            "rebuild_postponed", reason=str(error), effect=f"retried every {RECHECK_S:g} s"
+        )
 
     def rebuild(self, database: Database, stop: threading.Event) -> None:
         """Rebuild what is stale; return when nothing is, or ``stop`` is set.
@@ -87,10 +117,15 @@ class StaleModels:
         with transaction(self._engine) as db:
             built, declared = registry.fingerprints(db), self._declared(db)
         is_waiting = False
-        for model in self._projectors:
+        stale = [
+            model
+            for model in self._projectors
+            if (code := built.get(model.name)) not in (None, fingerprint(model))
+            and self._left.get(model.name) != code
+        ]
+        self._is_stale = bool(stale)
+        for model in stale:
             code, known = built.get(model.name), fingerprint(model)
-            if code in (None, known) or self._left.get(model.name) == code:
-                continue
             if declared.get(model.name, known) != known:
                 self._leave(model, code, "another release ran `pipeline migrate` last")
             elif not stop.is_set():

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, Uuid
+from structlog.testing import capture_logs
 
 from pipeline.db import open_engine, transaction
 from pipeline.errors import RecreatedTopicError, RetentionGapError, TransientError
+from pipeline.ingest import loop, membership
 from pipeline.ingest.claim import Claimed, Claimer
 from pipeline.kafka import group, metadata
 from pipeline.kafka.consumer import GroupConsumer
@@ -305,3 +307,19 @@ def test_a_lost_connection_is_explained_without_a_request_that_kafka_cannot_read
 
     assert "Disconnected" in str(error)
     assert "PROTOERR" not in capfd.readouterr().err
+
+
+def test_a_process_that_waits_for_its_assignment_says_so_once(
+    database, mock_broker, settings, monkeypatch
+):
+    """The first check runs after the first poll, which does not wait here."""
+    monkeypatch.setattr(membership, "PENDING_S", 0.0)
+    monkeypatch.setattr(loop, "IDLE_WAIT_S", 0.0)
+    Ledger(mock_broker.bootstrap_servers).send(TOPIC, [b"1"]).flush()
+
+    with capture_logs() as lines, running(settings()):
+        until(lambda: 1 in next_offsets(database, TOPIC).values(), "the record is read")
+
+    events = [line["event"] for line in lines]
+    assert events.count("assignment_pending") == 1
+    assert events.index("assignment_pending") < events.index("partitions_claimed")

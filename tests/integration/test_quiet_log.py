@@ -214,7 +214,7 @@ WEIGHED = {
     # Once per table whose lock is requested repeatedly.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.
-    "partitions_claimed",
+    *("partitions_claimed", "assignment_pending"),
     # Once per change of the read models that are stale.
     "read_models_current",
     # Once per change of what is halted.

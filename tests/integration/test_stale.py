@@ -1,20 +1,23 @@
 """Read models that another definition built are rebuilt once, and by nobody who must not."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
+from structlog.testing import capture_logs
 
 from pipeline.db import open_engine
+from pipeline.errors import ConfigurationError, TransientError
 from pipeline.projection.loop import run_projection
 from pipeline.projectors.orders import orders
 from pipeline.projectors.users import users
 from pipeline.readmodel import EntityTable, text, uuid
 from pipeline.readmodel.fingerprint import fingerprint
+from pipeline.rebuild import stale
 from pipeline.rebuild.stale import StaleModels
 from pipeline.schema.bookkeeping import check_tables
 from pipeline.schema.migrate import migrate
@@ -104,3 +107,32 @@ def test_old_columns_do_not_stop_a_worker_from_starting(given):
     rebuild_stale(given, release.by_name["letters"])
     check_tables(given.engine, catalogue=release)
     assert given.scalar("SELECT number::text FROM upvest.letters") == some_id("a letter")
+
+
+@pytest.mark.parametrize("is_stale", [True, False], ids=["stale", "current"])
+def test_a_postponed_rebuild_is_logged_once_per_cause_and_only_if_a_read_model_is_stale(
+    projected: Given, monkeypatch: pytest.MonkeyPatch, is_stale: bool
+):
+    monkeypatch.setattr(stale, "RECHECK_S", 0.0)
+    stop, attempts = threading.Event(), []
+
+    def refused_sometimes(db: Connection) -> Mapping[str, str]:
+        attempts.append(1)
+        if len(attempts) == 5:
+            stop.set()
+        if len(attempts) > 1:
+            raise ConfigurationError(f"refused the login, attempt {len(attempts)}")
+        return {}
+
+    def refusing() -> AbstractContextManager[Engine]:
+        raise TransientError("unavailable")
+
+    model = CHANGED if is_stale else orders
+    models = StaleModels(
+        projected.engine, [model, users], refused_sometimes, rejected_max=10, waits_forever=True
+    )
+    with capture_logs() as lines:
+        models.keep_current(refusing, stop)
+
+    levels = [line["log_level"] for line in lines if line["event"] == "rebuild_postponed"]
+    assert levels == (["warning"] if is_stale else ["debug"]) + ["debug"] * 3

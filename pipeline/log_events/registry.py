@@ -357,6 +357,12 @@ _READ_MODELS = (
         "info",
         "a read model was compared with the log; the line says how many rows differ",
     ),
+    LogEvent(
+        "read_model_refilled",
+        "info",
+        "the table of a read model had been emptied (`TRUNCATE`), and holds all events of the log "
+        "again",
+    ),
     LogEvent("rebuild_resumed", "info", "an interrupted rebuild continues"),
     LogEvent(
         "table_locked",

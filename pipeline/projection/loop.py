@@ -10,7 +10,7 @@ Several workers may run at once: they share the partitions, and the checkpoint's
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -149,6 +149,7 @@ class _Loop:
         self._taken = 0
         self._outages = outages
         self._caught_up = CaughtUp(limits.batch_offsets_max)
+        self._refills = Refills()
         self._check_tables_at = 0.0
 
     def run(self) -> None:
@@ -165,6 +166,7 @@ class _Loop:
     def _register(self) -> None:
         with transaction(self._engine) as db:
             registry.register(db, sorted(self._projectors))
+            self._refills.start(checkpoints.progress(db, sorted(self._projectors)))
 
     def _follow(self, notifications: "_Notifications") -> None:
         while not self._stop.is_set():
@@ -172,6 +174,8 @@ class _Loop:
             with transaction(self._engine) as db:
                 names = self._without_stale(db)
                 lagging = checkpoints.progress(db, names, only_lagging=True)
+                if refilled := self._refills.complete({of.projector for of in lagging}):
+                    self._log_refilled(db, refilled)
             self._registry.serve(names)
             if self._until_end and self._has_arrived(lagging):
                 return
@@ -190,6 +194,12 @@ class _Loop:
             elif not self._until_end and self._takes_all(lagging):
                 # Small passes cost nearly as much as large ones: let more come meanwhile.
                 self._stop.wait(min(GATHER_S_MAX, time.monotonic() - begun))
+
+    def _log_refilled(self, db: Connection, refilled: Mapping[str, float]) -> None:
+        for name, after_s in sorted(refilled.items()):
+            # One that is broken or stale lags too, and is left out.
+            if registry.is_built(db, name, self._fingerprints[name]) and registry.is_live(db, name):
+                log.info("read_model_refilled", read_model=name, after_s=round(after_s, 1))
 
     def _without_stale(self, db: Connection) -> list[str]:
         """Projectors whose tables this definition built; the others would mix two definitions."""
@@ -247,6 +257,7 @@ class _Loop:
         done = tuple(name for name, result in results.items() if result is Result.DONE)
         if done:
             self._taken += work.offsets.span
+            self._refills.taken(done, work.partition, work.offsets)
         log.debug(
             "events_projected",
             topic=work.partition.topic,
@@ -282,6 +293,31 @@ class CaughtUp:
         elif self._since is not None and now - self._logged_at > CAUGHT_UP_S_MIN:
             log.info("projection_caught_up", after_s=round(now - self._since))
             self._since, self._logged_at = None, now
+
+
+class Refills:
+    """Notices that a read model whose checkpoints were reset, as TRUNCATE does, is complete."""
+
+    def __init__(self) -> None:
+        self._next_offsets: dict[tuple[str, Partition], NextOffset] = {}
+        self._since: dict[str, float] = {}
+
+    def start(self, found: Iterable[ProjectorProgress]) -> None:
+        """How far each projector was when this process began to work."""
+        for progress in found:
+            self._next_offsets[progress.projector, progress.partition] = progress.next_offset
+
+    def taken(self, names: Iterable[str], partition: Partition, offsets: OffsetRange) -> None:
+        """These projectors have taken a range."""
+        for name in names:
+            if not offsets.first and self._next_offsets.get((name, partition)):
+                self._since.setdefault(name, time.monotonic())
+            self._next_offsets[name, partition] = offsets.end
+
+    def complete(self, lagging: Collection[str]) -> Mapping[str, float]:
+        """The refills that have ended since the last call, each with its length in seconds."""
+        now = time.monotonic()
+        return {name: now - self._since.pop(name) for name in self._since.keys() - lagging}
 
 
 def plan(lagging: Sequence[ProjectorProgress], offsets_max: int) -> list[Work]:

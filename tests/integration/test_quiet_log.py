@@ -210,7 +210,13 @@ WEIGHED = {
     # Once per process.
     *("started", "stop_requested", "stopped", "workers_started", "workers_ended"),
     # Once per command on a read model or a topic.
-    *("read_model_rebuilt", "read_model_compared", "rebuild_resumed", "partition_rewound"),
+    *(
+        "read_model_refilled",
+        "read_model_rebuilt",
+        "read_model_compared",
+        "rebuild_resumed",
+        "partition_rewound",
+    ),
     # Once per table whose lock is requested repeatedly.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.

@@ -5,11 +5,12 @@ import time
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
 from pipeline import catalogue
 from pipeline.db import transaction
 from pipeline.projection import registry
-from pipeline.projection.loop import Limits, run_projection
+from pipeline.projection.loop import Limits, ProjectionProgress, run_projection
 from pipeline.projectors.executions import executions
 from pipeline.projectors.orders import orders
 from pipeline.readmodel.fingerprint import fingerprint
@@ -33,6 +34,28 @@ def test_every_truncated_table_is_filled_again_alone_and_together(given: Given, 
         given.project(projector)
 
         assert contents(given.engine, [projector]) == expected, truncated
+
+
+def test_a_table_that_was_truncated_and_is_complete_again_is_logged_once(given: Given):
+    """And the first events of a new read model or a new partition are no such thing."""
+    given([order_event("NEW", at=1, order="1")])
+    stop = threading.Event()
+    steps = [
+        lambda: given([order_event("NEW", at=2, order="2")], partition=1),
+        lambda: given.execute("TRUNCATE upvest.orders"),
+        lambda: given([order_event("NEW", at=3, order="3")]),
+    ]
+
+    def next_step(progress: ProjectionProgress) -> None:
+        if not progress.lag:
+            steps.pop(0)() if steps else stop.set()
+
+    with capture_logs() as lines:
+        run_projection(given.engine, BOTH, stop=stop, observe=next_step)
+
+    assert len(given.rows("orders")) == 3
+    refilled = [line for line in lines if line["event"] == "read_model_refilled"]
+    assert [line["read_model"] for line in refilled] == ["orders"]
 
 
 @pytest.mark.both_postgres

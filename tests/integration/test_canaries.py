@@ -227,6 +227,7 @@ def test_a_long_run_shows_no_canary_to_its_log_to_other_processes_or_in_a_crash(
     output = house.first_run.err
 
     assert '"event":"events_rejected"' in output.replace(" ", "")
+    assert '"action": "pipeline dead-letters list ' in output
     assert "Fatal Python error: Aborted" in output
     assert "pipeline run" in house.sessions
     assert [leaks(text) for text in (output, house.first_run.out, house.argv, house.sessions)] == (

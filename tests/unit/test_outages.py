@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from math import ceil
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from structlog.testing import capture_logs
 from pipeline import outages
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
 from pipeline.errors import ConfigurationError, PipelineError, Server, TransientError
+from pipeline.ingest.monitor import BestEffort
 from pipeline.outages import (
     CAUSES_S_MIN,
     GRACE_S,
@@ -121,6 +123,30 @@ def test_an_outage_of_one_server_does_not_end_when_the_other_answers(clock):
     assert [(line["event"], line["server"], line["unavailable_s"]) for line in ended] == [
         ("server_available", "Kafka at broker-1:9092,broker-2:9092", 35.0)
     ]
+
+
+def test_a_round_of_checks_ends_an_outage_only_if_nothing_in_it_failed(clock):
+    """A heartbeat that fails on Kafka is followed by queries of the database that succeed."""
+    waiting = policy()
+    checks = BestEffort(cast("Any", None), waiting)
+
+    def fail():
+        raise KAFKA_AWAY
+
+    with capture_logs() as lines:
+        for _ in range(3):
+            checks.begin_round()
+            checks.run(fail)
+            checks.run(lambda: None)
+            checks.end_round()
+            clock.now += STEP_S
+        during = [line["event"] for line in lines]
+        checks.begin_round()
+        checks.run(lambda: None)
+        checks.end_round()
+
+    assert during == ["server_unavailable"]
+    assert [line["event"] for line in lines] == ["server_unavailable", "server_available"]
 
 
 def test_both_lines_of_an_outage_name_the_server_in_the_same_words(clock):

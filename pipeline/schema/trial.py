@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.catalogue import Catalogue
 from pipeline.db import PERSONAL_SCHEMA, READ_SCHEMA
+from pipeline.db.identifiers import statement
 from pipeline.errors import ConfigurationError
 from pipeline.schema import objects
 from pipeline.schema.declared import DeclaredTable, DeclaredView, tables_of, views_of
@@ -214,4 +215,4 @@ def _state(error: DBAPIError) -> str:
 
 
 def _run(db: Connection, sql: str) -> None:
-    db.execute(text(sql.replace(":", r"\:")))
+    db.execute(statement(sql))

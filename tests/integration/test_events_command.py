@@ -108,7 +108,8 @@ def test_since_and_until_are_times_of_ingestion(given, find):
     assert types(later) == ["ORDER.FILLED"]
     assert types(earlier) == ["ORDER.NEW"]
     assert types(recent) == ["ORDER.NEW", "ORDER.FILLED"]
-    assert (nothing.out, nothing.err[:15]) == ("", "No events were found")
+    assert nothing.out == ""
+    assert nothing.err.startswith("No events were found")
 
 
 def test_a_search_without_an_index_covers_one_day_by_default(given, find):

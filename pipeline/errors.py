@@ -101,6 +101,10 @@ def _named(server: Server, address: str) -> str:
     return f"{server} at {address}" if address else str(server)
 
 
+class HangingServerError(TransientError):
+    """The server keeps the connection open and does not answer. Repeat the batch."""
+
+
 class LockHeldError(TransientError):
     """Another session holds the lock (SQLSTATE 55P03). Try again later."""
 

@@ -10,7 +10,13 @@ import structlog
 
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
 from pipeline.durations import duration
-from pipeline.errors import ConfigurationError, PipelineError, Server, TransientError
+from pipeline.errors import (
+    ConfigurationError,
+    HangingServerError,
+    PipelineError,
+    Server,
+    TransientError,
+)
 from pipeline.rate_limit import without_numbers
 
 log = structlog.get_logger(__name__)
@@ -23,7 +29,8 @@ REPORTS_S = (60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 """How long after its beginning an outage is logged again; after the last, at this interval."""
 CAUSES_S_MIN = 10.0
 """Minimum time between a line about an outage and one about another cause of it. A server that
-stops refuses in several ways within seconds; a login or a right that is refused does not wait."""
+stops refuses in several ways within seconds. A login or a right that is refused does not wait, nor
+does a server that hangs: this cause comes once, because new connections then time out."""
 
 
 @dataclass
@@ -114,7 +121,8 @@ class OutageLog:
         if outage.reported.get(cause, -1) >= due:
             return False
         is_new = cause not in outage.reported
-        if is_new and not is_refusal and now - outage.logged_at < CAUSES_S_MIN:
+        waits = not isinstance(error, ConfigurationError | HangingServerError)
+        if is_new and waits and now - outage.logged_at < CAUSES_S_MIN:
             return False
         # All causes of an outage share its clock: two that alternate are not logged twice as often.
         outage.reported = {known: max(due, at) for known, at in outage.reported.items()}

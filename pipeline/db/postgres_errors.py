@@ -13,10 +13,10 @@ import psycopg
 from pipeline import causes
 from pipeline.causes import Cause
 from pipeline.errors import (
+    HangingServerError,
     InvariantError,
     MissingSegmentError,
     PipelineError,
-    TransientError,
     from_sqlstate,
     server_error,
 )
@@ -101,7 +101,7 @@ def _object_of(error: psycopg.Error) -> str:
 def _without_sqlstate(error: psycopg.Error, server: str, address: str) -> PipelineError:
     if isinstance(error, SilentServerError):
         message = f"{server} hangs: {error}. Check its disk and its processes"
-        return TransientError(message, address=address)
+        return HangingServerError(message, address=address)
     if isinstance(error, UnreachableError):
         cause = error.cause
         message = f"{server} {cause.what}. Cause: {_shortened(error.words)}. {cause.fix}"

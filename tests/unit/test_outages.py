@@ -11,7 +11,13 @@ from structlog.testing import capture_logs
 
 from pipeline import outages
 from pipeline.backoff import LOGIN_RETRY_S, SERVER
-from pipeline.errors import ConfigurationError, PipelineError, Server, TransientError
+from pipeline.errors import (
+    ConfigurationError,
+    HangingServerError,
+    PipelineError,
+    Server,
+    TransientError,
+)
 from pipeline.ingest.monitor import BestEffort
 from pipeline.outages import (
     CAUSES_S_MIN,
@@ -104,6 +110,15 @@ def test_causes_that_follow_within_seconds_share_a_line_unless_one_lasts(clock):
     assert [line["reason"] for _, line in lines[:2]] == [str(stopping[0]), str(AWAY)]
     assert lines[1][0] >= CAUSES_S_MIN
     assert [line["reason"] for _, line in lines[2:]] == [str(AWAY), str(REFUSED)]
+
+
+def test_a_server_that_hangs_is_logged_at_once(clock):
+    """The cause comes once: connections that are tried afterwards time out."""
+    hangs = HangingServerError("PostgreSQL at db:5432 hangs")
+
+    lines = outage(clock, policy(), SLOW, hangs, SLOW, lasts_s=3, step_s=1)
+
+    assert [line["reason"] for _, line in lines] == [str(SLOW), str(hangs)]
 
 
 # ------------------------------------------------------------------ two servers, several loops

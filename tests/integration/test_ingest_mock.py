@@ -280,6 +280,30 @@ def test_a_topic_id_of_zeros_is_no_id(settings, monkeypatch, bits, ids):
     brokers.close()
 
 
+def test_a_commit_does_not_ask_the_client_for_its_member_id(settings, ledger, monkeypatch):
+    """A client that leaves its group may never answer, and then stops every thread."""
+    requests: list[str] = []
+    requests_of_commits: list[tuple[str, ...]] = []
+    commit, member_id = GroupConsumer.commit, GroupConsumer.member_id.fget  # type: ignore[attr-defined]
+
+    def observed_commit(self, *arguments):
+        requests.clear()
+        commit(self, *arguments)
+        requests_of_commits.append(tuple(requests))
+
+    def observed_member_id(self):
+        requests.append(member_id(self))
+        return requests[-1]
+
+    monkeypatch.setattr(GroupConsumer, "commit", observed_commit)
+    monkeypatch.setattr(GroupConsumer, "member_id", property(observed_member_id))
+    ledger.send(TOPIC, numbered(3)).flush()
+
+    ingest_until_end(settings())
+
+    assert set(requests_of_commits) == {()}
+
+
 def test_brokers_that_do_not_answer_are_a_transient_error(database, settings, mock_broker):
     brokers = Brokers(settings(options={"socket.timeout.ms": "1000"}), ClientReports())
     mock_broker.set_down()

@@ -96,7 +96,8 @@ class Worker:
         self._process.wait(WAIT_SECONDS_MAX)
 
     def stop(self, *, seconds_max: float = WAIT_SECONDS_MAX) -> int:
-        """SIGTERM; the exit code."""
+        """SIGTERM, once the command has started; the exit code."""
+        until(lambda: self.exit_code is not None or bool(self.logged("started")), "it starts")
         self.send(signal.SIGTERM)
         return self.wait(seconds_max=seconds_max)
 

@@ -67,8 +67,9 @@ class Room:
                 continue  # has ended, or is somebody else's
         return found
 
-    def is_empty(self) -> bool:
-        return not self.processes() and not list(self.folder.iterdir())
+    def contents(self) -> list[str]:
+        """What the demo has left: processes, files and folders."""
+        return [*self.processes(), *map(str, self.folder.iterdir())]
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_the_demo_ends_with_every_check_held_and_leaves_nothing(room):
     ended = subprocess.run(DEMO, env=room.environment, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert room.is_empty(), room.processes()
+    assert room.contents() == []
     assert ended.stderr == ""
     assert canaries.leaks(ended.stdout) == canaries.simulated(ended.stdout) == []
     assert "\x1b" not in ended.stdout
@@ -131,7 +132,7 @@ def test_ctrl_c_before_the_end_leaves_nothing(room, moment):
 
     assert running.returncode == 130
     assert "Stopped. Servers, workers and their folder are removed." in rest
-    assert room.is_empty(), room.processes()
+    assert room.contents() == []
 
 
 @pytest.mark.faults
@@ -141,7 +142,7 @@ def test_a_killed_demo_leaves_nothing(room):
         read_until(running.stdout, "2  A day at a broker")
         running.kill()
 
-    until(room.is_empty, "processes and folders of a killed demo go")
+    until(lambda: room.contents() == [], "processes and folders of a killed demo go")
 
 
 @pytest.mark.faults
@@ -201,7 +202,7 @@ def test_on_a_terminal_the_demo_runs_until_ctrl_c(room):
     assert "records produced" in screen.text
     assert "Stopping." in screen.text
     assert "Traceback" not in screen.text
-    assert room.is_empty(), room.processes()
+    assert room.contents() == []
 
 
 class Terminal:

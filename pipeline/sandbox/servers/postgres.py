@@ -29,6 +29,7 @@ START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 READY_POLL_SECONDS = 0.02
 START_ATTEMPTS_MAX = 5
+REMOVE_SECONDS_MAX = 10.0
 LOG_LINES_SHOWN = 20
 OLDEST_VERSION = 14
 NEWEST_VERSION = 18
@@ -210,9 +211,9 @@ class PostgresServer:
         self._account = _server_account()
         self.binaries = find_binaries(version)
         self._temporary = directory is None
-        self.directory = (
-            directory or Path(tempfile.mkdtemp(prefix="pipeline-postgres-"))
-        ).resolve()
+        # Made by ``start``, which removes it whatever interrupts it.
+        name = f"pipeline-postgres-{secrets.token_hex(8)}"
+        self.directory = (directory or Path(tempfile.gettempdir()) / name).resolve()
         self.log = self.directory / "server.log"
         self._settings = dict(settings or {})
         self._port_may_change = port is None
@@ -299,12 +300,19 @@ class PostgresServer:
         """End the server, and remove its folder if that was a temporary one."""
         self.stop("immediate" if self._temporary else "fast")
         if self._temporary:
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the folder, in which the children of an interrupted initdb may still write."""
+        deadline = time.monotonic() + REMOVE_SECONDS_MAX
+        while self.directory.exists() and time.monotonic() < deadline:
             shutil.rmtree(self.directory, ignore_errors=True)
+            time.sleep(READY_POLL_SECONDS if self.directory.exists() else 0)
 
     def _prepare(self) -> None:
         """Make the data folder, unless there is one."""
         password_file = self.directory / "password"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._account is not None:
             os.chown(self.directory, self._account.uid, self._account.gid)
         self.binaries = _within_reach(self.binaries, self._account, self.directory)

@@ -10,14 +10,10 @@ from pipeline.errors import DEADLOCK, LockHeldError, TransientError
 
 log = structlog.get_logger(__name__)
 
-ATTEMPTS_MAX = 60
-"""How often the lock is requested; each time for LOCK_WAIT, 0.8 s by default."""
-# A waiting request makes later readers and writers wait after it, so it must give up soon; and
-# before PostgreSQL looks for a deadlock, or it may choose the reader to end.
-LOCK_WAIT = text("""
-SELECT set_config('lock_timeout', greatest(1, least(3000, setting::int * 8 / 10))::text, true)
-FROM pg_settings WHERE name = 'deadlock_timeout'
-""")
+ATTEMPTS_MAX = 20
+"""How often the lock is requested; each time for LOCK_WAIT."""
+# A waiting request makes later readers and writers wait behind it, so it must give up soon.
+LOCK_WAIT = text("SET LOCAL lock_timeout = '3s'")
 
 _T = TypeVar("_T")
 
@@ -44,6 +40,5 @@ def retry(attempt: Callable[[], _T], name: str) -> _T:
         except TransientError as error:
             if not isinstance(error, LockHeldError) and error.sqlstate != DEADLOCK:
                 raise
-            if number == 1:
-                log.info("table_locked", object=name, reason=str(error))
+            log.info("table_locked", object=name, attempt=number, reason=str(error))
     return attempt()

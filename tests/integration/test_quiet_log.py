@@ -217,7 +217,7 @@ WEIGHED = {
         "rebuild_resumed",
         "partition_rewound",
     ),
-    # Once per table whose lock is requested repeatedly.
+    # Once per attempt to get a lock, of which there are at most twenty.
     "table_locked",
     # Once per change of what the group has given us, however many partitions.
     *("partitions_claimed", "assignment_pending"),

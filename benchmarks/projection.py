@@ -48,6 +48,7 @@ VALUES = """
     nullif(o.initiation_flow, '') AS initiation_flow,
     nullif(o.execution_flow, '') AS execution_flow,
     nullif(o.client_reference, '') AS client_reference, e.event_id AS _event_id,
+    e.event_type AS _event_type, e.ingested_at AS _ingested_at,
     coalesce(nullif(o.updated_at, '')::timestamptz, e.created_at) AS _version_time,
     (CASE o.status WHEN 'NEW' THEN 1 WHEN 'PROCESSING' THEN 2 WHEN 'FILLED' THEN 4
         WHEN 'CANCELLED' THEN 4 ELSE 3 END)::smallint AS _version_rank,

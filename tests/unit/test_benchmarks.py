@@ -11,9 +11,11 @@ import orjson
 import pytest
 
 from benchmarks import rivals
+from benchmarks.projection import COLUMNS
 from benchmarks.report import Pairs, Run, Section, table, ways_table, with_new
 from benchmarks.rivals import faucet
 from benchmarks.stage import sized
+from pipeline.projectors.orders import orders
 from pipeline.sandbox.simulator import Simulation
 
 HERE = Path(rivals.__file__).parent
@@ -127,3 +129,7 @@ def test_the_command_documents_its_options():
     ).stdout
 
     assert all(part in output for part in ("--quick", "--pairs", "rivals"))
+
+
+def test_the_statement_to_compare_with_fills_every_column_of_the_table():
+    assert sorted(COLUMNS) == sorted(column.name for column in orders.tables[0].columns)

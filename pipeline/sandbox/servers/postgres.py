@@ -305,9 +305,10 @@ class PostgresServer:
     def _remove(self) -> None:
         """Remove the folder, in which the children of an interrupted initdb may still write."""
         deadline = time.monotonic() + REMOVE_SECONDS_MAX
+        shutil.rmtree(self.directory, ignore_errors=True)
         while self.directory.exists() and time.monotonic() < deadline:
+            time.sleep(READY_POLL_SECONDS)
             shutil.rmtree(self.directory, ignore_errors=True)
-            time.sleep(READY_POLL_SECONDS if self.directory.exists() else 0)
 
     def _prepare(self) -> None:
         """Make the data folder, unless there is one."""
